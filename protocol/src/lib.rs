@@ -1,0 +1,55 @@
+//! The contract between the supervisor on the host and the agent inside the guest.
+//!
+//! Calls are gRPC over one vsock connection to [`AGENT_PORT`]; see `agent.proto`. Standard streams
+//! do not cross as calls: each is a raw vsock stream to [`STREAM_PORT`] that opens with a
+//! [`StreamHeader`]. The host always dials; the guest only listens.
+//!
+//! The agent trusts the host. The host does not trust the agent: every answer is bounded by
+//! [`MAX_MESSAGE_BYTES`] and by a deadline that the caller sets.
+
+use std::fmt;
+
+/// The generated messages, client and server.
+#[allow(missing_docs, clippy::all)]
+pub mod agent {
+    tonic::include_proto!("bulkhead.agent.v1");
+}
+
+/// The version of this contract; both sides must name the same.
+pub const VERSION: u32 = 1;
+/// The vsock port on which the agent serves its calls.
+pub const AGENT_PORT: u32 = 1024;
+/// The vsock port on which the agent accepts standard streams.
+pub const STREAM_PORT: u32 = 1025;
+/// The largest message that either side accepts.
+pub const MAX_MESSAGE_BYTES: usize = 4 << 20;
+/// The tag of the virtio-fs device that shares the pod's files.
+pub const SHARE_TAG: &str = "bulkhead";
+/// Where the agent mounts the shared files in the guest.
+pub const SHARE_DIR: &str = "/run/bulkhead/share";
+
+/// Names one standard stream: the first 16 bytes on a connection to [`STREAM_PORT`].
+///
+/// The host draws a fresh random value for each stream and names it in the call that creates the
+/// process; the two may arrive in either order. After the header the stream is the process's raw
+/// bytes, and shutting down one direction is end of file.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct StreamHeader(pub [u8; Self::LEN]);
+
+impl StreamHeader {
+    /// The header's length on the wire.
+    pub const LEN: usize = 16;
+
+    /// Reads the header out of a message's bytes field; `None` if its length is not [`Self::LEN`].
+    #[must_use]
+    pub fn from_bytes(bytes: &[u8]) -> Option<Self> {
+        bytes.try_into().ok().map(Self)
+    }
+}
+
+impl fmt::Debug for StreamHeader {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // The value is what authorises the connection, so it is not printed.
+        f.write_str("StreamHeader(..)")
+    }
+}

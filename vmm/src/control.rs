@@ -1,0 +1,228 @@
+//! The control socket: what the supervisor can ask of the monitor, and the client that asks.
+//!
+//! Messages are JSON packets ([`crate::seqpacket`]). The first goes to the monitor and is the
+//! [`VmConfig`]; its answer is an [`Answer`] with number 0 once the guest runs. Then come
+//! [`Call`]s, each answered under its own number and not always in the order asked: a stream opens
+//! when the guest accepts it. An [`Event`] has no number and comes at most once: the machine ended.
+//!
+//! When the supervisor closes the socket the monitor exits; when the monitor dies the supervisor
+//! reads end of file.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::config::{DeviceConfig, VmConfig};
+use crate::seqpacket;
+
+/// The version of these calls.
+pub const VERSION: u32 = 1;
+
+/// A numbered request; descriptors that it names ride along.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Call {
+    /// Chosen by the caller, above 0; the answer carries it.
+    pub number: u64,
+    /// What to do.
+    #[serde(flatten)]
+    pub request: Request,
+}
+
+/// What the monitor can be asked.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "call", rename_all = "snake_case")]
+pub enum Request {
+    /// Answered by [`Reply::Version`].
+    Version,
+    /// Stops all vCPUs; devices keep serving. Idempotent.
+    Pause,
+    /// Lets the vCPUs run again. Idempotent.
+    Resume,
+    /// Ends the machine at once; answered before the monitor exits.
+    Stop,
+    /// Connects to a vsock port of the guest. Tries again while nothing listens there, until the
+    /// time is up. The connected socket rides along with [`Reply::Stream`].
+    OpenStream {
+        /// The guest's port.
+        port: u32,
+        /// How long to try.
+        timeout_ms: u32,
+    },
+    /// Gives a placeholder slot its device.
+    Attach {
+        /// Below [`crate::config::SLOT_COUNT`], and empty.
+        slot: u8,
+        /// Its descriptors count within this message.
+        device: DeviceConfig,
+    },
+    /// Takes the device out of a slot; the guest must have unbound it.
+    Detach {
+        /// A slot that holds a device.
+        slot: u8,
+    },
+    /// Answered by [`Reply::Statistics`].
+    Statistics,
+}
+
+/// What the monitor says without being asked or in return.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum FromMonitor {
+    /// To one call.
+    Answer(Answer),
+    /// The machine ended.
+    Event(Event),
+}
+
+/// The answer to the call of the same number.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Answer {
+    /// The call's; 0 answers the configuration.
+    pub number: u64,
+    /// What came of it.
+    pub result: Result<Reply, Refusal>,
+}
+
+/// What a call gives.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "reply", rename_all = "snake_case")]
+pub enum Reply {
+    /// Done; nothing to say.
+    Done,
+    /// Which monitor this is.
+    Version {
+        /// [`VERSION`].
+        control: u32,
+        /// The monitor's own.
+        monitor: String,
+    },
+    /// The stream rides along as the only descriptor.
+    Stream,
+    /// Counters since the start.
+    Statistics(Statistics),
+}
+
+/// Counters since the machine started.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Statistics {
+    /// Times that a vCPU left the guest for the monitor.
+    pub vcpu_exits: u64,
+    /// Bytes that the guest wrote to its console.
+    pub console_bytes: u64,
+    /// Per slot that holds a device.
+    pub devices: Vec<DeviceStatistics>,
+}
+
+/// One device's counters.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceStatistics {
+    /// The slot.
+    pub slot: u8,
+    /// The virtio device type, VIRTIO 1.2 §5.
+    pub device_id: u32,
+    /// Times the driver kicked a queue.
+    pub notifications: u64,
+    /// The driver broke the protocol and the device stopped until reset.
+    pub failed: bool,
+}
+
+/// Why a call was not done.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, Error)]
+#[error("{message}")]
+pub struct Refusal {
+    /// With what was named in the call, and the causes.
+    pub message: String,
+}
+
+/// The machine ended by itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Event {
+    /// Why.
+    pub ended: Ending,
+    /// The last lines of the guest's console.
+    pub console_tail: Vec<String>,
+}
+
+/// Why a machine ended.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Ending {
+    /// The guest reset the machine, which is how it shuts down.
+    Reset,
+    /// The guest kernel panicked: the console says so.
+    Panic,
+    /// KVM cannot go on.
+    Fault {
+        /// The exit reason and its details.
+        reason: String,
+    },
+}
+
+/// Why the client has no answer.
+#[derive(Debug, Error)]
+pub enum ClientError {
+    /// The socket failed.
+    #[error("control socket of the monitor")]
+    Socket(#[from] io::Error),
+    /// The monitor closed the socket.
+    #[error("the monitor is gone")]
+    Gone,
+    /// The monitor said something that is not in this file.
+    #[error("the monitor's message cannot be read")]
+    Garbled(#[source] serde_json::Error),
+}
+
+/// The supervisor's end of the control socket. Plain system calls: where and when to block is the
+/// caller's choice.
+#[derive(Debug)]
+pub struct Client {
+    socket: OwnedFd,
+}
+
+impl Client {
+    /// Takes over a connected SEQPACKET socket.
+    #[must_use]
+    pub const fn new(socket: OwnedFd) -> Self {
+        Self { socket }
+    }
+
+    /// Sends the first message.
+    ///
+    /// # Errors
+    /// When the monitor is gone.
+    pub fn configure(
+        &self,
+        config: &VmConfig,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<(), ClientError> {
+        let json = serde_json::to_vec(config).map_err(ClientError::Garbled)?;
+        Ok(seqpacket::send(&self.socket, &json, descriptors)?)
+    }
+
+    /// Sends one call.
+    ///
+    /// # Errors
+    /// When the monitor is gone.
+    pub fn call(&self, call: &Call, descriptors: &[BorrowedFd<'_>]) -> Result<(), ClientError> {
+        let json = serde_json::to_vec(call).map_err(ClientError::Garbled)?;
+        Ok(seqpacket::send(&self.socket, &json, descriptors)?)
+    }
+
+    /// Waits for the next answer or event, and what rides along.
+    ///
+    /// # Errors
+    /// [`ClientError::Gone`] at end of file.
+    pub fn receive(&self) -> Result<(FromMonitor, Vec<OwnedFd>), ClientError> {
+        let message = seqpacket::receive(&self.socket)?.ok_or(ClientError::Gone)?;
+        let said = serde_json::from_slice(&message.bytes).map_err(ClientError::Garbled)?;
+        Ok((said, message.descriptors))
+    }
+}
+
+impl AsFd for Client {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
+    }
+}

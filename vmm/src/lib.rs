@@ -1,0 +1,5 @@
+//! The two jailed processes of a pod: the monitor and the file server.
+
+pub mod config;
+pub mod control;
+pub mod seqpacket;

@@ -2,4 +2,5 @@
 
 pub mod config;
 pub mod control;
+mod devices;
 pub mod seqpacket;

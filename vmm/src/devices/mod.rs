@@ -1,0 +1,3 @@
+//! What the guest sees beside its processors and memory.
+
+pub(crate) mod virtio;

@@ -1,0 +1,114 @@
+//! One system call for many runs of guest memory.
+//!
+//! The standard library's vectored calls want `&[u8]`, which guest memory must never be: another
+//! processor changes it at any time. These pass the kernel the addresses instead. What is read or
+//! written is bounded by the slices, which [`super::queue::Buffers`] checked.
+
+// UNSAFETY: the kernel is given pointers into guest memory; nothing safe takes volatile memory.
+#![expect(unsafe_code, reason = "vectored system calls on volatile memory")]
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd};
+
+use vm_memory::VolatileSlice;
+use vm_memory::volatile_memory::PtrGuardMut;
+
+/// The most runs that one call takes, `IOV_MAX` of Linux.
+const RUNS_MAX: usize = 1024;
+
+/// Receives from a socket into guest memory without waiting; 0 at the end of the stream.
+pub(crate) fn receive(socket: impl AsFd, slices: &[VolatileSlice<'_>]) -> io::Result<usize> {
+    let mut vectors = Vectors::new(slices);
+    let mut message = vectors.message();
+    let fd = socket.as_fd().as_raw_fd();
+    retry(|| {
+        // SAFETY: the message's vectors name guest memory that stays mapped while `slices` lives;
+        // no Rust reference to it exists.
+        unsafe { libc::recvmsg(fd, &raw mut message, libc::MSG_DONTWAIT) }
+    })
+}
+
+/// Sends guest memory to a socket without waiting and without SIGPIPE.
+pub(crate) fn send(socket: impl AsFd, slices: &[VolatileSlice<'_>]) -> io::Result<usize> {
+    let mut vectors = Vectors::new(slices);
+    let message = vectors.message();
+    let fd = socket.as_fd().as_raw_fd();
+    retry(|| {
+        // SAFETY: as in `receive`; the kernel only reads.
+        unsafe { libc::sendmsg(fd, &raw const message, libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL) }
+    })
+}
+
+/// Reads from `offset` of a file into guest memory; 0 at the end of the file.
+pub(crate) fn read_at(
+    file: impl AsFd,
+    slices: &[VolatileSlice<'_>],
+    offset: i64,
+) -> io::Result<usize> {
+    let vectors = Vectors::new(slices);
+    let fd = file.as_fd().as_raw_fd();
+    retry(|| {
+        // SAFETY: as in `receive`.
+        unsafe { libc::preadv(fd, vectors.list.as_ptr(), vectors.count(), offset) }
+    })
+}
+
+/// Writes guest memory at `offset` of a file.
+pub(crate) fn write_at(
+    file: impl AsFd,
+    slices: &[VolatileSlice<'_>],
+    offset: i64,
+) -> io::Result<usize> {
+    let vectors = Vectors::new(slices);
+    let fd = file.as_fd().as_raw_fd();
+    retry(|| {
+        // SAFETY: as in `receive`; the kernel only reads.
+        unsafe { libc::pwritev(fd, vectors.list.as_ptr(), vectors.count(), offset) }
+    })
+}
+
+/// What the kernel is given, and what keeps it valid.
+struct Vectors {
+    list: Vec<libc::iovec>,
+    /// Held so that the memory stays where it is.
+    _guards: Vec<PtrGuardMut>,
+}
+
+impl Vectors {
+    fn new(slices: &[VolatileSlice<'_>]) -> Self {
+        let slices = slices.get(..RUNS_MAX).unwrap_or(slices);
+        let guards: Vec<_> = slices.iter().map(VolatileSlice::ptr_guard_mut).collect();
+        let list = guards
+            .iter()
+            .map(|guard| libc::iovec { iov_base: guard.as_ptr().cast(), iov_len: guard.len() })
+            .collect();
+        Self { list, _guards: guards }
+    }
+
+    /// A message of these vectors and nothing else.
+    fn message(&mut self) -> libc::msghdr {
+        // SAFETY: all zeroes is a valid empty message.
+        let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
+        message.msg_iov = self.list.as_mut_ptr();
+        message.msg_iovlen = self.list.len();
+        message
+    }
+
+    fn count(&self) -> libc::c_int {
+        // Never above RUNS_MAX.
+        libc::c_int::try_from(self.list.len()).unwrap_or(0)
+    }
+}
+
+/// Repeats what a signal interrupted.
+fn retry(mut call: impl FnMut() -> isize) -> io::Result<usize> {
+    loop {
+        if let Ok(done) = usize::try_from(call()) {
+            return Ok(done);
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+}

@@ -1,0 +1,182 @@
+//! A virtual processor: the loop around KVM_RUN, and stopping it from outside.
+//!
+//! A processor in the guest or asleep in the kernel is brought out by a signal. The signal can
+//! arrive between the look at the gate and KVM_RUN, so whoever pauses repeats it until every
+//! processor has said that it stands.
+
+use std::io;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
+
+use crate::bus::{Bus, Effect};
+use crate::control::Ending;
+
+/// How long a pause waits before it signals again.
+const KICK_INTERVAL: Duration = Duration::from_millis(1);
+/// Virtual size of the stack; only touched pages cost memory.
+const STACK_BYTES: usize = 256 << 10;
+
+/// What to do after the guest was left.
+#[derive(Debug, PartialEq, Eq)]
+enum Action {
+    Continue,
+    End(Ending),
+}
+
+/// Decides what one exit means.
+fn dispatch(exit: VcpuExit<'_>, bus: &Bus) -> Action {
+    match exit {
+        VcpuExit::MmioRead(address, data) => bus.memory_read(address, data),
+        VcpuExit::MmioWrite(address, data) => bus.memory_write(address, data),
+        VcpuExit::IoIn(port, data) => bus.port_read(port, data),
+        VcpuExit::IoOut(port, data) => {
+            if bus.port_write(port, data) == Effect::Reset {
+                return Action::End(Ending::Reset);
+            }
+        }
+        VcpuExit::Intr | VcpuExit::IrqWindowOpen => {}
+        // A triple fault, which is also how a kernel without a keyboard controller reboots.
+        VcpuExit::Shutdown => return Action::End(Ending::Reset),
+        VcpuExit::FailEntry(reason, cpu) => {
+            let reason = format!("processor {cpu} refuses to enter the guest: {reason:#x}");
+            return Action::End(Ending::Fault { reason });
+        }
+        other => return Action::End(Ending::Fault { reason: format!("KVM exit {other:?}") }),
+    }
+    Action::Continue
+}
+
+/// Where processors wait while the machine is paused, and where they leave the ending.
+#[derive(Debug)]
+pub(crate) struct Gate {
+    state: Mutex<GateState>,
+    changed: Condvar,
+    ended: EventFd,
+}
+
+#[derive(Debug, Default)]
+struct GateState {
+    paused: bool,
+    standing: usize,
+    ending: Option<Ending>,
+}
+
+impl Gate {
+    /// A gate that starts closed.
+    pub(crate) fn new() -> io::Result<Arc<Self>> {
+        let state = GateState { paused: true, ..GateState::default() };
+        let (state, changed) = (Mutex::new(state), Condvar::new());
+        Ok(Arc::new(Self { state, changed, ended: EventFd::new(0)? }))
+    }
+
+    /// Readable once the machine has ended.
+    pub(crate) fn ended(&self) -> &EventFd {
+        &self.ended
+    }
+
+    /// Why the machine ended.
+    pub(crate) fn ending(&self) -> Option<Ending> {
+        self.lock().ending.clone()
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, GateState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Returns when the machine may run; `false` when it has ended.
+    fn pass(&self) -> bool {
+        let mut state = self.lock();
+        if state.paused && state.ending.is_none() {
+            state.standing += 1;
+            self.changed.notify_all();
+            while state.paused && state.ending.is_none() {
+                state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+            }
+            state.standing -= 1;
+        }
+        state.ending.is_none()
+    }
+
+    /// The first ending counts.
+    fn end(&self, ending: Ending) {
+        let mut state = self.lock();
+        if state.ending.is_none() {
+            state.ending = Some(ending);
+            self.changed.notify_all();
+            if let Err(error) = self.ended.write(1) {
+                log::error!("the end of the machine was not told: {error}");
+            }
+        }
+    }
+}
+
+/// All processors of a machine.
+#[derive(Debug)]
+pub(crate) struct Vcpus {
+    gate: Arc<Gate>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Vcpus {
+    /// Starts a thread for each processor; they stand at the gate.
+    pub(crate) fn start(
+        vcpus: Vec<VcpuFd>,
+        bus: &Arc<Bus>,
+        gate: &Arc<Gate>,
+    ) -> io::Result<Self> {
+        register_signal_handler(SIGRTMIN(), on_kick)?;
+        let mut threads = Vec::with_capacity(vcpus.len());
+        for (index, mut vcpu) in vcpus.into_iter().enumerate() {
+            let (bus, gate) = (Arc::clone(bus), Arc::clone(gate));
+            let thread = thread::Builder::new()
+                .name(format!("vcpu{index}"))
+                .stack_size(STACK_BYTES)
+                .spawn(move || run(&mut vcpu, &bus, &gate))?;
+            threads.push(thread);
+        }
+        Ok(Self { gate: Arc::clone(gate), threads })
+    }
+
+    /// Stops every processor; returns when all stand.
+    pub(crate) fn pause(&self) {
+        let mut state = self.gate.lock();
+        state.paused = true;
+        while state.standing < self.threads.len() && state.ending.is_none() {
+            for thread in &self.threads {
+                if let Err(error) = thread.kill(SIGRTMIN()) {
+                    log::warn!("a processor was not signalled: {error}");
+                }
+            }
+            let waited = self.gate.changed.wait_timeout(state, KICK_INTERVAL);
+            state = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Lets every processor run.
+    pub(crate) fn resume(&self) {
+        self.gate.lock().paused = false;
+        self.gate.changed.notify_all();
+    }
+}
+
+/// Exists to interrupt KVM_RUN; an ignored signal would not.
+extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
+
+fn run(vcpu: &mut VcpuFd, bus: &Bus, gate: &Gate) {
+    while gate.pass() {
+        bus.count_exit();
+        let action = match vcpu.run() {
+            Ok(exit) => dispatch(exit, bus),
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => Action::Continue,
+            Err(error) => Action::End(Ending::Fault { reason: format!("KVM_RUN: {error}") }),
+        };
+        if let Action::End(ending) = action {
+            gate.end(ending);
+        }
+    }
+}

@@ -1,0 +1,297 @@
+//! One virtual machine, built top to bottom: memory, interrupt controllers, devices, kernel,
+//! processors.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{IntoRawFd, OwnedFd};
+use std::sync::Arc;
+
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::{IoEventAddress, Kvm, VmFd};
+use thiserror::Error;
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+
+use crate::arch::{boot, cpuid, layout, mptable, registers};
+use crate::bus::Bus;
+use crate::config::{ConfigError, DeviceConfig, Fd, VmConfig};
+use crate::control::{DeviceStatistics, Statistics};
+use crate::devices::console::Console;
+use crate::devices::virtio::queue::GuestMemory;
+use crate::devices::virtio::transport::{QUEUE_NOTIFY, Transport};
+use crate::devices::stub::vsock::Opener;
+use crate::devices::{self, Handles};
+use crate::vcpu::{Gate, Vcpus};
+
+/// The machine cannot be built or changed.
+#[derive(Debug, Error)]
+pub enum VmError {
+    /// A field names a descriptor that is taken by another.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// An ioctl on /dev/kvm or the machine.
+    #[error("KVM: {what}")]
+    Kvm {
+        /// What was attempted.
+        what: &'static str,
+        /// What KVM said.
+        source: kvm_ioctls::Error,
+    },
+    /// The host has not enough address space.
+    #[error("{mib} MiB of guest memory cannot be mapped")]
+    Memory {
+        /// The size asked for.
+        mib: u32,
+        /// Why not.
+        source: vm_memory::mmap::FromRangesError,
+    },
+    /// Kernel, initramfs and boot structures.
+    #[error("guest cannot be loaded")]
+    Boot(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// A device cannot be made or attached.
+    #[error("slot {slot}")]
+    Device {
+        /// Where it was to sit.
+        slot: u8,
+        /// Why it does not.
+        source: io::Error,
+    },
+    /// Threads and descriptors of the monitor itself.
+    #[error("{what}")]
+    Host {
+        /// What was attempted.
+        what: &'static str,
+        /// Why it failed.
+        source: io::Error,
+    },
+}
+
+fn kvm(what: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> VmError {
+    move |source| VmError::Kvm { what, source }
+}
+
+fn host(what: &'static str) -> impl FnOnce(io::Error) -> VmError {
+    move |source| VmError::Host { what, source }
+}
+
+/// The descriptors that came with a message; each is used once.
+#[derive(Debug)]
+pub(crate) struct Descriptors(Vec<Option<OwnedFd>>);
+
+impl Descriptors {
+    pub(crate) fn new(descriptors: Vec<OwnedFd>) -> Self {
+        Self(descriptors.into_iter().map(Some).collect())
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Takes the one that `field` names.
+    pub(crate) fn take(&mut self, field: &str, fd: Fd) -> Result<OwnedFd, ConfigError> {
+        let taken = self.0.get_mut(usize::from(fd.0)).and_then(Option::take);
+        taken.ok_or_else(|| ConfigError {
+            field: field.into(),
+            reason: format!("names descriptor {}, which another field has taken", fd.0),
+        })
+    }
+}
+
+/// A machine whose processors stand at the gate until [`Machine::resume`].
+#[derive(Debug)]
+pub(crate) struct Machine {
+    vm: VmFd,
+    bus: Arc<Bus>,
+    gate: Arc<Gate>,
+    vcpus: Vcpus,
+    handles: Handles,
+}
+
+impl Machine {
+    /// Builds the machine that the configuration describes.
+    pub(crate) fn build(config: &VmConfig, mut fds: Descriptors) -> Result<Self, VmError> {
+        let kvm_device = open_kvm(fds.take("kvm", config.kvm)?);
+        let vm = create_vm(&kvm_device)?;
+        let memory = map_memory(&vm, config.memory_mib)?;
+        let console = File::from(fds.take("console", config.console)?);
+        let console = Console::new(console).map_err(host("console"))?;
+        vm.register_irqfd(console.irq(), layout::SERIAL_IRQ).map_err(kvm("console interrupt"))?;
+
+        let bus = Arc::new(Bus::new(console, &memory));
+        let mut handles = Handles::default();
+        for entry in &config.devices {
+            attach(&vm, &bus, &mut handles, (entry.slot, &entry.device), &mut fds)?;
+        }
+
+        let mut kernel = File::from(fds.take("kernel", config.kernel)?);
+        let mut initramfs = File::from(fds.take("initramfs", config.initramfs)?);
+        let entry = boot::load(&memory, config, &mut kernel, &mut initramfs)
+            .map_err(|error| VmError::Boot(error.into()))?;
+        mptable::write(&memory, config.vcpus).map_err(|error| VmError::Boot(error.into()))?;
+        registers::write_tables(&memory).map_err(|error| VmError::Boot(error.into()))?;
+
+        let gate = Gate::new().map_err(host("gate of the processors"))?;
+        let vcpus = create_vcpus(&kvm_device, &vm, config.vcpus, entry)?;
+        let vcpus =
+            Vcpus::start(vcpus, &bus, &gate).map_err(host("threads of the processors"))?;
+        Ok(Self { vm, bus, gate, vcpus, handles })
+    }
+
+    /// Lets the processors run.
+    pub(crate) fn resume(&self) {
+        self.vcpus.resume();
+    }
+
+    /// Stops the processors; returns when all stand.
+    pub(crate) fn pause(&self) {
+        self.vcpus.pause();
+    }
+
+    /// Where the processors leave the ending.
+    pub(crate) fn gate(&self) -> &Gate {
+        &self.gate
+    }
+
+    pub(crate) fn bus(&self) -> &Bus {
+        &self.bus
+    }
+
+    /// The way to open streams, if the machine has a vsock device.
+    pub(crate) fn opener(&self) -> Option<&Opener> {
+        self.handles.opener.as_ref()
+    }
+
+    /// Gives a placeholder slot its device.
+    pub(crate) fn attach(
+        &mut self,
+        slot: u8,
+        device: &DeviceConfig,
+        fds: &mut Descriptors,
+    ) -> Result<(), VmError> {
+        attach(&self.vm, &self.bus, &mut self.handles, (slot, device), fds)
+    }
+
+    /// Makes a slot a placeholder again.
+    pub(crate) fn detach(&mut self, slot: u8) -> Result<(), VmError> {
+        let missing = || {
+            let source = io::Error::new(io::ErrorKind::NotFound, "slot holds no device");
+            VmError::Device { slot, source }
+        };
+        let mut transport = self.bus.slot(slot).ok_or_else(missing)?;
+        unwire(&self.vm, slot, &transport)?;
+        transport.detach().map(drop).ok_or_else(missing)
+    }
+
+    pub(crate) fn statistics(&self) -> Statistics {
+        let device = |slot: u8| {
+            let transport = self.bus.slot(slot)?;
+            let (line, _) = transport.wiring()?;
+            Some(DeviceStatistics {
+                slot,
+                device_id: transport.device_id()?,
+                notifications: line.notifications(),
+                failed: line.failed(),
+            })
+        };
+        Statistics {
+            vcpu_exits: self.bus.exits(),
+            console_bytes: self.bus.console().bytes(),
+            devices: (0..crate::config::SLOT_COUNT).filter_map(device).collect(),
+        }
+    }
+}
+
+// UNSAFETY: kvm-ioctls takes over a raw descriptor.
+#[expect(unsafe_code, reason = "/dev/kvm arrives as a descriptor, it is never opened here")]
+fn open_kvm(device: OwnedFd) -> Kvm {
+    use std::os::fd::FromRawFd;
+    // SAFETY: the descriptor is owned and given up here. If it is not /dev/kvm the ioctls fail.
+    unsafe { Kvm::from_raw_fd(device.into_raw_fd()) }
+}
+
+/// Creates the machine with its interrupt controllers.
+fn create_vm(kvm_device: &Kvm) -> Result<VmFd, VmError> {
+    let version = kvm_device.get_api_version();
+    if u32::try_from(version) != Ok(kvm_bindings::KVM_API_VERSION) {
+        let source = io::Error::other(format!("descriptor `kvm` answers with version {version}"));
+        return Err(VmError::Host { what: "KVM is not usable", source });
+    }
+    let vm = kvm_device.create_vm().map_err(kvm("create machine"))?;
+    vm.set_tss_address(layout::KVM_TSS).map_err(kvm("set the address of its own pages"))?;
+    vm.create_irq_chip().map_err(kvm("create interrupt controllers"))?;
+    Ok(vm)
+}
+
+// UNSAFETY: KVM lets the guest touch the memory that it is told about.
+#[expect(unsafe_code, reason = "KVM_SET_USER_MEMORY_REGION")]
+fn map_memory(vm: &VmFd, mib: u32) -> Result<GuestMemory, VmError> {
+    let memory = GuestMemory::from_ranges(&layout::memory_ranges(mib))
+        .map_err(|source| VmError::Memory { mib, source })?;
+    for (slot, region) in (0..).zip(memory.iter()) {
+        let kvm_region = kvm_userspace_memory_region {
+            slot,
+            flags: 0,
+            guest_phys_addr: region.start_addr().0,
+            memory_size: region.len(),
+            userspace_addr: region.as_ptr() as u64,
+        };
+        // SAFETY: the region is mapped with this size, and stays so for the life of the process:
+        // the bus, which outlives every processor, holds the memory.
+        unsafe { vm.set_user_memory_region(kvm_region) }.map_err(kvm("map guest memory"))?;
+    }
+    Ok(memory)
+}
+
+fn create_vcpus(
+    kvm_device: &Kvm,
+    vm: &VmFd,
+    count: u8,
+    entry: vm_memory::GuestAddress,
+) -> Result<Vec<kvm_ioctls::VcpuFd>, VmError> {
+    let boot = |error: registers::RegisterError| VmError::Boot(error.into());
+    let supported = kvm_device
+        .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
+        .map_err(kvm("ask for processor features"))?;
+    let mut vcpus = Vec::with_capacity(usize::from(count));
+    for index in 0..count {
+        let vcpu = vm.create_vcpu(u64::from(index)).map_err(kvm("create processor"))?;
+        let cpuid = cpuid::for_vcpu(&supported, index, count);
+        vcpu.set_cpuid2(&cpuid).map_err(kvm("set processor features"))?;
+        registers::set_common(&vcpu).map_err(boot)?;
+        if index == 0 {
+            registers::set_entry(&vcpu, entry).map_err(boot)?;
+        }
+        vcpus.push(vcpu);
+    }
+    Ok(vcpus)
+}
+
+fn attach(
+    vm: &VmFd,
+    bus: &Bus,
+    handles: &mut Handles,
+    (slot, config): (u8, &DeviceConfig),
+    fds: &mut Descriptors,
+) -> Result<(), VmError> {
+    let device = devices::build(config, fds, handles)
+        .map_err(|source| VmError::Device { slot, source })?;
+    let missing = || io::Error::new(io::ErrorKind::NotFound, "no such slot");
+    let mut transport =
+        bus.slot(slot).ok_or_else(|| VmError::Device { slot, source: missing() })?;
+    transport.attach(device).map_err(|source| VmError::Device { slot, source })?;
+    let Some((line, kicks)) = transport.wiring() else { return Ok(()) };
+    vm.register_irqfd(line.irq(), layout::slot_irq(slot)).map_err(kvm("device interrupt"))?;
+    let notify = IoEventAddress::Mmio(layout::slot_address(slot).0 + QUEUE_NOTIFY);
+    for (queue, kick) in (0_u32..).zip(kicks) {
+        vm.register_ioevent(kick, &notify, queue).map_err(kvm("device notification"))?;
+    }
+    Ok(())
+}
+
+fn unwire(vm: &VmFd, slot: u8, transport: &Transport) -> Result<(), VmError> {
+    let Some((line, kicks)) = transport.wiring() else { return Ok(()) };
+    let notify = IoEventAddress::Mmio(layout::slot_address(slot).0 + QUEUE_NOTIFY);
+    for (queue, kick) in (0_u32..).zip(kicks) {
+        vm.unregister_ioevent(kick, &notify, queue).map_err(kvm("device notification"))?;
+    }
+    vm.unregister_irqfd(line.irq(), layout::slot_irq(slot)).map_err(kvm("device interrupt"))
+}

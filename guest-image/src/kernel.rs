@@ -1,0 +1,246 @@
+//! Builds a kernel from a fragment: `make tinyconfig`, the fragment, `make olddefconfig`, the check
+//! that every request was granted, `make vmlinux`, strip. The result is the uncompressed ELF file,
+//! which is what the monitor and QEMU load.
+//!
+//! Kept in the cache under the hash of the fragment, the source, the tools and [`RECIPE`], so a second
+//! call only looks it up. What does not depend on the inputs (user, host, time) is fixed, so the same
+//! inputs give the same kernel.
+
+use std::collections::VecDeque;
+use std::ffi::OsStr;
+use std::fs::{self, File, OpenOptions};
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::thread;
+
+use anyhow::{Context, Result, bail, ensure};
+use sha2::{Digest, Sha256};
+
+use crate::progress::{Step, say};
+use crate::source::{Source, hex};
+use crate::{cache, kconfig};
+
+/// Raised when this file builds something else from the same inputs.
+const RECIPE: &str = "1";
+/// How much of make's log an error shows.
+const LOG_LINES: usize = 25;
+
+/// A kernel to build.
+#[derive(Debug, Clone, Copy)]
+pub struct Recipe<'a> {
+    /// For messages and the cache: `guest` or `host`.
+    pub name: &'a str,
+    /// The text of the fragment.
+    pub fragment: &'a str,
+}
+
+/// A kernel in the cache.
+#[derive(Debug)]
+pub struct Kernel {
+    /// The stripped ELF file.
+    pub vmlinux: PathBuf,
+    /// The whole configuration it was built with.
+    pub config: PathBuf,
+}
+
+/// The kernel of a pod.
+#[must_use]
+pub const fn guest() -> Recipe<'static> {
+    Recipe { name: "guest", fragment: include_str!("../kernel/x86_64.config") }
+}
+
+/// Builds the kernel unless the cache has it.
+///
+/// # Errors
+/// When the source or a tool is missing, an option of the fragment is not granted (each is named), or
+/// make fails (with the last lines of its log).
+pub fn build(recipe: Recipe<'_>, source: &Source) -> Result<Kernel> {
+    let requested = kconfig::parse(recipe.fragment)
+        .with_context(|| format!("fragment of the {} kernel", recipe.name))?;
+    let cache = cache::directory()?;
+    let entry = cache.join(format!("kernel-{}-{:.16}", recipe.name, inputs(recipe, source)?));
+    let kernel = Kernel { vmlinux: entry.join("vmlinux"), config: entry.join("config") };
+    if kernel.vmlinux.exists() {
+        return Ok(kernel);
+    }
+    let waiting = || say("waiting for another build of the same kernel");
+    let _lock = cache::lock(&cache, &format!("kernel-{}", recipe.name), waiting)?;
+    if kernel.vmlinux.exists() {
+        return Ok(kernel);
+    }
+    let tree = source.unpack(&cache)?;
+    let log = cache.join(format!("kernel-{}.log", recipe.name));
+    cache::publish(&entry, |partial| {
+        let make = Make::new(&tree, &partial.join("build"), &log)?;
+        configure(recipe, &requested, &make)?;
+        compile(recipe, &make)?;
+        strip(&make.build.join("vmlinux"), &partial.join("vmlinux"))?;
+        fs::copy(make.build.join(".config"), partial.join("config"))?;
+        cache::remove(&make.build)
+    })?;
+    Ok(kernel)
+}
+
+/// The hash of everything that decides what comes out.
+fn inputs(recipe: Recipe<'_>, source: &Source) -> Result<String> {
+    let mut hash = Sha256::new();
+    let tools = [version("gcc")?, version("ld")?];
+    for input in [RECIPE, recipe.fragment, &source.identity(), &tools[0], &tools[1]] {
+        hash.update(input.len().to_le_bytes());
+        hash.update(input);
+    }
+    Ok(hex(&hash.finalize()))
+}
+
+fn version(tool: &str) -> Result<String> {
+    let output = Command::new(tool)
+        .arg("--version")
+        .output()
+        .with_context(|| format!("run {tool} (apt-get install gcc binutils)"))?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    Ok(text.lines().next().unwrap_or_default().to_owned())
+}
+
+/// One build directory and how make is called in it.
+struct Make {
+    tree: PathBuf,
+    build: PathBuf,
+    log: PathBuf,
+}
+
+impl Make {
+    fn new(tree: &Path, build: &Path, log: &Path) -> Result<Self> {
+        fs::create_dir(build).with_context(|| format!("create {}", build.display()))?;
+        File::create(log).with_context(|| format!("create {}", log.display()))?;
+        Ok(Self { tree: tree.to_owned(), build: build.to_owned(), log: log.to_owned() })
+    }
+
+    /// Runs make; every line of its output goes to the log and to `line`.
+    fn run(&self, target: &str, mut line: impl FnMut(&str)) -> Result<()> {
+        let mut log = OpenOptions::new().append(true).open(&self.log)?;
+        let jobs = thread::available_parallelism().map_or(1, usize::from);
+        let mut command = Command::new("make");
+        for variable in
+            ["MAKEFLAGS", "MAKELEVEL", "ARCH", "CROSS_COMPILE", "KCFLAGS", "LOCALVERSION"]
+        {
+            command.env_remove(variable);
+        }
+        let mut child = command
+            .arg("-C")
+            .arg(&self.tree)
+            .arg(joined("O=", &self.build))
+            .args([&format!("-j{jobs}"), target])
+            .env("LC_ALL", "C")
+            .env("KBUILD_BUILD_TIMESTAMP", "Thu Jan  1 00:00:00 UTC 1970")
+            .env("KBUILD_BUILD_USER", "bulkhead")
+            .env("KBUILD_BUILD_HOST", "bulkhead")
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(log.try_clone()?)
+            .spawn()
+            .context("run make (apt-get install make)")?;
+        let output = child.stdout.take().context("make has no output")?;
+        for text in BufReader::new(output).lines() {
+            let text = text.context("read the output of make")?;
+            writeln!(log, "{text}").context("write the log of make")?;
+            line(&text);
+        }
+        let status = child.wait().context("wait for make")?;
+        ensure!(
+            status.success(),
+            "make {target} failed ({status}); the end of {}:\n{}",
+            self.log.display(),
+            last_lines(&self.log)?
+        );
+        Ok(())
+    }
+}
+
+fn configure(recipe: Recipe<'_>, requested: &kconfig::Options, make: &Make) -> Result<()> {
+    let step = Step::start(format!("{} kernel: configure", recipe.name));
+    let path = make.build.join(".config");
+    make.run("tinyconfig", |_| ())?;
+    let mut config = OpenOptions::new().append(true).open(&path)?;
+    config.write_all(recipe.fragment.as_bytes()).context("append the fragment")?;
+    make.run("olddefconfig", |_| ())?;
+    let granted = kconfig::parse(&fs::read_to_string(&path)?).context("parse .config")?;
+    let unmet = kconfig::unmet(requested, &granted);
+    if !unmet.is_empty() {
+        bail!("the {} kernel's fragment is not granted:\n  {}", recipe.name, unmet.join("\n  "));
+    }
+    step.done(&format!("{} options as requested", requested.len()));
+    Ok(())
+}
+
+fn compile(recipe: Recipe<'_>, make: &Make) -> Result<()> {
+    let mut step = Step::start(format!("{} kernel: compile", recipe.name));
+    let mut files = 0;
+    make.run("vmlinux", |line| {
+        if let Some(file) = line.trim_start().strip_prefix("CC ") {
+            files += 1;
+            step.update(&format!("{files} files, at {}", file.trim()));
+        }
+    })?;
+    step.done(&format!("{files} files"));
+    Ok(())
+}
+
+fn strip(from: &Path, to: &Path) -> Result<()> {
+    let status = Command::new("strip")
+        .arg("-o")
+        .args([to, from])
+        .status()
+        .context("run strip (apt-get install binutils)")?;
+    ensure!(status.success(), "strip {}: {status}", from.display());
+    Ok(())
+}
+
+fn last_lines(log: &Path) -> Result<String> {
+    let file = File::open(log).with_context(|| format!("open {}", log.display()))?;
+    let mut lines = VecDeque::with_capacity(LOG_LINES);
+    for line in BufReader::new(file).lines() {
+        if lines.len() == LOG_LINES {
+            lines.pop_front();
+        }
+        lines.push_back(line.context("read the log of make")?);
+    }
+    Ok(Vec::from(lines).join("\n"))
+}
+
+fn joined(prefix: &str, path: &Path) -> impl AsRef<OsStr> {
+    let mut text = std::ffi::OsString::from(prefix);
+    text.push(path);
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_input_changes_the_hash() {
+        let source = |version: &str| Source::Debian { version: version.to_owned() };
+        let recipe = |fragment| Recipe { name: "guest", fragment };
+        let first = inputs(recipe("CONFIG_A=y\n"), &source("1")).unwrap();
+        assert_eq!(first, inputs(recipe("CONFIG_A=y\n"), &source("1")).unwrap());
+        assert_ne!(first, inputs(recipe("CONFIG_A=n\n"), &source("1")).unwrap());
+        assert_ne!(first, inputs(recipe("CONFIG_A=y\n"), &source("2")).unwrap());
+    }
+
+    #[test]
+    fn failing_make_shows_the_end_of_its_log() {
+        let directory = tempfile::tempdir().unwrap();
+        let noise: String = (0..100).map(|line| format!("\t@echo noise {line}\n")).collect();
+        let rule = format!("vmlinux:\n{noise}\t@echo broken file >&2; false\n");
+        fs::write(directory.path().join("Makefile"), rule).unwrap();
+        let make = Make::new(
+            directory.path(),
+            &directory.path().join("build"),
+            &directory.path().join("log"),
+        )
+        .unwrap();
+        let error = make.run("vmlinux", |_| ()).unwrap_err().to_string();
+        assert!(error.contains("broken file") && !error.contains("noise 1\n"), "{error}");
+    }
+}

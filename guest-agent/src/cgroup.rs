@@ -1,0 +1,163 @@
+//! A container's cgroup (cgroup v2, Documentation/admin-guide/cgroup-v2.rst): who is in it, killing
+//! them all, removing it, and whether its memory limit killed anybody. Limits are libcontainer's.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep};
+
+/// Where the cgroup file system is.
+pub(crate) const ROOT: &str = "/sys/fs/cgroup";
+/// The most processes that are listed.
+const PROCESSES: usize = 100_000;
+/// How long the processes of a removed cgroup may take to die.
+const DYING: Duration = Duration::from_secs(10);
+
+/// One container's cgroup, with those below it. It need not exist.
+#[derive(Clone, Debug)]
+pub(crate) struct Cgroup(PathBuf);
+
+impl Cgroup {
+    /// The cgroup of the container with this id.
+    pub(crate) fn of(container_id: &str) -> Self {
+        Self(Path::new(ROOT).join(container_id))
+    }
+
+    /// The pids in it and below it, in order; at most [`PROCESSES`].
+    ///
+    /// # Errors
+    /// A list of processes cannot be read.
+    pub(crate) fn processes(&self) -> io::Result<Vec<u32>> {
+        let mut pids = BTreeSet::new();
+        for directory in tree(&self.0)? {
+            let listed = match fs::read_to_string(directory.join("cgroup.procs")) {
+                Ok(listed) => listed,
+                // Gone meanwhile, or a cgroup of threads, whose processes its parent lists.
+                Err(error)
+                    if matches!(
+                        error.raw_os_error(),
+                        Some(libc::ENOENT | libc::ENODEV | libc::EOPNOTSUPP)
+                    ) =>
+                {
+                    continue;
+                }
+                Err(error) => return Err(error),
+            };
+            let listed = listed.lines().filter_map(|line| line.parse::<u32>().ok());
+            pids.extend(listed.filter(|pid| *pid != 0).take(PROCESSES - pids.len()));
+        }
+        Ok(pids.into_iter().collect())
+    }
+
+    /// Kills every process in it and below it.
+    ///
+    /// # Errors
+    /// It exists and the kernel refuses.
+    pub(crate) fn kill(&self) -> io::Result<()> {
+        match fs::write(self.0.join("cgroup.kill"), "1") {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            killed => killed,
+        }
+    }
+
+    /// Whether the kernel has killed a process of it for want of memory.
+    pub(crate) fn oom_killed(&self) -> bool {
+        let events = fs::read_to_string(self.0.join("memory.events")).unwrap_or_default();
+        oom_kills(&events) > 0
+    }
+
+    /// Kills every process and removes the cgroup and those below it.
+    ///
+    /// # Errors
+    /// Processes remain after [`DYING`], or a directory cannot be removed.
+    pub(crate) async fn remove(&self) -> io::Result<()> {
+        let deadline = Instant::now() + DYING;
+        let mut pause = Duration::from_millis(1);
+        loop {
+            self.kill()?;
+            let removed =
+                tree(&self.0)?.iter().rev().try_for_each(|directory| {
+                    match fs::remove_dir(directory) {
+                        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+                        removed => removed,
+                    }
+                });
+            match removed {
+                Err(error)
+                    if error.raw_os_error() == Some(libc::EBUSY) && Instant::now() < deadline => {}
+                removed => return removed,
+            }
+            sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_millis(50));
+        }
+    }
+}
+
+/// A directory and all below it, parents first; nothing if it does not exist.
+fn tree(top: &Path) -> io::Result<Vec<PathBuf>> {
+    let mut found = vec![top.to_owned()];
+    let mut next = 0;
+    while let Some(directory) = found.get(next).cloned() {
+        match fs::read_dir(&directory) {
+            Ok(entries) => {
+                for entry in entries.flatten() {
+                    if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                        found.push(entry.path());
+                    }
+                }
+                next += 1;
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                found.remove(next);
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(found)
+}
+
+/// The kills that `memory.events` counts.
+fn oom_kills(events: &str) -> u64 {
+    let count = events.lines().find_map(|line| line.strip_prefix("oom_kill "));
+    count.and_then(|count| count.trim().parse().ok()).unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kills_for_memory_are_counted() {
+        assert_eq!(oom_kills("low 0\nmax 9\noom 2\noom_kill 1\noom_group_kill 0\n"), 1);
+        assert_eq!(oom_kills("oom 2\noom_group_kill 3\n"), 0);
+        assert_eq!(oom_kills(""), 0);
+    }
+
+    #[test]
+    fn processes_are_listed_through_the_tree() {
+        let root = tempfile::tempdir().unwrap();
+        let cgroup = Cgroup(root.path().join("one"));
+        assert_eq!(cgroup.processes().unwrap(), Vec::<u32>::new());
+        fs::create_dir_all(cgroup.0.join("inner")).unwrap();
+        fs::write(cgroup.0.join("cgroup.procs"), "7\n3\n").unwrap();
+        fs::write(cgroup.0.join("inner/cgroup.procs"), "5\n0\n").unwrap();
+        assert_eq!(cgroup.processes().unwrap(), [3, 5, 7]);
+    }
+
+    #[tokio::test]
+    async fn a_cgroup_that_is_not_there_is_removed_already() {
+        let root = tempfile::tempdir().unwrap();
+        Cgroup(root.path().join("none")).remove().await.unwrap();
+    }
+
+    #[test]
+    fn a_tree_lists_parents_first() {
+        let root = tempfile::tempdir().unwrap();
+        fs::create_dir_all(root.path().join("a/b")).unwrap();
+        let found = tree(root.path()).unwrap();
+        assert_eq!(found, [root.path().to_owned(), root.path().join("a"), root.path().join("a/b")]);
+    }
+}

@@ -1,0 +1,465 @@
+//! The guest's containers: each is made by a creator (`creator`), awaited by the reaper, killed and
+//! removed through its cgroup.
+//!
+//! ```text
+//! Create ─► creating ─► created ──Start──► running ──its init ends──► ended ──Delete──► gone
+//!              │ fails      └───────────────Delete────────────────────────────────────────▲
+//!              └──────────────────────────────────────────────────────────────────────────┘
+//! ```
+//! The supervisor on the host owns the lifecycle that users see; here only what would harm the
+//! guest or mislead the host is refused.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::io;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rustix::fs::{Uid, fchown};
+use rustix::process::Pid;
+use tokio::io::AsyncWriteExt as _;
+use tokio::net::UnixStream;
+use tokio::sync::watch;
+use tokio::task::spawn_blocking;
+use tokio_vsock::VsockStream;
+
+use crate::cgroup::Cgroup;
+use crate::creator::{self, Place};
+use crate::io::{self as streams, Meeting, Pipes, StreamError};
+use crate::process::{Exit, Reaper, Waiter, send_signal};
+use crate::report::{self, Line};
+use crate::share::Share;
+use crate::spec::{self, Prepared, SpecError};
+
+/// A call on a container failed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ContainerError {
+    #[error(transparent)]
+    Spec(#[from] SpecError),
+    #[error(transparent)]
+    Stream(#[from] StreamError),
+    #[error("container {0} exists")]
+    Exists(String),
+    #[error("container {0} does not exist")]
+    Unknown(String),
+    #[error("container {id} {state}")]
+    State { id: String, state: &'static str },
+    #[error("signal {0} does not exist")]
+    Signal(u32),
+    #[error("{0}")]
+    ProgramNotFound(String),
+    #[error("{0}")]
+    ProgramNotExecutable(String),
+    #[error("container cannot be created: {0}")]
+    Create(String),
+    #[error("{step}")]
+    Step { step: &'static str, source: io::Error },
+}
+
+/// What the end of a container was.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct End {
+    pub(crate) exit: Exit,
+    pub(crate) oom_killed: bool,
+}
+
+/// What Create asks for; the fields are those of its message.
+#[derive(Debug)]
+pub(crate) struct Order {
+    pub(crate) container_id: String,
+    pub(crate) spec_json: Vec<u8>,
+    /// The headers of standard input, output and error; empty for the null device.
+    pub(crate) headers: [Vec<u8>; 3],
+}
+
+/// All containers of the guest. Clones share them.
+#[derive(Clone, Debug)]
+pub(crate) struct Containers {
+    table: Arc<Mutex<HashMap<String, Entry>>>,
+    reaper: Reaper,
+    meeting: Meeting<VsockStream>,
+    share: Share,
+}
+
+#[derive(Clone, Debug)]
+enum Entry {
+    Creating,
+    Created(Arc<Container>),
+}
+
+#[derive(Debug)]
+struct Container {
+    id: String,
+    pid: Pid,
+    started: AtomicBool,
+    init: Waiter,
+    end: watch::Receiver<Option<End>>,
+}
+
+impl Containers {
+    /// No containers.
+    pub(crate) fn new(reaper: Reaper, meeting: Meeting<VsockStream>, share: Share) -> Self {
+        Self { table: Arc::default(), reaper, meeting, share }
+    }
+
+    /// Creates a container and returns its init's pid. Runs to its end even if nobody waits for it.
+    ///
+    /// # Errors
+    /// See [`ContainerError`]; nothing is left of the container then.
+    pub(crate) async fn create(&self, order: Order) -> Result<u32, ContainerError> {
+        let containers = self.clone();
+        let created = tokio::spawn(async move {
+            let id = order.container_id.clone();
+            containers.reserve(&id)?;
+            let made = containers.make(order).await;
+            let mut table = containers.table();
+            match made {
+                Ok(container) => {
+                    let pid = container.pid.as_raw_nonzero().get().unsigned_abs();
+                    table.insert(id, Entry::Created(Arc::new(container)));
+                    Ok(pid)
+                }
+                Err(error) => {
+                    table.remove(&id);
+                    Err(error)
+                }
+            }
+        });
+        created.await.map_err(|error| failed("wait for the creation")(io::Error::other(error)))?
+    }
+
+    /// Lets a created container's init run the user's program.
+    ///
+    /// # Errors
+    /// It was started before, or has ended.
+    pub(crate) async fn start(&self, id: &str) -> Result<(), ContainerError> {
+        let container = self.created(id)?;
+        if container.init.ended().is_some() {
+            return Err(state(id, "has ended"));
+        }
+        if container.started.swap(true, Ordering::AcqRel) {
+            return Err(state(id, "was started before"));
+        }
+        notify(&Place::of(id).state).await.map_err(failed("start the init process"))
+    }
+
+    /// Sends a signal to a container's init, or to all of its processes.
+    ///
+    /// # Errors
+    /// There is no such signal, or no process that could get it.
+    pub(crate) fn kill(&self, id: &str, signal: u32, all: bool) -> Result<(), ContainerError> {
+        let container = self.created(id)?;
+        let number = i32::try_from(signal).ok().filter(|number| (0..=64).contains(number));
+        let number = number.ok_or(ContainerError::Signal(signal))?;
+        if all {
+            return container.signal_all(number);
+        }
+        // The pid is not used again before the reaper has collected it, and then this is known.
+        if container.init.ended().is_some() {
+            return Err(state(id, "has ended"));
+        }
+        send_signal(container.pid, number).map_err(failed("signal the init process"))
+    }
+
+    /// Waits for the end of a container's init.
+    ///
+    /// # Errors
+    /// There is no such container.
+    pub(crate) async fn wait(&self, id: &str) -> Result<End, ContainerError> {
+        let mut end = self.created(id)?.end.clone();
+        let ended = end.wait_for(Option::is_some).await.map(|end| *end).ok().flatten();
+        ended.ok_or_else(|| state(id, "is gone"))
+    }
+
+    /// The pids of a container, as the guest numbers them.
+    ///
+    /// # Errors
+    /// There is no such container, or its cgroup cannot be read.
+    pub(crate) fn processes(&self, id: &str) -> Result<Vec<u32>, ContainerError> {
+        let container = self.created(id)?;
+        Cgroup::of(&container.id).processes().map_err(failed("list the processes"))
+    }
+
+    /// Removes a container that was not started or has ended.
+    ///
+    /// # Errors
+    /// Its init runs, or something of it cannot be removed; it is still there then.
+    pub(crate) async fn delete(&self, id: &str) -> Result<(), ContainerError> {
+        let container = self.created(id)?;
+        let started = container.started.load(Ordering::Acquire);
+        if started && container.init.ended().is_none() {
+            return Err(state(id, "is running"));
+        }
+        remove(id).await.map_err(failed("remove the container"))?;
+        self.table().remove(id);
+        Ok(())
+    }
+
+    /// Takes the id for a container that is about to be created.
+    fn reserve(&self, id: &str) -> Result<(), ContainerError> {
+        spec::check_id(id)?;
+        let mut table = self.table();
+        if table.contains_key(id) {
+            return Err(ContainerError::Exists(id.to_owned()));
+        }
+        table.insert(id.to_owned(), Entry::Creating);
+        Ok(())
+    }
+
+    /// Makes a container whose id is reserved, or leaves nothing of it.
+    async fn make(&self, order: Order) -> Result<Container, ContainerError> {
+        let Order { container_id: id, spec_json, headers } = order;
+        self.share.mount().await.map_err(failed("mount the share"))?;
+        let (pipes, stdio) = Pipes::new(headers.each_ref().map(Vec::as_slice))?;
+        let preparing = id.clone();
+        // It reads the container's user table, which may be slow to come from the host.
+        let prepared = spawn_blocking(move || spec::prepare(&preparing, &spec_json)).await;
+        let prepared = prepared.map_err(|e| failed("read the specification")(e.into()))??;
+        match self.create_connected(&id, prepared, pipes, stdio).await {
+            Ok((pid, init)) => Ok(Container::new(id, pid, init)),
+            Err(error) => {
+                if let Err(error) = remove(&id).await {
+                    tracing::error!(container = id, %error, "a failed container left something");
+                }
+                Err(error)
+            }
+        }
+    }
+
+    /// Runs the creator while the streams connect, and returns the container's init.
+    async fn create_connected(
+        &self,
+        id: &str,
+        prepared: Prepared,
+        pipes: Pipes,
+        stdio: streams::Stdio,
+    ) -> Result<(Pid, Waiter), ContainerError> {
+        let connecting = pipes.connect(&self.meeting);
+        tokio::pin!(connecting);
+        let creating = self.run_creator(id, prepared, stdio);
+        tokio::pin!(creating);
+        let mut connected = None;
+        // A creator is never left alone: what it made has to be known before it can be removed.
+        let made = loop {
+            tokio::select! {
+                made = &mut creating => break made?,
+                result = &mut connecting, if connected.is_none() => connected = Some(result),
+            }
+        };
+        match connected {
+            Some(connected) => connected?,
+            None => connecting.await?,
+        }
+        Ok(made)
+    }
+
+    /// Runs the creator and returns the container's init.
+    async fn run_creator(
+        &self,
+        id: &str,
+        prepared: Prepared,
+        stdio: streams::Stdio,
+    ) -> Result<(Pid, Waiter), ContainerError> {
+        let place = Place::of(id);
+        let adoption = self.reaper.adopt();
+        let mut creator = {
+            let Prepared { spec, stream_owner } = prepared;
+            let spec = serde_json::to_vec(&spec).map_err(SpecError::from)?;
+            fs::create_dir_all(&place.bundle).map_err(failed("make the bundle"))?;
+            fs::write(place.config(), spec).map_err(failed("write the bundle"))?;
+            let mut command = command(id, stdio, stream_owner)?;
+            self.reaper.spawn(&mut command).map_err(failed("start the creator"))?
+            // The command goes here, and with it the agent's copies of the container's streams.
+        };
+        let exit = creator.wait().await;
+        let lines = report::read(&place.report()).map_err(failed("read the creator's report"))?;
+        let pid = outcome(&lines, exit.status)?;
+        Ok((pid, adoption.claim(pid)))
+    }
+
+    fn created(&self, id: &str) -> Result<Arc<Container>, ContainerError> {
+        match self.table().get(id) {
+            Some(Entry::Created(container)) => Ok(Arc::clone(container)),
+            Some(Entry::Creating) => Err(state(id, "is being created")),
+            None => Err(ContainerError::Unknown(id.to_owned())),
+        }
+    }
+
+    fn table(&self) -> MutexGuard<'_, HashMap<String, Entry>> {
+        // Nothing panics while it holds the lock, so the table is whole.
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Container {
+    /// A created container; notes its end.
+    fn new(id: String, pid: Pid, init: Waiter) -> Self {
+        let (sender, end) = watch::channel(None);
+        let mut ending = init.clone();
+        let cgroup = Cgroup::of(&id);
+        tokio::spawn(async move {
+            let exit = ending.wait().await;
+            sender.send_replace(Some(End { exit, oom_killed: cgroup.oom_killed() }));
+            // Kept until the last receiver has gone, so that the end can be asked for again.
+            sender.closed().await;
+        });
+        Self { id, pid, started: AtomicBool::new(false), init, end }
+    }
+
+    fn signal_all(&self, signal: i32) -> Result<(), ContainerError> {
+        let cgroup = Cgroup::of(&self.id);
+        let pids = cgroup.processes().map_err(failed("list the processes"))?;
+        if pids.is_empty() {
+            return Err(state(&self.id, "has no processes"));
+        }
+        if signal == libc::SIGKILL {
+            return cgroup.kill().map_err(failed("kill the processes"));
+        }
+        for pid in pids {
+            let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) else { continue };
+            match send_signal(pid, signal) {
+                // It has ended meanwhile.
+                Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {}
+                sent => sent.map_err(failed("signal a process"))?,
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The creator's command line and descriptors.
+fn command(id: &str, stdio: streams::Stdio, owner: u32) -> Result<Command, ContainerError> {
+    let mut command = Command::new("/proc/self/exe");
+    command.arg(creator::VERB).arg(id).env_clear().current_dir("/");
+    let mut given = [Stdio::null(), Stdio::null(), Stdio::null()];
+    for (slot, end) in given.iter_mut().zip([stdio.stdin, stdio.stdout, stdio.stderr]) {
+        if let Some(end) = end {
+            // So that the user's program can open /dev/stdout again.
+            let owned = fchown(&end, Some(Uid::from_raw(owner)), None);
+            owned.map_err(|error| failed("give the streams their owner")(error.into()))?;
+            *slot = Stdio::from(end);
+        }
+    }
+    let [stdin, stdout, stderr] = given;
+    command.stdin(stdin).stdout(stdout).stderr(stderr);
+    Ok(command)
+}
+
+/// What a creator's report and exit status say.
+fn outcome(lines: &[Line], status: u32) -> Result<Pid, ContainerError> {
+    let mut details = Vec::new();
+    for line in lines {
+        match line {
+            Line::Created(pid) => {
+                let pid = Pid::from_raw(*pid);
+                return pid.ok_or_else(|| ContainerError::Create("its pid is 0".to_owned()));
+            }
+            Line::NotFound(reason) => return Err(ContainerError::ProgramNotFound(reason.clone())),
+            Line::NotExecutable(reason) => {
+                return Err(ContainerError::ProgramNotExecutable(reason.clone()));
+            }
+            Line::Detail(detail) => details.push(detail.as_str()),
+            Line::Failed(reason) => {
+                // The first detail is the innermost cause; what follows repeats it.
+                let detail = details.first().map(|detail| format!(" ({detail})"));
+                return Err(ContainerError::Create(reason.clone() + &detail.unwrap_or_default()));
+            }
+        }
+    }
+    Err(ContainerError::Create(format!("its creator ended with status {status}")))
+}
+
+/// Tells a waiting init to go on, by the socket that libcontainer's init listens on.
+async fn notify(state: &Path) -> io::Result<()> {
+    use std::os::fd::AsRawFd as _;
+    // The path of a socket may have 107 bytes, and an id alone 255.
+    let directory = File::open(state)?;
+    let path = format!("/proc/self/fd/{}/notify.sock", directory.as_raw_fd());
+    let mut socket = UnixStream::connect(path).await?;
+    socket.write_all(b"start container").await?;
+    socket.shutdown().await
+}
+
+/// Removes whatever there is of a container: processes, cgroup, files.
+async fn remove(id: &str) -> io::Result<()> {
+    Cgroup::of(id).remove().await?;
+    let place = Place::of(id);
+    for directory in [place.state, place.bundle] {
+        match fs::remove_dir_all(directory) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+            Ok(()) | Err(_) => {}
+        }
+    }
+    Ok(())
+}
+
+fn state(id: &str, state: &'static str) -> ContainerError {
+    ContainerError::State { id: id.to_owned(), state }
+}
+
+/// Names the step that failed: `map_err(failed("list the processes"))`.
+fn failed(step: &'static str) -> impl FnOnce(io::Error) -> ContainerError {
+    move |source| ContainerError::Step { step, source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_report_of_success_has_the_pid() {
+        let lines = [Line::Detail("a warning".to_owned()), Line::Created(12)];
+        assert_eq!(outcome(&lines, 0).unwrap().as_raw_nonzero().get(), 12);
+    }
+
+    #[test]
+    fn a_program_that_is_missing_is_told_from_other_failures() {
+        let lines = [
+            Line::Detail("x".to_owned()),
+            Line::NotFound("exec: \"x\": gone".to_owned()),
+            Line::Failed("failed to create container".to_owned()),
+        ];
+        let error = outcome(&lines, 1).unwrap_err();
+        assert!(matches!(error, ContainerError::ProgramNotFound(_)));
+        assert_eq!(error.to_string(), "exec: \"x\": gone");
+    }
+
+    #[test]
+    fn a_failure_comes_with_its_innermost_cause() {
+        let lines = [
+            Line::Detail("mount failed, err=ENOENT".to_owned()),
+            Line::Detail("failed to prepare rootfs".to_owned()),
+            Line::Failed("failed to create container".to_owned()),
+        ];
+        let words = "container cannot be created: failed to create container \
+                     (mount failed, err=ENOENT)";
+        assert_eq!(outcome(&lines, 1).unwrap_err().to_string(), words);
+    }
+
+    #[test]
+    fn a_creator_without_a_result_is_a_failure() {
+        let error = outcome(&[], 134).unwrap_err();
+        let words = "container cannot be created: its creator ended with status 134";
+        assert_eq!(error.to_string(), words);
+    }
+
+    #[tokio::test]
+    async fn calls_on_a_container_that_is_not_there_name_it() {
+        let containers = Containers::new(Reaper::default(), Meeting::default(), Share::default());
+        let error = containers.kill("nobody", 9, false).unwrap_err();
+        assert_eq!(error.to_string(), "container nobody does not exist");
+        assert!(containers.wait("nobody").await.is_err());
+    }
+
+    #[tokio::test]
+    async fn an_id_is_taken_while_its_container_is_created() {
+        let containers = Containers::new(Reaper::default(), Meeting::default(), Share::default());
+        containers.reserve("one").unwrap();
+        assert!(matches!(containers.reserve("one"), Err(ContainerError::Exists(_))));
+        let error = containers.start("one").await.unwrap_err();
+        assert_eq!(error.to_string(), "container one is being created");
+        assert!(matches!(containers.reserve("a/b"), Err(ContainerError::Spec(_))));
+    }
+}

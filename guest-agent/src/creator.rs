@@ -1,0 +1,154 @@
+//! The creator: this binary's second life, which makes one container with libcontainer and exits.
+//!
+//! It finds everything in the container's [`Place`] and leaves its answer in the report there. Its
+//! own descriptors 0, 1 and 2 are the container's. When it has exited, the container's init, which
+//! it leaves behind waiting for the start, is a child of PID 1.
+
+use std::fs::File;
+use std::os::fd::AsFd as _;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::rc::Rc;
+
+use libcontainer::container::builder::ContainerBuilder;
+use libcontainer::error::LibcontainerError;
+use libcontainer::syscall::syscall::SyscallType;
+use oci_spec::runtime::Spec;
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use serde_json::{Map, Value};
+use tracing::Level;
+
+use crate::executor::Program;
+use crate::logging;
+use crate::report::{Line, Report};
+use crate::{init, spec};
+
+/// The first argument that makes the agent a creator; the second is the container's id.
+pub(crate) const VERB: &str = "create";
+
+/// Where a container's files are in the guest.
+#[derive(Clone, Debug)]
+pub(crate) struct Place {
+    /// What the agent writes: `config.json` and `report`.
+    pub(crate) bundle: PathBuf,
+    /// What libcontainer writes.
+    pub(crate) state: PathBuf,
+}
+
+impl Place {
+    const BUNDLES: &str = "/run/bulkhead/bundles";
+    const STATES: &str = "/run/bulkhead/states";
+
+    /// The place of the container with this id, which must have been checked.
+    pub(crate) fn of(container_id: &str) -> Self {
+        Self {
+            bundle: Path::new(Self::BUNDLES).join(container_id),
+            state: Path::new(Self::STATES).join(container_id),
+        }
+    }
+
+    /// The specification that the container is made from.
+    pub(crate) fn config(&self) -> PathBuf {
+        self.bundle.join("config.json")
+    }
+
+    /// The creator's answer.
+    pub(crate) fn report(&self) -> PathBuf {
+        self.bundle.join("report")
+    }
+}
+
+/// An error of making a container.
+#[derive(Debug, thiserror::Error)]
+enum CreateError {
+    #[error(transparent)]
+    Libcontainer(#[from] LibcontainerError),
+    #[error("libcontainer tells no pid")]
+    NoPid,
+    #[error("specification cannot be read back")]
+    Spec(#[from] oci_spec::OciSpecError),
+    #[error("loopback of the new network namespace cannot be brought up")]
+    Loopback(#[source] std::io::Error),
+}
+
+/// Creates the container and reports how it went.
+pub(crate) fn main(container_id: &str) -> ExitCode {
+    let place = Place::of(container_id);
+    let Ok(report) = Report::open(&place.report()) else {
+        return ExitCode::FAILURE;
+    };
+    log_to(&place);
+    let report = Rc::new(report);
+    match create(container_id, &place, Rc::clone(&report)) {
+        Ok(pid) => {
+            report.write(Line::Created(pid));
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            report.write(Line::Failed(logging::chain(&error)));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Makes libcontainer's own errors, and a panic, part of the report: between its processes it hands
+/// on only the outermost text of an error.
+fn log_to(place: &Place) {
+    let path = place.report();
+    if let Ok(details) = Report::open(&path) {
+        logging::install_with(Level::ERROR, move |fields| {
+            details.write(Line::Detail(sentence(&fields)));
+        });
+    }
+    if let Ok(panics) = Report::open(&path) {
+        std::panic::set_hook(Box::new(move |panic| {
+            panics.write(Line::Failed(format!("creator panicked: {panic}")));
+        }));
+    }
+}
+
+/// An event's message and its other values in one line.
+fn sentence(fields: &Map<String, Value>) -> String {
+    let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+    let mut sentence = fields.get("message").map(text).unwrap_or_default();
+    for (name, value) in fields {
+        if !matches!(name.as_str(), "message" | "level") {
+            sentence.push_str(&format!(", {name}={}", text(value)));
+        }
+    }
+    sentence
+}
+
+fn create(container_id: &str, place: &Place, report: Rc<Report>) -> Result<i32, CreateError> {
+    let container = ContainerBuilder::new(container_id.to_owned(), SyscallType::default())
+        .with_root_path(Place::STATES)?
+        .with_executor(Program::new(report))
+        .as_init(&place.bundle)
+        .with_systemd(false)
+        .build()?;
+    let pid = container.pid().ok_or(CreateError::NoPid)?.as_raw();
+    let spec = Spec::load(place.config())?;
+    if spec::has_new_network(&spec) {
+        let path = format!("/proc/{pid}/ns/net");
+        let namespace = File::open(path).map_err(CreateError::Loopback)?;
+        // This process has only its exit before it, so it need not come back.
+        move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))
+            .map_err(|error| CreateError::Loopback(error.into()))?;
+        init::raise_loopback().map_err(|error| CreateError::Loopback(error.into()))?;
+    }
+    Ok(pid)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_logged_error_becomes_one_sentence() {
+        let mut fields = Map::new();
+        fields.insert("level".to_owned(), "error".into());
+        fields.insert("message".to_owned(), "mount failed".into());
+        fields.insert("err".to_owned(), "ENOENT".into());
+        assert_eq!(sentence(&fields), "mount failed, err=ENOENT");
+    }
+}

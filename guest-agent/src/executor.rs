@@ -1,0 +1,180 @@
+//! Runs the user's program as the last step of a container's init, with the statuses and words of
+//! runc where libcontainer's own executor differs: a program that is not there and one that cannot
+//! be executed are told apart before the container counts as created, any execute permission will
+//! do, and a program that then fails to run says so on its standard error and exits with 255.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::fmt;
+use std::io::{self, ErrorKind};
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::rc::Rc;
+
+use libcontainer::workload::{
+    Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError,
+};
+use oci_spec::runtime::Spec;
+use rustix::fs::{Access, AtFlags, CWD, accessat};
+
+use crate::report::{Line, Report};
+
+/// The environment of the user's program, and where to report what is wrong with it.
+#[derive(Clone)]
+pub(crate) struct Program {
+    report: Rc<Report>,
+    environment: RefCell<HashMap<String, String>>,
+}
+
+/// Why a program cannot be run.
+#[derive(Debug)]
+enum Unusable {
+    NotInPath,
+    Missing(io::Error),
+    NotExecutable(io::Error),
+}
+
+impl Program {
+    /// Reports to `report`.
+    pub(crate) fn new(report: Rc<Report>) -> Self {
+        Self { report, environment: RefCell::default() }
+    }
+}
+
+impl Executor for Program {
+    fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
+        let arguments = arguments(spec).unwrap_or_default();
+        let Some(name) = arguments.first() else {
+            let reason = "process.args is empty".to_owned();
+            return Err(ExecutorValidationError::ArgValidationError(reason));
+        };
+        let Err(unusable) = find(name, search_path(spec)) else { return Ok(()) };
+        let reason = format!("exec: {name:?}: {unusable}");
+        self.report.write(match unusable {
+            Unusable::NotInPath | Unusable::Missing(_) => Line::NotFound(reason.clone()),
+            Unusable::NotExecutable(_) => Line::NotExecutable(reason.clone()),
+        });
+        Err(ExecutorValidationError::ArgValidationError(reason))
+    }
+
+    fn setup_envs(&self, environment: HashMap<String, String>) -> Result<(), ExecutorSetEnvsError> {
+        // Kept for the program; the environment of this process stays as it is.
+        self.environment.replace(environment);
+        Ok(())
+    }
+
+    fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
+        let arguments = arguments(spec).unwrap_or_default();
+        let (name, rest) = arguments.split_first().ok_or(ExecutorError::InvalidArg)?;
+        let path = find(name, search_path(spec))
+            .map_err(|unusable| ExecutorError::Other(format!("exec: {name:?}: {unusable}")))?;
+        let environment = self.environment.take();
+        let environment = environment.iter().filter(|(name, _)| !name.is_empty());
+        // `exec` also gives the broken-pipe signal its default action back.
+        let error = Command::new(&path).arg0(name).args(rest).env_clear().envs(environment).exec();
+        let message = format!("exec {}: {}", path.display(), words(&error));
+        // The container's standard error is the only place left where it can be read.
+        let _ = io::Write::write_all(&mut io::stderr(), format!("{message}\n").as_bytes());
+        Err(ExecutorError::Other(message))
+    }
+}
+
+impl fmt::Display for Unusable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            // Docker and others look for these very words.
+            Self::NotInPath => f.write_str("executable file not found in $PATH"),
+            Self::Missing(error) | Self::NotExecutable(error) => f.write_str(&words(error)),
+        }
+    }
+}
+
+fn arguments(spec: &Spec) -> Option<&[String]> {
+    spec.process().as_ref()?.args().as_deref()
+}
+
+/// The container's own `PATH`, empty if it has none.
+fn search_path(spec: &Spec) -> &str {
+    let environment = spec.process().as_ref().and_then(|process| process.env().as_deref());
+    let mut entries = environment.unwrap_or_default().iter().rev();
+    entries.find_map(|entry| entry.strip_prefix("PATH=")).unwrap_or_default()
+}
+
+/// Where the program is: as a shell looks for it, in the container's root.
+fn find(name: &str, search_path: &str) -> Result<PathBuf, Unusable> {
+    if name.contains('/') {
+        let path = PathBuf::from(name);
+        return match check(&path) {
+            Ok(()) => Ok(path),
+            Err(error) if matches!(error.kind(), ErrorKind::NotFound) => {
+                Err(Unusable::Missing(error))
+            }
+            Err(error) => Err(Unusable::NotExecutable(error)),
+        };
+    }
+    search_path
+        .split(':')
+        .filter(|_| !name.is_empty())
+        .map(|directory| Path::new(if directory.is_empty() { "." } else { directory }).join(name))
+        .find(|path| check(path).is_ok())
+        .ok_or(Unusable::NotInPath)
+}
+
+/// Whether this process may execute the file.
+fn check(path: &Path) -> io::Result<()> {
+    if path.metadata()?.is_dir() {
+        return Err(io::Error::from_raw_os_error(libc::EISDIR));
+    }
+    Ok(accessat(CWD, path, Access::EXEC_OK, AtFlags::EACCESS)?)
+}
+
+/// An error as C and Go word it, without Rust's number behind it.
+fn words(error: &io::Error) -> String {
+    let text = error.to_string();
+    text.split(" (os error").next().unwrap_or_default().to_lowercase()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    fn directory_with(name: &str, mode: u32) -> tempfile::TempDir {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join(name);
+        fs::write(&path, "#!/bin/sh\n").unwrap();
+        fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+        directory
+    }
+
+    #[test]
+    fn a_program_is_found_in_the_search_path() {
+        let directory = directory_with("tool", 0o700);
+        let path = format!("/nonexistent:{}", directory.path().display());
+        assert_eq!(find("tool", &path).unwrap(), directory.path().join("tool"));
+    }
+
+    #[test]
+    fn missing_and_forbidden_programs_are_told_apart() {
+        let directory = directory_with("data", 0o600);
+        let path = directory.path().to_str().unwrap();
+        let missing = find("tool", path).unwrap_err();
+        assert_eq!(missing.to_string(), "executable file not found in $PATH");
+        let missing = find("/no/such/tool", path).unwrap_err();
+        assert!(matches!(missing, Unusable::Missing(_)));
+        assert_eq!(missing.to_string(), "no such file or directory");
+        let forbidden = find(&format!("{path}/data"), path).unwrap_err();
+        assert!(matches!(forbidden, Unusable::NotExecutable(_)));
+        assert_eq!(forbidden.to_string(), "permission denied");
+        let directory = find(path, path).unwrap_err();
+        assert_eq!(directory.to_string(), "is a directory");
+    }
+
+    #[test]
+    fn an_empty_name_is_not_found() {
+        assert!(matches!(find("", "/bin"), Err(Unusable::NotInPath)));
+    }
+}

@@ -1,0 +1,232 @@
+//! PID 1: prepares the guest, then serves until the machine ends.
+//!
+//! Only what containers or calls need is done, and in the order in which it is needed: the calls'
+//! port listens as early as possible, and the share is mounted while the host connects. Whatever is
+//! fatal is logged and the machine restarts, which the monitor reports as a reset.
+
+use std::fs;
+use std::io;
+use std::process::ExitCode;
+
+use bulkhead_protocol::{AGENT_PORT, STREAM_PORT};
+use rustix::io::Errno;
+use rustix::mount::{MountFlags, mount, mount_bind_recursive, mount_move};
+use rustix::net::{self, AddressFamily, SendFlags, SocketFlags, SocketType, netlink};
+use rustix::process::{Resource, Rlimit, chdir, chroot, getpid, setrlimit};
+use rustix::system::{RebootCommand, reboot};
+use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener};
+
+use crate::container::Containers;
+use crate::io::Meeting;
+use crate::process::Reaper;
+use crate::share::Share;
+use crate::{cgroup, io as streams, logging, rpc};
+
+/// The guest could not be prepared or can no longer be served.
+#[derive(Debug, thiserror::Error)]
+enum InitError {
+    #[error("root cannot be made a mount that containers can leave")]
+    Root(#[source] io::Error),
+    #[error("{target} cannot be mounted")]
+    Mount { target: &'static str, source: io::Error },
+    #[error("{path} cannot be prepared")]
+    Prepare { path: &'static str, source: io::Error },
+    #[error("loopback cannot be brought up")]
+    Loopback(#[source] io::Error),
+    #[error("limit of open files cannot be raised")]
+    Limit(#[source] io::Error),
+    #[error("runtime cannot be started")]
+    Runtime(#[source] io::Error),
+    #[error("vsock port {port} cannot be listened on")]
+    Listen { port: u32, source: io::Error },
+    #[error("calls can no longer be served")]
+    Calls(#[source] tonic::transport::Error),
+    #[error("streams can no longer be accepted")]
+    Streams(#[source] io::Error),
+    #[error("processes can no longer be collected")]
+    Reaper(#[source] io::Error),
+}
+
+/// One file system that every guest has.
+struct Mount {
+    kind: &'static str,
+    target: &'static str,
+    flags: MountFlags,
+    options: &'static std::ffi::CStr,
+}
+
+const MOUNTS: [Mount; 9] = {
+    const SAFE: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV).union(MountFlags::NOEXEC);
+    const QUIET: MountFlags = MountFlags::NOSUID.union(MountFlags::NOEXEC);
+    const PLAIN: MountFlags = MountFlags::NOSUID.union(MountFlags::NODEV);
+    const fn new(
+        kind: &'static str,
+        target: &'static str,
+        flags: MountFlags,
+        options: &'static std::ffi::CStr,
+    ) -> Mount {
+        Mount { kind, target, flags, options }
+    }
+    [
+        new("proc", "/proc", SAFE, c""),
+        new("sysfs", "/sys", SAFE, c""),
+        new("devtmpfs", "/dev", QUIET, c"mode=0755"),
+        new("devpts", "/dev/pts", QUIET, c"newinstance,ptmxmode=0666,mode=0620,gid=5"),
+        new("tmpfs", "/dev/shm", SAFE, c"mode=1777"),
+        new("mqueue", "/dev/mqueue", SAFE, c""),
+        new("tmpfs", "/run", PLAIN, c"mode=0755"),
+        new("tmpfs", "/tmp", PLAIN, c"mode=1777"),
+        new("cgroup2", cgroup::ROOT, SAFE, c"nsdelegate,memory_recursiveprot"),
+    ]
+};
+
+/// Open files that a container's processes may raise their own limit to.
+const OPEN_FILES: u64 = 1 << 20;
+
+/// Prepares the guest and serves it. Returns only if this is not PID 1.
+pub(crate) fn main() -> ExitCode {
+    logging::install();
+    if getpid().as_raw_nonzero().get() != 1 {
+        tracing::error!("bulkhead-agent is PID 1 of a guest and nothing else");
+        return ExitCode::FAILURE;
+    }
+    std::panic::set_hook(Box::new(|panic| {
+        tracing::error!(%panic, "agent panicked");
+        restart();
+    }));
+    if let Err(error) = prepare().and_then(|()| serve()) {
+        tracing::error!(error = logging::chain(&error), "guest failed");
+    }
+    restart()
+}
+
+/// Restarts the machine.
+fn restart() -> ! {
+    rustix::fs::sync();
+    let refused = reboot(RebootCommand::Restart);
+    tracing::error!(?refused, "machine does not restart");
+    // PID 1 must not end by itself; the kernel panics if it does, which the monitor reports too.
+    std::process::exit(1)
+}
+
+fn prepare() -> Result<(), InitError> {
+    leave_initial_root().map_err(|error| InitError::Root(error.into()))?;
+    for Mount { kind, target, flags, options } in MOUNTS {
+        let failed = |source| InitError::Mount { target, source };
+        match fs::create_dir(target) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(failed(error));
+            }
+            Ok(()) | Err(_) => {}
+        }
+        match mount(kind, target, kind, flags, options) {
+            // In a process namespace of a running system some of it is there already.
+            Ok(()) | Err(Errno::BUSY) => {}
+            Err(error) => return Err(failed(error.into())),
+        }
+    }
+    let prepared = |path| move |source| InitError::Prepare { path, source };
+    enable_controllers().map_err(prepared(cgroup::ROOT))?;
+    raise_loopback().map_err(|error| InitError::Loopback(error.into()))?;
+    let limit = Rlimit { current: Some(1024), maximum: Some(OPEN_FILES) };
+    setrlimit(Resource::Nofile, limit).map_err(|error| InitError::Limit(error.into()))
+}
+
+/// Moves from the initial ramfs, which no process can leave by `pivot_root` (it is attached
+/// nowhere), to a mount of the same files on top of it, which containers can leave.
+fn leave_initial_root() -> rustix::io::Result<()> {
+    mount_bind_recursive("/", "/run")?;
+    chdir("/run")?;
+    mount_move(".", "/")?;
+    chroot(".")?;
+    chdir("/")
+}
+
+/// Lets cgroups below the root have every controller that the kernel has.
+fn enable_controllers() -> io::Result<()> {
+    let root = std::path::Path::new(cgroup::ROOT);
+    let controllers = fs::read_to_string(root.join("cgroup.controllers"))?;
+    for controller in controllers.split_whitespace() {
+        // A controller may be bound to a v1 hierarchy where the agent is tested; a container that
+        // needs it then fails with its name.
+        if let Err(error) = fs::write(root.join("cgroup.subtree_control"), format!("+{controller}"))
+        {
+            tracing::warn!(controller, %error, "controller is not enabled");
+        }
+    }
+    Ok(())
+}
+
+/// Brings up the loopback of the network namespace that the caller is in: one `RTM_NEWLINK` of
+/// rtnetlink(7), interface 1, which is always the loopback.
+///
+/// # Errors
+/// The kernel refuses the message.
+pub(crate) fn raise_loopback() -> rustix::io::Result<()> {
+    const LENGTH: u32 = 32;
+    const UP: u32 = 1; // IFF_UP
+    let mut message = [0_u8; LENGTH as usize];
+    // struct nlmsghdr: length, type RTM_NEWLINK, flags NLM_F_REQUEST | NLM_F_ACK, sequence, port
+    message[0..4].copy_from_slice(&LENGTH.to_ne_bytes());
+    message[4..6].copy_from_slice(&16_u16.to_ne_bytes());
+    message[6..8].copy_from_slice(&5_u16.to_ne_bytes());
+    // struct ifinfomsg: family, padding, type, index, flags, mask of flags
+    message[20..24].copy_from_slice(&1_u32.to_ne_bytes());
+    message[24..28].copy_from_slice(&UP.to_ne_bytes());
+    message[28..32].copy_from_slice(&UP.to_ne_bytes());
+    // No protocol is NETLINK_ROUTE, which is number 0.
+    let socket =
+        net::socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, None)?;
+    let kernel = netlink::SocketAddrNetlink::new(0, 0);
+    net::sendto(&socket, &message, SendFlags::empty(), &kernel)?;
+    let mut answer = [0_u8; 128];
+    let (length, _) = net::recv(&socket, &mut answer[..], net::RecvFlags::empty())?;
+    // struct nlmsgerr: the header, then the negative error number, 0 if it was done
+    match answer.get(16..20).and_then(|number| number.try_into().ok()).map(i32::from_ne_bytes) {
+        Some(0) if length >= 20 => Ok(()),
+        Some(number) if length >= 20 => Err(Errno::from_raw_os_error(number.wrapping_neg())),
+        _ => Err(Errno::PROTO),
+    }
+}
+
+/// Serves calls and streams and collects processes, for ever.
+fn serve() -> Result<(), InitError> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(InitError::Runtime)?;
+    runtime.block_on(async {
+        let calls = listen(AGENT_PORT)?;
+        let streams = listen(STREAM_PORT)?;
+        tracing::info!(port = AGENT_PORT, "agent listens");
+        let (reaper, meeting, share) = (Reaper::default(), Meeting::default(), Share::default());
+        let early = share.clone();
+        tokio::spawn(async move {
+            if let Err(error) = early.mount().await {
+                tracing::warn!(%error, "share is not mounted");
+            }
+        });
+        let containers = Containers::new(reaper.clone(), meeting.clone(), share.clone());
+        tokio::select! {
+            ended = reaper.run() => ended.map_err(InitError::Reaper),
+            ended = streams::serve(streams, meeting) => ended.map_err(InitError::Streams),
+            ended = rpc::serve(calls, containers, share) => ended.map_err(InitError::Calls),
+        }
+    })
+}
+
+fn listen(port: u32) -> Result<VsockListener, InitError> {
+    let address = VsockAddr::new(VMADDR_CID_ANY, port);
+    VsockListener::bind(address).map_err(|source| InitError::Listen { port, source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_loopback_that_is_up_can_be_brought_up() {
+        // In an unprivileged caller the kernel answers, and the answer is read as an error.
+        assert!(matches!(raise_loopback(), Ok(()) | Err(Errno::PERM)));
+    }
+}

@@ -1,0 +1,343 @@
+//! Standard streams: one raw vsock connection each, matched by its [`StreamHeader`] to the process
+//! that it belongs to, and copied from or to that process's pipe with half-close in both directions.
+//!
+//! A connection and the call that names it may come in either order; each waits [`PATIENCE`] for the
+//! other. Connections that nobody has claimed are few ([`UNCLAIMED`]) and are closed after that
+//! time, named or silent. What the bytes mean is not looked at.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::io;
+use std::net::Shutdown;
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use bulkhead_protocol::StreamHeader;
+use rustix::pipe::{PipeFlags, pipe_with};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, Interest};
+use tokio::net::unix::pipe;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::time::{sleep, timeout};
+use tokio_vsock::{VsockListener, VsockStream};
+
+/// How long a connection waits for its call, and a call for its connection.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
+/// How many connections may be open that no call has claimed.
+const UNCLAIMED: usize = 64;
+/// The most bytes that one step of a copy moves: what a pipe holds.
+const CHUNK: usize = 64 << 10;
+
+/// A named stream did not become a connection.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum StreamError {
+    #[error("{stream} has a header of {length} bytes, not {}", StreamHeader::LEN)]
+    Header { stream: Kind, length: usize },
+    #[error("{stream} has the header of another stream")]
+    Taken { stream: Kind },
+    #[error("{stream} was not connected in {} seconds", PATIENCE.as_secs())]
+    Missing { stream: Kind },
+    #[error("{stream} cannot be made a pipe")]
+    Pipe { stream: Kind, source: io::Error },
+}
+
+/// Which of a process's standard streams.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Stdin,
+    Stdout,
+    Stderr,
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Stdin => "stdin",
+            Self::Stdout => "stdout",
+            Self::Stderr => "stderr",
+        })
+    }
+}
+
+/// The connections and calls that wait for each other. Clones share one table.
+#[derive(Debug)]
+pub(crate) struct Meeting<S>(Arc<Mutex<HashMap<StreamHeader, Waiting<S>>>>);
+
+/// One side that waits for the other.
+#[derive(Debug)]
+enum Waiting<S> {
+    Call(oneshot::Sender<S>),
+    // The permit bounds how many there are.
+    Connection(S, #[expect(dead_code, reason = "held, not read")] OwnedSemaphorePermit),
+}
+
+/// Takes a call out of the table again, however its wait ends.
+struct OpenCall<'a, S> {
+    meeting: &'a Meeting<S>,
+    header: StreamHeader,
+}
+
+impl<S> Drop for OpenCall<'_, S> {
+    fn drop(&mut self) {
+        let mut table = self.meeting.table();
+        if let Some(connection @ Waiting::Connection(..)) = table.remove(&self.header) {
+            table.insert(self.header, connection);
+        }
+    }
+}
+
+impl<S> Clone for Meeting<S> {
+    fn clone(&self) -> Self {
+        Self(Arc::clone(&self.0))
+    }
+}
+
+impl<S> Default for Meeting<S> {
+    fn default() -> Self {
+        Self(Arc::default())
+    }
+}
+
+impl<S> Meeting<S> {
+    /// Waits for the connection that `header` names.
+    ///
+    /// # Errors
+    /// Another call waits for it already, or it does not come in [`PATIENCE`].
+    async fn claim(&self, header: StreamHeader, stream: Kind) -> Result<S, StreamError> {
+        let receiver = {
+            let mut table = self.table();
+            match table.remove(&header) {
+                Some(Waiting::Connection(connection, _)) => return Ok(connection),
+                Some(call @ Waiting::Call(_)) => {
+                    table.insert(header, call);
+                    return Err(StreamError::Taken { stream });
+                }
+                None => {}
+            }
+            let (sender, receiver) = oneshot::channel();
+            table.insert(header, Waiting::Call(sender));
+            receiver
+        };
+        let _call = OpenCall { meeting: self, header };
+        match timeout(PATIENCE, receiver).await {
+            Ok(Ok(connection)) => Ok(connection),
+            Ok(Err(_)) | Err(_) => Err(StreamError::Missing { stream }),
+        }
+    }
+
+    /// Hands a connection to the call that waits for it, or keeps it for [`PATIENCE`].
+    async fn offer(&self, header: StreamHeader, connection: S, permit: OwnedSemaphorePermit) {
+        {
+            let mut table = self.table();
+            match table.remove(&header) {
+                Some(Waiting::Call(call)) => {
+                    // A call that has just given up drops it, which closes it.
+                    let _ = call.send(connection);
+                    return;
+                }
+                Some(first @ Waiting::Connection(..)) => {
+                    tracing::warn!("a second connection for one stream was closed");
+                    table.insert(header, first);
+                    return;
+                }
+                None => table.insert(header, Waiting::Connection(connection, permit)),
+            };
+        }
+        sleep(PATIENCE).await;
+        let mut table = self.table();
+        if let Some(call @ Waiting::Call(_)) = table.remove(&header) {
+            table.insert(header, call);
+        }
+    }
+
+    fn table(&self) -> MutexGuard<'_, HashMap<StreamHeader, Waiting<S>>> {
+        // Nothing panics while it holds the lock, so the table is whole.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Accepts the host's streams for ever.
+///
+/// # Errors
+/// The listener fails.
+pub(crate) async fn serve(
+    listener: VsockListener,
+    meeting: Meeting<VsockStream>,
+) -> io::Result<()> {
+    let permits = Arc::new(Semaphore::new(UNCLAIMED));
+    loop {
+        let (mut connection, _) = listener.accept().await?;
+        let Ok(permit) = Arc::clone(&permits).try_acquire_owned() else {
+            tracing::warn!(limit = UNCLAIMED as u64, "too many unclaimed streams, one was closed");
+            continue;
+        };
+        let meeting = meeting.clone();
+        tokio::spawn(async move {
+            let mut header = [0; StreamHeader::LEN];
+            match timeout(PATIENCE, connection.read_exact(&mut header)).await {
+                Ok(Ok(_)) => meeting.offer(StreamHeader(header), connection, permit).await,
+                Ok(Err(_)) | Err(_) => tracing::warn!("a stream without a header was closed"),
+            }
+        });
+    }
+}
+
+/// The agent's and the process's ends of a process's standard streams.
+#[derive(Debug)]
+pub(crate) struct Pipes {
+    stdin: Option<(StreamHeader, pipe::Sender)>,
+    stdout: Option<(StreamHeader, pipe::Receiver)>,
+    stderr: Option<(StreamHeader, pipe::Receiver)>,
+}
+
+/// What the process gets as descriptors 0, 1 and 2; nothing is the null device.
+#[derive(Debug, Default)]
+pub(crate) struct Stdio {
+    pub(crate) stdin: Option<OwnedFd>,
+    pub(crate) stdout: Option<OwnedFd>,
+    pub(crate) stderr: Option<OwnedFd>,
+}
+
+impl Pipes {
+    /// Makes a pipe for each stream that has a header.
+    ///
+    /// # Errors
+    /// A header has the wrong length, or the guest has no pipes left.
+    pub(crate) fn new(headers: [&[u8]; 3]) -> Result<(Self, Stdio), StreamError> {
+        let [stdin, stdout, stderr] = headers;
+        let mut stdio = Stdio::default();
+        let mut pipes = Self { stdin: None, stdout: None, stderr: None };
+        let failed = |stream| move |source| StreamError::Pipe { stream, source };
+        if let Some(header) = parse(stdin, Kind::Stdin)? {
+            let (theirs, ours) = new_pipe().map_err(failed(Kind::Stdin))?;
+            let ours = pipe::Sender::from_owned_fd(ours).map_err(failed(Kind::Stdin))?;
+            stdio.stdin = Some(theirs);
+            pipes.stdin = Some((header, ours));
+        }
+        for (header, stream) in [(stdout, Kind::Stdout), (stderr, Kind::Stderr)] {
+            let Some(header) = parse(header, stream)? else { continue };
+            let (ours, theirs) = new_pipe().map_err(failed(stream))?;
+            let ours = pipe::Receiver::from_owned_fd(ours).map_err(failed(stream))?;
+            let (their_end, our_end) = match stream {
+                Kind::Stdout => (&mut stdio.stdout, &mut pipes.stdout),
+                Kind::Stdin | Kind::Stderr => (&mut stdio.stderr, &mut pipes.stderr),
+            };
+            *their_end = Some(theirs);
+            *our_end = Some((header, ours));
+        }
+        Ok((pipes, stdio))
+    }
+
+    /// Waits for the streams' connections and starts to copy. The copies end by themselves: when
+    /// the last holder of a pipe closes it, or the host closes the connection.
+    ///
+    /// # Errors
+    /// A connection does not come in [`PATIENCE`].
+    pub(crate) async fn connect(self, meeting: &Meeting<VsockStream>) -> Result<(), StreamError> {
+        let stdin = claim(meeting, self.stdin, Kind::Stdin);
+        let stdout = claim(meeting, self.stdout, Kind::Stdout);
+        let stderr = claim(meeting, self.stderr, Kind::Stderr);
+        let (stdin, stdout, stderr) = tokio::try_join!(stdin, stdout, stderr)?;
+        if let Some((connection, pipe)) = stdin {
+            tokio::spawn(feed(connection, pipe));
+        }
+        if let Some((connection, pipe)) = stdout {
+            tokio::spawn(drain(Kind::Stdout, pipe, connection));
+        }
+        if let Some((connection, pipe)) = stderr {
+            tokio::spawn(drain(Kind::Stderr, pipe, connection));
+        }
+        Ok(())
+    }
+}
+
+/// Waits for the connection of one stream, if the stream is wanted.
+async fn claim<S, P>(
+    meeting: &Meeting<S>,
+    wanted: Option<(StreamHeader, P)>,
+    stream: Kind,
+) -> Result<Option<(S, P)>, StreamError> {
+    let Some((header, pipe)) = wanted else { return Ok(None) };
+    Ok(Some((meeting.claim(header, stream).await?, pipe)))
+}
+
+fn parse(header: &[u8], stream: Kind) -> Result<Option<StreamHeader>, StreamError> {
+    if header.is_empty() {
+        return Ok(None);
+    }
+    let length = header.len();
+    StreamHeader::from_bytes(header).map(Some).ok_or(StreamError::Header { stream, length })
+}
+
+/// A pipe's reading and writing end.
+fn new_pipe() -> io::Result<(OwnedFd, OwnedFd)> {
+    Ok(pipe_with(PipeFlags::CLOEXEC)?)
+}
+
+/// Copies the host's bytes into a process's standard input, then closes it. Ends early when the
+/// process has closed it.
+async fn feed(mut connection: VsockStream, mut pipe: pipe::Sender) {
+    let copied = feed_all(&mut connection, &mut pipe).await;
+    log_end(Kind::Stdin, copied);
+}
+
+async fn feed_all<R>(connection: &mut R, pipe: &mut pipe::Sender) -> io::Result<()>
+where
+    R: AsyncRead + Unpin,
+{
+    let mut buffer = Vec::with_capacity(CHUNK);
+    loop {
+        buffer.clear();
+        let length = tokio::select! {
+            length = connection.read_buf(&mut buffer) => length?,
+            // A pipe whose readers are gone is in error, whether or not there is something to write.
+            _ = pipe.ready(Interest::ERROR) => 0,
+        };
+        if length == 0 {
+            return Ok(());
+        }
+        pipe.write_all(&buffer).await?;
+    }
+}
+
+/// Copies a process's output to the host, then ends that direction and waits until the host has
+/// closed the other, so that nothing in flight is cut off.
+async fn drain(stream: Kind, mut pipe: pipe::Receiver, mut connection: VsockStream) {
+    let copied = copy(&mut pipe, &mut connection).await;
+    let whole = copied.is_ok();
+    log_end(stream, copied);
+    drop(pipe);
+    if whole && connection.shutdown(Shutdown::Write).is_ok() {
+        let mut rest = [0; 64];
+        while connection.read(&mut rest).await.is_ok_and(|length| length > 0) {}
+    }
+}
+
+/// Copies until the end of `from`.
+async fn copy<R, W>(from: &mut R, to: &mut W) -> io::Result<()>
+where
+    R: AsyncRead + Unpin,
+    W: AsyncWrite + Unpin,
+{
+    let mut buffer = Vec::with_capacity(CHUNK);
+    loop {
+        buffer.clear();
+        if from.read_buf(&mut buffer).await? == 0 {
+            return Ok(());
+        }
+        to.write_all(&buffer).await?;
+    }
+}
+
+/// The other side may leave at any time; what else ends a stream is worth a line.
+fn log_end(stream: Kind, copied: io::Result<()>) {
+    use io::ErrorKind::{BrokenPipe, ConnectionReset, NotConnected};
+    match copied {
+        Ok(()) => {}
+        Err(error) if matches!(error.kind(), BrokenPipe | ConnectionReset | NotConnected) => {}
+        Err(error) => tracing::warn!(%stream, %error, "a stream ended early"),
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,170 @@
+//! Log lines: one JSON object each, at most [`LINE_BYTES`] long, to standard error.
+//!
+//! The kernel gives PID 1 its console as standard error, and the console is slow, so only warnings,
+//! errors and the few facts of a start are written. It deliberately knows nothing of spans, filters
+//! or formats: that would be a tenth of the binary.
+
+use std::fmt;
+use std::io::Write as _;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use serde_json::{Map, Value};
+use tracing::field::{Field, Visit};
+use tracing::span::{Attributes, Id, Record};
+use tracing::{Event, Level, Metadata, Subscriber};
+
+/// The longest line, its line feed included.
+pub(crate) const LINE_BYTES: usize = 2048;
+/// The longest value of one field; what is longer is cut.
+const VALUE_BYTES: usize = 512;
+
+/// Writes events up to a level through `sink`.
+pub(crate) struct Lines<S> {
+    level: Level,
+    sink: S,
+}
+
+/// Installs the log of PID 1: events up to `INFO`, on the console.
+pub(crate) fn install() {
+    install_with(Level::INFO, |fields| {
+        let line = line(fields);
+        // A console that cannot be written to leaves nowhere to say so.
+        let _ = std::io::stderr().write_all(&line);
+    });
+}
+
+/// Installs a log that hands each event's fields, up to `level`, to `sink`.
+pub(crate) fn install_with<S>(level: Level, sink: S)
+where
+    S: Fn(Map<String, Value>) + Send + Sync + 'static,
+{
+    // Fails only if a log is installed already, and then that one is right.
+    let _ = tracing::subscriber::set_global_default(Lines { level, sink });
+}
+
+/// One event's fields as a line that is not longer than [`LINE_BYTES`].
+fn line(mut fields: Map<String, Value>) -> Vec<u8> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let mut ordered = Map::new();
+    let seconds = format!("{}.{:03}", now.as_secs(), now.subsec_millis());
+    ordered.insert("time".to_owned(), Value::String(seconds));
+    ordered.append(&mut fields);
+    let mut line = serde_json::to_vec(&ordered).unwrap_or_default();
+    if line.len() >= LINE_BYTES {
+        // Too many fields: the message alone says most, and fits because every value is cut.
+        ordered.retain(|name, _| matches!(name.as_str(), "time" | "level" | "message"));
+        line = serde_json::to_vec(&ordered).unwrap_or_default();
+        line.truncate(LINE_BYTES - 1);
+    }
+    line.push(b'\n');
+    line
+}
+
+impl<S> Subscriber for Lines<S>
+where
+    S: Fn(Map<String, Value>) + Send + Sync + 'static,
+{
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        metadata.is_event() && *metadata.level() <= self.level
+    }
+
+    fn max_level_hint(&self) -> Option<tracing::level_filters::LevelFilter> {
+        Some(self.level.into())
+    }
+
+    fn event(&self, event: &Event<'_>) {
+        let mut fields = Fields(Map::new());
+        let level = event.metadata().level().as_str().to_ascii_lowercase();
+        fields.0.insert("level".to_owned(), Value::String(level));
+        event.record(&mut fields);
+        (self.sink)(fields.0);
+    }
+
+    fn new_span(&self, _: &Attributes<'_>) -> Id {
+        Id::from_u64(1)
+    }
+
+    fn record(&self, _: &Id, _: &Record<'_>) {}
+    fn record_follows_from(&self, _: &Id, _: &Id) {}
+    fn enter(&self, _: &Id) {}
+    fn exit(&self, _: &Id) {}
+}
+
+/// Collects an event's fields.
+struct Fields(Map<String, Value>);
+
+impl Fields {
+    fn insert_text(&mut self, field: &Field, mut text: String) {
+        if text.len() > VALUE_BYTES {
+            let end = (0..=VALUE_BYTES).rev().find(|&end| text.is_char_boundary(end));
+            text.truncate(end.unwrap_or(0));
+        }
+        self.0.insert(field.name().to_owned(), Value::String(text));
+    }
+}
+
+impl Visit for Fields {
+    fn record_debug(&mut self, field: &Field, value: &dyn fmt::Debug) {
+        self.insert_text(field, format!("{value:?}"));
+    }
+
+    fn record_str(&mut self, field: &Field, value: &str) {
+        self.insert_text(field, value.to_owned());
+    }
+
+    fn record_u64(&mut self, field: &Field, value: u64) {
+        self.0.insert(field.name().to_owned(), value.into());
+    }
+
+    fn record_i64(&mut self, field: &Field, value: i64) {
+        self.0.insert(field.name().to_owned(), value.into());
+    }
+
+    fn record_error(&mut self, field: &Field, value: &(dyn std::error::Error + 'static)) {
+        self.insert_text(field, chain(value));
+    }
+}
+
+/// An error and its causes in one line, outermost first.
+pub(crate) fn chain(error: &(dyn std::error::Error + 'static)) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        // Some libraries repeat a cause in the text of what it caused.
+        let next = error.to_string();
+        if !text.ends_with(&next) {
+            text.push_str(": ");
+            text.push_str(&next);
+        }
+        cause = error.source();
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_is_bounded_however_many_fields_it_has() {
+        let mut fields = Map::new();
+        fields.insert("message".to_owned(), Value::String("short".to_owned()));
+        for index in 0..100 {
+            fields.insert(format!("field{index}"), Value::String("x".repeat(VALUE_BYTES)));
+        }
+        let line = line(fields);
+        assert!(line.len() <= LINE_BYTES);
+        let back: Value = serde_json::from_slice(&line).unwrap();
+        assert_eq!(back["message"], "short");
+    }
+
+    #[test]
+    fn an_ordinary_line_keeps_its_fields() {
+        let mut fields = Map::new();
+        fields.insert("pid".to_owned(), 7.into());
+        let line = line(fields);
+        let back: Value = serde_json::from_slice(&line).unwrap();
+        assert_eq!(back["pid"], 7);
+        assert!(line.ends_with(b"\n"));
+    }
+}

@@ -1,0 +1,206 @@
+//! The calls of `agent.proto`: each is translated, and nothing is decided here but which status code
+//! an error becomes.
+
+use std::io;
+use std::path::Path;
+use std::time::UNIX_EPOCH;
+
+use bulkhead_protocol::agent::agent_server::{Agent, AgentServer};
+use bulkhead_protocol::agent::{
+    CreateReply, CreateRequest, DeleteReply, DeleteRequest, HelloReply, HelloRequest, KillReply,
+    KillRequest, ProcessesReply, ProcessesRequest, RescanReply, RescanRequest, StartReply,
+    StartRequest, SyncReply, SyncRequest, WaitReply, WaitRequest,
+};
+use bulkhead_protocol::{MAX_MESSAGE_BYTES, VERSION};
+use rustix::system::uname;
+use tokio::task::spawn_blocking;
+use tokio_vsock::VsockListener;
+use tonic::transport::Server;
+use tonic::{Request, Response, Status};
+
+use crate::container::{ContainerError, Containers, Order};
+use crate::share::Share;
+use crate::{clock, hotplug, logging};
+
+/// What the calls act on.
+struct Calls {
+    containers: Containers,
+    share: Share,
+}
+
+/// Serves the calls for ever.
+///
+/// # Errors
+/// The listener fails.
+pub(crate) async fn serve(
+    listener: VsockListener,
+    containers: Containers,
+    share: Share,
+) -> Result<(), tonic::transport::Error> {
+    let service = AgentServer::new(Calls { containers, share })
+        .max_decoding_message_size(MAX_MESSAGE_BYTES)
+        .max_encoding_message_size(MAX_MESSAGE_BYTES);
+    Server::builder().add_service(service).serve_with_incoming(listener.incoming()).await
+}
+
+#[tonic::async_trait]
+impl Agent for Calls {
+    async fn hello(&self, request: Request<HelloRequest>) -> Result<Response<HelloReply>, Status> {
+        let HelloRequest { version, time_ns, entropy, hostname } = request.into_inner();
+        if version != VERSION {
+            return Err(Status::failed_precondition(format!(
+                "host speaks version {version} of the protocol, this guest version {VERSION}"
+            )));
+        }
+        if entropy.len() > clock::ENTROPY_BYTES {
+            let limit = clock::ENTROPY_BYTES;
+            return Err(Status::invalid_argument(format!("entropy has more than {limit} bytes")));
+        }
+        if time_ns != 0 {
+            clock::set_time(time_ns).map_err(internal("clock cannot be set"))?;
+        }
+        if !entropy.is_empty() {
+            clock::add_entropy(&entropy).map_err(internal("entropy cannot be added"))?;
+        }
+        if !hostname.is_empty() {
+            clock::set_hostname(&hostname)
+                .map_err(|error| Status::invalid_argument(format!("host name: {error}")))?;
+        }
+        Ok(Response::new(HelloReply {
+            version: VERSION,
+            agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+            kernel_release: uname().release().to_string_lossy().into_owned(),
+        }))
+    }
+
+    async fn create(
+        &self,
+        request: Request<CreateRequest>,
+    ) -> Result<Response<CreateReply>, Status> {
+        let CreateRequest { container_id, spec_json, streams } = request.into_inner();
+        let streams = streams.unwrap_or_default();
+        let headers = [streams.stdin, streams.stdout, streams.stderr];
+        let pid = self.containers.create(Order { container_id, spec_json, headers }).await?;
+        Ok(Response::new(CreateReply { pid }))
+    }
+
+    async fn start(&self, request: Request<StartRequest>) -> Result<Response<StartReply>, Status> {
+        self.containers.start(&request.into_inner().container_id).await?;
+        Ok(Response::new(StartReply {}))
+    }
+
+    async fn kill(&self, request: Request<KillRequest>) -> Result<Response<KillReply>, Status> {
+        let KillRequest { container_id, signal, all } = request.into_inner();
+        self.containers.kill(&container_id, signal, all)?;
+        Ok(Response::new(KillReply {}))
+    }
+
+    async fn wait(&self, request: Request<WaitRequest>) -> Result<Response<WaitReply>, Status> {
+        let end = self.containers.wait(&request.into_inner().container_id).await?;
+        let at = end.exit.at.duration_since(UNIX_EPOCH).unwrap_or_default();
+        Ok(Response::new(WaitReply {
+            exit_status: end.exit.status,
+            exited_at_ns: u64::try_from(at.as_nanos()).unwrap_or(u64::MAX),
+            oom_killed: end.oom_killed,
+        }))
+    }
+
+    async fn delete(
+        &self,
+        request: Request<DeleteRequest>,
+    ) -> Result<Response<DeleteReply>, Status> {
+        self.containers.delete(&request.into_inner().container_id).await?;
+        Ok(Response::new(DeleteReply {}))
+    }
+
+    async fn processes(
+        &self,
+        request: Request<ProcessesRequest>,
+    ) -> Result<Response<ProcessesReply>, Status> {
+        let pids = self.containers.processes(&request.into_inner().container_id)?;
+        Ok(Response::new(ProcessesReply { pids }))
+    }
+
+    async fn rescan(&self, _: Request<RescanRequest>) -> Result<Response<RescanReply>, Status> {
+        let bound = spawn_blocking(|| hotplug::rescan(Path::new(hotplug::PLATFORM_BUS)))
+            .await
+            .map_err(|error| Status::internal(error.to_string()))?
+            .map_err(internal("a slot cannot be bound"))?;
+        if !bound.is_empty() {
+            self.share.mount().await.map_err(internal("share cannot be mounted"))?;
+        }
+        Ok(Response::new(RescanReply { bound }))
+    }
+
+    async fn sync(&self, _: Request<SyncRequest>) -> Result<Response<SyncReply>, Status> {
+        spawn_blocking(rustix::fs::sync)
+            .await
+            .map_err(|error| Status::internal(error.to_string()))?;
+        Ok(Response::new(SyncReply {}))
+    }
+}
+
+impl From<ContainerError> for Status {
+    fn from(error: ContainerError) -> Self {
+        use crate::io::StreamError;
+        use crate::spec::SpecError;
+        let reason = logging::chain(&error);
+        match error {
+            ContainerError::Spec(SpecError::Terminal | SpecError::HostHooks(_)) => {
+                Self::failed_precondition(reason)
+            }
+            ContainerError::Stream(StreamError::Missing { .. }) => Self::deadline_exceeded(reason),
+            ContainerError::Stream(StreamError::Pipe { .. }) => Self::internal(reason),
+            ContainerError::Spec(_) | ContainerError::Stream(_) | ContainerError::Signal(_) => {
+                Self::invalid_argument(reason)
+            }
+            ContainerError::Exists(_) => Self::already_exists(reason),
+            ContainerError::Unknown(_) | ContainerError::ProgramNotFound(_) => {
+                Self::not_found(reason)
+            }
+            ContainerError::ProgramNotExecutable(_) => Self::permission_denied(reason),
+            ContainerError::State { .. } | ContainerError::Create(_) => {
+                Self::failed_precondition(reason)
+            }
+            ContainerError::Step { .. } => Self::internal(reason),
+        }
+    }
+}
+
+/// Names what of the guest failed.
+fn internal(what: &'static str) -> impl FnOnce(io::Error) -> Status {
+    move |error| Status::internal(format!("{what}: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use tonic::Code;
+
+    use super::*;
+    use crate::io::{Kind, StreamError};
+    use crate::spec::SpecError;
+
+    #[test]
+    fn errors_become_the_codes_that_the_contract_names() {
+        let id = || "one".to_owned();
+        let table = [
+            (ContainerError::Exists(id()), Code::AlreadyExists),
+            (ContainerError::Unknown(id()), Code::NotFound),
+            (ContainerError::ProgramNotFound(id()), Code::NotFound),
+            (ContainerError::ProgramNotExecutable(id()), Code::PermissionDenied),
+            (ContainerError::Create(id()), Code::FailedPrecondition),
+            (ContainerError::State { id: id(), state: "has ended" }, Code::FailedPrecondition),
+            (ContainerError::Signal(99), Code::InvalidArgument),
+            (SpecError::Terminal.into(), Code::FailedPrecondition),
+            (SpecError::Id(id()).into(), Code::InvalidArgument),
+            (StreamError::Missing { stream: Kind::Stdin }.into(), Code::DeadlineExceeded),
+            (StreamError::Taken { stream: Kind::Stdin }.into(), Code::InvalidArgument),
+        ];
+        for (error, code) in table {
+            let words = error.to_string();
+            let status = Status::from(error);
+            assert_eq!(status.code(), code, "{words}");
+            assert_eq!(status.message(), words);
+        }
+    }
+}

@@ -1,0 +1,41 @@
+//! The pod's shared files: the virtio-fs device with the tag [`SHARE_TAG`], mounted at
+//! [`SHARE_DIR`]. A pod that shares no files has no such device, and one may come later.
+
+use std::io;
+use std::sync::Arc;
+
+use bulkhead_protocol::{SHARE_DIR, SHARE_TAG};
+use rustix::io::Errno;
+use rustix::mount::{MountFlags, mount};
+use tokio::sync::Mutex;
+use tokio::task::spawn_blocking;
+
+/// Whether the share is mounted. Clones share the answer.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Share(Arc<Mutex<bool>>);
+
+impl Share {
+    /// Mounts the share if the device is there and it is not mounted yet.
+    ///
+    /// # Errors
+    /// The device is there and cannot be mounted.
+    pub(crate) async fn mount(&self) -> io::Result<()> {
+        let mut mounted = self.0.lock().await;
+        if !*mounted {
+            // Mounting waits for the file server's first answer.
+            *mounted = spawn_blocking(try_mount).await.map_err(io::Error::other)??;
+        }
+        Ok(())
+    }
+}
+
+/// Whether there was a device to mount.
+fn try_mount() -> io::Result<bool> {
+    std::fs::create_dir_all(SHARE_DIR)?;
+    match mount(SHARE_TAG, SHARE_DIR, "virtiofs", MountFlags::empty(), None) {
+        Ok(()) => Ok(true),
+        // No device has the tag; no kernel support.
+        Err(Errno::INVAL | Errno::NODEV) => Ok(false),
+        Err(error) => Err(error.into()),
+    }
+}

@@ -1,0 +1,143 @@
+//! What the agent checks and changes in an OCI runtime specification before libcontainer gets it.
+//!
+//! The specification is the host's and is otherwise passed on as it is: what libcontainer checks is
+//! not checked here.
+
+use std::fs::File;
+use std::io::Read as _;
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::{Hooks, LinuxNamespaceType, Process, Spec};
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat, openat2};
+
+/// The most of the container's user table that is read.
+const PASSWD_BYTES: u64 = 1 << 20;
+
+/// A specification that cannot be kept, or is none.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SpecError {
+    #[error("container id {0:?} is not made of 1 to 255 letters, digits, and characters of _+-.")]
+    Id(String),
+    #[error("specification is not valid")]
+    Json(#[from] serde_json::Error),
+    #[error("specification has no {0}")]
+    Missing(&'static str),
+    #[error("root.path {0:?} is not absolute")]
+    RelativeRoot(PathBuf),
+    #[error("process.terminal: the guest gives no terminals")]
+    Terminal,
+    #[error("hooks.{0} run on the host, not in the guest")]
+    HostHooks(&'static str),
+}
+
+/// A specification as libcontainer gets it.
+#[derive(Debug)]
+pub(crate) struct Prepared {
+    pub(crate) spec: Spec,
+    /// The user that owns the standard streams, as the guest numbers it.
+    pub(crate) stream_owner: u32,
+}
+
+/// Checks an id: it becomes a file name and a cgroup's.
+///
+/// # Errors
+/// It is empty, too long, or has characters that other runtimes refuse too.
+pub(crate) fn check_id(container_id: &str) -> Result<(), SpecError> {
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"_+-.".contains(&byte);
+    let named = !matches!(container_id, "" | "." | "..") && container_id.len() <= 255;
+    if named && container_id.bytes().all(allowed) {
+        return Ok(());
+    }
+    Err(SpecError::Id(container_id.chars().take(80).collect()))
+}
+
+/// Parses and checks a specification, and fits it to the guest: its cgroup is `/<id>`, and `HOME`
+/// is in its environment.
+///
+/// # Errors
+/// See [`SpecError`].
+pub(crate) fn prepare(container_id: &str, json: &[u8]) -> Result<Prepared, SpecError> {
+    let mut spec: Spec = serde_json::from_slice(json)?;
+    let root = spec.root().as_ref().ok_or(SpecError::Missing("root"))?.path().clone();
+    if !root.is_absolute() {
+        return Err(SpecError::RelativeRoot(root));
+    }
+    if let Some(hooks) = spec.hooks() {
+        refuse_host_hooks(hooks)?;
+    }
+    let linux = spec.linux_mut().as_mut().ok_or(SpecError::Missing("linux"))?;
+    linux.set_cgroups_path(Some(Path::new("/").join(container_id)));
+    let mappings = linux.uid_mappings().clone().unwrap_or_default();
+    let process = spec.process_mut().as_mut().ok_or(SpecError::Missing("process"))?;
+    fit_process(process, &root)?;
+    let uid = process.user().uid();
+    let mapping = mappings.iter().find(|mapping| {
+        uid.checked_sub(mapping.container_id()).is_some_and(|offset| offset < mapping.size())
+    });
+    let stream_owner =
+        mapping.map_or(uid, |mapping| mapping.host_id() + (uid - mapping.container_id()));
+    Ok(Prepared { spec, stream_owner })
+}
+
+/// Whether the container gets a network of its own, which then has only a loopback.
+pub(crate) fn has_new_network(spec: &Spec) -> bool {
+    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_deref());
+    namespaces.unwrap_or_default().iter().any(|namespace| {
+        namespace.typ() == LinuxNamespaceType::Network && namespace.path().is_none()
+    })
+}
+
+fn refuse_host_hooks(hooks: &Hooks) -> Result<(), SpecError> {
+    let kinds = [
+        ("prestart", hooks.prestart()),
+        ("createRuntime", hooks.create_runtime()),
+        ("createContainer", hooks.create_container()),
+        ("poststart", hooks.poststart()),
+        ("poststop", hooks.poststop()),
+    ];
+    for (name, hooks) in kinds {
+        if hooks.as_ref().is_some_and(|hooks| !hooks.is_empty()) {
+            return Err(SpecError::HostHooks(name));
+        }
+    }
+    Ok(())
+}
+
+fn fit_process(process: &mut Process, root: &Path) -> Result<(), SpecError> {
+    if process.terminal() == Some(true) {
+        return Err(SpecError::Terminal);
+    }
+    if process.args().as_ref().is_none_or(Vec::is_empty) {
+        return Err(SpecError::Missing("process.args"));
+    }
+    // Libcontainer takes a `false` for a `true` when it picks the moment to install the filter.
+    if process.no_new_privileges() == Some(false) {
+        process.set_no_new_privileges(None);
+    }
+    let mut environment = process.env().clone().unwrap_or_default();
+    // With a HOME libcontainer does not ask the C library, which cannot look into a container.
+    if !environment.iter().any(|entry| entry.len() > 5 && entry.starts_with("HOME=")) {
+        let home = home(root, process.user().uid()).unwrap_or_else(|| "/".to_owned());
+        environment.push(format!("HOME={home}"));
+        process.set_env(Some(environment));
+    }
+    Ok(())
+}
+
+/// A user's home directory by the container's own user table.
+fn home(root: &Path, uid: u32) -> Option<String> {
+    let root = openat(CWD, root, OFlags::PATH | OFlags::DIRECTORY, Mode::empty()).ok()?;
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
+    let table = openat2(&root, "etc/passwd", flags, Mode::empty(), ResolveFlags::IN_ROOT).ok()?;
+    let mut text = String::new();
+    File::from(table).take(PASSWD_BYTES).read_to_string(&mut text).ok()?;
+    text.lines().find_map(|line| {
+        let mut fields = line.split(':');
+        let number: u32 = fields.nth(2)?.parse().ok()?;
+        let home = fields.nth(2)?;
+        (number == uid && home.starts_with('/')).then(|| home.to_owned())
+    })
+}
+
+#[cfg(test)]
+mod tests;

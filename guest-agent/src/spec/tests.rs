@@ -1,0 +1,110 @@
+//! Unit tests of what is checked and changed in a specification.
+
+use serde_json::{Value, json};
+
+use super::*;
+
+fn minimal() -> Value {
+    json!({
+        "ociVersion": "1.0.2",
+        "root": {"path": "/nonexistent"},
+        "process": {
+            "cwd": "/", "args": ["true"], "env": ["PATH=/bin"], "user": {"uid": 5, "gid": 5}
+        },
+        "linux": {"cgroupsPath": "/elsewhere", "namespaces": [{"type": "network"}]}
+    })
+}
+
+fn prepared(spec: &Value) -> Result<Prepared, SpecError> {
+    prepare("one", &serde_json::to_vec(spec).unwrap())
+}
+
+#[test]
+fn ids_are_what_other_runtimes_accept() {
+    for id in ["a", "A.b_c+d-0", "...", &"x".repeat(255)] {
+        assert!(check_id(id).is_ok(), "{id}");
+    }
+    for id in ["", ".", "..", "a/b", "a b", "ä", "a\0", &"x".repeat(256)] {
+        assert!(check_id(id).is_err(), "{id}");
+    }
+}
+
+#[test]
+fn the_cgroup_is_named_by_the_id() {
+    let spec = prepared(&minimal()).unwrap().spec;
+    let linux = spec.linux().as_ref().unwrap();
+    assert_eq!(linux.cgroups_path().as_deref(), Some(Path::new("/one")));
+}
+
+#[test]
+fn a_home_is_added_only_where_there_is_none() {
+    let spec = prepared(&minimal()).unwrap().spec;
+    let environment = spec.process().as_ref().unwrap().env().clone().unwrap();
+    assert_eq!(environment, ["PATH=/bin", "HOME=/"]);
+    let mut with_home = minimal();
+    with_home["process"]["env"] = json!(["HOME=/x"]);
+    let spec = prepared(&with_home).unwrap().spec;
+    assert_eq!(spec.process().as_ref().unwrap().env().clone().unwrap(), ["HOME=/x"]);
+}
+
+#[test]
+fn a_home_comes_from_the_containers_user_table() {
+    let root = tempfile::tempdir().unwrap();
+    std::fs::create_dir(root.path().join("etc")).unwrap();
+    let table = "root:x:0:0::/root:/bin/sh\nbroken\nfive:x:5:5::/home/five:/bin/sh\n";
+    std::fs::write(root.path().join("etc/passwd"), table).unwrap();
+    assert_eq!(home(root.path(), 5).as_deref(), Some("/home/five"));
+    assert_eq!(home(root.path(), 6), None);
+}
+
+#[test]
+fn a_link_out_of_the_root_is_not_followed_out() {
+    let root = tempfile::tempdir().unwrap();
+    std::fs::create_dir(root.path().join("etc")).unwrap();
+    std::os::unix::fs::symlink("/etc/passwd", root.path().join("etc/passwd")).unwrap();
+    assert_eq!(home(root.path(), 0), None);
+}
+
+#[test]
+fn the_owner_of_the_streams_is_mapped_out_of_a_user_namespace() {
+    assert_eq!(prepared(&minimal()).unwrap().stream_owner, 5);
+    let mut mapped = minimal();
+    let mapping = json!([{"containerID": 0, "hostID": 100_000, "size": 10}]);
+    mapped["linux"]["uidMappings"] = mapping;
+    assert_eq!(prepared(&mapped).unwrap().stream_owner, 100_005);
+}
+
+#[test]
+fn what_cannot_be_kept_is_refused_in_words() {
+    let refused = |change: fn(&mut Value), words: &str| {
+        let mut spec = minimal();
+        change(&mut spec);
+        assert_eq!(prepared(&spec).unwrap_err().to_string(), words);
+    };
+    refused(
+        |spec| spec["process"]["terminal"] = json!(true),
+        "process.terminal: the guest gives no terminals",
+    );
+    refused(
+        |spec| spec["hooks"] = json!({"poststop": [{"path": "/bin/x"}]}),
+        "hooks.poststop run on the host, not in the guest",
+    );
+    refused(|spec| spec["root"] = json!({"path": "x"}), "root.path \"x\" is not absolute");
+    refused(|spec| spec["process"]["args"] = json!([]), "specification has no process.args");
+    refused(|spec| spec["linux"] = Value::Null, "specification has no linux");
+}
+
+#[test]
+fn hooks_that_run_in_the_container_are_kept() {
+    let mut spec = minimal();
+    spec["hooks"] = json!({"startContainer": [{"path": "/bin/x"}], "poststop": []});
+    assert!(prepared(&spec).is_ok());
+}
+
+#[test]
+fn only_a_network_without_a_path_is_new() {
+    assert!(has_new_network(&prepared(&minimal()).unwrap().spec));
+    let mut spec = minimal();
+    spec["linux"]["namespaces"] = json!([{"type": "network", "path": "/proc/1/ns/net"}]);
+    assert!(!has_new_network(&prepared(&spec).unwrap().spec));
+}

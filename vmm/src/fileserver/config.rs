@@ -1,0 +1,124 @@
+//! The configuration of one file server: the only shape there is.
+//!
+//! The supervisor sends it as JSON in the first message on the control socket, with exactly two
+//! descriptors beside it: [`SHARE_ROOT`] and [`RELAY`]. The file server answers with one
+//! [`FsAnswer`] and never speaks again; it exits when the control socket reaches end of file.
+
+use serde::{Deserialize, Serialize};
+
+use crate::config::{ConfigError, JailConfig};
+
+/// The version of this shape; the file server refuses any other.
+pub const VERSION: u32 = 1;
+/// The most threads that serve requests.
+pub const THREADS_MAX: u8 = 32;
+/// Place of the detached mount that becomes the root, among the message's descriptors.
+pub const SHARE_ROOT: usize = 0;
+/// Place of the SEQPACKET socket to the monitor, among the message's descriptors.
+pub const RELAY: usize = 1;
+/// How many descriptors come with the message.
+pub const DESCRIPTORS: usize = 2;
+
+/// One file server.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FsConfig {
+    /// Must be [`VERSION`].
+    pub version: u32,
+    /// Who the file server becomes. It keeps the capabilities that serving files needs, and acts
+    /// under the ids that the guest names only while it creates something.
+    pub jail: JailConfig,
+    /// Threads that serve requests, 1 to [`THREADS_MAX`].
+    pub threads: u8,
+}
+
+/// The file server's answer to its configuration.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FsAnswer {
+    /// Always `true`: jailed and serving.
+    Ready(bool),
+    /// Why it exits instead.
+    Error(String),
+}
+
+impl FsConfig {
+    /// Reads a configuration out of a message that brought `descriptors` descriptors.
+    ///
+    /// # Errors
+    /// Names the first field that cannot be used.
+    pub fn from_json(json: &[u8], descriptors: usize) -> Result<Self, ConfigError> {
+        let config: Self = serde_json::from_slice(json)
+            .map_err(|error| ConfigError::new("(message)", error.to_string()))?;
+        config.validate(descriptors)?;
+        Ok(config)
+    }
+
+    /// Checks every field against what the file server can do.
+    ///
+    /// # Errors
+    /// Names the first field that cannot be used.
+    pub fn validate(&self, descriptors: usize) -> Result<(), ConfigError> {
+        if self.version != VERSION {
+            let reason = format!("is {}, this file server speaks {VERSION}", self.version);
+            return Err(ConfigError::new("version", reason));
+        }
+        for (field, id) in [("jail.uid", self.jail.uid), ("jail.gid", self.jail.gid)] {
+            if id == 0 || id == u32::MAX {
+                return Err(ConfigError::new(field, format!("{id} is not an unprivileged id")));
+            }
+        }
+        if !(1..=THREADS_MAX).contains(&self.threads) {
+            let reason = format!("{} is not between 1 and {THREADS_MAX}", self.threads);
+            return Err(ConfigError::new("threads", reason));
+        }
+        if descriptors != DESCRIPTORS {
+            let reason = format!("brought {descriptors} descriptors, {DESCRIPTORS} are needed");
+            return Err(ConfigError::new("(message)", reason));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = r#"{"version":1,"jail":{"uid":1000,"gid":1001},"threads":4}"#;
+
+    #[test]
+    fn a_complete_configuration_is_read() {
+        let config = FsConfig::from_json(GOOD.as_bytes(), 2).unwrap();
+        assert_eq!((config.jail.uid, config.jail.gid, config.threads), (1000, 1001, 4));
+    }
+
+    #[test]
+    fn errors_name_the_field() {
+        for (from, to, field) in [
+            ("\"version\":1", "\"version\":2", "version"),
+            ("\"uid\":1000", "\"uid\":0", "jail.uid"),
+            ("\"gid\":1001", "\"gid\":4294967295", "jail.gid"),
+            ("\"threads\":4", "\"threads\":0", "threads"),
+            ("\"threads\":4", "\"threads\":33", "threads"),
+            ("\"threads\":4", "\"threads\":4,\"root\":\"/\"", "(message)"),
+        ] {
+            let error = FsConfig::from_json(GOOD.replace(from, to).as_bytes(), 2).unwrap_err();
+            assert_eq!(error.field, field, "{to}");
+        }
+    }
+
+    #[test]
+    fn both_descriptors_are_needed_and_no_more() {
+        for descriptors in [0, 1, 3] {
+            let error = FsConfig::from_json(GOOD.as_bytes(), descriptors).unwrap_err();
+            assert_eq!(error.field, "(message)");
+        }
+    }
+
+    #[test]
+    fn the_answers_are_the_documented_json() {
+        assert_eq!(serde_json::to_string(&FsAnswer::Ready(true)).unwrap(), r#"{"ready":true}"#);
+        let error = FsAnswer::Error("field version: is 2".into());
+        assert_eq!(serde_json::to_string(&error).unwrap(), r#"{"error":"field version: is 2"}"#);
+    }
+}

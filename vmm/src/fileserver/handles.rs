@@ -1,0 +1,92 @@
+//! Files and directories that processes of the guest have open.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rustix::io::Errno;
+
+/// An open file description of the guest, and the one of the host behind it.
+#[derive(Debug)]
+pub(super) struct Handle {
+    /// The inode that it was opened for.
+    pub(super) node: u64,
+    /// Held while the position of a directory is in use.
+    pub(super) position: Mutex<()>,
+    file: OwnedFd,
+}
+
+impl AsFd for Handle {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    open: HashMap<u64, Arc<Handle>>,
+    last: u64,
+}
+
+/// All of them, by the number that the guest uses.
+#[derive(Debug, Default)]
+pub(super) struct Handles {
+    table: Mutex<Table>,
+}
+
+impl Handles {
+    /// Keeps an open file; the number is never used again.
+    pub(super) fn insert(&self, node: u64, file: OwnedFd) -> u64 {
+        let handle = Arc::new(Handle { node, position: Mutex::default(), file });
+        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        table.last += 1;
+        let number = table.last;
+        table.open.insert(number, handle);
+        number
+    }
+
+    /// The open file of this number, which must belong to `node`.
+    pub(super) fn get(&self, number: u64, node: u64) -> Result<Arc<Handle>, Errno> {
+        let table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        table.open.get(&number).filter(|handle| handle.node == node).cloned().ok_or(Errno::BADF)
+    }
+
+    /// Closes it, once nobody uses it any more.
+    pub(super) fn remove(&self, number: u64, node: u64) -> Result<(), Errno> {
+        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        if table.open.get(&number).is_none_or(|handle| handle.node != node) {
+            return Err(Errno::BADF);
+        }
+        let handle = table.open.remove(&number);
+        drop(table);
+        // Closing a file can take time.
+        drop(handle);
+        Ok(())
+    }
+
+    /// Closes all.
+    pub(super) fn clear(&self) {
+        let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
+        table.open = HashMap::new();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_handle_belongs_to_its_inode() {
+        let handles = Handles::default();
+        let file = || std::fs::File::open("/dev/null").unwrap().into();
+        let first = handles.insert(5, file());
+        let second = handles.insert(5, file());
+        assert_ne!(first, second);
+        assert!(handles.get(first, 5).is_ok());
+        assert_eq!(handles.get(first, 6).unwrap_err(), Errno::BADF);
+        assert_eq!(handles.remove(first, 6), Err(Errno::BADF));
+        assert_eq!(handles.remove(first, 5), Ok(()));
+        assert_eq!(handles.remove(first, 5), Err(Errno::BADF));
+        assert!(handles.get(second, 5).is_ok());
+    }
+}

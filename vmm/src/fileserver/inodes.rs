@@ -1,0 +1,274 @@
+//! What the guest's kernel remembers: files by number, each held open with `O_PATH`.
+//!
+//! A file is the same when device, inode number and mount are: the share crosses mount points, and
+//! one file seen through two mounts stays two, as on the host. While a descriptor is held the host
+//! cannot give the inode number to another file, so a number never changes its meaning. Numbers
+//! are counted up and never used again; what the guest forgets is gone from here at once, so the
+//! table is as large as the guest's inode cache and no larger.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+
+use rustix::fs::{AtFlags, FileType, Statx, StatxFlags, statx};
+use rustix::io::Errno;
+
+/// The number of the root directory, `FUSE_ROOT_ID`.
+pub(super) const ROOT: u64 = 1;
+
+/// A file as long as the guest remembers it.
+#[derive(Debug)]
+pub(super) struct Inode {
+    /// What the guest calls it.
+    pub(super) node: u64,
+    /// What kind of file it is, which never changes.
+    pub(super) kind: FileType,
+    /// The change time that the guest's cached pages belong to; 0 when it is not known.
+    pub(super) cached: AtomicU64,
+    path: OwnedFd,
+    key: Key,
+    lookups: AtomicU64,
+}
+
+impl Inode {
+    /// Its attributes now.
+    pub(super) fn stat(&self) -> Result<Statx, Errno> {
+        stat(&self.path)
+    }
+}
+
+impl AsFd for Inode {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.path.as_fd()
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Key {
+    inode: u64,
+    mount: u64,
+    device: u64,
+}
+
+#[derive(Debug, Default)]
+struct Tables {
+    by_node: HashMap<u64, Arc<Inode>>,
+    by_key: HashMap<Key, u64>,
+    last_node: u64,
+}
+
+/// All of them.
+#[derive(Debug)]
+pub(super) struct Inodes {
+    tables: Mutex<Tables>,
+    devices: Devices,
+}
+
+impl Inodes {
+    /// Only the root, which is never forgotten.
+    pub(super) fn new(root: OwnedFd) -> Result<Self, Errno> {
+        let attributes = stat(&root)?;
+        let mut tables = Tables { last_node: ROOT, ..Tables::default() };
+        tables.insert(ROOT, root, &attributes);
+        let devices = Devices::new(device(&attributes));
+        Ok(Self { tables: Mutex::new(tables), devices })
+    }
+
+    /// The file that the guest calls by this number.
+    pub(super) fn get(&self, node: u64) -> Result<Arc<Inode>, Errno> {
+        self.lock().by_node.get(&node).cloned().ok_or(Errno::STALE)
+    }
+
+    /// Counts one more lookup of an open file, known or not.
+    pub(super) fn remember(&self, path: OwnedFd) -> Result<(Arc<Inode>, Statx), Errno> {
+        let attributes = stat(&path)?;
+        let mut tables = self.lock();
+        let inode = match tables.by_key.get(&key(&attributes)).copied() {
+            Some(node) => tables.by_node.get(&node).cloned().ok_or(Errno::IO)?,
+            None => {
+                tables.last_node += 1;
+                let node = tables.last_node;
+                tables.insert(node, path, &attributes)
+            }
+        };
+        // Only ever changed under the lock of the tables.
+        inode.lookups.fetch_add(1, Ordering::Relaxed);
+        Ok((inode, attributes))
+    }
+
+    /// Takes back `count` lookups; the last one lets go of the file.
+    pub(super) fn forget(&self, node: u64, count: u64) {
+        let mut tables = self.lock();
+        let Some(inode) = tables.by_node.get(&node) else { return };
+        let left = inode.lookups.load(Ordering::Relaxed).saturating_sub(count);
+        inode.lookups.store(left, Ordering::Relaxed);
+        if left > 0 || node == ROOT {
+            return;
+        }
+        let key = inode.key;
+        tables.by_key.remove(&key);
+        let inode = tables.by_node.remove(&node);
+        drop(tables);
+        // Closing a file can take time.
+        drop(inode);
+    }
+
+    /// Forgets everything but the root: the guest's file system is gone.
+    pub(super) fn clear(&self) {
+        let mut tables = self.lock();
+        tables.by_node.retain(|node, _| *node == ROOT);
+        tables.by_key.retain(|_, node| *node == ROOT);
+        tables.by_node.shrink_to_fit();
+        tables.by_key.shrink_to_fit();
+    }
+
+    /// The inode number that the guest sees.
+    pub(super) fn number(&self, device: u64, inode: u64) -> u64 {
+        self.devices.number(device, inode)
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Tables> {
+        self.tables.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Tables {
+    fn insert(&mut self, node: u64, path: OwnedFd, attributes: &Statx) -> Arc<Inode> {
+        let key = key(attributes);
+        let inode = Arc::new(Inode {
+            node,
+            kind: FileType::from_raw_mode(attributes.stx_mode.into()),
+            cached: AtomicU64::new(0),
+            path,
+            key,
+            lookups: AtomicU64::new(0),
+        });
+        self.by_node.insert(node, Arc::clone(&inode));
+        self.by_key.insert(key, node);
+        inode
+    }
+}
+
+/// Keeps inode numbers of different file systems apart.
+///
+/// To the guest the whole share is one file system, and programs take two files of one file system
+/// with one inode number for the same file. So each device of the host gets a number that is mixed
+/// into the high bits. The first one met, which is that of a container's root file system, gets 0:
+/// its inode numbers are those of the host.
+#[derive(Debug)]
+struct Devices {
+    share: u64,
+    others: RwLock<Vec<u64>>,
+}
+
+/// Where the number of the device goes; inode numbers below are told apart without fail.
+const DEVICE_SHIFT: u32 = 52;
+
+impl Devices {
+    fn new(share: u64) -> Self {
+        Self { share, others: RwLock::default() }
+    }
+
+    fn number(&self, device: u64, inode: u64) -> u64 {
+        inode ^ (self.index(device) << DEVICE_SHIFT)
+    }
+
+    fn index(&self, device: u64) -> u64 {
+        if device == self.share {
+            return (1 << (u64::BITS - DEVICE_SHIFT)) - 1;
+        }
+        let known = self.others.read().unwrap_or_else(PoisonError::into_inner);
+        if let Some(index) = known.iter().position(|other| *other == device) {
+            return index as u64;
+        }
+        drop(known);
+        let mut others = self.others.write().unwrap_or_else(PoisonError::into_inner);
+        if let Some(index) = others.iter().position(|other| *other == device) {
+            return index as u64;
+        }
+        others.push(device);
+        others.len() as u64 - 1
+    }
+}
+
+/// Every attribute that FUSE can carry, and the mount.
+pub(super) fn stat(file: impl AsFd) -> Result<Statx, Errno> {
+    let mask = StatxFlags::BASIC_STATS | StatxFlags::BTIME | StatxFlags::MNT_ID;
+    statx(file, "", AtFlags::EMPTY_PATH | AtFlags::SYMLINK_NOFOLLOW, mask)
+}
+
+/// The host's device number of a file.
+pub(super) fn device(attributes: &Statx) -> u64 {
+    u64::from(attributes.stx_dev_major) << 32 | u64::from(attributes.stx_dev_minor)
+}
+
+fn key(attributes: &Statx) -> Key {
+    let (inode, mount) = (attributes.stx_ino, attributes.stx_mnt_id);
+    Key { inode, mount, device: device(attributes) }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::File;
+
+    use rustix::fs::{CWD, Mode, OFlags, openat};
+    use tempfile::TempDir;
+
+    use super::*;
+
+    fn open(path: &std::path::Path) -> OwnedFd {
+        openat(CWD, path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty()).unwrap()
+    }
+
+    fn directory() -> (TempDir, Inodes) {
+        let directory = TempDir::new().unwrap();
+        let inodes = Inodes::new(open(directory.path())).unwrap();
+        (directory, inodes)
+    }
+
+    #[test]
+    fn one_file_has_one_number_until_it_is_forgotten() {
+        let (directory, inodes) = directory();
+        let path = directory.path().join("file");
+        File::create(&path).unwrap();
+        let node = inodes.remember(open(&path)).unwrap().0.node;
+        assert_eq!(inodes.remember(open(&path)).unwrap().0.node, node);
+        inodes.forget(node, 1);
+        assert_eq!(inodes.get(node).unwrap().node, node);
+        inodes.forget(node, 1);
+        assert_eq!(inodes.get(node).unwrap_err(), Errno::STALE);
+        assert!(inodes.remember(open(&path)).unwrap().0.node > node, "numbers are not used again");
+    }
+
+    #[test]
+    fn forgetting_too_much_or_too_often_does_no_harm() {
+        let (directory, inodes) = directory();
+        inodes.forget(ROOT, u64::MAX);
+        inodes.forget(77, 1);
+        assert_eq!(inodes.get(ROOT).unwrap().kind, FileType::Directory);
+        assert_eq!(inodes.remember(open(directory.path())).unwrap().0.node, ROOT);
+    }
+
+    #[test]
+    fn clearing_leaves_the_root() {
+        let (directory, inodes) = directory();
+        let path = directory.path().join("file");
+        File::create(&path).unwrap();
+        let node = inodes.remember(open(&path)).unwrap().0.node;
+        inodes.clear();
+        assert!(inodes.get(node).is_err());
+        assert!(inodes.get(ROOT).is_ok());
+        assert_eq!(inodes.lock().by_key.len(), 1);
+    }
+
+    #[test]
+    fn equal_inode_numbers_of_two_devices_differ_in_the_guest() {
+        let devices = Devices::new(7);
+        assert_eq!(devices.number(100, 12), 12, "the first device keeps its numbers");
+        assert_ne!(devices.number(200, 12), 12);
+        assert_ne!(devices.number(7, 12), devices.number(200, 12));
+        assert_eq!(devices.number(100, 12), 12);
+        assert_eq!(devices.number(200, 12), devices.number(200, 12));
+    }
+}

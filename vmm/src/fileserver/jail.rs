@@ -1,0 +1,124 @@
+//! What the file server gives up before it looks at a request.
+//!
+//! Its root is the pod's share and nothing else. It keeps the capabilities that serving files
+//! needs; SYS_ADMIN is not among them, so `trusted.*` attributes cannot be written. The seccomp
+//! filter comes with the isolation issue.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+
+use rustix::fs::{Mode, OFlags, openat};
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount,
+    fsopen,
+};
+use rustix::process::{Gid, Resource, Rlimit, Uid, getrlimit, setrlimit, umask};
+use rustix::thread::{
+    CapabilitiesSecureBits, CapabilitySet, CapabilitySets, clear_ambient_capability_set,
+    set_capabilities, set_capabilities_secure_bits, set_thread_groups, set_thread_res_gid,
+    set_thread_res_uid,
+};
+
+use crate::config::JailConfig;
+use crate::jail::{self, JailError, descriptors};
+
+/// What serving files needs.
+const CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
+    .union(CapabilitySet::DAC_OVERRIDE)
+    .union(CapabilitySet::DAC_READ_SEARCH)
+    .union(CapabilitySet::FOWNER)
+    .union(CapabilitySet::FSETID)
+    .union(CapabilitySet::SETUID)
+    .union(CapabilitySet::SETGID)
+    .union(CapabilitySet::MKNOD)
+    .union(CapabilitySet::SETFCAP);
+
+/// The kernel's own bound of a process's descriptors, where it was not changed.
+const DESCRIPTORS_MAX: u64 = 1 << 20;
+
+/// Enters the jail. `kept` stay open, with the standard streams; returns `/proc/self/fd` of a
+/// procfs that is mounted nowhere, the only way to turn an `O_PATH` descriptor into another.
+pub(super) fn enter(
+    identity: JailConfig,
+    share: OwnedFd,
+    kept: &[BorrowedFd<'_>],
+) -> Result<OwnedFd, JailError> {
+    umask(Mode::empty());
+    let descriptors = raise_descriptor_limit()?;
+    jail::unshare_all()?;
+    let proc_self_fd = private_procfs().map_err(failed("private procfs"))?;
+    jail::pivot_into(share.as_fd())?;
+    drop(share);
+    let mut open = vec![0, 1, 2, proc_self_fd.as_raw_fd()];
+    open.extend(kept.iter().map(AsRawFd::as_raw_fd));
+    descriptors::close_all_but(&open).map_err(failed("descriptors"))?;
+    jail::limit(descriptors, u64::from(super::config::THREADS_MAX) + 2)?;
+    become_unprivileged(identity).map_err(failed("identity"))?;
+    jail::seal()?;
+    Ok(proc_self_fd)
+}
+
+/// No further thread: to be called when all are there.
+pub(super) fn seal() -> Result<(), JailError> {
+    let none = Rlimit { current: Some(0), maximum: Some(0) };
+    setrlimit(Resource::Nproc, none).map_err(failed("thread limit"))
+}
+
+fn failed<E: Into<io::Error>>(step: &'static str) -> impl FnOnce(E) -> JailError {
+    move |error| JailError { step, source: error.into() }
+}
+
+/// Every inode that the guest remembers is a descriptor here. Returns how many there can be.
+fn raise_descriptor_limit() -> Result<u64, JailError> {
+    let limit = |value| Rlimit { current: Some(value), maximum: Some(value) };
+    if setrlimit(Resource::Nofile, limit(DESCRIPTORS_MAX)).is_ok() {
+        return Ok(DESCRIPTORS_MAX);
+    }
+    // Without CAP_SYS_RESOURCE the hard limit is the bound.
+    let hard = getrlimit(Resource::Nofile).maximum.unwrap_or(DESCRIPTORS_MAX);
+    setrlimit(Resource::Nofile, limit(hard)).map_err(failed("descriptor limit"))?;
+    Ok(hard)
+}
+
+/// A procfs that no path leads to. Dropping the mount's own descriptor detaches it for good; what
+/// was opened in it stays.
+fn private_procfs() -> io::Result<OwnedFd> {
+    let context = fsopen("proc", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    fsconfig_set_string(context.as_fd(), "subset", "pid")?;
+    fsconfig_create(context.as_fd())?;
+    let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID
+        | MountAttrFlags::MOUNT_ATTR_NODEV
+        | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+    let procfs = fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    Ok(openat(procfs, "self/fd", flags, Mode::empty())?)
+}
+
+/// Takes the pod's identity and keeps [`CAPABILITIES`], whichever uid a thread takes later.
+///
+/// Threads change their uid to create files in the caller's name. By default that would cost them
+/// their capabilities, and with them a caller's right to write through a supplementary group,
+/// which only the guest knows: the guest's kernel has checked permissions already.
+fn become_unprivileged(identity: JailConfig) -> io::Result<()> {
+    set_capabilities_secure_bits(
+        CapabilitiesSecureBits::NO_ROOT
+            | CapabilitiesSecureBits::NO_ROOT_LOCKED
+            | CapabilitiesSecureBits::NO_SETUID_FIXUP
+            | CapabilitiesSecureBits::NO_SETUID_FIXUP_LOCKED
+            | CapabilitiesSecureBits::KEEP_CAPS_LOCKED
+            | CapabilitiesSecureBits::NO_CAP_AMBIENT_RAISE
+            | CapabilitiesSecureBits::NO_CAP_AMBIENT_RAISE_LOCKED,
+    )?;
+    clear_ambient_capability_set()?;
+    jail::clear_bounding_set(CAPABILITIES).map_err(|error| error.source)?;
+    let (uid, gid) = (Uid::from_raw(identity.uid), Gid::from_raw(identity.gid));
+    set_thread_groups(&[])?;
+    set_thread_res_gid(gid, gid, gid)?;
+    set_thread_res_uid(uid, uid, uid)?;
+    let sets = CapabilitySets {
+        effective: CAPABILITIES,
+        permitted: CAPABILITIES,
+        inheritable: CapabilitySet::empty(),
+    };
+    Ok(set_capabilities(None, sets)?)
+}

@@ -1,0 +1,130 @@
+//! The file server: a pod's files over a socket, and nothing else of the host.
+//!
+//! One process per pod. Its first message is the [`config::FsConfig`] with the detached mount that
+//! becomes its root; then it jails itself ([`jail`]), answers, and serves FUSE messages from the
+//! relay socket on a few threads ([`serve`], [`share`]). What the supervisor attaches below the root later is
+//! served too. It exits when the control socket reaches end of file.
+//!
+//! The guest is hostile, the monitor is not trusted either: whatever arrives is checked, and can at
+//! worst fail a request. Deliberately not done: caching on this side, DAX, notifications.
+
+use std::error::Error;
+use std::io::{self, Write};
+use std::os::fd::{AsFd, OwnedFd};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::thread;
+
+use rustix::io::Errno;
+use thiserror::Error;
+
+use crate::config::ConfigError;
+use crate::jail::{JailError, descriptors};
+use crate::seqpacket;
+use config::{FsAnswer, FsConfig};
+use serve::Service;
+use share::Share;
+
+mod caller;
+pub mod config;
+mod handles;
+mod inodes;
+mod jail;
+mod serve;
+mod share;
+pub(crate) mod wire;
+
+/// Virtual size of a serving thread's stack; only touched pages cost memory.
+const STACK_BYTES: usize = 256 << 10;
+
+/// Why the file server does not serve.
+#[derive(Debug, Error)]
+enum StartError {
+    /// The control socket failed, or there is none.
+    #[error("control socket of the file server")]
+    Control(#[source] io::Error),
+    /// The configuration cannot be used.
+    #[error("configuration of the file server")]
+    Config(#[from] ConfigError),
+    /// A step into the jail failed.
+    #[error(transparent)]
+    Jail(#[from] JailError),
+    /// The share cannot be opened.
+    #[error("root of the share")]
+    Share(#[source] Errno),
+    /// A thread cannot be started.
+    #[error("thread of the file server")]
+    Thread(#[source] io::Error),
+}
+
+/// The whole life of the process `bulkhead-fs`.
+#[must_use]
+pub fn main() -> ExitCode {
+    let control = match descriptors::inherited_control() {
+        Ok(control) => control,
+        Err(error) => {
+            report(&StartError::Control(error));
+            return ExitCode::FAILURE;
+        }
+    };
+    match run(&control) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            let reason = report(&error);
+            // The supervisor may be gone; standard error has the reason as well.
+            let _ = answer(&control, &FsAnswer::Error(reason));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(control: &OwnedFd) -> Result<(), StartError> {
+    let Some(message) = seqpacket::receive(control).map_err(StartError::Control)? else {
+        return Ok(());
+    };
+    let config = FsConfig::from_json(&message.bytes, message.descriptors.len())?;
+    let mut descriptors = message.descriptors;
+    let relay = descriptors.remove(config::RELAY);
+    let share = descriptors.remove(config::SHARE_ROOT);
+    let kept = [control.as_fd(), relay.as_fd()];
+    let proc_self_fd = jail::enter(config.jail, share, &kept)?;
+    let share = Share::new(proc_self_fd).map_err(StartError::Share)?;
+    let service = Arc::new(Service::new(share, relay));
+    for number in 0..config.threads {
+        let service = Arc::clone(&service);
+        start_thread(format!("serve-{number}"), move || service.run())?;
+    }
+    start_thread("locks".into(), move || service.run_locks())?;
+    jail::seal()?;
+    answer(control, &FsAnswer::Ready(true)).map_err(StartError::Control)?;
+    // Whatever else is said is ignored; only the end matters.
+    while seqpacket::receive(control).map_err(StartError::Control)?.is_some() {}
+    Ok(())
+}
+
+fn start_thread(name: String, run: impl FnOnce() + Send + 'static) -> Result<(), StartError> {
+    thread::Builder::new()
+        .name(name)
+        .stack_size(STACK_BYTES)
+        .spawn(run)
+        .map(drop)
+        .map_err(StartError::Thread)
+}
+
+fn answer(control: &OwnedFd, answer: &FsAnswer) -> io::Result<()> {
+    seqpacket::send(control, &serde_json::to_vec(answer)?, &[])
+}
+
+/// Writes an error with its causes to standard error, and returns the line.
+fn report(error: &StartError) -> String {
+    let mut line = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        line.push_str(": ");
+        line.push_str(&error.to_string());
+        cause = error.source();
+    }
+    // There is nowhere left to say that standard error is broken.
+    let _ = writeln!(io::stderr(), "bulkhead-fs: {line}");
+    line
+}

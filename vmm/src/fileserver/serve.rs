@@ -1,0 +1,89 @@
+//! The serving loop: one packet in, one packet out, on several threads at once.
+
+use std::os::fd::OwnedFd;
+
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, SendFlags, recv, send};
+
+use super::caller;
+use super::share::{Outcome, Share};
+use super::wire::{self, Reply, ReplyHeader, Request};
+
+/// What all threads share.
+#[derive(Debug)]
+pub(super) struct Service {
+    share: Share,
+    relay: OwnedFd,
+}
+
+impl Service {
+    pub(super) fn new(share: Share, relay: OwnedFd) -> Self {
+        Self { share, relay }
+    }
+
+    /// Serves until the monitor closes the relay socket.
+    pub(super) fn run(&self) {
+        if let Err(error) = caller::detach_thread(self.share.thread_directory()) {
+            log::error!("thread cannot serve: {error}");
+            return;
+        }
+        let mut packet = vec![0; wire::PACKET_MAX];
+        let mut reply = Reply::new();
+        loop {
+            match recv(&self.relay, packet.as_mut_slice(), RecvFlags::TRUNC) {
+                Ok((_, 0)) => return,
+                Ok((filled, total)) if filled == total => {
+                    self.answer(packet.get(..filled).unwrap_or_default(), &mut reply);
+                }
+                Ok((_, total)) => log::warn!("dropped a packet of {total} bytes: no request"),
+                Err(Errno::INTR) => {}
+                Err(error) => {
+                    log::error!("relay socket failed: {error}");
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Answers locks that had to wait. Never returns.
+    pub(super) fn run_locks(&self) -> ! {
+        self.share.locks().run(|unique, result| self.send_empty(unique, result))
+    }
+
+    fn answer(&self, packet: &[u8], reply: &mut Reply) {
+        let Some(request) = Request::parse(packet) else {
+            log::warn!("dropped a packet of {} bytes: no header", packet.len());
+            return;
+        };
+        reply.clear();
+        let outcome = if request.len as usize == packet.len() {
+            self.share.handle(&request, packet, reply)
+        } else if request.has_reply() {
+            Outcome::Done(Err(Errno::INVAL))
+        } else {
+            Outcome::Silent
+        };
+        match outcome {
+            Outcome::Done(result) => self.send(reply.message(request.unique, result)),
+            Outcome::Interrupted(unique) => self.send_empty(unique, Err(Errno::INTR)),
+            Outcome::Silent | Outcome::Later => {}
+        }
+    }
+
+    fn send_empty(&self, unique: u64, result: Result<(), Errno>) {
+        let mut header = ReplyHeader::failure(unique, Errno::IO);
+        header.error = result.map_or_else(|errno| -errno.raw_os_error(), |()| 0);
+        self.send(&header.bytes());
+    }
+
+    /// Waits while the monitor is slow to take replies.
+    fn send(&self, message: &[u8]) {
+        loop {
+            match send(&self.relay, message, SendFlags::NOSIGNAL) {
+                Err(Errno::INTR) => {}
+                Err(error) => return log::warn!("a reply could not be sent: {error}"),
+                Ok(_) => return,
+            }
+        }
+    }
+}

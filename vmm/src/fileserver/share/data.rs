@@ -1,0 +1,286 @@
+//! Requests about the contents of a file: open, read, write, and what else `fcntl` and friends do.
+//!
+//! `O_DIRECT` ends in the guest: its cache is bypassed there, and the host's page cache is used
+//! here, since a message's data has no alignment. `O_APPEND` is honoured write by write, because
+//! one open file of the guest sends both appending writes and the pages of a mapping.
+
+use std::io::IoSlice;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::Ordering;
+
+use rustix::fs::{
+    FallocateFlags, FileType, OFlags, SeekFrom, copy_file_range, fallocate, fdatasync, fsync,
+    openat, seek,
+};
+use rustix::io::{Errno, ReadWriteFlags, dup, pread, pwrite, pwritev2};
+use rustix::time::{ClockId, clock_gettime};
+
+use super::names::{open_name, permissions};
+use super::{Share, caller};
+use crate::fileserver::caller::stripping_set_id;
+use crate::fileserver::inodes::Inode;
+use crate::fileserver::wire::{Body, DATA_MAX, Reply, Request};
+
+/// `FOPEN_KEEP_CACHE`: pages that the guest has of this file are still good.
+const KEEP_CACHE: u32 = 1 << 1;
+/// `FUSE_OPEN_KILL_SUIDGID`.
+const OPEN_KILL_SUIDGID: u32 = 1;
+/// `FUSE_WRITE_CACHE`: pages of a mapping, not a call of `write`.
+const WRITE_CACHE: u32 = 1;
+/// `FUSE_WRITE_KILL_SUIDGID`.
+const WRITE_KILL_SUIDGID: u32 = 1 << 2;
+/// `FUSE_RELEASE_FLUSH`.
+const RELEASE_FLUSH: u32 = 1;
+/// `FUSE_FSYNC_FDATASYNC`.
+const DATA_ONLY: u32 = 1;
+/// How much one COPY_FILE_RANGE copies: no thread is busy with it for long.
+const COPY_MAX: u64 = 16 << 20;
+/// How long ago a file must have changed for its change time to tell the next change apart: file
+/// times tick only every few milliseconds.
+const SETTLED_NS: i128 = 50_000_000;
+
+impl Share {
+    pub(super) fn open(
+        &self,
+        request: &Request,
+        body: &mut Body<'_>,
+        reply: &mut Reply,
+    ) -> Result<(), Errno> {
+        let (flags, open_flags) = (body.u32()?, body.u32()?);
+        let inode = self.inodes.get(request.node)?;
+        match inode.kind {
+            FileType::RegularFile => {}
+            FileType::Directory => return Err(Errno::ISDIR),
+            _ => return Err(Errno::NXIO),
+        }
+        let flags = open_mode(flags);
+        let strip = open_flags & OPEN_KILL_SUIDGID != 0 && flags.contains(OFlags::TRUNC);
+        let file = stripping_set_id(strip, || self.reopen(&inode, flags))?;
+        let cache = if self.cache_is_good(&inode)? { KEEP_CACHE } else { 0 };
+        self.put_open(request.node, file, cache, reply);
+        Ok(())
+    }
+
+    pub(super) fn create(
+        &self,
+        request: &Request,
+        body: &mut Body<'_>,
+        reply: &mut Reply,
+    ) -> Result<(), Errno> {
+        let (flags, mode, umask, open_flags) =
+            (body.u32()?, body.u32()?, body.u32()?, body.u32()?);
+        let name = body.name()?;
+        let directory = self.inodes.get(request.node)?;
+        // Exclusively first: opening what another user put there has other rules.
+        let exclusive =
+            open_mode(flags) | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let create = || openat(&directory, name, exclusive, permissions(mode));
+        match caller(request, umask).run(create) {
+            Ok(file) => self.put_created(file, reply),
+            Err(Errno::EXIST) if flags & OFlags::EXCL.bits() == 0 => {
+                let path = open_name(&directory, name)?;
+                let strip = open_flags & OPEN_KILL_SUIDGID != 0;
+                let (inode, _) = self.inodes.remember(path)?;
+                // Not what the guest looked for a moment ago: it looks again.
+                let opened = match inode.kind {
+                    FileType::RegularFile => {
+                        stripping_set_id(strip, || self.reopen(&inode, open_mode(flags)))
+                    }
+                    _ => Err(Errno::STALE),
+                };
+                match opened {
+                    Ok(file) => {
+                        self.put_known_entry(inode.node, &inode.stat()?, reply);
+                        self.put_open(inode.node, file, 0, reply);
+                        Ok(())
+                    }
+                    Err(error) => {
+                        self.inodes.forget(inode.node, 1);
+                        Err(error)
+                    }
+                }
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    /// TMPFILE: a file without a name, that can be given one.
+    pub(super) fn create_unnamed(
+        &self,
+        request: &Request,
+        body: &mut Body<'_>,
+        reply: &mut Reply,
+    ) -> Result<(), Errno> {
+        let (flags, mode, umask) = (body.u32()?, body.u32()?, body.u32()?);
+        let directory = self.inodes.get(request.node)?;
+        if directory.kind != FileType::Directory {
+            return Err(Errno::NOTDIR);
+        }
+        // Whether it may be given a name later is the caller's flag.
+        let exclusive = OFlags::from_bits_retain(flags) & OFlags::EXCL;
+        let flags = open_mode(flags) | OFlags::TMPFILE | OFlags::CLOEXEC | exclusive;
+        let create = || openat(&directory, ".", flags, permissions(mode));
+        let file = caller(request, umask).run(create)?;
+        self.put_created(file, reply)
+    }
+
+    fn put_created(&self, file: OwnedFd, reply: &mut Reply) -> Result<(), Errno> {
+        // From the file itself: its name may be another's by now.
+        let path = self.reopen(&file, OFlags::PATH)?;
+        let inode = self.put_entry(path, reply)?;
+        self.put_open(inode.node, file, 0, reply);
+        Ok(())
+    }
+
+    /// Writes `struct fuse_open_out`.
+    fn put_open(&self, node: u64, file: OwnedFd, flags: u32, reply: &mut Reply) {
+        reply.put_u64s([self.handles.insert(node, file)]);
+        reply.put_u32s([flags, 0]);
+    }
+
+    /// Whether pages that the guest cached since it opened this file the last time are what the
+    /// file has now: nobody has changed it since. A guest that wrote to it itself loses its pages
+    /// once.
+    fn cache_is_good(&self, inode: &Inode) -> Result<bool, Errno> {
+        let changed = inode.stat()?.stx_ctime;
+        let now = clock_gettime(ClockId::Realtime);
+        let nanoseconds =
+            |seconds: i64, rest: i64| i128::from(seconds) * 1_000_000_000 + i128::from(rest);
+        let age = nanoseconds(now.tv_sec, now.tv_nsec)
+            - nanoseconds(changed.tv_sec, changed.tv_nsec.into());
+        // 34 bits of seconds and 30 of nanoseconds; 0 stands for a file that may change unseen.
+        let stamp = if age < SETTLED_NS {
+            0
+        } else {
+            changed.tv_sec.cast_unsigned() << 30 | u64::from(changed.tv_nsec)
+        };
+        let cached = inode.cached.swap(stamp, Ordering::Relaxed);
+        Ok(stamp != 0 && cached == stamp)
+    }
+
+    pub(super) fn read(
+        &self,
+        request: &Request,
+        body: &mut Body<'_>,
+        reply: &mut Reply,
+    ) -> Result<(), Errno> {
+        let (handle, offset, size) = (body.u64()?, body.u64()?, body.u32()?);
+        let handle = self.handles.get(handle, request.node)?;
+        let room = reply.room(size.min(DATA_MAX) as usize);
+        let len = pread(&handle, room, offset)?;
+        reply.filled(len);
+        Ok(())
+    }
+
+    pub(super) fn write(
+        &self,
+        request: &Request,
+        body: &mut Body<'_>,
+        reply: &mut Reply,
+    ) -> Result<(), Errno> {
+        let (handle, offset) = (body.u64()?, body.u64()?);
+        let (size, write_flags, _owner) = (body.u32()?, body.u32()?, body.u64()?);
+        let (flags, _padding) = (body.u32()?, body.u32()?);
+        let data = body.bytes(size)?;
+        let handle = self.handles.get(handle, request.node)?;
+        let append = flags & OFlags::APPEND.bits() != 0 && write_flags & WRITE_CACHE == 0;
+        let write = || {
+            if append {
+                pwritev2(&handle, &[IoSlice::new(data)], offset, ReadWriteFlags::APPEND)
+            } else {
+                pwrite(&handle, data, offset)
+            }
+        };
+        let written = stripping_set_id(write_flags & WRITE_KILL_SUIDGID != 0, write)?;
+        // At most `size`, which is a u32.
+        reply.put_u32s([u32::try_from(written).unwrap_or(size), 0]);
+        Ok(())
+    }
+
+    pub(super) fn seek(
+        &self,
+        request: &Request,
+        body: &mut Body<'_>,
+        reply: &mut Reply,
+    ) -> Result<(), Errno> {
+        const DATA: u32 = 3;
+        const HOLE: u32 = 4;
+        let (handle, offset, whence) = (body.u64()?, body.u64()?, body.u32()?);
+        let handle = self.handles.get(handle, request.node)?;
+        let position = match whence {
+            DATA => SeekFrom::Data(offset),
+            HOLE => SeekFrom::Hole(offset),
+            // The guest does the others itself.
+            _ => return Err(Errno::INVAL),
+        };
+        reply.put_u64s([seek(&handle, position)?]);
+        Ok(())
+    }
+
+    pub(super) fn allocate(&self, request: &Request, body: &mut Body<'_>) -> Result<(), Errno> {
+        let (handle, offset, len, mode) = (body.u64()?, body.u64()?, body.u64()?, body.u32()?);
+        let mode = FallocateFlags::from_bits(mode).ok_or(Errno::OPNOTSUPP)?;
+        fallocate(self.handles.get(handle, request.node)?, mode, offset, len)
+    }
+
+    pub(super) fn copy_range(
+        &self,
+        request: &Request,
+        body: &mut Body<'_>,
+        reply: &mut Reply,
+    ) -> Result<(), Errno> {
+        let (from, mut from_offset) = (body.u64()?, body.u64()?);
+        let (node, to, mut to_offset) = (body.u64()?, body.u64()?, body.u64()?);
+        let len = body.u64()?.min(COPY_MAX);
+        let from = self.handles.get(from, request.node)?;
+        let to = self.handles.get(to, node)?;
+        let len = usize::try_from(len).map_err(|_| Errno::INVAL)?;
+        let copied =
+            copy_file_range(&from, Some(&mut from_offset), &to, Some(&mut to_offset), len)?;
+        reply.put_u32s([u32::try_from(copied).map_err(|_| Errno::OVERFLOW)?, 0]);
+        Ok(())
+    }
+
+    /// FLUSH: a process closed a descriptor of the file, which costs it its locks there.
+    pub(super) fn flush(&self, request: &Request, body: &mut Body<'_>) -> Result<(), Errno> {
+        let (handle, _unused, _padding) = (body.u64()?, body.u32()?, body.u32()?);
+        let handle = self.handles.get(handle, request.node)?;
+        self.locks.release(request.node, body.u64()?);
+        // Some file systems write back when any descriptor closes.
+        drop(dup(&handle)?);
+        Ok(())
+    }
+
+    pub(super) fn release(&self, request: &Request, body: &mut Body<'_>) -> Result<(), Errno> {
+        let (handle, _flags, release_flags) = (body.u64()?, body.u32()?, body.u32()?);
+        if release_flags & RELEASE_FLUSH != 0 {
+            self.locks.release(request.node, body.u64()?);
+        }
+        self.handles.remove(handle, request.node)?;
+        // A lock of the whole file went with it.
+        self.locks.wake();
+        Ok(())
+    }
+
+    pub(super) fn sync(&self, request: &Request, body: &mut Body<'_>) -> Result<(), Errno> {
+        let (handle, flags) = (body.u64()?, body.u32()?);
+        let handle = self.handles.get(handle, request.node)?;
+        sync(&handle, flags & DATA_ONLY != 0)
+    }
+}
+
+fn sync(file: impl AsFd, data_only: bool) -> Result<(), Errno> {
+    if data_only { fdatasync(file) } else { fsync(file) }
+}
+
+/// What of the guest's open flags is meant for the host.
+fn open_mode(flags: u32) -> OFlags {
+    let meant = OFlags::ACCMODE
+        | OFlags::TRUNC
+        | OFlags::NONBLOCK
+        | OFlags::DSYNC
+        | OFlags::SYNC
+        | OFlags::NOATIME
+        | OFlags::LARGEFILE;
+    (OFlags::from_bits_retain(flags) & meant) - OFlags::PATH
+}

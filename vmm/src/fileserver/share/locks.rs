@@ -1,0 +1,304 @@
+//! Locks on files, `fcntl_locking(2)` and `flock(2)`, which count between the guest and the host.
+//!
+//! A lock of a whole file belongs to an open file description, and there is one of the host for
+//! each of the guest: it takes the lock. A lock of a range belongs to a process of the guest: each
+//! such owner has an open file description per inode here, whose locks (`F_OFD_SETLK`) are released
+//! as the guest says that the process closed a descriptor.
+//!
+//! A thread never waits for a lock. What has to wait is kept in a list that one thread tries again:
+//! at once when the guest released something, otherwise every [`RETRY_MIN`] to [`RETRY_MAX`], since
+//! the host does not say when its processes do.
+
+// UNSAFETY: locks of open file descriptions have no safe wrapper.
+#![expect(unsafe_code, reason = "fcntl(2)")]
+
+use std::collections::{HashMap, VecDeque};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use rustix::fs::{FlockOperation, OFlags, flock};
+use rustix::io::Errno;
+
+use super::{Outcome, Share};
+use crate::fileserver::handles::Handle;
+use crate::fileserver::wire::{Body, Reply, Request};
+
+const RETRY_MIN: Duration = Duration::from_millis(5);
+const RETRY_MAX: Duration = Duration::from_millis(100);
+/// How many interruptions are remembered that came before what they interrupt.
+const EARLY_MAX: usize = 16;
+/// `FUSE_LK_FLOCK`: a lock of the whole file.
+const WHOLE: u32 = 1;
+/// `F_RDLCK`, `F_WRLCK`, `F_UNLCK`.
+const READ: u32 = 0;
+const WRITE: u32 = 1;
+const UNLOCK: u32 = 2;
+
+/// `struct fuse_lk_in`.
+#[derive(Clone, Copy, Debug)]
+struct LockRequest {
+    handle: u64,
+    owner: u64,
+    start: u64,
+    /// The last byte.
+    end: u64,
+    kind: u32,
+    whole: bool,
+}
+
+impl LockRequest {
+    fn read(body: &mut Body<'_>) -> Result<Self, Errno> {
+        let (handle, owner, start, end) = (body.u64()?, body.u64()?, body.u64()?, body.u64()?);
+        let (kind, _process, flags) = (body.u32()?, body.u32()?, body.u32()?);
+        if kind > UNLOCK || start > end || end > i64::MAX.cast_unsigned() {
+            return Err(Errno::INVAL);
+        }
+        Ok(Self { handle, owner, start, end, kind, whole: flags & WHOLE != 0 })
+    }
+}
+
+/// A lock to be taken, or released.
+#[derive(Clone, Debug)]
+enum Lock {
+    Whole { handle: Arc<Handle>, operation: FlockOperation },
+    Range { owner: (u64, u64), file: Arc<OwnedFd>, range: libc::flock },
+}
+
+#[derive(Debug)]
+struct Waiting {
+    unique: u64,
+    lock: Lock,
+}
+
+#[derive(Debug, Default)]
+struct Queue {
+    waiting: Vec<Waiting>,
+    early: VecDeque<u64>,
+    /// The guest released something since the last round.
+    changed: bool,
+}
+
+/// Who holds locks of ranges, and who waits for one.
+#[derive(Debug, Default)]
+pub(in crate::fileserver) struct Locks {
+    owners: Mutex<HashMap<(u64, u64), Arc<OwnedFd>>>,
+    queue: Mutex<Queue>,
+    wake: Condvar,
+}
+
+impl Locks {
+    /// Releases what a process holds of an inode.
+    pub(super) fn release(&self, node: u64, owner: u64) {
+        if self.owners().remove(&(node, owner)).is_some() {
+            self.wake();
+        }
+    }
+
+    /// Releases everything, and waits for nothing any more.
+    pub(super) fn clear(&self) {
+        *self.owners() = HashMap::new();
+        *self.queue() = Queue::default();
+    }
+
+    /// Something was released: whoever waits tries again.
+    pub(super) fn wake(&self) {
+        let mut queue = self.queue();
+        if !queue.waiting.is_empty() {
+            queue.changed = true;
+            self.wake.notify_one();
+        }
+    }
+
+    /// Tries the waiting locks again and again; hands out what became of each. Never returns.
+    pub(in crate::fileserver) fn run(&self, done: impl Fn(u64, Result<(), Errno>)) -> ! {
+        let mut pause = RETRY_MIN;
+        loop {
+            let mut queue = self.queue();
+            while queue.waiting.is_empty() {
+                pause = RETRY_MIN;
+                queue = self.wake.wait(queue).unwrap_or_else(PoisonError::into_inner);
+            }
+            if std::mem::take(&mut queue.changed) {
+                pause = RETRY_MIN;
+            } else {
+                pause = (pause * 2).min(RETRY_MAX);
+            }
+            let mut finished = Vec::new();
+            queue.waiting.retain(|waiting| match self.take(&waiting.lock) {
+                Err(Errno::AGAIN) => true,
+                result => {
+                    finished.push((waiting.unique, result));
+                    false
+                }
+            });
+            if finished.is_empty() && !queue.changed {
+                drop(self.wake.wait_timeout(queue, pause));
+            } else {
+                drop(queue);
+            }
+            for (unique, result) in finished {
+                done(unique, result);
+            }
+        }
+    }
+
+    /// Takes or releases a lock without waiting.
+    fn take(&self, lock: &Lock) -> Result<(), Errno> {
+        match lock {
+            Lock::Whole { handle, operation } => flock(handle, *operation),
+            Lock::Range { owner, file, range } => {
+                control(file, libc::F_OFD_SETLK, *range)?;
+                // Its process may have closed another descriptor meanwhile.
+                self.owners().entry(*owner).or_insert_with(|| Arc::clone(file));
+                Ok(())
+            }
+        }
+    }
+
+    fn owners(&self) -> MutexGuard<'_, HashMap<(u64, u64), Arc<OwnedFd>>> {
+        self.owners.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Share {
+    pub(super) fn set_lock(&self, request: &Request, body: &mut Body<'_>) -> Result<(), Errno> {
+        let wanted = LockRequest::read(body)?;
+        let Some(lock) = self.lock_of(request.node, wanted)? else { return Ok(()) };
+        self.locks.take(&lock)?;
+        if wanted.kind != WRITE {
+            // Released, or let others read as well.
+            self.locks.wake();
+        }
+        Ok(())
+    }
+
+    pub(super) fn set_lock_and_wait(&self, request: &Request, body: &mut Body<'_>) -> Outcome {
+        let lock = LockRequest::read(body).and_then(|wanted| self.lock_of(request.node, wanted));
+        let lock = match lock {
+            Ok(Some(lock)) => lock,
+            Ok(None) => return Outcome::Done(Ok(())),
+            Err(error) => return Outcome::Done(Err(error)),
+        };
+        // Under the lock of the queue, so that no interruption passes by unseen.
+        let mut queue = self.locks.queue();
+        if let Some(index) = queue.early.iter().position(|unique| *unique == request.unique) {
+            queue.early.remove(index);
+            return Outcome::Done(Err(Errno::INTR));
+        }
+        match self.locks.take(&lock) {
+            Err(Errno::AGAIN) => {
+                queue.waiting.push(Waiting { unique: request.unique, lock });
+                self.locks.wake.notify_one();
+                Outcome::Later
+            }
+            result => Outcome::Done(result),
+        }
+    }
+
+    pub(super) fn get_lock(
+        &self,
+        request: &Request,
+        body: &mut Body<'_>,
+        reply: &mut Reply,
+    ) -> Result<(), Errno> {
+        let wanted = LockRequest::read(body)?;
+        let handle = self.handles.get(wanted.handle, request.node)?;
+        let own = self.locks.owners().get(&(request.node, wanted.owner)).cloned();
+        let range = range(wanted)?;
+        let found = match own {
+            Some(file) => control(file, libc::F_OFD_GETLK, range)?,
+            None => control(handle, libc::F_OFD_GETLK, range)?,
+        };
+        let start = found.l_start.cast_unsigned();
+        let end = match found.l_len {
+            0 => i64::MAX.cast_unsigned(),
+            len => start.saturating_add(len.cast_unsigned()).saturating_sub(1),
+        };
+        reply.put_u64s([start, end]);
+        // Whose it is cannot be known: the holder may be a process of the host.
+        reply.put_u32s([u32::try_from(found.l_type).map_err(|_| Errno::IO)?, 0]);
+        Ok(())
+    }
+
+    /// INTERRUPT: a process got a signal while it waited.
+    pub(super) fn interrupt(&self, body: &mut Body<'_>) -> Outcome {
+        let Ok(unique) = body.u64() else { return Outcome::Silent };
+        let mut queue = self.locks.queue();
+        match queue.waiting.iter().position(|waiting| waiting.unique == unique) {
+            Some(index) => {
+                queue.waiting.swap_remove(index);
+                Outcome::Interrupted(unique)
+            }
+            None => {
+                if queue.early.len() == EARLY_MAX {
+                    queue.early.pop_front();
+                }
+                queue.early.push_back(unique);
+                Outcome::Silent
+            }
+        }
+    }
+
+    /// The lock that a request means; `None` if there is nothing to release.
+    fn lock_of(&self, node: u64, wanted: LockRequest) -> Result<Option<Lock>, Errno> {
+        let handle = self.handles.get(wanted.handle, node)?;
+        if wanted.whole {
+            let operation = match wanted.kind {
+                READ => FlockOperation::NonBlockingLockShared,
+                WRITE => FlockOperation::NonBlockingLockExclusive,
+                _ => FlockOperation::Unlock,
+            };
+            return Ok(Some(Lock::Whole { handle, operation }));
+        }
+        let owner = (node, wanted.owner);
+        let known = self.locks.owners().get(&owner).cloned();
+        let file = match known {
+            Some(file) => file,
+            None if wanted.kind == UNLOCK => return Ok(None),
+            None => Arc::new(self.open_for_locks(node)?),
+        };
+        Ok(Some(Lock::Range { owner, file, range: range(wanted)? }))
+    }
+
+    /// For both kinds of lock where the file can be written at all.
+    fn open_for_locks(&self, node: u64) -> Result<OwnedFd, Errno> {
+        let inode = self.inodes.get(node)?;
+        self.reopen(&inode, OFlags::RDWR | OFlags::NONBLOCK)
+            .or_else(|_| self.reopen(&inode, OFlags::RDONLY | OFlags::NONBLOCK))
+    }
+}
+
+fn range(wanted: LockRequest) -> Result<libc::flock, Errno> {
+    let signed = |value: u64| i64::try_from(value).map_err(|_| Errno::INVAL);
+    let l_len = match wanted.end {
+        // To the end of the file, however long it gets.
+        end if end == i64::MAX.cast_unsigned() => 0,
+        end => signed(end - wanted.start + 1)?,
+    };
+    Ok(libc::flock {
+        l_type: libc::c_short::try_from(wanted.kind).map_err(|_| Errno::INVAL)?,
+        l_whence: 0,
+        l_start: signed(wanted.start)?,
+        l_len,
+        l_pid: 0,
+    })
+}
+
+fn control(
+    file: impl AsFd,
+    command: libc::c_int,
+    mut lock: libc::flock,
+) -> Result<libc::flock, Errno> {
+    // SAFETY: these commands read and write one `struct flock`, which outlives the call.
+    let result = unsafe { libc::fcntl(file.as_fd().as_raw_fd(), command, &raw mut lock) };
+    if result == -1 {
+        let error = std::io::Error::last_os_error();
+        return Err(Errno::from_io_error(&error).unwrap_or(Errno::IO));
+    }
+    Ok(lock)
+}

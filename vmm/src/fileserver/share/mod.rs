@@ -1,0 +1,257 @@
+//! The files of the share: what each FUSE request does to them, `linux/fuse.h`.
+//!
+//! Requests are answered by system calls on descriptors: a name is always looked up in a directory
+//! that is held open, never through a path, and never follows a symbolic link. The guest's kernel
+//! checks permissions (virtio-fs always mounts with `default_permissions`); here everything is
+//! allowed that the jail's capabilities allow.
+//!
+//! What the guest may cache: names and attributes for [`VALID_SECONDS`], and file pages until the
+//! file changes. The host's processes may change files too, so the time is short, pages are
+//! dropped at an open that finds another change time ([`data`]), and nothing is written back later
+//! than the guest's `write` returns. Negative answers are not cached.
+//!
+//! Opening devices, fifos and sockets is the guest's own business; here they are only names.
+
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use rustix::fs::{CWD, Mode, OFlags, Statx, openat};
+use rustix::io::Errno;
+
+use super::caller::Caller;
+use super::handles::Handles;
+use super::inodes::{Inode, Inodes, device};
+use super::wire::{Body, DATA_MAX, Reply, Request, opcode};
+use locks::Locks;
+
+mod attributes;
+mod data;
+mod directories;
+pub(super) mod locks;
+mod names;
+
+/// How long the guest may believe a name or an attribute, in seconds.
+const VALID_SECONDS: u64 = 1;
+
+/// What came of a request.
+#[derive(Debug)]
+pub(super) enum Outcome {
+    /// To be answered now; the body is in the reply.
+    Done(Result<(), Errno>),
+    /// Never answered.
+    Silent,
+    /// Answered later, when a lock is free.
+    Later,
+    /// This other request is to be answered as interrupted.
+    Interrupted(u64),
+}
+
+/// All that is served.
+#[derive(Debug)]
+pub(super) struct Share {
+    /// `/proc/self/fd` of a procfs that no path leads to.
+    proc_self_fd: OwnedFd,
+    inodes: Inodes,
+    handles: Handles,
+    locks: Locks,
+}
+
+impl Share {
+    /// Serves the root directory of the process.
+    pub(super) fn new(proc_self_fd: OwnedFd) -> Result<Self, Errno> {
+        let root = openat(CWD, "/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+        let inodes = Inodes::new(root)?;
+        Ok(Self { proc_self_fd, inodes, handles: Handles::default(), locks: Locks::default() })
+    }
+
+    /// The working directory that [`Share::handle`] needs its thread to have.
+    pub(super) fn thread_directory(&self) -> impl AsFd {
+        &self.proc_self_fd
+    }
+
+    /// The waiting locks.
+    pub(super) fn locks(&self) -> &Locks {
+        &self.locks
+    }
+
+    /// Does what a request asks.
+    pub(super) fn handle(&self, request: &Request, message: &[u8], reply: &mut Reply) -> Outcome {
+        let mut body = Body::of(message);
+        match request.opcode {
+            opcode::FORGET => self.forget(request, &mut body),
+            opcode::BATCH_FORGET => self.batch_forget(&mut body),
+            opcode::SETLKW => self.set_lock_and_wait(request, &mut body),
+            opcode::INTERRUPT => self.interrupt(&mut body),
+            _ => Outcome::Done(self.answer(request, &mut body, reply)),
+        }
+    }
+
+    fn answer(
+        &self,
+        request: &Request,
+        body: &mut Body<'_>,
+        reply: &mut Reply,
+    ) -> Result<(), Errno> {
+        match request.opcode {
+            opcode::INIT => self.init(body, reply),
+            opcode::DESTROY => {
+                self.reset();
+                Ok(())
+            }
+            opcode::LOOKUP => self.lookup(request, body, reply),
+            opcode::GETATTR => self.get_attributes(request, reply),
+            opcode::STATX => self.get_extended_attributes(request, reply),
+            opcode::SETATTR => self.set_attributes(request, body, reply),
+            opcode::READLINK => self.read_link(request, reply),
+            opcode::SYMLINK => self.symlink(request, body, reply),
+            opcode::MKNOD => self.mknod(request, body, reply),
+            opcode::MKDIR => self.mkdir(request, body, reply),
+            opcode::UNLINK => self.unlink(request, body),
+            opcode::RMDIR => self.rmdir(request, body),
+            opcode::RENAME => self.rename(request, body),
+            opcode::RENAME2 => self.rename2(request, body),
+            opcode::LINK => self.link(request, body, reply),
+            opcode::CREATE => self.create(request, body, reply),
+            opcode::TMPFILE => self.create_unnamed(request, body, reply),
+            opcode::OPEN => self.open(request, body, reply),
+            opcode::READ => self.read(request, body, reply),
+            opcode::WRITE => self.write(request, body, reply),
+            opcode::LSEEK => self.seek(request, body, reply),
+            opcode::FALLOCATE => self.allocate(request, body),
+            opcode::COPY_FILE_RANGE => self.copy_range(request, body, reply),
+            opcode::FLUSH => self.flush(request, body),
+            opcode::FSYNC | opcode::FSYNCDIR => self.sync(request, body),
+            opcode::RELEASE | opcode::RELEASEDIR => self.release(request, body),
+            opcode::OPENDIR => self.open_directory(request, reply),
+            opcode::READDIR => self.read_directory(request, body, reply),
+            opcode::READDIRPLUS => self.read_directory_plus(request, body, reply),
+            opcode::STATFS => self.stat_file_system(request, reply),
+            opcode::SETXATTR => self.set_xattr(request, body),
+            opcode::GETXATTR => self.get_xattr(request, body, reply),
+            opcode::LISTXATTR => self.list_xattrs(request, body, reply),
+            opcode::REMOVEXATTR => self.remove_xattr(request, body),
+            opcode::GETLK => self.get_lock(request, body, reply),
+            opcode::SETLK => self.set_lock(request, body),
+            _ => Err(Errno::NOSYS),
+        }
+    }
+
+    /// Negotiates, `struct fuse_init_in` and `fuse_init_out`.
+    fn init(&self, body: &mut Body<'_>, reply: &mut Reply) -> Result<(), Errno> {
+        let (major, minor, readahead, low) = (body.u32()?, body.u32()?, body.u32()?, body.u32()?);
+        if major != 7 || minor < MINOR_MIN {
+            return Err(Errno::PROTO);
+        }
+        // A guest that negotiates has just started: nothing of the one before it counts.
+        self.reset();
+        reply.put_u32s([7, MINOR, readahead.min(DATA_MAX), low & WANTED]);
+        // Background requests: how many, and from how many on the guest holds back.
+        reply.put_u32s([BACKGROUND_MAX | (BACKGROUND_MAX * 3 / 4) << 16, DATA_MAX]);
+        // Nanosecond times; pages of one request.
+        reply.put_u32s([1, DATA_MAX / 4096]);
+        reply.put(&[0; 32]);
+        Ok(())
+    }
+
+    fn reset(&self) {
+        self.locks.clear();
+        self.handles.clear();
+        self.inodes.clear();
+    }
+
+    fn forget(&self, request: &Request, body: &mut Body<'_>) -> Outcome {
+        if let Ok(count) = body.u64() {
+            self.inodes.forget(request.node, count);
+        }
+        Outcome::Silent
+    }
+
+    fn batch_forget(&self, body: &mut Body<'_>) -> Outcome {
+        // Ends with the message, whatever number it claims.
+        let Ok(count) = body.u64() else { return Outcome::Silent };
+        for _ in 0..count & 0xffff_ffff {
+            let (Ok(node), Ok(lookups)) = (body.u64(), body.u64()) else { break };
+            self.inodes.forget(node, lookups);
+        }
+        Outcome::Silent
+    }
+
+    /// Opens an inode anew; the kernel follows the link to the very file, whatever its name.
+    fn reopen(&self, inode: &impl AsFd, flags: OFlags) -> Result<OwnedFd, Errno> {
+        let flags = (flags | OFlags::CLOEXEC) - OFlags::NOFOLLOW - OFlags::CREATE;
+        openat(&self.proc_self_fd, link_name(inode), flags, Mode::empty())
+    }
+
+    /// Writes `struct fuse_entry_out` for a file whose lookup the guest shall count.
+    fn put_entry(&self, path: OwnedFd, reply: &mut Reply) -> Result<Arc<Inode>, Errno> {
+        let (inode, attributes) = self.inodes.remember(path)?;
+        self.put_known_entry(inode.node, &attributes, reply);
+        Ok(inode)
+    }
+
+    fn put_known_entry(&self, node: u64, attributes: &Statx, reply: &mut Reply) {
+        // Node, generation, seconds and nanoseconds that name and attributes are valid.
+        reply.put_u64s([node, 0, VALID_SECONDS, VALID_SECONDS]);
+        reply.put_u32s([0, 0]);
+        self.put_attributes(attributes, reply);
+    }
+
+    /// The inode number that the guest sees for a file.
+    fn number(&self, attributes: &Statx) -> u64 {
+        self.inodes.number(device(attributes), attributes.stx_ino)
+    }
+}
+
+/// The name of a descriptor in `/proc/self/fd`.
+fn link_name(file: &impl AsFd) -> String {
+    use std::os::fd::AsRawFd;
+    file.as_fd().as_raw_fd().to_string()
+}
+
+/// In whose name something is created, under the umask that came with the request.
+fn caller(request: &Request, umask: u32) -> Caller {
+    Caller { uid: request.uid, gid: request.gid, umask }
+}
+
+/// The protocol's version 7.38, Linux 6.2: all that is answered here.
+const MINOR: u32 = 38;
+/// The oldest that has the fields that are read here: Linux 4.20.
+const MINOR_MIN: u32 = 28;
+/// How many background requests (read-ahead, asynchronous direct writes) the guest has in flight.
+const BACKGROUND_MAX: u32 = 64;
+/// The features that are used if the guest has them, `FUSE_*` flags of INIT. Left out on purpose:
+/// WRITEBACK_CACHE (the host would see writes late), ATOMIC_O_TRUNC, EXPORT_SUPPORT (so "." and
+/// ".." are never looked up), SUBMOUNTS, and everything about DAX.
+const WANTED: u32 = {
+    let async_read = 1;
+    let posix_locks = 1 << 1;
+    let big_writes = 1 << 5;
+    let dont_mask = 1 << 6;
+    let flock_locks = 1 << 10;
+    let auto_invalidate_data = 1 << 12;
+    let readdirplus = 1 << 13;
+    let readdirplus_auto = 1 << 14;
+    let async_direct = 1 << 15;
+    let parallel_directory_operations = 1 << 18;
+    let posix_acl = 1 << 20;
+    let max_pages = 1 << 22;
+    let cache_symlinks = 1 << 23;
+    let handle_killpriv_v2 = 1 << 28;
+    let setxattr_ext = 1 << 29;
+
+    async_read
+        | posix_locks
+        | big_writes
+        | dont_mask
+        | flock_locks
+        | auto_invalidate_data
+        | readdirplus
+        | readdirplus_auto
+        | async_direct
+        | parallel_directory_operations
+        | posix_acl
+        | max_pages
+        | cache_symlinks
+        | handle_killpriv_v2
+        | setxattr_ext
+};

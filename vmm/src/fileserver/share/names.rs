@@ -1,0 +1,154 @@
+//! Requests about names in a directory: look up, create, remove, rename.
+
+use std::ffi::CStr;
+use std::os::fd::OwnedFd;
+
+use rustix::fs::{
+    AtFlags, FileType, Mode, OFlags, RenameFlags, linkat, mkdirat, mknodat, openat, readlinkat,
+    renameat_with, symlinkat, unlinkat,
+};
+use rustix::io::Errno;
+
+use super::{Share, caller};
+use crate::fileserver::inodes::Inode;
+use crate::fileserver::wire::{Body, Reply, Request};
+
+impl Share {
+    pub(super) fn lookup(
+        &self,
+        request: &Request,
+        body: &mut Body<'_>,
+        reply: &mut Reply,
+    ) -> Result<(), Errno> {
+        let directory = self.inodes.get(request.node)?;
+        self.put_entry(open_name(&directory, body.name()?)?, reply)?;
+        Ok(())
+    }
+
+    pub(super) fn mkdir(
+        &self,
+        request: &Request,
+        body: &mut Body<'_>,
+        reply: &mut Reply,
+    ) -> Result<(), Errno> {
+        let (mode, umask, name) = (body.u32()?, body.u32()?, body.name()?);
+        let directory = self.inodes.get(request.node)?;
+        caller(request, umask).run(|| mkdirat(&directory, name, permissions(mode)))?;
+        self.put_entry(open_name(&directory, name)?, reply)?;
+        Ok(())
+    }
+
+    pub(super) fn mknod(
+        &self,
+        request: &Request,
+        body: &mut Body<'_>,
+        reply: &mut Reply,
+    ) -> Result<(), Errno> {
+        let (mode, device, umask, _padding) = (body.u32()?, body.u32()?, body.u32()?, body.u32()?);
+        let name = body.name()?;
+        let directory = self.inodes.get(request.node)?;
+        let kind = FileType::from_raw_mode(mode);
+        let create = || mknodat(&directory, name, kind, permissions(mode), decode_device(device));
+        caller(request, umask).run(create)?;
+        self.put_entry(open_name(&directory, name)?, reply)?;
+        Ok(())
+    }
+
+    pub(super) fn symlink(
+        &self,
+        request: &Request,
+        body: &mut Body<'_>,
+        reply: &mut Reply,
+    ) -> Result<(), Errno> {
+        let (name, target) = (body.name()?, body.string()?);
+        let directory = self.inodes.get(request.node)?;
+        caller(request, 0).run(|| symlinkat(target, &directory, name))?;
+        self.put_entry(open_name(&directory, name)?, reply)?;
+        Ok(())
+    }
+
+    pub(super) fn read_link(&self, request: &Request, reply: &mut Reply) -> Result<(), Errno> {
+        let inode = self.inodes.get(request.node)?;
+        if inode.kind != FileType::Symlink {
+            return Err(Errno::INVAL);
+        }
+        reply.put(readlinkat(&inode, "", Vec::new())?.as_bytes());
+        Ok(())
+    }
+
+    pub(super) fn link(
+        &self,
+        request: &Request,
+        body: &mut Body<'_>,
+        reply: &mut Reply,
+    ) -> Result<(), Errno> {
+        let (node, name) = (body.u64()?, body.name()?);
+        let inode = self.inodes.get(node)?;
+        let directory = self.inodes.get(request.node)?;
+        linkat(&inode, "", &directory, name, AtFlags::EMPTY_PATH)?;
+        self.put_entry(open_name(&directory, name)?, reply)?;
+        Ok(())
+    }
+
+    pub(super) fn unlink(&self, request: &Request, body: &mut Body<'_>) -> Result<(), Errno> {
+        unlinkat(self.inodes.get(request.node)?, body.name()?, AtFlags::empty())
+    }
+
+    pub(super) fn rmdir(&self, request: &Request, body: &mut Body<'_>) -> Result<(), Errno> {
+        unlinkat(self.inodes.get(request.node)?, body.name()?, AtFlags::REMOVEDIR)
+    }
+
+    pub(super) fn rename(&self, request: &Request, body: &mut Body<'_>) -> Result<(), Errno> {
+        let directory = body.u64()?;
+        self.rename_with(request, directory, RenameFlags::empty(), body)
+    }
+
+    pub(super) fn rename2(&self, request: &Request, body: &mut Body<'_>) -> Result<(), Errno> {
+        let (directory, flags, _padding) = (body.u64()?, body.u32()?, body.u32()?);
+        let flags = RenameFlags::from_bits(flags).ok_or(Errno::INVAL)?;
+        self.rename_with(request, directory, flags, body)
+    }
+
+    fn rename_with(
+        &self,
+        request: &Request,
+        directory: u64,
+        flags: RenameFlags,
+        body: &mut Body<'_>,
+    ) -> Result<(), Errno> {
+        let (from, to) = (self.inodes.get(request.node)?, self.inodes.get(directory)?);
+        let (old, new) = (body.name()?, body.name()?);
+        renameat_with(&from, old, &to, new, flags)
+    }
+}
+
+/// Holds what a name stands for, without opening or following it.
+pub(super) fn open_name(directory: &Inode, name: &CStr) -> Result<OwnedFd, Errno> {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    openat(directory, name, flags, Mode::empty())
+}
+
+/// The permission bits of a mode, with set-id and sticky bits.
+pub(super) fn permissions(mode: u32) -> Mode {
+    Mode::from_raw_mode(mode & 0o7777)
+}
+
+/// FUSE carries device numbers in the kernel's 32-bit form.
+fn decode_device(device: u32) -> u64 {
+    let major = (device >> 8) & 0xfff;
+    let minor = (device & 0xff) | ((device >> 12) & 0xf_ff00);
+    rustix::fs::makedev(major, minor)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn device_numbers_survive_their_32_bit_form() {
+        for (major, minor) in [(1, 3), (8, 17), (259, 70_000), (4095, 1_048_575)] {
+            let encoded = super::super::attributes::encode_device(major, minor);
+            assert_eq!(decode_device(encoded), rustix::fs::makedev(major, minor));
+        }
+    }
+}

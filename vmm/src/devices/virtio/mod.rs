@@ -14,8 +14,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use thiserror::Error;
 
+#[cfg(test)]
+pub(crate) mod mock;
 pub(crate) mod queue;
+pub(crate) mod rng;
 pub(crate) mod transport;
+mod vectored;
+pub(crate) mod vsock;
 pub(crate) mod worker;
 
 use queue::{DeviceQueue, GuestMemory, QueueError};

@@ -10,9 +10,7 @@ use std::sync::atomic::Ordering;
 
 use thiserror::Error;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::{
-    GuestAddress, GuestMemory as _, GuestMemoryMmap, Permissions, VolatileSlice,
-};
+use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryMmap, Permissions, VolatileSlice};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::transport::Line;
@@ -26,8 +24,8 @@ pub(crate) enum QueueError {
     /// More chains than the queue has, or rings outside of memory.
     #[error("rings are inconsistent: {0}")]
     Rings(#[from] virtio_queue::Error),
-    /// No descriptors, or the last one names a next one that cannot be followed.
-    #[error("chain {head} is cut off or loops")]
+    /// No descriptors, more than the queue has, or a next one that cannot be followed.
+    #[error("chain {head} is cut off, loops or is too long")]
     Chain { head: u16 },
     /// A buffer that is not guest memory.
     #[error("chain {head} has {len} bytes at {addr:#x} outside of memory")]
@@ -152,13 +150,17 @@ impl Chain {
     fn walk(
         chain: DescriptorChain<&GuestMemory>,
         memory: &GuestMemory,
+        length_max: u16,
     ) -> Result<Self, QueueError> {
         let head = chain.head_index();
-        let mut walked =
-            Self { head, readable: Buffers::default(), writable: Buffers::default() };
+        let mut walked = Self { head, readable: Buffers::default(), writable: Buffers::default() };
         let mut complete = false;
         let mut total = 0_u32;
-        for descriptor in chain {
+        for (descriptor, length) in chain.zip(1_u32..) {
+            // §2.7.5.3.1: an indirect table may be larger than the queue, a chain may not.
+            if length > u32::from(length_max) {
+                return Err(QueueError::Chain { head });
+            }
             let segment = Segment { addr: descriptor.addr(), len: descriptor.len() };
             complete = !descriptor.has_next();
             total = total.checked_add(segment.len).ok_or(QueueError::Length { head })?;
@@ -211,7 +213,7 @@ impl DeviceQueue {
     pub(crate) fn pop(&mut self, memory: &GuestMemory) -> Result<Option<Chain>, QueueError> {
         // The iterator borrows the queue for one step only: the ring index is checked each time.
         let Some(chain) = self.queue.iter(memory)?.next() else { return Ok(None) };
-        Chain::walk(chain, memory).map(Some)
+        Chain::walk(chain, memory, self.queue.size()).map(Some)
     }
 
     /// Puts back the chain popped last: nothing can be done with it now.
@@ -246,6 +248,15 @@ impl DeviceQueue {
     /// Tells the driver that kicks are not needed for now.
     pub(crate) fn disarm(&mut self, memory: &GuestMemory) -> Result<(), QueueError> {
         Ok(self.queue.disable_notification(memory)?)
+    }
+
+    /// Makes the worker serve this queue again after it looked at everything else.
+    pub(crate) fn kick_again(&self) -> io::Result<()> {
+        match self.kick.write(1) {
+            // Readable already, which is all that is wanted.
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
+            other => other,
+        }
     }
 
     /// Whether the driver has made something available that was not popped.

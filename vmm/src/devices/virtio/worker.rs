@@ -25,18 +25,18 @@ const STACK_BYTES: usize = 256 << 10;
 
 /// The system calls of the loop itself, whatever the device.
 pub(crate) const SYSCALLS: &[i64] = &[
-    libc::SYS_epoll_wait,   // waiting
-    libc::SYS_epoll_ctl,    // sources come and go
-    libc::SYS_read,         // clearing kicks
-    libc::SYS_write,        // raising interrupts
-    libc::SYS_futex,        // locks of the configuration space
-    libc::SYS_mmap,         // the allocator
-    libc::SYS_munmap,       // the allocator
-    libc::SYS_madvise,      // the allocator, and the stack of the thread
-    libc::SYS_brk,          // the allocator
-    libc::SYS_exit,         // the end of the thread
+    libc::SYS_epoll_wait,     // waiting
+    libc::SYS_epoll_ctl,      // sources come and go
+    libc::SYS_read,           // clearing kicks
+    libc::SYS_write,          // raising interrupts
+    libc::SYS_futex,          // locks of the configuration space
+    libc::SYS_mmap,           // the allocator
+    libc::SYS_munmap,         // the allocator
+    libc::SYS_madvise,        // the allocator, and the stack of the thread
+    libc::SYS_brk,            // the allocator
+    libc::SYS_exit,           // the end of the thread
     libc::SYS_rt_sigprocmask, // the end of the thread
-    libc::SYS_close,        // sources that ended
+    libc::SYS_close,          // sources that ended
 ];
 
 /// What a worker waits for beside its queues.
@@ -137,14 +137,13 @@ impl<S: Serve> Worker<S> {
         logic.start(activation.features, &sources)?;
         let Activation { memory, queues, .. } = activation;
         let mut serving = Loop { logic, memory, queues, sources, stop: Arc::clone(&stop) };
-        let thread = thread::Builder::new()
-            .name(S::NAME.into())
-            .stack_size(STACK_BYTES)
-            .spawn(move || {
+        let thread = thread::Builder::new().name(S::NAME.into()).stack_size(STACK_BYTES).spawn(
+            move || {
                 serving.run();
                 serving.logic.stop(&serving.sources);
                 serving.logic
-            })?;
+            },
+        )?;
         Ok(Self { stop, thread })
     }
 

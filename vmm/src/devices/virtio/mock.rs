@@ -1,0 +1,374 @@
+//! A driver for tests: lays queues and requests out in guest memory, as a guest would, and calls
+//! a device's logic without a thread.
+
+use std::sync::Arc;
+
+use virtio_queue::desc::RawDescriptor;
+use virtio_queue::desc::split::Descriptor;
+use virtio_queue::mock::{AvailRing, DescriptorTable, UsedRing};
+use virtio_queue::{Queue, QueueT};
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::queue::{DeviceQueue, GuestMemory};
+use super::transport::Line;
+use super::worker::Sources;
+use super::{Context, Ready, Serve, ServeError};
+
+/// Descriptor flags, VIRTIO 1.2 §2.7.5.
+pub(crate) const NEXT: u16 = 1;
+pub(crate) const WRITE: u16 = 2;
+pub(crate) const INDIRECT: u16 = 4;
+
+/// Guest memory is two regions with a hole between them.
+pub(crate) const LOW_END: u64 = 0x10_0000;
+pub(crate) const HIGH_START: u64 = 0x20_0000;
+pub(crate) const HIGH_END: u64 = 0x40_0000;
+/// Where the first queue lies; below it is nothing.
+const RINGS: u64 = 0x1000;
+const RING_BYTES: u64 = 0x4000;
+/// What no test allocates, free for indirect tables.
+pub(crate) const TABLES: u64 = 0xf_0000;
+/// Where buffers come from, round and round.
+const BUFFERS: u64 = HIGH_START;
+
+/// The memory of a guest.
+pub(crate) fn memory() -> GuestMemory {
+    let high = usize::try_from(HIGH_END - HIGH_START).unwrap();
+    let low = usize::try_from(LOW_END).unwrap();
+    GuestMemory::from_ranges(&[(GuestAddress(0), low), (GuestAddress(HIGH_START), high)]).unwrap()
+}
+
+/// A part of a request.
+pub(crate) enum Part<'a> {
+    /// For the device to read.
+    Out(&'a [u8]),
+    /// So many bytes for the device to write.
+    In(u32),
+}
+
+/// A descriptor as it lies in memory: address, length, flags, next.
+pub(crate) type Raw = (u64, u32, u16, u16);
+
+/// A request that was made.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Request {
+    pub(crate) head: u16,
+    /// The addresses and lengths of its writable parts.
+    writable: Vec<(u64, u32)>,
+}
+
+/// A driver of one device.
+pub(crate) struct Driver<'m> {
+    memory: &'m GuestMemory,
+    rings: Vec<Ring<'m>>,
+    pub(crate) queues: Vec<DeviceQueue>,
+    pub(crate) sources: Sources,
+    pub(crate) line: Arc<Line>,
+    next_buffer: u64,
+}
+
+/// One queue in memory. `MockSplitQueue` would lay it out, but lets the rings of a queue with more
+/// than a few descriptors overlap.
+struct Ring<'m> {
+    table: DescriptorTable<'m, GuestMemory>,
+    avail: AvailRing<'m, GuestMemory>,
+    used: UsedRing<'m, GuestMemory>,
+    size: u16,
+    next_descriptor: u16,
+    used_seen: u16,
+}
+
+impl<'m> Driver<'m> {
+    /// Sets up queues of these sizes.
+    pub(crate) fn new(memory: &'m GuestMemory, sizes: &[u16]) -> Self {
+        let line = Arc::new(Line::new().unwrap());
+        let mut rings = Vec::new();
+        let mut queues = Vec::new();
+        for (index, &size) in sizes.iter().enumerate() {
+            let queue = queue(index, size);
+            assert!(queue.is_valid(memory));
+            let table = DescriptorTable::new(memory, GuestAddress(queue.desc_table()), size);
+            let avail = AvailRing::new(memory, GuestAddress(queue.avail_ring()), size);
+            let used = UsedRing::new(memory, GuestAddress(queue.used_ring()), size);
+            let kick = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
+            queues.push(DeviceQueue::new(queue, kick, Arc::clone(&line)));
+            rings.push(Ring { table, avail, used, size, next_descriptor: 0, used_seen: 0 });
+        }
+        let sources = Sources::new().unwrap();
+        Self { memory, rings, queues, sources, line, next_buffer: BUFFERS }
+    }
+
+    /// Makes a request available.
+    pub(crate) fn add(&mut self, queue: usize, parts: &[Part<'_>]) -> Request {
+        let mut raw = Vec::new();
+        let mut writable = Vec::new();
+        let ring = &self.rings[queue];
+        let count = u16::try_from(parts.len()).unwrap();
+        let head = if ring.next_descriptor + count > ring.size { 0 } else { ring.next_descriptor };
+        for (position, part) in parts.iter().enumerate() {
+            let next = head + u16::try_from(position).unwrap() + 1;
+            let chained = if position + 1 < parts.len() { NEXT } else { 0 };
+            raw.push(match *part {
+                Part::Out(bytes) => {
+                    let len = u32::try_from(bytes.len()).unwrap();
+                    let addr = self.take_buffer(len);
+                    self.memory.write_slice(bytes, GuestAddress(addr)).unwrap();
+                    (addr, len, chained, next)
+                }
+                Part::In(len) => {
+                    let addr = self.take_buffer(len);
+                    writable.push((addr, len));
+                    (addr, len, chained | WRITE, next)
+                }
+            });
+        }
+        self.store(queue, head, &raw);
+        self.offer(queue, head);
+        self.rings[queue].next_descriptor = head + count;
+        Request { head, writable }
+    }
+
+    /// Writes descriptors from `at` of the table.
+    pub(crate) fn store(&self, queue: usize, at: u16, raw: &[Raw]) {
+        let table = &self.rings[queue].table;
+        for (index, &(addr, len, flags, next)) in (at..).zip(raw) {
+            table
+                .store(index, RawDescriptor::from(Descriptor::new(addr, len, flags, next)))
+                .unwrap();
+        }
+    }
+
+    /// Puts a head into the available ring.
+    pub(crate) fn offer(&self, queue: usize, head: u16) {
+        let Ring { avail, size, .. } = &self.rings[queue];
+        let index = avail.idx().load();
+        avail.ring().ref_at(usize::from(index % size)).unwrap().store(head);
+        avail.idx().store(index.wrapping_add(1));
+    }
+
+    /// Says that so many chains are available.
+    pub(crate) fn set_available(&self, queue: usize, index: u16) {
+        self.rings[queue].avail.idx().store(index);
+    }
+
+    /// What the device gave back since the last call: heads and lengths.
+    pub(crate) fn used(&mut self, queue: usize) -> Vec<(u16, u32)> {
+        let Ring { used, size, used_seen, .. } = &mut self.rings[queue];
+        let mut elements = Vec::new();
+        while *used_seen != used.idx().load() {
+            let index = usize::from(*used_seen % *size);
+            let element = used.ring().ref_at(index).unwrap().load();
+            elements.push((u16::try_from(element.id()).unwrap(), element.len()));
+            *used_seen = used_seen.wrapping_add(1);
+        }
+        elements
+    }
+
+    /// The first `len` bytes that the device wrote into a request.
+    pub(crate) fn written(&self, request: &Request, len: u32) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        for &(addr, capacity) in &request.writable {
+            let left = usize::try_from(len).unwrap() - bytes.len();
+            let mut part = vec![0; left.min(usize::try_from(capacity).unwrap())];
+            self.memory.read_slice(&mut part, GuestAddress(addr)).unwrap();
+            bytes.extend(part);
+        }
+        bytes
+    }
+
+    /// Calls the device.
+    pub(crate) fn call(&mut self, logic: &mut impl Serve, ready: Ready) -> Result<(), ServeError> {
+        if let Ready::Queue(index) = ready {
+            let _ = self.queues[index].kick().read();
+        }
+        let Self { memory, queues, sources, .. } = self;
+        logic.serve(ready, &mut Context { memory, queues, sources })
+    }
+
+    fn take_buffer(&mut self, len: u32) -> u64 {
+        if self.next_buffer + u64::from(len) > HIGH_END {
+            self.next_buffer = BUFFERS;
+        }
+        let addr = self.next_buffer;
+        self.next_buffer += u64::from(len);
+        addr
+    }
+}
+
+/// Queue number `index` of a driver, set up at its place in memory.
+pub(crate) fn queue(index: usize, size: u16) -> Queue {
+    let start = u32::try_from(RINGS + index as u64 * RING_BYTES).unwrap();
+    let avail = start + 16 * u32::from(size);
+    let used = (avail + 6 + 2 * u32::from(size)).next_multiple_of(4);
+    let end = u64::from(used + 6 + 8 * u32::from(size));
+    assert!(end <= u64::from(start) + RING_BYTES, "too large a queue");
+    let mut queue = Queue::new(size).unwrap();
+    queue.set_size(size);
+    queue.set_desc_table_address(Some(start), Some(0));
+    queue.set_avail_ring_address(Some(avail), Some(0));
+    queue.set_used_ring_address(Some(used), Some(0));
+    queue.set_ready(true);
+    queue
+}
+
+/// A way to break a queue: its name and its descriptors from number 0 on.
+pub(crate) type Malformed = (&'static str, Vec<Raw>);
+
+/// Chains that no driver may make, of a queue with `size` descriptors. Those whose name says
+/// "table" use an indirect table, which this writes to [`TABLES`].
+pub(crate) fn malformed(memory: &GuestMemory, size: u16) -> Vec<Malformed> {
+    let buffer = HIGH_START;
+    let table = |at: u64, raw: &[Raw]| {
+        for (index, &(addr, len, flags, next)) in raw.iter().enumerate() {
+            let at = GuestAddress(at + index as u64 * 16);
+            memory
+                .write_obj(RawDescriptor::from(Descriptor::new(addr, len, flags, next)), at)
+                .unwrap();
+        }
+        at
+    };
+    let nested = table(TABLES, &[(TABLES, 16, INDIRECT, 0)]);
+    let looping = table(TABLES + 0x100, &[(buffer, 64, NEXT, 1), (buffer, 64, NEXT, 0)]);
+    let cut_off = table(TABLES + 0x200, &[(buffer, 64, NEXT, 9)]);
+    let outside = table(TABLES + 0x300, &[(LOW_END, 64, 0, 0)]);
+    let mixed = table(TABLES + 0x400, &[(buffer, 64, NEXT | WRITE, 1), (buffer, 64, 0, 0)]);
+    let long: Vec<Raw> = (1..=size + 1).map(|next| (buffer, 1, NEXT, next)).collect();
+    let long_table = table(TABLES + 0x1000, &long);
+    let long_bytes = u32::from(size + 1) * 16;
+    vec![
+        ("loop of one", vec![(buffer, 64, NEXT, 0)]),
+        ("loop of two", vec![(buffer, 64, NEXT, 1), (buffer, 64, NEXT, 0)]),
+        (
+            "loop of two writable",
+            vec![(buffer, 64, NEXT | WRITE, 1), (buffer, 64, NEXT | WRITE, 0)],
+        ),
+        ("next out of range", vec![(buffer, 64, NEXT, size)]),
+        ("next far out of range", vec![(buffer, 64, NEXT, u16::MAX)]),
+        ("readable after writable", vec![(buffer, 64, NEXT | WRITE, 1), (buffer, 64, 0, 0)]),
+        ("in the hole", vec![(LOW_END, 64, 0, 0)]),
+        ("into the hole", vec![(LOW_END - 32, 64, 0, 0)]),
+        ("across the hole", vec![(LOW_END - 32, 0x10_0040, WRITE, 0)]),
+        ("behind the end", vec![(HIGH_END, 1, WRITE, 0)]),
+        ("over the end", vec![(HIGH_END - 16, 64, WRITE, 0)]),
+        ("wrapping", vec![(u64::MAX - 16, 64, 0, 0)]),
+        ("wrapping writable", vec![(u64::MAX - 16, 64, WRITE, 0)]),
+        ("huge", vec![(0, u32::MAX, 0, 0)]),
+        ("more than 4 GiB", vec![(0, u32::MAX, NEXT, 1), (0, u32::MAX, 0, 0)]),
+        ("empty", vec![(buffer, 0, 0, 0)]),
+        ("empty writable", vec![(buffer, 0, WRITE, 0)]),
+        ("empty outside of memory", vec![(u64::MAX, 0, NEXT, 1), (LOW_END, 0, WRITE, 0)]),
+        ("one byte", vec![(buffer, 1, 0, 0)]),
+        ("one byte writable", vec![(buffer, 1, WRITE, 0)]),
+        ("table empty", vec![(TABLES, 0, INDIRECT, 0)]),
+        ("table of half a descriptor", vec![(TABLES, 8, INDIRECT, 0)]),
+        ("table nested", vec![(nested, 16, INDIRECT, 0)]),
+        ("table looping", vec![(looping, 32, INDIRECT, 0)]),
+        ("table cut off", vec![(cut_off, 16, INDIRECT, 0)]),
+        ("table names the hole", vec![(outside, 16, INDIRECT, 0)]),
+        ("table mixed", vec![(mixed, 32, INDIRECT, 0)]),
+        ("table in the hole", vec![(LOW_END, 64, INDIRECT, 0)]),
+        ("table wrapping", vec![(u64::MAX - 15, 64, INDIRECT, 0)]),
+        ("table oversized", vec![(TABLES, (1 << 20) + 16, INDIRECT, 0)]),
+        ("table longer than the queue", vec![(long_table, long_bytes, INDIRECT, 0)]),
+    ]
+}
+
+/// Feeds every malformed chain to every queue of a device; `make` gives a fresh one each time.
+///
+/// The device may answer or fail; it may neither panic nor write outside of what it was offered.
+pub(crate) fn survives_malformed<S: Serve>(sizes: &[u16], make: impl Fn() -> S) {
+    for queue in 0..sizes.len() {
+        let count = malformed(&memory(), sizes[queue]).len();
+        for case in 0..count {
+            let memory = memory();
+            let (name, raw) = malformed(&memory, sizes[queue]).swap_remove(case);
+            let mut driver = Driver::new(&memory, sizes);
+            let mut logic = make();
+            logic.start(0, &driver.sources).unwrap();
+            driver.store(queue, 0, &raw);
+            driver.offer(queue, 0);
+            let before = low_memory(&memory);
+            let served = driver.call(&mut logic, Ready::Queue(queue));
+            let after = low_memory(&memory);
+            assert!(before == after, "{}: {name}: wrote where it must not", S::NAME);
+            if served.is_ok() {
+                let used = driver.used(queue);
+                assert!(used.len() <= 1, "{}: {name}: gave back {used:?}", S::NAME);
+            }
+            logic.stop(&driver.sources);
+        }
+    }
+}
+
+/// Low memory behind the rings: no well-formed buffer lies there.
+fn low_memory(memory: &GuestMemory) -> Vec<u8> {
+    let start = RINGS + 4 * RING_BYTES;
+    let mut bytes = vec![0; usize::try_from(LOW_END - start).unwrap()];
+    memory.read_slice(&mut bytes, GuestAddress(start)).unwrap();
+    bytes
+}
+
+/// Feeds random descriptor tables to a device, the same ones each time.
+pub(crate) fn survives_noise<S: Serve>(sizes: &[u16], rounds: u32, make: impl Fn() -> S) {
+    let mut random = Random(0x9e37_79b9_7f4a_7c15);
+    for _ in 0..rounds {
+        let memory = memory();
+        let mut driver = Driver::new(&memory, sizes);
+        let mut logic = make();
+        logic.start(0, &driver.sources).unwrap();
+        for _ in 0..4 {
+            let queue = random.below(sizes.len() as u64);
+            let queue = usize::try_from(queue).unwrap();
+            let size = sizes[queue];
+            for at in 0..size.min(16) {
+                driver.store(queue, at, &[random.descriptor(size)]);
+            }
+            for _ in 0..random.below(4) {
+                driver.offer(queue, random.number(u64::from(size.min(17))));
+            }
+            if random.below(64) == 0 {
+                driver.set_available(queue, random.number(1 << 16));
+            }
+            if driver.call(&mut logic, Ready::Queue(queue)).is_err() {
+                break;
+            }
+        }
+        logic.stop(&driver.sources);
+    }
+}
+
+/// A small generator (xorshift64*), so that a failure repeats itself.
+pub(crate) struct Random(pub(crate) u64);
+
+impl Random {
+    pub(crate) fn below(&mut self, limit: u64) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 16) % limit
+    }
+
+    fn number(&mut self, limit: u64) -> u16 {
+        u16::try_from(self.below(limit)).unwrap()
+    }
+
+    /// A descriptor that is often nearly right.
+    fn descriptor(&mut self, size: u16) -> Raw {
+        let addr = match self.below(8) {
+            0 => self.below(u64::MAX),
+            1 => LOW_END - self.below(64),
+            2 => HIGH_END - self.below(64),
+            3 => TABLES + self.below(64),
+            _ => HIGH_START + self.below(0x10_0000),
+        };
+        let len = match self.below(4) {
+            0 => self.below(1 << 32),
+            1 => self.below(64),
+            _ => self.below(0x2000),
+        };
+        let flags = self.number(8) & if self.below(4) == 0 { 7 } else { NEXT | WRITE };
+        let next = self.number(u64::from(size.min(18)) + 1);
+        (addr, u32::try_from(len).unwrap(), flags, next)
+    }
+}

@@ -12,7 +12,7 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use crate::config::VmConfig;
 use crate::control::{Answer, Call, Ending, Event, Refusal, Reply, Request, VERSION};
-use crate::devices::stub::vsock::OpenRequest;
+use crate::devices::virtio::vsock::OpenRequest;
 use crate::jail;
 use crate::seqpacket::{self, Message};
 use crate::vm::{Descriptors, Machine};
@@ -84,7 +84,8 @@ impl Monitor {
         watch(self.machine.gate().ended().as_raw_fd(), Self::ENDED)?;
         loop {
             let mut events = [EpollEvent::default()];
-            match epoll.wait(-1, &mut events) {
+            match epoll.wait(self.expire_opens(), &mut events) {
+                Ok(0) => continue,
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
                 Err(error) => return Err(error.into()),
@@ -98,6 +99,17 @@ impl Monitor {
                 return Ok(());
             }
         }
+    }
+
+    /// Refuses streams whose time is up while no driver serves them; gives the milliseconds until
+    /// the next one's is, -1 for none.
+    fn expire_opens(&self) -> i32 {
+        let now = Instant::now();
+        let next = self.machine.opener().and_then(|opener| opener.expire(now));
+        next.map_or(-1, |deadline| {
+            let wait = deadline.saturating_duration_since(now) + Duration::from_millis(1);
+            i32::try_from(wait.as_millis()).unwrap_or(i32::MAX)
+        })
     }
 
     fn call(&mut self, message: Message) -> Result<Next, MonitorError> {

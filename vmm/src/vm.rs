@@ -18,7 +18,7 @@ use crate::control::{DeviceStatistics, Statistics};
 use crate::devices::console::Console;
 use crate::devices::virtio::queue::GuestMemory;
 use crate::devices::virtio::transport::{QUEUE_NOTIFY, Transport};
-use crate::devices::stub::vsock::Opener;
+use crate::devices::virtio::vsock::Opener;
 use crate::devices::{self, Handles};
 use crate::vcpu::{Gate, Vcpus};
 

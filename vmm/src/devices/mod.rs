@@ -7,10 +7,12 @@ use crate::config::DeviceConfig;
 use crate::vm::Descriptors;
 
 pub(crate) mod console;
+pub(crate) mod rate_limit;
 pub(crate) mod virtio;
 
 use virtio::VirtioDevice;
-use stub::{balloon, block, fs, rng, vsock};
+use stub::{balloon, block, fs};
+use virtio::{rng, vsock};
 
 /// What the control socket needs of devices once they are attached.
 #[derive(Debug, Default)]
@@ -28,11 +30,11 @@ pub(crate) fn build(
     let mut take = |field, fd| fds.take(field, fd).map_err(io::Error::other);
     Ok(match config {
         DeviceConfig::Vsock { guest_cid } => {
-            let (device, opener) = {let _=guest_cid;(vsock::dev(),vsock::Opener)};
+            let (device, opener) = vsock::device(*guest_cid)?;
             handles.opener = Some(opener);
             Box::new(device)
         }
-        DeviceConfig::Rng { source } => {take("source", *source)?;Box::new(rng::dev())},
+        DeviceConfig::Rng { source } => Box::new(rng::device(File::from(take("source", *source)?))),
         DeviceConfig::Fs { tag, server } => {let _=tag;take("server", *server)?;Box::new(fs::dev())},
         DeviceConfig::Blk { disk, read_only, serial } => {
             {let _=(read_only,serial);take("disk", *disk)?;Box::new(block::dev())}
@@ -51,5 +53,5 @@ pub(crate) mod stub {
         #[derive(Debug,Clone)] pub(crate) struct Opener; impl Opener{pub fn open(&self,_:OpenRequest){}}
         $(pub(crate) type T=$t;)*
     } } }
-    stub!(rng,());stub!(fs,());stub!(block,());stub!(balloon,());stub!(vsock,());
+    stub!(fs,());stub!(block,());stub!(balloon,());
 }

@@ -1,0 +1,93 @@
+//! The shared file system against the same work on the host, in the same directory, by the same
+//! busybox.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::Instant;
+
+use anyhow::{Context, Result, ensure};
+use bulkhead_tests::bundle::{Bundle, bind};
+use bulkhead_tests::runtime::Runtime;
+use serde_json::{Map, Value, json};
+
+use crate::table::{self, median};
+
+const MIB: usize = 64;
+const FILES: usize = 2000;
+/// What is timed: a name, and the script with the directory as `$D`.
+const WORK: [(&str, &str); 3] = [
+    ("sequential write, MiB/s", "dd if=/dev/zero of=$D/big bs=1M count=64 conv=fsync 2>/dev/null"),
+    ("sequential read, MiB/s", "dd if=$D/big of=/dev/null bs=1M 2>/dev/null"),
+    ("metadata walk, files/s", "find $D/tree -type f -exec stat -c %s {} + > /dev/null"),
+];
+
+/// Does the work on both sides, prints the table, gives the medians.
+pub(crate) fn measure(rounds: usize) -> Result<Value> {
+    let directory = tempfile::tempdir()?;
+    make_tree(directory.path())?;
+    let (mut host, mut guest): ([Vec<f64>; 3], [Vec<f64>; 3]) = Default::default();
+    for _ in 0..rounds.min(5) {
+        let mut on_host = Command::new("/bin/busybox");
+        on_host.args(["sh", "-c", &script(directory.path())]);
+        collect(on_host.stdout(Stdio::piped()).spawn()?, &mut host)?;
+
+        let runtime = Runtime::new()?;
+        let bundle = Bundle::script(&script(Path::new("/mnt")))?;
+        let bundle = bundle.mount(bind(directory.path(), "/mnt", &["rw"]))?;
+        collect(runtime.spawn_run("files", &bundle)?, &mut guest)?;
+    }
+    let mut rows = Vec::new();
+    let mut results = Map::new();
+    for ((name, _), (host, guest)) in WORK.iter().zip(host.iter().zip(&guest)) {
+        let amount = if name.contains("MiB") { MIB } else { FILES };
+        // Both fit a double without loss.
+        let rate = |seconds: &[f64]| f64::from(u32::try_from(amount).unwrap_or(0)) / median(seconds);
+        let (host, guest) = (rate(host), rate(guest));
+        let share = guest / host;
+        rows.push(vec![
+            (*name).into(),
+            format!("{host:.0}"),
+            format!("{guest:.0}"),
+            format!("{share:.2}"),
+        ]);
+        results.insert((*name).into(), json!({"host": host, "container": guest}));
+    }
+    table::print("Shared files", &["", "host", "container", "container / host"], &rows);
+    Ok(Value::Object(results))
+}
+
+/// A line before and after each piece of work; the reader takes the times.
+fn script(directory: &Path) -> String {
+    let mut script = format!("D={}; ", directory.display());
+    for (_, work) in WORK {
+        script.push_str(&format!("echo begin; {work}; echo end; "));
+    }
+    script
+}
+
+fn collect(mut child: Child, times: &mut [Vec<f64>; 3]) -> Result<()> {
+    let output = BufReader::new(child.stdout.take().context("no standard output")?);
+    let mut pieces = times.iter_mut();
+    let mut begun = Instant::now();
+    for line in output.lines() {
+        match line?.as_str() {
+            "begin" => begun = Instant::now(),
+            "end" => pieces.next().context("too many lines")?.push(begun.elapsed().as_secs_f64()),
+            other => anyhow::bail!("unexpected output {other}"),
+        }
+    }
+    let status = child.wait()?;
+    ensure!(status.success() && pieces.next().is_none(), "the work was not done: {status}");
+    Ok(())
+}
+
+fn make_tree(directory: &Path) -> Result<()> {
+    for index in 0..FILES {
+        let parent = directory.join(format!("tree/{}/{}", index % 10, index % 100));
+        fs::create_dir_all(&parent)?;
+        fs::write(parent.join(index.to_string()), b"x")?;
+    }
+    Ok(())
+}

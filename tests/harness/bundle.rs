@@ -1,0 +1,163 @@
+//! An OCI bundle around Debian's static busybox.
+
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+const BUSYBOX: &str = "/bin/busybox";
+/// The programs that the suites use.
+const APPLETS: &[&str] = &[
+    "cat", "chmod", "chown", "cmp", "dd", "dmesg", "echo", "env", "expr", "false", "find", "free",
+    "grep", "head", "hostname", "id", "kill", "ln", "ls", "mkdir", "mkfifo", "mknod", "mount", "mv",
+    "nc", "printf", "ps", "pwd", "readlink", "rm", "seq", "sh", "sha256sum", "sleep", "sort",
+    "stat", "sync", "tail", "tee", "test", "touch", "tr", "true", "umask", "uname", "wc", "yes",
+];
+/// What Docker leaves a container.
+const CAPABILITIES: &[&str] = &[
+    "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FSETID", "CAP_FOWNER", "CAP_MKNOD", "CAP_NET_RAW",
+    "CAP_SETGID", "CAP_SETUID", "CAP_SETFCAP", "CAP_SETPCAP", "CAP_NET_BIND_SERVICE",
+    "CAP_SYS_CHROOT", "CAP_KILL", "CAP_AUDIT_WRITE",
+];
+
+/// A directory with `config.json` and `rootfs`, gone when dropped.
+#[derive(Debug)]
+pub struct Bundle {
+    directory: TempDir,
+    /// The runtime specification; [`Bundle::write`] puts it on disk.
+    pub spec: Value,
+}
+
+impl Bundle {
+    /// A bundle that runs `args`.
+    ///
+    /// # Errors
+    /// When the directory cannot be made, or busybox-static is not installed.
+    pub fn new(args: &[&str]) -> Result<Self> {
+        let directory = TempDir::with_prefix("bundle-")?;
+        let rootfs = directory.path().join("rootfs");
+        for name in ["bin", "dev", "etc", "proc", "root", "run", "sys", "tmp", "mnt"] {
+            fs::create_dir_all(rootfs.join(name))?;
+        }
+        fs::set_permissions(rootfs.join("tmp"), fs::Permissions::from_mode(0o1777))?;
+        fs::copy(BUSYBOX, rootfs.join("bin/busybox")).context(BUSYBOX)?;
+        for applet in APPLETS {
+            symlink("busybox", rootfs.join("bin").join(applet))?;
+        }
+        fs::write(rootfs.join("etc/passwd"), "root:x:0:0::/root:/bin/sh\n")?;
+        let bundle = Self { directory, spec: spec(args) };
+        bundle.write()?;
+        Ok(bundle)
+    }
+
+    /// A bundle that runs a shell script.
+    ///
+    /// # Errors
+    /// As [`Bundle::new`].
+    pub fn script(script: &str) -> Result<Self> {
+        Self::new(&["/bin/sh", "-c", script])
+    }
+
+    /// Changes the specification and writes it.
+    ///
+    /// # Errors
+    /// When `config.json` cannot be written.
+    pub fn with(mut self, change: impl FnOnce(&mut Value)) -> Result<Self> {
+        change(&mut self.spec);
+        self.write()?;
+        Ok(self)
+    }
+
+    /// Adds a mount and writes the specification.
+    ///
+    /// # Errors
+    /// When `config.json` cannot be written.
+    pub fn mount(self, mount: Value) -> Result<Self> {
+        self.with(|spec| {
+            if let Some(mounts) = spec["mounts"].as_array_mut() {
+                mounts.push(mount);
+            }
+        })
+    }
+
+    /// Writes `config.json`.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn write(&self) -> Result<()> {
+        let json = serde_json::to_vec_pretty(&self.spec)?;
+        fs::write(self.path().join("config.json"), json).context("config.json")
+    }
+
+    /// The bundle's directory.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// The container's root file system on the host.
+    #[must_use]
+    pub fn rootfs(&self) -> PathBuf {
+        self.path().join("rootfs")
+    }
+}
+
+/// A bind mount of a host path.
+#[must_use]
+pub fn bind(source: &Path, destination: &str, options: &[&str]) -> Value {
+    let options: Vec<&str> = ["bind"].iter().chain(options).copied().collect();
+    json!({"destination": destination, "type": "bind", "source": source, "options": options})
+}
+
+fn spec(args: &[&str]) -> Value {
+    json!({
+        "ociVersion": "1.0.2",
+        "process": {
+            "terminal": false,
+            "user": {"uid": 0, "gid": 0},
+            "args": args,
+            "env": ["PATH=/bin:/usr/bin", "TERM=xterm"],
+            "cwd": "/",
+            "capabilities": {
+                "bounding": CAPABILITIES, "effective": CAPABILITIES, "permitted": CAPABILITIES
+            },
+            "rlimits": [{"type": "RLIMIT_NOFILE", "hard": 1024, "soft": 1024}],
+            "noNewPrivileges": true
+        },
+        "root": {"path": "rootfs", "readonly": false},
+        "hostname": "bulk",
+        "mounts": [
+            {"destination": "/proc", "type": "proc", "source": "proc"},
+            {"destination": "/dev", "type": "tmpfs", "source": "tmpfs",
+             "options": ["nosuid", "strictatime", "mode=755", "size=65536k"]},
+            {"destination": "/dev/pts", "type": "devpts", "source": "devpts",
+             "options": ["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620", "gid=5"]},
+            {"destination": "/dev/shm", "type": "tmpfs", "source": "shm",
+             "options": ["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"]},
+            {"destination": "/dev/mqueue", "type": "mqueue", "source": "mqueue",
+             "options": ["nosuid", "noexec", "nodev"]},
+            {"destination": "/sys", "type": "sysfs", "source": "sysfs",
+             "options": ["nosuid", "noexec", "nodev", "ro"]},
+            {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup",
+             "options": ["nosuid", "noexec", "nodev", "relatime", "ro"]}
+        ],
+        "linux": {
+            "resources": {"devices": [{"allow": false, "access": "rwm"}]},
+            "namespaces": [
+                {"type": "pid"}, {"type": "network"}, {"type": "ipc"}, {"type": "uts"},
+                {"type": "mount"}, {"type": "cgroup"}
+            ],
+            "maskedPaths": [
+                "/proc/acpi", "/proc/asound", "/proc/kcore", "/proc/keys", "/proc/latency_stats",
+                "/proc/timer_list", "/proc/timer_stats", "/proc/sched_debug", "/sys/firmware",
+                "/proc/scsi"
+            ],
+            "readonlyPaths": [
+                "/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"
+            ]
+        }
+    })
+}

@@ -1,0 +1,5 @@
+//! What the suites share: machines, bundles and the programs under test.
+
+pub mod bundle;
+pub mod runtime;
+pub mod vm;

@@ -1,0 +1,269 @@
+//! The `bulkhead` command, called as a person or Docker would, and what it must not leave behind.
+
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::bundle::Bundle;
+use crate::vm::dist;
+
+/// A bound on hangs under emulation, not a measure.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// A runtime with a state directory of its own.
+#[derive(Debug)]
+pub struct Runtime {
+    root: TempDir,
+}
+
+impl Runtime {
+    /// An empty state directory.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn new() -> Result<Self> {
+        Ok(Self { root: TempDir::with_prefix("root-")? })
+    }
+
+    /// The state directory.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        self.root.path()
+    }
+
+    /// A command with the state directory set, its standard input empty.
+    #[must_use]
+    pub fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(dist().join("bin/bulkhead"));
+        command.arg("--root").arg(self.root()).args(args).stdin(Stdio::null());
+        command
+    }
+
+    /// Runs a command to its end.
+    ///
+    /// # Errors
+    /// When it does not end in time.
+    pub fn call(&self, args: &[&str]) -> Result<Output> {
+        finish(self.command(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?)
+    }
+
+    /// Runs a command that must succeed; gives its standard output.
+    ///
+    /// # Errors
+    /// With its standard error when it fails.
+    pub fn ok(&self, args: &[&str]) -> Result<String> {
+        let output = self.call(args)?;
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        ensure!(output.status.success(), "{args:?}: {}: {text}", output.status);
+        Ok(String::from_utf8(output.stdout)?)
+    }
+
+    /// Runs a command that must fail; gives its standard error.
+    ///
+    /// # Errors
+    /// When it succeeds.
+    pub fn fails(&self, args: &[&str]) -> Result<String> {
+        let output = self.call(args)?;
+        ensure!(!output.status.success(), "{args:?} succeeded");
+        Ok(String::from_utf8(output.stderr)?)
+    }
+
+    /// `bulkhead run`, to its end.
+    ///
+    /// # Errors
+    /// When it does not end in time.
+    pub fn run(&self, id: &str, bundle: &Bundle) -> Result<Output> {
+        self.run_with_input(id, bundle, b"")
+    }
+
+    /// `bulkhead run` with something on standard input.
+    ///
+    /// # Errors
+    /// When it does not end in time.
+    pub fn run_with_input(&self, id: &str, bundle: &Bundle, input: &[u8]) -> Result<Output> {
+        let mut child = self.spawn_run(id, bundle)?;
+        let mut stdin = child.stdin.take().context("no standard input")?;
+        let input = input.to_vec();
+        let writer = std::thread::spawn(move || stdin.write_all(&input));
+        let output = finish(child)?;
+        // A container that does not read its input is no failure.
+        let _ = writer.join();
+        Ok(output)
+    }
+
+    /// Starts `bulkhead run` with pipes for its streams.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn spawn_run(&self, id: &str, bundle: &Bundle) -> Result<Child> {
+        let mut command = self.command(&["run", "--bundle"]);
+        command.arg(bundle.path()).arg(id).stdin(Stdio::piped());
+        Ok(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?)
+    }
+
+    /// `bulkhead create`, its streams the null device.
+    ///
+    /// # Errors
+    /// With its standard error when it fails.
+    pub fn create(&self, id: &str, bundle: &Bundle) -> Result<()> {
+        let mut command = self.command(&["create", "--bundle"]);
+        let errors = tempfile::NamedTempFile::new()?;
+        command.arg(bundle.path()).arg(id).stdout(Stdio::null()).stderr(errors.reopen()?);
+        let status = finish(command.spawn()?)?.status;
+        ensure!(status.success(), "create: {status}: {}", fs::read_to_string(errors.path())?);
+        Ok(())
+    }
+
+    /// The container's state.
+    ///
+    /// # Errors
+    /// When there is no such container.
+    pub fn state(&self, id: &str) -> Result<Value> {
+        Ok(serde_json::from_str(&self.ok(&["state", id])?)?)
+    }
+
+    /// Waits until the container has a status.
+    ///
+    /// # Errors
+    /// When it does not get there in time.
+    pub fn wait_for_status(&self, id: &str, status: &str) -> Result<()> {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let state = self.state(id)?;
+            if state["status"] == status {
+                return Ok(());
+            }
+            ensure!(Instant::now() < deadline, "{id} is still {}", state["status"]);
+            std::thread::sleep(Duration::from_millis(50));
+        }
+    }
+
+    /// The processes of this runtime: those that run one of its programs for this state directory,
+    /// and their children.
+    ///
+    /// # Errors
+    /// When `/proc` cannot be read.
+    pub fn processes(&self, name: &str) -> Result<Vec<u32>> {
+        let root = self.root().to_string_lossy().into_owned();
+        let mut found = Vec::new();
+        let table = process_table()?;
+        for process in &table {
+            let ours = |pid: u32| {
+                let owner = table.iter().find(|other| other.pid == pid);
+                owner.is_some_and(|owner| owner.command_line.contains(&root))
+            };
+            let named = process.command_line.contains(name);
+            if named && (ours(process.pid) || ours(process.parent)) {
+                found.push(process.pid);
+            }
+        }
+        Ok(found)
+    }
+
+    /// Fails when a process, mount, cgroup or file of this runtime is left.
+    ///
+    /// # Errors
+    /// Names what is left.
+    pub fn assert_clean(&self) -> Result<()> {
+        let deadline = Instant::now() + Duration::from_secs(5);
+        let left = loop {
+            let left = self.leftovers()?;
+            if left.is_empty() || Instant::now() > deadline {
+                break left;
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        };
+        if left.is_empty() { Ok(()) } else { bail!("left behind: {left:#?}") }
+    }
+
+    fn leftovers(&self) -> Result<Vec<String>> {
+        let root = self.root().to_string_lossy().into_owned();
+        let mut left: Vec<String> = process_table()?
+            .into_iter()
+            .filter(|process| process.command_line.contains(&root))
+            .map(|process| format!("process {} {}", process.pid, process.command_line))
+            .collect();
+        for entry in fs::read_dir(self.root())? {
+            left.push(format!("file {}", entry?.path().display()));
+        }
+        for line in fs::read_to_string("/proc/self/mountinfo")?.lines() {
+            if line.contains(&root) {
+                left.push(format!("mount {line}"));
+            }
+        }
+        Ok(left)
+    }
+}
+
+/// Kills a process at once and reports when it cannot be.
+///
+/// # Errors
+/// When there is no such process.
+pub fn kill_9(pid: u32) -> Result<()> {
+    let status = Command::new("kill").args(["-9", &pid.to_string()]).status()?;
+    ensure!(status.success(), "kill -9 {pid}: {status}");
+    Ok(())
+}
+
+/// Programs of Bulkhead that run anywhere on this machine.
+///
+/// # Errors
+/// When `/proc` cannot be read.
+pub fn bulkhead_processes() -> Result<Vec<String>> {
+    let table = process_table()?;
+    let ours = table.into_iter().filter(|process| process.program.starts_with("bulkhead"));
+    Ok(ours.map(|process| format!("{} {}", process.pid, process.command_line)).collect())
+}
+
+struct Process {
+    pid: u32,
+    parent: u32,
+    program: String,
+    command_line: String,
+}
+
+fn process_table() -> Result<Vec<Process>> {
+    let mut table = Vec::new();
+    for entry in fs::read_dir("/proc")? {
+        let Some(pid) = entry?.file_name().to_str().and_then(|name| name.parse().ok()) else {
+            continue;
+        };
+        // A process may end while it is looked at.
+        let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else { continue };
+        let Ok(line) = fs::read(format!("/proc/{pid}/cmdline")) else { continue };
+        let Some((head, tail)) = stat.rsplit_once(')') else { continue };
+        let program = head.split_once('(').map(|(_, name)| name.to_owned()).unwrap_or_default();
+        let fields: Vec<&str> = tail.split_whitespace().collect();
+        if matches!(fields.first(), Some(&"Z")) {
+            continue;
+        }
+        let parent = fields.get(1).and_then(|field| field.parse().ok()).unwrap_or(0);
+        let command_line = String::from_utf8_lossy(&line).replace('\0', " ");
+        table.push(Process { pid, parent, program, command_line });
+    }
+    Ok(table)
+}
+
+/// Waits for a child's end and collects what it wrote.
+///
+/// # Errors
+/// When it does not end in time; it is killed then.
+pub fn finish(mut child: Child) -> Result<Output> {
+    let pid = child.id();
+    drop(child.stdin.take());
+    let (sender, receiver) = std::sync::mpsc::channel();
+    std::thread::spawn(move || sender.send(child.wait_with_output()));
+    let Ok(output) = receiver.recv_timeout(PATIENCE) else {
+        kill_9(pid)?;
+        let output = receiver.recv_timeout(Duration::from_secs(5));
+        bail!("process {pid} did not end within {PATIENCE:?}: {output:?}");
+    };
+    Ok(output?)
+}

@@ -1,0 +1,5 @@
+//! The monitor and the guest image, without a supervisor: needs /dev/kvm, root, and what
+//! `cargo xtask image` builds. Runs in the test host.
+
+mod jail;
+mod lifecycle;

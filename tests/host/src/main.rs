@@ -1,0 +1,121 @@
+//! The test host: a Linux with KVM and cgroup v2 under QEMU, in which any command of this machine runs
+//! as root. The machine's root file system is there read-only under a tmpfs overlay, so nothing that
+//! the command does changes the machine; results get out over the output and over `--share`.
+//!
+//! The program is both sides: outside it builds the kernel, starts QEMU and copies the streams; inside
+//! it is the kernel's first process. It ends with the exit status of the command.
+
+mod init;
+mod qemu;
+mod request;
+mod session;
+
+use std::path::PathBuf;
+use std::process::{self, ExitCode};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use guest_image::progress::say;
+
+use crate::qemu::Accelerator;
+
+const USAGE: &str = "usage: test-host [OPTIONS] [--] [COMMAND ARGUMENTS…]   (no command: a shell)
+  --memory MIB      memory of the host, default 4096
+  --cpus N          processors of the host, default those of this machine
+  --timeout SECS    end the host after that time, with status 124
+  --share DIR       a directory of this machine, writable in the host as /run/share-out
+  --accel A         kvm, tcg or auto (the default: kvm where nesting works)
+  --console         show the host's kernel messages on standard error
+  --build-only      build the host's kernel, say where it is, and end";
+
+/// The exit status when the test host itself fails: not one that commands tend to use.
+const FAILED: u8 = 125;
+
+/// What the command line asks for.
+#[derive(Debug)]
+struct Options {
+    memory_mib: u32,
+    cpus: usize,
+    timeout: Option<Duration>,
+    share: Option<PathBuf>,
+    accelerator: Accelerator,
+    console: bool,
+    build_only: bool,
+    command: Vec<String>,
+}
+
+fn main() -> ExitCode {
+    if process::id() == 1 {
+        init::run();
+    }
+    match parse(std::env::args().skip(1)).and_then(|options| session::run(&options)) {
+        Ok(status) => ExitCode::from(status),
+        Err(error) => {
+            say(&format!("test-host: {error:#}"));
+            ExitCode::from(FAILED)
+        }
+    }
+}
+
+fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options> {
+    let mut options = Options {
+        memory_mib: 4096,
+        cpus: std::thread::available_parallelism().map_or(1, usize::from),
+        timeout: None,
+        share: None,
+        accelerator: Accelerator::Auto,
+        console: false,
+        build_only: false,
+        command: Vec::new(),
+    };
+    while let Some(argument) = arguments.next() {
+        let mut value = || arguments.next().with_context(|| format!("{argument} needs a value"));
+        match argument.as_str() {
+            "--memory" => options.memory_mib = value()?.parse().context("--memory")?,
+            "--cpus" => options.cpus = value()?.parse().context("--cpus")?,
+            "--timeout" => {
+                options.timeout = Some(Duration::from_secs(value()?.parse().context("--timeout")?));
+            }
+            "--share" => options.share = Some(value()?.into()),
+            "--accel" => options.accelerator = value()?.parse()?,
+            "--console" => options.console = true,
+            "--build-only" => options.build_only = true,
+            "--" => {
+                options.command.extend(arguments);
+                break;
+            }
+            "--help" | "-h" => bail!("{USAGE}"),
+            option if option.starts_with('-') => bail!("unknown option {option}\n{USAGE}"),
+            _ => {
+                options.command.push(argument);
+                options.command.extend(arguments);
+                break;
+            }
+        }
+    }
+    Ok(options)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(line: &str) -> Result<Options> {
+        parse(line.split_whitespace().map(str::to_owned))
+    }
+
+    #[test]
+    fn options_end_at_the_command() {
+        let options = parsed("--memory 512 ls --memory 1").unwrap();
+        assert_eq!(options.memory_mib, 512);
+        assert_eq!(options.command, ["ls", "--memory", "1"]);
+        assert_eq!(parsed("-- --odd").unwrap().command, ["--odd"]);
+    }
+
+    #[test]
+    fn unknown_option_and_missing_value_are_refused() {
+        assert!(parsed("--frob").is_err());
+        assert!(parsed("--timeout").is_err());
+        assert!(parsed("--accel fast").is_err());
+    }
+}

@@ -1,0 +1,147 @@
+//! QEMU's command line: q35 without firmware tables, the kernel entered through PVH, the machine's root
+//! over 9p, the streams over virtio-serial ports.
+//!
+//! Without nested KVM it is TCG, which emulates AMD SVM with nested paging; five-level paging is left
+//! out because KVM in the host would then walk five levels for every guest.
+
+use std::fmt::Write;
+use std::fs;
+use std::os::fd::RawFd;
+use std::path::Path;
+use std::process::Command;
+use std::str::FromStr;
+
+use anyhow::{Context, Result, bail};
+
+use crate::request::{CONTROL_PORT, ROOT_TAG, SHARE_TAG, STDERR_PORT, STDOUT_PORT};
+
+/// What runs the host's instructions.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Accelerator {
+    /// KVM where this machine has nesting, else TCG.
+    Auto,
+    Kvm,
+    Tcg,
+}
+
+impl FromStr for Accelerator {
+    type Err = anyhow::Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "kvm" => Ok(Self::Kvm),
+            "tcg" => Ok(Self::Tcg),
+            _ => bail!("--accel is kvm, tcg or auto, not {text}"),
+        }
+    }
+}
+
+impl Accelerator {
+    /// Decides what `Auto` means on this machine.
+    pub(crate) fn resolve(self) -> Self {
+        match self {
+            Self::Auto if nesting_works() => Self::Kvm,
+            Self::Auto => Self::Tcg,
+            chosen => chosen,
+        }
+    }
+}
+
+/// A KVM that emulates supervisor mode in software opens too, but its machine has neither flag.
+fn nesting_works() -> bool {
+    let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let flags = cpuinfo.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
+    let virtualization = flags.split_whitespace().any(|flag| flag == "vmx" || flag == "svm");
+    let nested = ["kvm_intel", "kvm_amd"].iter().any(|module| {
+        let parameter = format!("/sys/module/{module}/parameters/nested");
+        fs::read_to_string(parameter).is_ok_and(|value| matches!(value.trim(), "Y" | "1"))
+    });
+    let usable = fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_ok();
+    virtualization && nested && usable
+}
+
+/// The descriptors QEMU inherits, one stream socket each.
+#[derive(Debug)]
+pub(crate) struct Sockets {
+    pub(crate) console: RawFd,
+    pub(crate) control: RawFd,
+    pub(crate) stdout: RawFd,
+    pub(crate) stderr: RawFd,
+}
+
+/// The machine to start.
+#[derive(Debug)]
+pub(crate) struct Machine<'a> {
+    pub(crate) kernel: &'a Path,
+    pub(crate) init: &'a Path,
+    pub(crate) accelerator: Accelerator,
+    pub(crate) memory_mib: u32,
+    pub(crate) cpus: usize,
+    pub(crate) share: Option<&'a Path>,
+    pub(crate) shell: bool,
+}
+
+impl Machine<'_> {
+    /// The command that runs it. QEMU dies with this process, however that ends.
+    pub(crate) fn command(&self, sockets: &Sockets) -> Result<Command> {
+        let mut command = Command::new("setpriv");
+        command.args(["--pdeathsig", "KILL", "qemu-system-x86_64"]);
+        command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
+        match self.accelerator {
+            Accelerator::Kvm => command.args(["-M", "q35", "-accel", "kvm", "-cpu", "host"]),
+            Accelerator::Tcg | Accelerator::Auto => {
+                command.args(["-M", "q35", "-accel", "tcg,thread=multi"]);
+                command.args(["-cpu", "max,+svm,-la57"])
+            }
+        };
+        command.args(["-smp", &self.cpus.to_string(), "-m", &self.memory_mib.to_string()]);
+        command.arg("-kernel").arg(self.kernel).args(["-append", &self.kernel_arguments()?]);
+        share(&mut command, ROOT_TAG, Path::new("/"), ",readonly=on")?;
+        if let Some(directory) = self.share {
+            share(&mut command, SHARE_TAG, directory, "")?;
+        }
+        command.args(["-device", "virtio-rng-pci", "-device", "virtio-serial-pci"]);
+        command.args(["-chardev", &format!("socket,id=console,fd={}", sockets.console)]);
+        command.args(["-serial", "chardev:console"]);
+        for (name, socket) in [
+            (CONTROL_PORT, sockets.control),
+            (STDOUT_PORT, sockets.stdout),
+            (STDERR_PORT, sockets.stderr),
+        ] {
+            command.args(["-chardev", &format!("socket,id={name},fd={socket}")]);
+            command.args(["-device", &format!("virtserialport,chardev={name},name={name}")]);
+        }
+        if self.shell {
+            command.args(["-chardev", "stdio,id=terminal,signal=off"]);
+            command.args(["-device", "virtconsole,chardev=terminal"]);
+        }
+        Ok(command)
+    }
+
+    fn kernel_arguments(&self) -> Result<String> {
+        let init = self.init.to_str().context("the path of this program is not UTF-8")?;
+        let mut arguments = format!(
+            "console=ttyS0 quiet panic=-1 reboot=t tsc=reliable root={ROOT_TAG} rootfstype=9p ro \
+             rootflags=trans=virtio,version=9p2000.L,msize=1048576,cache=loose init={init}"
+        );
+        if self.accelerator != Accelerator::Kvm {
+            // The emulated processors have one clock; there is no other to check it against.
+            write!(arguments, " no_timer_check lpj=10000000")?;
+        }
+        Ok(arguments)
+    }
+}
+
+fn share(command: &mut Command, tag: &str, directory: &Path, access: &str) -> Result<()> {
+    let path = directory.to_str().context("the shared directory's path is not UTF-8")?;
+    // A comma is doubled in an option of QEMU.
+    let path = path.replace(',', ",,");
+    command.args([
+        "-fsdev",
+        &format!("local,id={tag},path={path},security_model=none,multidevs=remap{access}"),
+        "-device",
+        &format!("virtio-9p-pci,fsdev={tag},mount_tag={tag}"),
+    ]);
+    Ok(())
+}

@@ -1,0 +1,41 @@
+//! What the two sides of the test host say to each other over the control port: one JSON line each way.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+/// The names of the virtio-serial ports.
+pub(crate) const CONTROL_PORT: &str = "control";
+/// The command's standard output.
+pub(crate) const STDOUT_PORT: &str = "stdout";
+/// The command's standard error, unless it is the same file as its output.
+pub(crate) const STDERR_PORT: &str = "stderr";
+/// The mount tag of the machine's root.
+pub(crate) const ROOT_TAG: &str = "root";
+/// The mount tag of the shared directory.
+pub(crate) const SHARE_TAG: &str = "share";
+/// Where the shared directory is mounted inside.
+pub(crate) const SHARE_DIRECTORY: &str = "/run/share-out";
+
+/// What to run.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Request {
+    /// The program and its arguments; empty for a shell on the terminal.
+    pub(crate) command: Vec<String>,
+    pub(crate) environment: BTreeMap<String, String>,
+    pub(crate) directory: String,
+    /// Both streams go to the output port, in the order they are written.
+    pub(crate) merged: bool,
+    pub(crate) share: bool,
+    /// Rows and columns of the terminal.
+    pub(crate) window: (u16, u16),
+}
+
+/// How it ended.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) enum Outcome {
+    /// With this exit status, 128 and the number for a signal.
+    Ended(u8),
+    /// It could not be run, and why.
+    NotRun(String),
+}

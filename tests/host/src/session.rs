@@ -1,0 +1,220 @@
+//! The outer side: starts QEMU, sends the request, copies the streams, and tells how it ended.
+//!
+//! Every stream is a socket pair, so nothing is left in a file system. When this process dies, however
+//! it dies, QEMU dies too.
+
+use std::env;
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Child, Stdio};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use guest_image::kernel::{self, Recipe};
+use guest_image::progress::say;
+use guest_image::source::Source;
+use rustix::fs::fstat;
+use rustix::io::{FdFlags, fcntl_setfd};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use rustix::termios::tcgetwinsize;
+
+use crate::Options;
+use crate::qemu::{Machine, Sockets};
+use crate::request::{Outcome, Request};
+
+/// How much of the kernel's messages an error shows.
+const CONSOLE_LINES: usize = 20;
+const TIMED_OUT: u8 = 124;
+const NOT_RUN: u8 = 127;
+/// No time-out was asked for.
+const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
+
+enum Event {
+    Answer(Outcome),
+    /// QEMU closed the console: it has ended. Here is what it showed.
+    Gone(String),
+}
+
+/// Runs the command in the host and returns its exit status.
+///
+/// # Errors
+/// When the kernel cannot be built, QEMU cannot be started or ends by itself, or the kernel panics.
+pub(crate) fn run(options: &Options) -> Result<u8> {
+    let recipe = Recipe { name: "host", fragment: include_str!("../x86_64.config") };
+    let kernel = kernel::build(recipe, &Source::from_environment()?)?;
+    if options.build_only {
+        say(&kernel.vmlinux.display().to_string());
+        return Ok(0);
+    }
+    let share = options.share.as_deref().map(Path::canonicalize).transpose();
+    let share = share.context("--share")?;
+    let machine = Machine {
+        kernel: &kernel.vmlinux,
+        init: &env::current_exe().context("find this program")?,
+        accelerator: options.accelerator.resolve(),
+        memory_mib: options.memory_mib,
+        cpus: options.cpus,
+        share: share.as_deref(),
+        shell: options.command.is_empty(),
+    };
+    let mut session = Session::start(&machine, &request(options)?, options.console)?;
+    let outcome = session.outcome(options.timeout.unwrap_or(FOREVER));
+    session.finish()?;
+    outcome
+}
+
+fn request(options: &Options) -> Result<Request> {
+    let text = |value: std::ffi::OsString| value.to_string_lossy().into_owned();
+    let window = tcgetwinsize(io::stdout()).map_or((24, 80), |size| (size.ws_row, size.ws_col));
+    Ok(Request {
+        command: options.command.clone(),
+        environment: env::vars_os().map(|(name, value)| (text(name), text(value))).collect(),
+        directory: text(env::current_dir().context("working directory")?.into_os_string()),
+        merged: same_file().unwrap_or(false),
+        share: options.share.is_some(),
+        window,
+    })
+}
+
+/// Whether both output streams of this process are one file, whose order must then be kept.
+fn same_file() -> Result<bool> {
+    let (stdout, stderr) = (fstat(io::stdout())?, fstat(io::stderr())?);
+    Ok((stdout.st_dev, stdout.st_ino) == (stderr.st_dev, stderr.st_ino))
+}
+
+struct Session {
+    qemu: Child,
+    events: Receiver<Event>,
+    copies: Vec<JoinHandle<io::Result<()>>>,
+}
+
+impl Session {
+    fn start(machine: &Machine<'_>, request: &Request, show_console: bool) -> Result<Self> {
+        let (console, console_theirs) = pair()?;
+        let (control, control_theirs) = pair()?;
+        let (stdout, stdout_theirs) = pair()?;
+        let (stderr, stderr_theirs) = pair()?;
+        let mut command = machine.command(&Sockets {
+            console: console_theirs.as_raw_fd(),
+            control: control_theirs.as_raw_fd(),
+            stdout: stdout_theirs.as_raw_fd(),
+            stderr: stderr_theirs.as_raw_fd(),
+        })?;
+        if !machine.shell {
+            command.stdin(Stdio::null());
+        }
+        let qemu = command.spawn().context("run setpriv (package util-linux)")?;
+        drop([console_theirs, control_theirs, stdout_theirs, stderr_theirs]);
+
+        let mut line = serde_json::to_vec(request)?;
+        line.push(b'\n');
+        (&control).write_all(&line).context("send the request to QEMU")?;
+        let (tell, events) = mpsc::channel();
+        let copies = vec![
+            thread::spawn(move || copy(&stdout, &mut io::stdout())),
+            thread::spawn(move || copy(&stderr, &mut io::stderr())),
+            thread::spawn({
+                let tell = tell.clone();
+                move || read_answer(control, &tell)
+            }),
+            thread::spawn(move || read_console(&console, show_console, &tell)),
+        ];
+        Ok(Self { qemu, events, copies })
+    }
+
+    fn outcome(&mut self, timeout: Duration) -> Result<u8> {
+        match self.events.recv_timeout(timeout) {
+            Ok(Event::Answer(Outcome::Ended(status))) => Ok(status),
+            Ok(Event::Answer(Outcome::NotRun(reason))) => {
+                say(&format!("test-host: {reason}"));
+                Ok(NOT_RUN)
+            }
+            Ok(Event::Gone(console)) => bail!("the host ended by itself:\n{}", tail(&console)),
+            Err(RecvTimeoutError::Timeout) => {
+                say(&format!("test-host: not done after {} s, ended", timeout.as_secs()));
+                Ok(TIMED_OUT)
+            }
+            Err(RecvTimeoutError::Disconnected) => bail!("the host's ports closed"),
+        }
+    }
+
+    /// Ends QEMU; whatever it wrote before is copied to the end.
+    fn finish(mut self) -> Result<()> {
+        // It may have ended already, which is as good.
+        _ = self.qemu.kill();
+        self.qemu.wait().context("wait for QEMU")?;
+        for copy in self.copies {
+            match copy.join() {
+                Ok(Err(error)) if error.kind() != io::ErrorKind::BrokenPipe => {
+                    return Err(error).context("copy a stream of the host");
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Our end is closed on exec, QEMU's is inherited.
+fn pair() -> Result<(UnixStream, OwnedFd)> {
+    let (ours, theirs) =
+        socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::empty(), None)
+            .context("socketpair")?;
+    fcntl_setfd(&ours, FdFlags::CLOEXEC).context("close on exec")?;
+    Ok((ours.into(), theirs))
+}
+
+fn copy(mut from: &UnixStream, to: &mut impl Write) -> io::Result<()> {
+    let mut buffer = vec![0; 64 << 10];
+    loop {
+        let length = match from.read(&mut buffer) {
+            Ok(0) => return Ok(()),
+            Ok(length) => length,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            // QEMU was killed with data unread on its side.
+            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(()),
+            Err(error) => return Err(error),
+        };
+        to.write_all(&buffer[..length])?;
+        to.flush()?;
+    }
+}
+
+fn read_answer(control: UnixStream, tell: &Sender<Event>) -> io::Result<()> {
+    let mut line = String::new();
+    // An end without a line is reported by the console.
+    _ = BufReader::new(control).read_line(&mut line);
+    if let Ok(outcome) = serde_json::from_str(&line) {
+        // The receiver is gone when the time-out came first.
+        _ = tell.send(Event::Answer(outcome));
+    }
+    Ok(())
+}
+
+fn read_console(mut console: &UnixStream, show: bool, tell: &Sender<Event>) -> io::Result<()> {
+    let mut text = Vec::new();
+    let mut buffer = [0; 4096];
+    while let Ok(length) = console.read(&mut buffer) {
+        if length == 0 {
+            break;
+        }
+        text.extend_from_slice(&buffer[..length]);
+        if show {
+            io::stderr().write_all(&buffer[..length])?;
+        }
+    }
+    _ = tell.send(Event::Gone(String::from_utf8_lossy(&text).into_owned()));
+    Ok(())
+}
+
+fn tail(console: &str) -> String {
+    let lines: Vec<&str> = console.lines().map(str::trim_end).collect();
+    match lines[lines.len().saturating_sub(CONSOLE_LINES)..] {
+        [] => "(its kernel showed nothing; QEMU's own message, if any, is above)".to_owned(),
+        ref shown => shown.join("\n"),
+    }
+}

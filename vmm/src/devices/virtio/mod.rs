@@ -14,6 +14,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use thiserror::Error;
 
+pub(crate) mod balloon;
+pub(crate) mod block;
+pub(crate) mod fs;
 #[cfg(test)]
 pub(crate) mod mock;
 pub(crate) mod queue;

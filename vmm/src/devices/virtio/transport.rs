@@ -332,7 +332,8 @@ impl Attached {
         let mut queues = Vec::with_capacity(self.queues.len());
         for (queue, kick) in self.queues.iter_mut().zip(&self.kicks) {
             queue.set_event_idx(event_idx);
-            if !queue.is_valid(memory) {
+            // A queue that the driver has no use for is left alone, §3.1.1; it then never is ready.
+            if queue.ready() && !queue.is_valid(memory) {
                 log::warn!("{:?}: a queue is not set up", self.device);
                 return self.line.fail();
             }

@@ -1,0 +1,236 @@
+//! The memory balloon, VIRTIO 1.2 §5.5: takes memory back from a guest.
+//!
+//! Two ways lead here. The host sets a target and the driver inflates the balloon by as many
+//! pages; or, unasked, the driver reports ranges that it has freed (free page reporting). Either
+//! way the pages are dropped from this process and read as zeroes when the guest touches them
+//! again. That holds for private anonymous memory, which is what guest memory is.
+//!
+//! Statistics, hints for migration and page poisoning are not offered. A driver whose kernel
+//! fills free pages with a pattern thus does not report them, and leaves that queue unset.
+
+// UNSAFETY: dropping pages from the address space has no safe interface.
+#![expect(unsafe_code, reason = "madvise on guest memory")]
+
+use std::io;
+use std::sync::Arc;
+
+use rustix::mm::{Advice, madvise};
+use vm_memory::{GuestAddress, GuestMemory as _, Permissions, VolatileSlice};
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::queue::{Chain, GuestMemory};
+use super::worker::Sources;
+use super::{ConfigSpace, Context, Device, Identity, Ready, Serve, ServeError};
+use crate::devices::rate_limit::guest_warn;
+
+/// The device type, §5.5.1.
+const DEVICE_ID: u32 = 5;
+/// `VIRTIO_BALLOON_F_DEFLATE_ON_OOM`: the driver may take pages back instead of killing processes.
+const F_DEFLATE_ON_OOM: u64 = 1 << 2;
+/// `VIRTIO_BALLOON_F_REPORTING`: the driver reports free pages.
+const F_REPORTING: u64 = 1 << 5;
+/// The queues, §5.5.2. Queues of features that are not offered do not exist, and Linux numbers
+/// those that do without gaps.
+const INFLATE: usize = 0;
+const DEFLATE: usize = 1;
+const REPORTING: usize = 2;
+const QUEUE_SIZES: &[u16] = &[128, 128, 128];
+/// Offsets in the configuration space, §5.5.4.
+const NUM_PAGES: usize = 0;
+const ACTUAL: usize = 4;
+const CONFIG_BYTES: usize = 8;
+/// The unit of page numbers, whatever the guest's pages are, §5.5.6.
+const PAGE_BYTES: u64 = 4096;
+/// Page numbers that one request may hold; Linux sends 256.
+const REQUEST_PAGES_MAX: usize = 1 << 14;
+/// Page numbers copied at once.
+const CHUNK_PAGES: usize = 256;
+/// Requests served before the worker looks at anything else.
+const BATCH: usize = 128;
+/// Token of the handle's event.
+const TARGET: u32 = 0;
+
+/// Makes an empty balloon and the handle that sets its size.
+///
+/// # Errors
+/// When the host has no descriptors left.
+pub(crate) fn device() -> io::Result<(Device<Balloon>, BalloonHandle)> {
+    let config = ConfigSpace::with_writable(vec![0; CONFIG_BYTES], ACTUAL..ACTUAL + 4);
+    let changed = Arc::new(EventFd::new(EFD_NONBLOCK)?);
+    let logic = Balloon { changed: Arc::clone(&changed) };
+    let features = F_DEFLATE_ON_OOM | F_REPORTING;
+    let identity = Identity { device_id: DEVICE_ID, features, queue_sizes: QUEUE_SIZES };
+    let device = Device::new(identity, config.clone(), logic);
+    Ok((device, BalloonHandle { config, changed }))
+}
+
+/// Sets the size of a balloon and tells how far the driver got.
+#[derive(Clone, Debug)]
+pub(crate) struct BalloonHandle {
+    config: ConfigSpace,
+    changed: Arc<EventFd>,
+}
+
+impl BalloonHandle {
+    /// Asks the driver to give so many pages of 4 KiB, in all.
+    ///
+    /// # Errors
+    /// When the device's thread cannot be woken; the driver then sees the target when it next
+    /// looks.
+    pub(crate) fn set_target_pages(&self, pages: u32) -> io::Result<()> {
+        self.config.set_u32(NUM_PAGES, pages);
+        match self.changed.write(1) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Pages of 4 KiB in the balloon, as the driver says.
+    pub(crate) fn actual_pages(&self) -> u32 {
+        self.config.u32(ACTUAL)
+    }
+}
+
+/// The logic of the device.
+#[derive(Debug)]
+pub(crate) struct Balloon {
+    /// Readable when the target changed.
+    changed: Arc<EventFd>,
+}
+
+impl Serve for Balloon {
+    const NAME: &'static str = "balloon";
+    // Giving pages back is `madvise`, which is the worker's already.
+    const SYSCALLS: &'static [i64] = &[];
+
+    fn start(&mut self, _features: u64, sources: &Sources) -> io::Result<()> {
+        sources.add(&*self.changed, TARGET, EventSet::IN)
+    }
+
+    fn serve(&mut self, ready: Ready, context: &mut Context<'_>) -> Result<(), ServeError> {
+        match ready {
+            Ready::Queue(index) => drain(index, context),
+            Ready::Source(_) => {
+                // Nonblocking: a spurious wake-up finds nothing to clear.
+                let _ = self.changed.read();
+                if let Some(queue) = context.queues.first() {
+                    queue.line().raise_config()?;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    fn stop(&mut self, sources: &Sources) {
+        // Does not fail: it was registered, or the set is about to go away.
+        let _ = sources.remove(&*self.changed);
+    }
+}
+
+/// Answers what waits in a queue.
+fn drain(index: usize, context: &mut Context<'_>) -> Result<(), ServeError> {
+    let memory = context.memory;
+    let Some(queue) = context.queues.get_mut(index) else { return Ok(()) };
+    let mut served = 0;
+    loop {
+        if served == BATCH {
+            queue.kick_again()?;
+            break;
+        }
+        let Some(mut chain) = queue.pop(memory)? else {
+            if queue.arm(memory)? {
+                continue;
+            }
+            break;
+        };
+        match index {
+            INFLATE => inflate(&mut chain, memory)?,
+            REPORTING => take_reported(&mut chain, memory)?,
+            // §5.5.6.1: the driver may use deflated pages at once; there is nothing to prepare.
+            DEFLATE => {}
+            _ => return Err(ServeError::Request("balloon has no such queue")),
+        }
+        queue.complete(memory, chain.head, 0)?;
+        served += 1;
+    }
+    if served > 0 {
+        queue.signal(memory)?;
+    }
+    Ok(())
+}
+
+/// Takes the pages whose numbers the driver lists, §5.5.6.
+fn inflate(chain: &mut Chain, memory: &GuestMemory) -> Result<(), ServeError> {
+    let list = &mut chain.readable;
+    if !list.left().is_multiple_of(4) || list.left() > REQUEST_PAGES_MAX * 4 {
+        return Err(ServeError::Request("list of balloon pages has an odd length"));
+    }
+    let mut run = 0..0;
+    while list.left() > 0 {
+        let mut bytes = [0; CHUNK_PAGES * 4];
+        let count = list.left().min(bytes.len());
+        let bytes = bytes.get_mut(..count).unwrap_or_default();
+        list.read(memory, bytes)?;
+        for number in bytes.as_chunks::<4>().0 {
+            let page = u64::from(u32::from_le_bytes(*number));
+            // Neighbours, in either order, are given back with one call.
+            if page == run.end {
+                run.end += 1;
+            } else if page + 1 == run.start {
+                run.start = page;
+            } else {
+                release_pages(&run, memory)?;
+                run = page..page + 1;
+            }
+        }
+    }
+    release_pages(&run, memory)
+}
+
+fn release_pages(run: &std::ops::Range<u64>, memory: &GuestMemory) -> Result<(), ServeError> {
+    const OUTSIDE: ServeError = ServeError::Request("balloon page is outside of memory");
+    if run.is_empty() {
+        return Ok(());
+    }
+    // Page numbers have 32 bits: neither product overflows.
+    let start = GuestAddress(run.start * PAGE_BYTES);
+    let len = usize::try_from((run.end - run.start) * PAGE_BYTES).map_err(|_| OUTSIDE)?;
+    if !memory.check_range(start, len, Permissions::ReadWrite) {
+        return Err(OUTSIDE);
+    }
+    for slice in memory.get_slices(start, len, Permissions::ReadWrite).map_err(|_| OUTSIDE)? {
+        release(&slice.map_err(|_| OUTSIDE)?);
+    }
+    Ok(())
+}
+
+/// Takes the ranges that the driver reports: here the buffers themselves are the pages.
+fn take_reported(chain: &mut Chain, memory: &GuestMemory) -> Result<(), ServeError> {
+    let all = chain.writable.left();
+    for slice in chain.writable.slices(memory, all)? {
+        release(&slice);
+    }
+    Ok(())
+}
+
+/// Drops the whole pages of a run of guest memory.
+fn release(slice: &VolatileSlice<'_>) {
+    let guard = slice.ptr_guard_mut();
+    let page = usize::try_from(PAGE_BYTES).unwrap_or(usize::MAX);
+    let skip = guard.as_ptr().align_offset(page);
+    let len = slice.len().saturating_sub(skip) / page * page;
+    if len == 0 {
+        return;
+    }
+    let start = guard.as_ptr().wrapping_add(skip);
+    // SAFETY: the range lies inside the slice, which is mapped guest memory; no Rust reference
+    // to guest memory exists, and the guest expects its contents to go.
+    let released = unsafe { madvise(start.cast(), len, Advice::LinuxDontNeed) };
+    if let Err(error) = released {
+        guest_warn!("balloon: {len} bytes were not given back: {error}");
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,162 @@
+//! The file system device, VIRTIO 1.2 §5.11: a relay to the pod's file server.
+//!
+//! The device knows nothing of files. It passes FUSE messages between its queues and a SEQPACKET
+//! socket ([`relay`]), and checks their headers on the way. Many requests are in flight at once, as
+//! many as the queues hold. Without DAX and without the notification queue.
+
+use std::io;
+use std::os::fd::OwnedFd;
+
+use vmm_sys_util::epoll::EventSet;
+
+use super::worker::Sources;
+use super::{ConfigSpace, Context, Device, Identity, Ready, Serve, ServeError};
+use relay::{Forwarded, Relay};
+
+mod relay;
+
+/// The device type, §5.11.1.
+const DEVICE_ID: u32 = 26;
+/// High priority (FORGET and INTERRUPT), then requests, §5.11.2.
+const QUEUE_SIZES: &[u16] = &[64, 256];
+/// Bytes of the tag in the configuration space, §5.11.4.
+const TAG_BYTES: usize = 36;
+/// The file server's socket, among the descriptors that the worker watches.
+const SERVER: u32 = 0;
+/// Requests taken, or replies given back, before the worker looks at anything else.
+const BATCH: usize = 128;
+
+/// Makes a device that the guest mounts by `tag`, at most 36 bytes, and that `server` answers.
+pub(crate) fn device(tag: &str, server: OwnedFd) -> Device<Fs> {
+    let mut config = tag.as_bytes().to_vec();
+    config.resize(TAG_BYTES, 0);
+    // One request queue.
+    config.extend(1_u32.to_le_bytes());
+    let identity = Identity { device_id: DEVICE_ID, features: 0, queue_sizes: QUEUE_SIZES };
+    Device::new(identity, ConfigSpace::read_only(config), Fs::new(server))
+}
+
+/// The logic of the device.
+#[derive(Debug)]
+pub(crate) struct Fs {
+    relay: Relay,
+    /// The socket takes nothing more; queues wait until it does.
+    full: bool,
+}
+
+impl Fs {
+    fn new(server: OwnedFd) -> Self {
+        Self { relay: Relay::new(server), full: false }
+    }
+
+    /// Takes what the driver made available in one queue.
+    fn take(&mut self, index: usize, context: &mut Context<'_>) -> Result<(), ServeError> {
+        let memory = context.memory;
+        let Some(queue) = context.queues.get_mut(index) else { return Ok(()) };
+        let (mut taken, mut done) = (0, false);
+        while !self.full {
+            if taken == BATCH {
+                queue.kick_again()?;
+                break;
+            }
+            let Some(chain) = queue.pop(memory)? else {
+                if queue.arm(memory)? {
+                    continue;
+                }
+                break;
+            };
+            taken += 1;
+            let head = chain.head;
+            match self.relay.forward(memory, chain, index)? {
+                Forwarded::Sent => {}
+                Forwarded::Done(written) => {
+                    queue.complete(memory, head, written)?;
+                    done = true;
+                }
+                Forwarded::Full => {
+                    queue.unpop();
+                    self.full = true;
+                    let both = EventSet::IN | EventSet::OUT;
+                    context.sources.modify(self.relay.server(), SERVER, both)?;
+                }
+            }
+        }
+        if done {
+            queue.signal(memory)?;
+        }
+        Ok(())
+    }
+
+    /// Gives back what the file server answered.
+    fn give_back(&mut self, context: &mut Context<'_>) -> Result<(), ServeError> {
+        let memory = context.memory;
+        let mut answered = vec![false; context.queues.len()];
+        for _ in 0..BATCH {
+            let Some(answer) = self.relay.receive(memory)? else { break };
+            if let Some(queue) = context.queues.get_mut(answer.queue) {
+                queue.complete(memory, answer.head, answer.written)?;
+                answered[answer.queue] = true;
+            }
+        }
+        if self.relay.has_ended() {
+            // Its end would be reported again and again.
+            context.sources.remove(self.relay.server())?;
+            for answer in self.relay.fail_all(memory)? {
+                if let Some(queue) = context.queues.get_mut(answer.queue) {
+                    queue.complete(memory, answer.head, answer.written)?;
+                    answered[answer.queue] = true;
+                }
+            }
+        }
+        for (queue, answered) in context.queues.iter_mut().zip(answered) {
+            if answered {
+                queue.signal(memory)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Serve for Fs {
+    const NAME: &'static str = "fs";
+    const SYSCALLS: &'static [i64] = &[
+        libc::SYS_sendmsg,  // requests to the file server
+        libc::SYS_recvfrom, // the header of a reply
+        libc::SYS_recvmsg,  // a whole reply
+    ];
+
+    fn start(&mut self, _features: u64, sources: &Sources) -> io::Result<()> {
+        if self.relay.is_gone() {
+            return Ok(());
+        }
+        sources.add(self.relay.server(), SERVER, EventSet::IN)
+    }
+
+    fn serve(&mut self, ready: Ready, context: &mut Context<'_>) -> Result<(), ServeError> {
+        match ready {
+            Ready::Queue(index) => {
+                self.take(index, context)?;
+                // Sending may have found the file server dead.
+                if self.relay.has_ended() { self.give_back(context) } else { Ok(()) }
+            }
+            Ready::Source(_) => {
+                self.give_back(context)?;
+                if !std::mem::take(&mut self.full) {
+                    return Ok(());
+                }
+                if !self.relay.is_gone() {
+                    context.sources.modify(self.relay.server(), SERVER, EventSet::IN)?;
+                }
+                (0..context.queues.len()).try_for_each(|index| self.take(index, context))
+            }
+        }
+    }
+
+    fn stop(&mut self, _sources: &Sources) {
+        self.relay.forget_all();
+        self.full = false;
+    }
+}
+
+#[cfg(test)]
+mod tests;

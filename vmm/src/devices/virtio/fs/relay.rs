@@ -1,0 +1,275 @@
+//! FUSE messages between queue and socket, with numbers of our own.
+//!
+//! The guest numbers its requests, and a hostile one may use a number twice. So each request gets
+//! a number here that is never used again, and the guest's own comes back in the reply. What the
+//! file server says is checked as well: a reply to nothing is dropped (the guest may have reset the
+//! device meanwhile), one that is none ends the relay. From then on every request fails with EIO.
+//!
+//! The header of a request is copied out of guest memory, checked and then used; what follows goes
+//! to the socket without a copy, and nobody here looks at it.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::OwnedFd;
+
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, recv};
+use vm_memory::VolatileSlice;
+
+use super::QUEUE_SIZES;
+use crate::devices::rate_limit::guest_warn;
+use crate::devices::virtio::ServeError;
+use crate::devices::virtio::queue::{Buffers, Chain, GuestMemory};
+use crate::devices::virtio::vectored;
+use crate::fileserver::wire::{
+    IN_HEADER, INTERRUPT_UNIQUE, OUT_HEADER, PACKET_MAX, ReplyHeader, Request, opcode, put_u64,
+};
+
+/// The most runs of guest memory in one message, below what one system call takes.
+const RUNS_MAX: usize = 1000;
+/// Where in a header the number of the request stands.
+const UNIQUE: usize = 8;
+
+/// What became of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Forwarded {
+    /// The file server has it; the chain is kept until it answers.
+    Sent,
+    /// The chain is to be given back, so many bytes written.
+    Done(usize),
+    /// Nothing happened: the socket is full.
+    Full,
+}
+
+/// A chain to be given back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Answer {
+    pub(super) queue: usize,
+    pub(super) head: u16,
+    pub(super) written: usize,
+}
+
+#[derive(Debug)]
+struct InFlight {
+    queue: usize,
+    head: u16,
+    /// The guest's number of the request.
+    unique: u64,
+    writable: Buffers,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Server {
+    Alive,
+    /// Found dead; what it was asked is not answered yet.
+    Ended,
+    Gone,
+}
+
+/// The socket and what is in flight on it.
+#[derive(Debug)]
+pub(super) struct Relay {
+    socket: OwnedFd,
+    server: Server,
+    in_flight: HashMap<u64, InFlight>,
+    last: u64,
+}
+
+impl Relay {
+    pub(super) fn new(socket: OwnedFd) -> Self {
+        Self { socket, server: Server::Alive, in_flight: HashMap::new(), last: 0 }
+    }
+
+    pub(super) fn server(&self) -> &OwnedFd {
+        &self.socket
+    }
+
+    /// Whether the file server died since the last [`Relay::fail_all`].
+    pub(super) fn has_ended(&self) -> bool {
+        self.server == Server::Ended
+    }
+
+    /// Whether the socket is of no use any more.
+    pub(super) fn is_gone(&self) -> bool {
+        self.server != Server::Alive
+    }
+
+    /// The driver has forgotten its requests; answers to them go nowhere.
+    pub(super) fn forget_all(&mut self) {
+        self.in_flight.clear();
+    }
+
+    /// Passes one request on.
+    pub(super) fn forward(
+        &mut self,
+        memory: &GuestMemory,
+        mut chain: Chain,
+        queue: usize,
+    ) -> Result<Forwarded, ServeError> {
+        let len = chain.readable.left();
+        // The header, and what follows it in an INTERRUPT.
+        let mut copied = [0; INTERRUPT_UNIQUE + 8];
+        let (header, body) = copied.split_at_mut(IN_HEADER);
+        chain.readable.read(memory, header)?;
+        let Some(request) = Request::parse(header) else {
+            return Err(ServeError::Request("no FUSE header"));
+        };
+        if request.has_reply() && chain.writable.left() < OUT_HEADER {
+            return Err(ServeError::Request("no room for a FUSE reply"));
+        }
+        if request.len as usize != len || len > PACKET_MAX {
+            return refuse(memory, chain, &request, Errno::INVAL);
+        }
+        if self.is_gone() {
+            return refuse(memory, chain, &request, Errno::IO);
+        }
+        let limit = usize::from(QUEUE_SIZES.get(queue).copied().unwrap_or(0));
+        if self.in_flight.values().filter(|other| other.queue == queue).count() >= limit {
+            return Err(ServeError::Request("more requests than the queue has descriptors"));
+        }
+        let number = self.last + 1;
+        put_u64(header, UNIQUE, number);
+        let mut copied_len = IN_HEADER;
+        if request.opcode == opcode::INTERRUPT {
+            chain.readable.read(memory, body)?;
+            let Some(target) = self.number_of(u64::from_le_bytes(body.try_into().unwrap_or([0; 8])))
+            else {
+                return Ok(Forwarded::Done(0));
+            };
+            put_u64(body, 0, target);
+            copied_len += body.len();
+        }
+        let mut runs = vec![VolatileSlice::from(&mut copied[..copied_len])];
+        runs.extend(chain.readable.slices(memory, len)?);
+        if runs.len() > RUNS_MAX {
+            return refuse(memory, chain, &request, Errno::TOOBIG);
+        }
+        match vectored::send(&self.socket, &runs) {
+            Ok(_) => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Forwarded::Full),
+            Err(error) if error.raw_os_error() == Some(libc::EMSGSIZE) => {
+                guest_warn!("fs: a request of {len} bytes does not fit the socket");
+                return refuse(memory, chain, &request, Errno::IO);
+            }
+            Err(error) => {
+                log::error!("fs: the file server is gone: {error}");
+                self.server = Server::Ended;
+                return refuse(memory, chain, &request, Errno::IO);
+            }
+        }
+        self.last = number;
+        if !request.has_reply() {
+            return Ok(Forwarded::Done(0));
+        }
+        let Chain { head, writable, .. } = chain;
+        let in_flight = InFlight { queue, head, unique: request.unique, writable };
+        self.in_flight.insert(number, in_flight);
+        Ok(Forwarded::Sent)
+    }
+
+    /// Takes the next reply that answers something; `None` when there is none now.
+    pub(super) fn receive(&mut self, memory: &GuestMemory) -> Result<Option<Answer>, ServeError> {
+        while self.server == Server::Alive {
+            let mut header = [0; OUT_HEADER];
+            let flags = RecvFlags::PEEK | RecvFlags::TRUNC | RecvFlags::DONTWAIT;
+            let total = match recv(&self.socket, header.as_mut_slice(), flags) {
+                Err(Errno::AGAIN) => return Ok(None),
+                Err(Errno::INTR) => continue,
+                Ok((_, 0)) | Err(_) => {
+                    log::error!("fs: the file server closed its socket");
+                    self.server = Server::Ended;
+                    return Ok(None);
+                }
+                Ok((_, total)) => total,
+            };
+            let reply = ReplyHeader::parse(&header)
+                .filter(|reply| reply.len as usize == total && (-4095..=0).contains(&reply.error));
+            let Some(reply) = reply else {
+                log::error!("fs: the file server sent {total} bytes that are no reply");
+                self.server = Server::Ended;
+                return Ok(None);
+            };
+            match self.in_flight.remove(&reply.unique) {
+                Some(in_flight) => return self.deliver(memory, in_flight, reply, total).map(Some),
+                None => self.discard()?,
+            }
+        }
+        Ok(None)
+    }
+
+    /// Fails what the dead file server will not answer.
+    pub(super) fn fail_all(&mut self, memory: &GuestMemory) -> Result<Vec<Answer>, ServeError> {
+        self.server = Server::Gone;
+        let mut answers = Vec::new();
+        for (_, mut in_flight) in self.in_flight.drain() {
+            let failure = ReplyHeader::failure(in_flight.unique, Errno::IO);
+            in_flight.writable.write(memory, &failure.bytes())?;
+            let InFlight { queue, head, .. } = in_flight;
+            answers.push(Answer { queue, head, written: OUT_HEADER });
+        }
+        Ok(answers)
+    }
+
+    /// Receives the reply at hand into the buffers of its request.
+    fn deliver(
+        &self,
+        memory: &GuestMemory,
+        in_flight: InFlight,
+        reply: ReplyHeader,
+        total: usize,
+    ) -> Result<Answer, ServeError> {
+        let InFlight { queue, head, unique, mut writable } = in_flight;
+        let fits = total <= writable.left();
+        let head_runs = writable.slices(memory, OUT_HEADER)?;
+        let mut seen = [0; OUT_HEADER];
+        let mut runs = vec![VolatileSlice::from(seen.as_mut_slice())];
+        if fits {
+            runs.extend(writable.slices(memory, total - OUT_HEADER)?);
+        }
+        let (header, written) = if fits && runs.len() <= RUNS_MAX {
+            vectored::receive(&self.socket, &runs)?;
+            (ReplyHeader { unique, ..reply }, total)
+        } else {
+            guest_warn!("fs: a reply of {total} bytes does not fit the request");
+            self.discard()?;
+            (ReplyHeader::failure(unique, Errno::IO), OUT_HEADER)
+        };
+        let bytes = header.bytes();
+        let mut rest = bytes.as_slice();
+        for run in head_runs {
+            let (now, later) = rest.split_at(run.len());
+            run.copy_from(now);
+            rest = later;
+        }
+        Ok(Answer { queue, head, written })
+    }
+
+    /// Drops the packet at hand.
+    fn discard(&self) -> Result<(), ServeError> {
+        match recv(&self.socket, &mut [0; OUT_HEADER], RecvFlags::DONTWAIT) {
+            Ok(_) | Err(Errno::AGAIN) => Ok(()),
+            Err(error) => Err(io::Error::from(error).into()),
+        }
+    }
+
+    /// Our number of the request that the guest calls `unique`.
+    fn number_of(&self, unique: u64) -> Option<u64> {
+        let in_flight = self.in_flight.iter().find(|(_, other)| other.unique == unique)?;
+        Some(*in_flight.0)
+    }
+}
+
+/// Answers a request without the file server.
+fn refuse(
+    memory: &GuestMemory,
+    mut chain: Chain,
+    request: &Request,
+    errno: Errno,
+) -> Result<Forwarded, ServeError> {
+    if !request.has_reply() {
+        return Ok(Forwarded::Done(0));
+    }
+    let failure = ReplyHeader::failure(request.unique, errno);
+    chain.writable.write(memory, &failure.bytes())?;
+    Ok(Forwarded::Done(OUT_HEADER))
+}

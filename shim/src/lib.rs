@@ -1,1 +1,33 @@
-//! Placeholder until the first slice.
+//! The host side of a pod: the OCI command line and the supervisor behind it.
+//!
+//! - [`cli`]: one file for each verb. A verb is a client of the Task service.
+//! - [`supervisor`], [`task`]: one process for each pod, and its door.
+//! - [`container`], [`lifecycle`], [`state`]: what happens to a container and what is written down.
+//! - [`bundle`]: from an OCI specification to what the pod needs, or a refusal.
+//! - [`pod`], [`vm`], [`file_server`], [`share`], [`agent`]: the pod's processes.
+//! - [`attach`], [`relay`]: the process that stands for a container, and its streams.
+
+pub mod agent;
+pub mod assets;
+pub mod attach;
+pub mod bundle;
+pub mod channel;
+pub mod cli;
+pub mod container;
+pub mod file_server;
+pub mod hooks;
+pub mod id;
+pub mod kvm;
+pub mod lifecycle;
+pub mod logging;
+pub mod pod;
+pub mod process;
+pub mod relay;
+pub mod share;
+pub mod spawn;
+pub mod state;
+pub mod supervisor;
+pub mod task;
+pub mod timestamp;
+pub mod trace;
+pub mod vm;

@@ -1,0 +1,189 @@
+//! The client of the agent: gRPC over one vsock stream that the monitor handed out.
+//!
+//! The agent is not trusted: every answer is bounded in size by the protocol's limit and in time
+//! here. Only [`Agent::wait`] may take as long as the container lives.
+
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use bulkhead_protocol::agent::agent_client::AgentClient;
+use bulkhead_protocol::agent::{
+    CreateRequest, DeleteRequest, HelloRequest, KillRequest, ProcessesRequest, StartRequest,
+    Streams, SyncRequest, WaitReply, WaitRequest,
+};
+use bulkhead_protocol::{MAX_MESSAGE_BYTES, VERSION};
+use hyper_util::rt::TokioIo;
+use thiserror::Error;
+use tokio::time::timeout;
+use tonic::transport::{Channel, Endpoint, Uri};
+use tonic::{Code, Status};
+
+use crate::id::ContainerId;
+
+/// For calls that change little.
+const SHORT: Duration = Duration::from_secs(20);
+/// For creating a container: reads the program from the share, waits for streams.
+const CREATE: Duration = Duration::from_secs(60);
+/// For writing everything back.
+const SYNC: Duration = Duration::from_secs(30);
+
+/// Why the agent did not do something.
+#[derive(Debug, Error)]
+pub enum AgentError {
+    /// It said why.
+    #[error("{0}")]
+    Refused(String, Code),
+    /// It did not answer in time.
+    #[error("the guest's agent did not answer {call} within {patience:?}")]
+    Late {
+        /// What was asked.
+        call: &'static str,
+        /// How long.
+        patience: Duration,
+    },
+    /// No connection.
+    #[error("connection to the guest's agent")]
+    Connect(#[source] tonic::transport::Error),
+}
+
+impl From<Status> for AgentError {
+    fn from(status: Status) -> Self {
+        Self::Refused(status.message().to_owned(), status.code())
+    }
+}
+
+/// A connection to the agent.
+#[derive(Clone, Debug)]
+pub struct Agent {
+    client: AgentClient<Channel>,
+}
+
+impl Agent {
+    /// Talks over a connected stream.
+    ///
+    /// # Errors
+    /// When nothing that speaks HTTP/2 is at the other end.
+    pub async fn connect(stream: UnixStream) -> Result<Self, AgentError> {
+        // A channel asks for a connection when it needs one; there is only this one to give.
+        let once = Mutex::new(Some(stream));
+        let connector = tower::service_fn(move |_: Uri| {
+            let stream = once.lock().unwrap_or_else(PoisonError::into_inner).take();
+            async move {
+                let stream = stream.ok_or(io::ErrorKind::NotConnected)?;
+                stream.set_nonblocking(true)?;
+                io::Result::Ok(TokioIo::new(tokio::net::UnixStream::from_std(stream)?))
+            }
+        });
+        // The name is only a header; nobody looks it up.
+        let endpoint = Endpoint::from_static("http://agent");
+        let connected = timeout(SHORT, endpoint.connect_with_connector(connector)).await;
+        let channel = connected
+            .map_err(|_| AgentError::Late { call: "connect", patience: SHORT })?
+            .map_err(AgentError::Connect)?;
+        let client = AgentClient::new(channel)
+            .max_decoding_message_size(MAX_MESSAGE_BYTES)
+            .max_encoding_message_size(MAX_MESSAGE_BYTES);
+        Ok(Self { client })
+    }
+
+    /// The first call; gives the guest's kernel release.
+    ///
+    /// # Errors
+    /// When the agent speaks another version.
+    pub async fn hello(&self, hostname: &str, entropy: &[u8]) -> Result<String, AgentError> {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let request = HelloRequest {
+            version: VERSION,
+            time_ns: u64::try_from(now.as_nanos()).unwrap_or(0),
+            entropy: entropy.to_vec(),
+            hostname: hostname.to_owned(),
+        };
+        let mut client = self.client.clone();
+        Ok(within(SHORT, "Hello", client.hello(request)).await?.kernel_release)
+    }
+
+    /// Creates a container.
+    ///
+    /// # Errors
+    /// When the guest cannot.
+    pub async fn create(
+        &self,
+        id: &ContainerId,
+        spec_json: Vec<u8>,
+        streams: Streams,
+    ) -> Result<u32, AgentError> {
+        let container_id = id.to_string();
+        let request = CreateRequest { container_id, spec_json, streams: Some(streams) };
+        let mut client = self.client.clone();
+        Ok(within(CREATE, "Create", client.create(request)).await?.pid)
+    }
+
+    /// Starts a created container.
+    ///
+    /// # Errors
+    /// When the guest cannot.
+    pub async fn start(&self, id: &ContainerId) -> Result<(), AgentError> {
+        let mut client = self.client.clone();
+        let request = StartRequest { container_id: id.to_string() };
+        within(SHORT, "Start", client.start(request)).await.map(drop)
+    }
+
+    /// Signals a container.
+    ///
+    /// # Errors
+    /// When there is nothing to signal.
+    pub async fn kill(&self, id: &ContainerId, signal: u32, all: bool) -> Result<(), AgentError> {
+        let mut client = self.client.clone();
+        let request = KillRequest { container_id: id.to_string(), signal, all };
+        within(SHORT, "Kill", client.kill(request)).await.map(drop)
+    }
+
+    /// Waits for the end of a container's init process, as long as it takes.
+    ///
+    /// # Errors
+    /// When the connection breaks.
+    pub async fn wait(&self, id: &ContainerId) -> Result<WaitReply, AgentError> {
+        let request = WaitRequest { container_id: id.to_string() };
+        Ok(self.client.clone().wait(request).await?.into_inner())
+    }
+
+    /// Removes a container.
+    ///
+    /// # Errors
+    /// When it runs.
+    pub async fn delete(&self, id: &ContainerId) -> Result<(), AgentError> {
+        let mut client = self.client.clone();
+        let request = DeleteRequest { container_id: id.to_string() };
+        within(SHORT, "Delete", client.delete(request)).await.map(drop)
+    }
+
+    /// The processes of a container, as the guest numbers them.
+    ///
+    /// # Errors
+    /// When there is no such container.
+    pub async fn processes(&self, id: &ContainerId) -> Result<Vec<u32>, AgentError> {
+        let mut client = self.client.clone();
+        let request = ProcessesRequest { container_id: id.to_string() };
+        Ok(within(SHORT, "Processes", client.processes(request)).await?.pids)
+    }
+
+    /// Writes everything back to the share.
+    ///
+    /// # Errors
+    /// When it takes too long.
+    pub async fn sync(&self) -> Result<(), AgentError> {
+        let mut client = self.client.clone();
+        within(SYNC, "Sync", client.sync(SyncRequest {})).await.map(drop)
+    }
+}
+
+async fn within<T>(
+    patience: Duration,
+    call: &'static str,
+    answer: impl Future<Output = Result<tonic::Response<T>, Status>>,
+) -> Result<T, AgentError> {
+    let answered = timeout(patience, answer).await;
+    Ok(answered.map_err(|_| AgentError::Late { call, patience })??.into_inner())
+}

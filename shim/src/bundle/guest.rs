@@ -1,0 +1,165 @@
+//! The specification as the guest gets it: paths of the host become paths of the share.
+//!
+//! Only what has to change is changed; the agent and libcontainer keep the rest.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use bulkhead_protocol::SHARE_DIR;
+use oci_spec::runtime::{Hooks, Linux, LinuxNamespaceType, Mount, Spec};
+
+use super::BundleError;
+use crate::id::ContainerId;
+
+/// What a mount point in the share is, because it is made before it is covered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A directory.
+    Directory,
+    /// Anything else.
+    File,
+}
+
+/// A file or directory of the host that the guest sees.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Shared {
+    /// On the host.
+    pub source: PathBuf,
+    /// In the share, relative to its root.
+    pub target: PathBuf,
+    /// What it is.
+    pub kind: Kind,
+    /// Nothing below it can be changed from the guest, whatever the guest does.
+    pub read_only: bool,
+    /// With what is mounted below it.
+    pub recursive: bool,
+}
+
+/// The specification for the guest and what it refers to.
+#[derive(Debug)]
+pub(super) struct Guest {
+    pub(super) spec: Spec,
+    pub(super) shared: Vec<Shared>,
+    pub(super) dropped: Vec<&'static str>,
+}
+
+/// Rewrites a specification that has been checked.
+pub(super) fn rewrite(
+    spec: &Spec,
+    id: &ContainerId,
+    bundle: &Path,
+    rootfs: &Path,
+) -> Result<Guest, BundleError> {
+    let mut spec = spec.clone();
+    let home = PathBuf::from(id.as_str());
+    let mut shared = vec![Shared {
+        source: rootfs.to_owned(),
+        target: home.join("rootfs"),
+        kind: Kind::Directory,
+        read_only: false,
+        recursive: true,
+    }];
+    if let Some(root) = spec.root_mut() {
+        root.set_path(in_guest(&shared[0].target));
+    }
+    for mount in spec.mounts_mut().iter_mut().flatten() {
+        if is_bind(mount) {
+            let target = home.join("mounts").join((shared.len() - 1).to_string());
+            shared.push(share(mount, target, bundle)?);
+        }
+    }
+    let dropped = adapt(&mut spec, id);
+    Ok(Guest { spec, shared, dropped })
+}
+
+/// The name of the machine itself: the container's, or the host's for one that asks for no UTS
+/// namespace and so shows the machine's.
+pub(super) fn machine_hostname(spec: &Spec) -> String {
+    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
+    let own = namespaces.is_some_and(|list| {
+        list.iter().any(|namespace| namespace.typ() == LinuxNamespaceType::Uts)
+    });
+    match spec.hostname() {
+        Some(name) if own => name.clone(),
+        _ => rustix::system::uname().nodename().to_string_lossy().into_owned(),
+    }
+}
+
+fn in_guest(target: &Path) -> PathBuf {
+    Path::new(SHARE_DIR).join(target)
+}
+
+fn is_bind(mount: &Mount) -> bool {
+    mount.typ().as_deref() == Some("bind") || has_option(mount, &["bind", "rbind"])
+}
+
+fn has_option(mount: &Mount, names: &[&str]) -> bool {
+    mount.options().iter().flatten().any(|option| names.contains(&option.as_str()))
+}
+
+/// Shares the source of a bind mount and points the mount at the share.
+fn share(mount: &mut Mount, target: PathBuf, bundle: &Path) -> Result<Shared, BundleError> {
+    // A relative source is relative to the bundle, as in runc.
+    let source = bundle.join(mount.source().clone().unwrap_or_default());
+    let metadata = fs::metadata(&source).map_err(|error| BundleError::Source {
+        what: "source of a bind mount",
+        path: source.clone(),
+        source: error,
+    })?;
+    mount.set_source(Some(in_guest(&target)));
+    let mode =
+        mount.options().iter().flatten().rev().find(|option| *option == "ro" || *option == "rw");
+    Ok(Shared {
+        source,
+        target,
+        kind: if metadata.is_dir() { Kind::Directory } else { Kind::File },
+        read_only: mode.is_some_and(|mode| mode == "ro"),
+        recursive: has_option(mount, &["rbind"]),
+    })
+}
+
+/// Takes out what belongs to the host; gives the names of what a caller may miss.
+fn adapt(spec: &mut Spec, id: &ContainerId) -> Vec<&'static str> {
+    let mut dropped = Vec::new();
+    if let Some(hooks) = spec.hooks_mut() {
+        let mut guest = Hooks::default();
+        guest.set_start_container(hooks.start_container().clone());
+        *hooks = guest;
+    }
+    if let Some(process) = spec.process_mut() {
+        let profile = process.apparmor_profile().as_ref().is_some_and(|name| !name.is_empty());
+        note(&mut dropped, profile, "process.apparmorProfile");
+        process.set_apparmor_profile(None);
+        let label = process.selinux_label().as_ref().is_some_and(|name| !name.is_empty());
+        note(&mut dropped, label, "process.selinuxLabel");
+        process.set_selinux_label(None);
+    }
+    if let Some(linux) = spec.linux_mut() {
+        adapt_linux(linux, id, &mut dropped);
+    }
+    dropped
+}
+
+fn adapt_linux(linux: &mut Linux, id: &ContainerId, dropped: &mut Vec<&'static str>) {
+    // The machine is the pod's network namespace.
+    let namespaces = linux.namespaces_mut().take().unwrap_or_default();
+    let kept = namespaces.into_iter().filter(|entry| entry.typ() != LinuxNamespaceType::Network);
+    linux.set_namespaces(Some(kept.collect()));
+    linux.set_cgroups_path(Some(Path::new("/").join(id.as_str())));
+    let label = linux.mount_label().as_ref().is_some_and(|label| !label.is_empty());
+    note(dropped, label, "linux.mountLabel");
+    linux.set_mount_label(None);
+    // Processors and memory nodes are numbered by the host; the machine has as many as were named.
+    let cpu = linux.resources_mut().as_mut().and_then(|resources| resources.cpu_mut().as_mut());
+    if let Some(cpu) = cpu {
+        let set = |list: &Option<String>| list.as_ref().is_some_and(|list| !list.is_empty());
+        note(dropped, set(cpu.cpus()) || set(cpu.mems()), "linux.resources.cpu.cpus and mems");
+        cpu.set_cpus(None).set_mems(None);
+    }
+}
+
+fn note(dropped: &mut Vec<&'static str>, present: bool, name: &'static str) {
+    if present {
+        dropped.push(name);
+    }
+}

@@ -1,0 +1,181 @@
+//! An OCI bundle: read once, refused early or turned into what the pod needs.
+//!
+//! OCI runtime-spec, "Bundle" and "Configuration". [`load`] reads `config.json`, [`refuse`] holds
+//! what cannot be kept, [`Plan`] is the rest: the specification as the guest gets it, the files that
+//! are shared with it and the size of its machine. Mounts nothing and starts nothing.
+
+mod guest;
+pub mod refuse;
+mod size;
+
+use std::collections::HashMap;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::{Hooks, Spec};
+use thiserror::Error;
+
+pub use self::guest::{Kind, Shared};
+use self::refuse::Refusal;
+pub use self::size::{HostSize, MachineSize};
+use crate::id::ContainerId;
+
+/// The file that makes a directory a bundle.
+const CONFIG: &str = "config.json";
+/// The largest `config.json` that is read, in bytes.
+const CONFIG_BYTES_MAX: u64 = 3 << 20;
+
+/// Why a bundle cannot be used.
+#[derive(Debug, Error)]
+pub enum BundleError {
+    /// The directory is not there.
+    #[error("bundle directory {} cannot be used; name one with --bundle", .path.display())]
+    NoBundle {
+        /// The directory.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Not a bundle.
+    #[error(
+        "JSON specification file config.json not found in {}; \"bulkhead spec\" writes one",
+        .path.display()
+    )]
+    NoConfig {
+        /// The directory.
+        path: PathBuf,
+    },
+    /// There, but not to be read.
+    #[error("{} cannot be read", .path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// Larger than a specification can be.
+    #[error("{} has {bytes} bytes; at most {CONFIG_BYTES_MAX} are read", .path.display())]
+    TooLarge {
+        /// The file.
+        path: PathBuf,
+        /// Its size.
+        bytes: u64,
+    },
+    /// Not JSON, or not a specification; the source has line and column.
+    #[error("{} is not an OCI specification", .path.display())]
+    Json {
+        /// The file.
+        path: PathBuf,
+        /// Where and why.
+        source: serde_json::Error,
+    },
+    /// A directory or file that the specification names.
+    #[error("{what} {} cannot be used", .path.display())]
+    Source {
+        /// What it is for.
+        what: &'static str,
+        /// The path.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// The specification asks for what cannot be kept.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// The specification cannot be written again.
+    #[error("the guest's specification cannot be built")]
+    Rewrite(#[source] serde_json::Error),
+}
+
+/// A bundle that was read.
+#[derive(Clone, Debug)]
+pub struct Bundle {
+    /// Its directory, absolute.
+    pub dir: PathBuf,
+    /// Its specification.
+    pub spec: Spec,
+}
+
+/// What a pod needs to run one container.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// The specification for the guest, JSON.
+    pub spec_json: Vec<u8>,
+    /// The host name of the machine itself.
+    pub hostname: String,
+    /// The root file system on the host.
+    pub rootfs: PathBuf,
+    /// Everything that is shared, the root file system first.
+    pub shared: Vec<Shared>,
+    /// vCPUs and memory.
+    pub size: MachineSize,
+    /// For the state.
+    pub annotations: HashMap<String, String>,
+    /// Hooks that run on the host.
+    pub hooks: Hooks,
+    /// What is left out for the guest because it cannot mean anything there.
+    pub dropped: Vec<&'static str>,
+}
+
+/// Reads a bundle and checks that it can be kept.
+///
+/// # Errors
+/// Names the file, and the line and column where it is about JSON.
+pub fn load(dir: &Path) -> Result<Bundle, BundleError> {
+    let dir = fs::canonicalize(dir)
+        .map_err(|source| BundleError::NoBundle { path: dir.to_owned(), source })?;
+    let path = dir.join(CONFIG);
+    let json = read_config(&dir, &path)?;
+    let spec =
+        serde_json::from_slice(&json).map_err(|source| BundleError::Json { path, source })?;
+    refuse::check(&spec)?;
+    Ok(Bundle { dir, spec })
+}
+
+fn read_config(dir: &Path, path: &Path) -> Result<Vec<u8>, BundleError> {
+    let unreadable = |source: io::Error| match source.kind() {
+        io::ErrorKind::NotFound => BundleError::NoConfig { path: dir.to_owned() },
+        _ => BundleError::Unreadable { path: path.to_owned(), source },
+    };
+    let bytes = fs::metadata(path).map_err(unreadable)?.len();
+    if bytes > CONFIG_BYTES_MAX {
+        return Err(BundleError::TooLarge { path: path.to_owned(), bytes });
+    }
+    fs::read(path).map_err(unreadable)
+}
+
+impl Bundle {
+    /// Turns the specification into what the pod needs.
+    ///
+    /// # Errors
+    /// When the root file system or the source of a bind mount is not there.
+    pub fn plan(&self, id: &ContainerId, host: HostSize) -> Result<Plan, BundleError> {
+        let rootfs = self.rootfs()?;
+        let guest = guest::rewrite(&self.spec, id, &self.dir, &rootfs)?;
+        Ok(Plan {
+            spec_json: serde_json::to_vec(&guest.spec).map_err(BundleError::Rewrite)?,
+            hostname: guest::machine_hostname(&self.spec),
+            rootfs,
+            shared: guest.shared,
+            size: size::of(self.spec.linux().as_ref(), host),
+            annotations: self.spec.annotations().clone().unwrap_or_default(),
+            hooks: self.spec.hooks().clone().unwrap_or_default(),
+            dropped: guest.dropped,
+        })
+    }
+
+    fn rootfs(&self) -> Result<PathBuf, BundleError> {
+        let path = self.spec.root().as_ref().map(|root| root.path().clone()).unwrap_or_default();
+        let path = self.dir.join(path);
+        let missing = |source| BundleError::Source { what: "rootfs", path: path.clone(), source };
+        let real = fs::canonicalize(&path).map_err(missing)?;
+        if !real.is_dir() {
+            return Err(missing(io::Error::from(io::ErrorKind::NotADirectory)));
+        }
+        Ok(real)
+    }
+}
+
+#[cfg(test)]
+mod tests;

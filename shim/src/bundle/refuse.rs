@@ -1,0 +1,279 @@
+//! What a specification may not ask for, because a pod behind its own wall cannot keep it.
+//!
+//! Refused before anything is started, with what to do instead. What the guest keeps (pid, ipc,
+//! uts, mount, cgroup, user and time namespaces of its own, seccomp, capabilities, resources,
+//! mounts) passes and is not looked at here.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsFd;
+use std::path::Path;
+use std::thread;
+
+use oci_spec::runtime::{
+    Linux, LinuxDevice, LinuxDeviceType, LinuxNamespace, LinuxNamespaceType, Spec,
+};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use thiserror::Error;
+
+/// Something that is asked for and cannot be kept.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error("{what}; {instead}")]
+pub struct Refusal {
+    /// The field and why not.
+    pub what: String,
+    /// The way out.
+    pub instead: &'static str,
+}
+
+fn refuse(what: impl Into<String>, instead: &'static str) -> Refusal {
+    Refusal { what: what.into(), instead }
+}
+
+/// Interfaces that the kernel puts into every new network namespace; all of them are down.
+const KERNEL_INTERFACES: [&str; 10] = [
+    "lo", "tunl0", "gre0", "gretap0", "erspan0", "ip_vti0", "ip6_vti0", "sit0", "ip6tnl0",
+    "ip6gre0",
+];
+
+/// Character devices that the guest has itself, by major and minor number.
+const GUEST_DEVICES: [(i64, i64); 11] =
+    [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (1, 11), (5, 0), (5, 1), (5, 2), (10, 200), (10, 229)];
+
+/// Looks through the whole specification.
+///
+/// # Errors
+/// The first thing that cannot be kept.
+pub fn check(spec: &Spec) -> Result<(), Refusal> {
+    process(spec)?;
+    if spec.root().is_none() {
+        return Err(refuse("config.json has no root", "add \"root\": {\"path\": \"rootfs\"}"));
+    }
+    hooks(spec)?;
+    let Some(linux) = spec.linux() else {
+        return Err(refuse("config.json has no linux section", "only Linux containers are run"));
+    };
+    namespaces(linux.namespaces().as_deref().unwrap_or_default(), interfaces)?;
+    for device in linux.devices().iter().flatten() {
+        guest_has(device)?;
+    }
+    host_features(linux)
+}
+
+fn process(spec: &Spec) -> Result<(), Refusal> {
+    let Some(process) = spec.process() else {
+        return Err(refuse("config.json has no process", "say what to run in process.args"));
+    };
+    if process.args().as_ref().is_none_or(Vec::is_empty) {
+        return Err(refuse("process.args is empty", "name the program to run"));
+    }
+    if !process.cwd().is_absolute() {
+        let what = format!("process.cwd {:?} is not an absolute path", process.cwd());
+        return Err(refuse(what, "begin it with '/'"));
+    }
+    if process.terminal() == Some(true) {
+        return Err(refuse(
+            "process.terminal is true and terminals are not supported yet",
+            "set it to false and use the standard streams",
+        ));
+    }
+    Ok(())
+}
+
+fn hooks(spec: &Spec) -> Result<(), Refusal> {
+    let Some(hooks) = spec.hooks() else { return Ok(()) };
+    let lists = [
+        ("prestart", hooks.prestart()),
+        ("createRuntime", hooks.create_runtime()),
+        ("createContainer", hooks.create_container()),
+    ];
+    for (name, list) in lists {
+        if list.as_ref().is_some_and(|list| !list.is_empty()) {
+            return Err(refuse(
+                format!("hooks.{name} would run inside namespaces that only exist in the guest"),
+                "use startContainer (in the guest), poststart or poststop (on the host) instead",
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn namespaces(
+    namespaces: &[LinuxNamespace],
+    interfaces: impl Fn(&Path) -> io::Result<Vec<String>>,
+) -> Result<(), Refusal> {
+    use LinuxNamespaceType::{Ipc, Mount, Network, Pid};
+    let entry = |typ| namespaces.iter().find(|namespace| namespace.typ() == typ);
+    for (typ, name, instead) in [
+        (
+            Network,
+            "network",
+            "host network mode is not possible in a machine of its own: add {\"type\": \"network\"}",
+        ),
+        (
+            Pid,
+            "pid",
+            "the host's processes are not visible from a machine of its own: add {\"type\": \"pid\"}",
+        ),
+        (
+            Ipc,
+            "ipc",
+            "the host's shared memory is not reachable from a machine of its own: add {\"type\": \"ipc\"}",
+        ),
+        (
+            Mount,
+            "mount",
+            "the host's mounts are not reachable from a machine of its own: add {\"type\": \"mount\"}",
+        ),
+    ] {
+        if entry(typ).is_none() {
+            let what =
+                format!("linux.namespaces has no {name:?} entry, so the host's is asked for");
+            return Err(refuse(what, instead));
+        }
+    }
+    for namespace in namespaces {
+        let Some(path) = namespace.path() else { continue };
+        if namespace.typ() != Network {
+            let what = format!(
+                "linux.namespaces joins the {} namespace {}, which is outside the machine",
+                namespace.typ(),
+                path.display()
+            );
+            return Err(refuse(what, "leave the path out to get a new one"));
+        }
+        empty_network(path, &interfaces)?;
+    }
+    Ok(())
+}
+
+fn empty_network(
+    path: &Path,
+    interfaces: impl Fn(&Path) -> io::Result<Vec<String>>,
+) -> Result<(), Refusal> {
+    let found = interfaces(path).map_err(|error| {
+        let what = format!("network namespace {} cannot be used: {error}", path.display());
+        refuse(what, "name an existing one, or leave the path out to get a new one")
+    })?;
+    let own: Vec<_> =
+        found.iter().filter(|name| !KERNEL_INTERFACES.contains(&name.as_str())).collect();
+    match own.first() {
+        None => Ok(()),
+        Some(name) => Err(refuse(
+            format!("network namespace {} has the interface {name:?}", path.display()),
+            "interfaces are not passed into the machine yet: leave the path out to get loopback \
+             only",
+        )),
+    }
+}
+
+/// The interfaces of a network namespace, as a thread sees them that has joined it.
+fn interfaces(path: &Path) -> io::Result<Vec<String>> {
+    let namespace = File::open(path)?;
+    let read = move || -> io::Result<String> {
+        move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?;
+        fs::read_to_string("/proc/thread-self/net/dev")
+    };
+    let table = thread::Builder::new().spawn(read)?.join();
+    let table = table.unwrap_or_else(|_| Err(io::Error::other("thread failed")))?;
+    let names = table.lines().filter_map(|line| Some(line.split_once(':')?.0.trim().to_owned()));
+    Ok(names.collect())
+}
+
+fn guest_has(device: &LinuxDevice) -> Result<(), Refusal> {
+    let same = device.typ() == LinuxDeviceType::P
+        || device.typ() != LinuxDeviceType::B
+            && GUEST_DEVICES.contains(&(device.major(), device.minor()));
+    if same {
+        return Ok(());
+    }
+    let what = format!(
+        "linux.devices has {} ({}:{}), a device of the host that cannot be passed yet",
+        device.path().display(),
+        device.major(),
+        device.minor()
+    );
+    Err(refuse(what, "leave it out, and run without \"privileged\""))
+}
+
+fn host_features(linux: &Linux) -> Result<(), Refusal> {
+    if linux.intel_rdt().is_some() {
+        return Err(refuse("linux.intelRdt divides the host's caches", "leave it out"));
+    }
+    if linux.net_devices().as_ref().is_some_and(|devices| !devices.is_empty()) {
+        return Err(refuse(
+            "linux.netDevices moves interfaces of the host, which are not passed yet",
+            "leave it out",
+        ));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn refused(list: &Value, found: &[&str]) -> Option<String> {
+        let list: Vec<LinuxNamespace> = serde_json::from_value(list.clone()).unwrap();
+        let found = |_: &Path| Ok(found.iter().map(ToString::to_string).collect());
+        namespaces(&list, found).err().map(|refusal| refusal.to_string())
+    }
+
+    fn with(network: Value) -> Value {
+        json!([{"type": "pid"}, {"type": "ipc"}, {"type": "mount"}, {"type": "uts"}, network])
+    }
+
+    #[test]
+    fn new_namespaces_and_an_empty_network_are_taken() {
+        assert_eq!(refused(&with(json!({"type": "network"})), &["eth0"]), None);
+        let joined = with(json!({"type": "network", "path": "/n"}));
+        assert_eq!(refused(&joined, &["lo", "sit0"]), None);
+    }
+
+    #[test]
+    fn a_network_with_interfaces_is_refused_by_name() {
+        let joined = with(json!({"type": "network", "path": "/n"}));
+        let words = refused(&joined, &["lo", "eth0"]).unwrap();
+        assert!(words.starts_with("network namespace /n has the interface \"eth0\"; "), "{words}");
+    }
+
+    #[test]
+    fn every_namespace_of_the_host_is_refused_with_a_way_out() {
+        for missing in ["network", "pid", "ipc", "mount"] {
+            let mut list = with(json!({"type": "network"}));
+            list.as_array_mut().unwrap().retain(|entry| entry["type"] != missing);
+            let words = refused(&list, &[]).unwrap();
+            assert!(words.contains(&format!("no {missing:?} entry")), "{words}");
+            assert!(words.contains(&format!("add {{\"type\": {missing:?}}}")), "{words}");
+        }
+    }
+
+    #[test]
+    fn joining_any_other_namespace_is_refused() {
+        let mut list = with(json!({"type": "network"}));
+        list[0]["path"] = json!("/proc/1/ns/pid");
+        let words = refused(&list, &[]).unwrap();
+        assert!(words.contains("/proc/1/ns/pid"), "{words}");
+    }
+
+    #[test]
+    fn the_network_of_this_process_has_loopback() {
+        // Reading another namespace takes privilege; its own a process may always read.
+        match interfaces(Path::new("/proc/self/ns/net")) {
+            Ok(found) => assert!(found.contains(&"lo".to_owned()), "{found:?}"),
+            Err(error) => assert_eq!(error.kind(), io::ErrorKind::PermissionDenied),
+        }
+        assert!(interfaces(Path::new("/nonexistent")).is_err());
+    }
+
+    #[test]
+    fn devices_of_the_host_are_refused_and_those_of_the_guest_taken() {
+        let device = |json: Value| serde_json::from_value::<LinuxDevice>(json).unwrap();
+        let fuse = json!({"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229});
+        assert_eq!(guest_has(&device(fuse)), Ok(()));
+        let disk = json!({"path": "/dev/sda", "type": "b", "major": 8, "minor": 0});
+        let words = guest_has(&device(disk)).unwrap_err().to_string();
+        assert!(words.contains("/dev/sda (8:0)"), "{words}");
+    }
+}

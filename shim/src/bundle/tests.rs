@@ -1,0 +1,203 @@
+//! Bundles as callers make them, good and bad.
+
+use std::os::unix::fs::symlink;
+
+use serde_json::{Value, json};
+
+use super::*;
+
+const HOST: HostSize = HostSize { cpus: 4, memory_mib: 2048 };
+
+struct TestBundle(tempfile::TempDir);
+
+impl TestBundle {
+    fn with(config: &Value) -> Self {
+        let bundle = Self(tempfile::tempdir().unwrap());
+        fs::create_dir(bundle.path().join("rootfs")).unwrap();
+        fs::write(bundle.path().join(CONFIG), serde_json::to_vec(config).unwrap()).unwrap();
+        bundle
+    }
+
+    fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    fn plan(&self) -> Result<Plan, BundleError> {
+        load(self.path())?.plan(&"c1".parse().unwrap(), HOST)
+    }
+
+    fn guest_spec(&self) -> Value {
+        serde_json::from_slice(&self.plan().unwrap().spec_json).unwrap()
+    }
+}
+
+fn good() -> Value {
+    json!({
+        "ociVersion": "1.0.2",
+        "process": {"user": {"uid": 0, "gid": 0}, "args": ["true"], "cwd": "/"},
+        "root": {"path": "rootfs"},
+        "hostname": "inner",
+        "mounts": [{"destination": "/proc", "type": "proc", "source": "proc"}],
+        "linux": {"namespaces": [
+            {"type": "pid"}, {"type": "ipc"}, {"type": "uts"}, {"type": "mount"},
+            {"type": "network"}
+        ]}
+    })
+}
+
+fn words(error: BundleError) -> String {
+    format!("{:#}", anyhow::Error::from(error))
+}
+
+#[test]
+fn a_directory_without_config_says_what_is_missing() {
+    let empty = tempfile::tempdir().unwrap();
+    let words = words(load(empty.path()).unwrap_err());
+    assert!(words.starts_with("JSON specification file config.json not found in /"), "{words}");
+    assert!(words.contains("bulkhead spec"), "{words}");
+    let words = self::words(load(&empty.path().join("no")).unwrap_err());
+    assert!(words.contains("bundle directory") && words.contains("No such file"), "{words}");
+}
+
+#[test]
+fn invalid_json_is_shown_with_path_line_and_column() {
+    let bundle = TestBundle::with(&good());
+    fs::write(bundle.path().join(CONFIG), "{\n  \"ociVersion\": 1.0.2\n}").unwrap();
+    let words = words(load(bundle.path()).unwrap_err());
+    assert!(words.contains("config.json") && words.contains("at line 2 column"), "{words}");
+}
+
+#[test]
+fn a_field_of_the_wrong_type_is_shown_with_its_place() {
+    let mut config = good();
+    config["process"]["args"] = json!("true");
+    let words = words(TestBundle::with(&config).plan().unwrap_err());
+    assert!(words.contains("invalid type: string \"true\", expected a sequence"), "{words}");
+    assert!(words.contains("line 1 column"), "{words}");
+}
+
+#[test]
+fn a_config_that_is_too_large_is_not_read() {
+    let bundle = TestBundle::with(&good());
+    let file = fs::File::create(bundle.path().join(CONFIG)).unwrap();
+    file.set_len(CONFIG_BYTES_MAX + 1).unwrap();
+    assert!(words(load(bundle.path()).unwrap_err()).contains("bytes; at most"));
+}
+
+#[test]
+fn a_missing_rootfs_is_named() {
+    let mut config = good();
+    config["root"]["path"] = json!("nosuch");
+    let bundle = TestBundle::with(&config);
+    let words = words(bundle.plan().unwrap_err());
+    assert!(words.contains("rootfs /") && words.contains("nosuch cannot be used"), "{words}");
+    fs::write(bundle.path().join("nosuch"), "").unwrap();
+    let words = self::words(bundle.plan().unwrap_err());
+    assert!(words.contains("not a directory"), "{words}");
+}
+
+#[test]
+fn what_cannot_be_kept_is_refused_in_words() {
+    for (pointer, value, expected) in [
+        ("/process", Value::Null, "config.json has no process"),
+        ("/process/args", json!([]), "process.args is empty"),
+        ("/process/cwd", json!("tmp"), "not an absolute path"),
+        ("/process/terminal", json!(true), "not supported yet"),
+        ("/root", Value::Null, "config.json has no root"),
+        ("/linux", Value::Null, "no linux section"),
+        ("/linux/namespaces", json!([]), "no \"network\" entry"),
+        ("/linux/intelRdt", json!({"closID": "a"}), "linux.intelRdt"),
+        ("/hooks", json!({"prestart": [{"path": "/bin/true"}]}), "hooks.prestart"),
+        ("/hooks", json!({"createRuntime": [{"path": "/bin/true"}]}), "hooks.createRuntime"),
+        ("/hooks", json!({"createContainer": [{"path": "/x"}]}), "hooks.createContainer"),
+    ] {
+        let mut config = good();
+        let (parent, key) = pointer.rsplit_once('/').unwrap();
+        config.pointer_mut(parent).unwrap()[key] = value;
+        let words = words(TestBundle::with(&config).plan().unwrap_err());
+        assert!(words.contains(expected), "{pointer}: {words}");
+        assert!(words.contains("; "), "{pointer} says what to do: {words}");
+    }
+}
+
+#[test]
+fn the_guest_sees_paths_of_the_share() {
+    let bundle = TestBundle::with(&good());
+    let spec = bundle.guest_spec();
+    assert_eq!(spec["root"]["path"], "/run/bulkhead/share/c1/rootfs");
+    assert_eq!(spec["linux"]["cgroupsPath"], "/c1");
+    assert_eq!(spec["mounts"][0]["source"], "proc");
+    let kept: Vec<_> = spec["linux"]["namespaces"].as_array().unwrap().iter().collect();
+    assert!(kept.iter().all(|entry| entry["type"] != "network"), "{kept:?}");
+    assert_eq!(kept.len(), 4);
+}
+
+#[test]
+fn bind_mounts_are_shared_with_their_kind_and_mode() {
+    let bundle = TestBundle::with(&good());
+    fs::create_dir(bundle.path().join("data")).unwrap();
+    fs::write(bundle.path().join("file"), "").unwrap();
+    let file = bundle.path().join("file");
+    let mut config = good();
+    config["mounts"] = json!([
+        {"destination": "/a", "type": "bind", "source": "data", "options": ["rbind", "ro", "rw"]},
+        {"destination": "/b", "type": "none", "source": file, "options": ["bind", "ro"]},
+        {"destination": "/t", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid"]},
+    ]);
+    fs::write(bundle.path().join(CONFIG), serde_json::to_vec(&config).unwrap()).unwrap();
+    let shared = bundle.plan().unwrap().shared;
+    assert_eq!(shared.len(), 3);
+    assert_eq!(shared[0].target, Path::new("c1/rootfs"));
+    let seen = |n: usize| (shared[n].kind, shared[n].read_only, shared[n].recursive);
+    assert_eq!(seen(1), (Kind::Directory, false, true));
+    assert_eq!(seen(2), (Kind::File, true, false));
+    assert_eq!(shared[2].target, Path::new("c1/mounts/1"));
+    let spec = bundle.guest_spec();
+    assert_eq!(spec["mounts"][0]["source"], "/run/bulkhead/share/c1/mounts/0");
+    assert_eq!(spec["mounts"][1]["options"], json!(["bind", "ro"]));
+    assert_eq!(spec["mounts"][2]["source"], "tmpfs");
+}
+
+#[test]
+fn a_bind_mount_without_a_source_is_named() {
+    let mut config = good();
+    config["mounts"] = json!([{"destination": "/a", "type": "bind", "source": "/nosuch"}]);
+    let words = words(TestBundle::with(&config).plan().unwrap_err());
+    assert!(words.starts_with("source of a bind mount /nosuch cannot be used"), "{words}");
+}
+
+#[test]
+fn what_only_means_something_on_the_host_is_dropped_and_reported() {
+    let mut config = good();
+    config["process"]["apparmorProfile"] = json!("docker-default");
+    config["linux"]["mountLabel"] = json!("system_u:object_r:a:s0");
+    config["linux"]["resources"] = json!({"cpu": {"cpus": "2-3"}, "pids": {"limit": 5}});
+    config["hooks"] = json!({"poststop": [{"path": "/p"}], "startContainer": [{"path": "/s"}]});
+    let bundle = TestBundle::with(&config);
+    let plan = bundle.plan().unwrap();
+    assert_eq!(plan.dropped.len(), 3, "{:?}", plan.dropped);
+    assert_eq!(plan.size.vcpus, 2);
+    assert!(plan.hooks.poststop().is_some());
+    let spec = bundle.guest_spec();
+    assert!(spec["process"].get("apparmorProfile").is_none());
+    assert!(spec["hooks"].get("poststop").is_none());
+    assert_eq!(spec["hooks"]["startContainer"][0]["path"], "/s");
+    assert_eq!(spec["linux"]["resources"]["pids"]["limit"], 5);
+    assert!(spec["linux"]["resources"]["cpu"].get("cpus").is_none());
+}
+
+#[test]
+fn a_rootfs_behind_a_link_is_found() {
+    let bundle = TestBundle::with(&good());
+    let real = tempfile::tempdir().unwrap();
+    fs::remove_dir(bundle.path().join("rootfs")).unwrap();
+    symlink(real.path(), bundle.path().join("rootfs")).unwrap();
+    assert_eq!(bundle.plan().unwrap().rootfs, fs::canonicalize(real.path()).unwrap());
+}
+
+#[test]
+fn the_specification_that_runc_writes_is_taken_without_its_terminal() {
+    let mut config = serde_json::to_value(crate::cli::spec::default_spec()).unwrap();
+    config["process"]["terminal"] = json!(false);
+    TestBundle::with(&config).plan().unwrap();
+}

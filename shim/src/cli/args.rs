@@ -1,0 +1,249 @@
+//! The command line: runc's verbs and flags, for callers that know runc.
+//!
+//! Flags that mean something to runc only are taken and change nothing; each says so.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::id::ContainerId;
+use crate::logging::LogTarget;
+
+/// Where containers are kept unless `--root` says otherwise.
+pub const ROOT: &str = "/run/bulkhead";
+
+/// Runs OCI containers, each in a virtual machine of its own.
+#[derive(Debug, Parser)]
+#[command(name = "bulkhead", version, subcommand_required = true, arg_required_else_help = true)]
+pub struct CommandLine {
+    /// What applies to every verb.
+    #[command(flatten)]
+    pub global: Global,
+    /// What to do.
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+/// Options before the verb.
+#[derive(Debug, Args)]
+pub struct Global {
+    /// Directory that holds the state of all containers (best on a tmpfs).
+    #[arg(long, value_name = "DIR", default_value = ROOT)]
+    pub root: PathBuf,
+    /// File for log lines; standard error without it.
+    #[arg(long, value_name = "FILE")]
+    pub log: Option<PathBuf>,
+    /// What log lines look like.
+    #[arg(long, value_enum, default_value_t = LogFormat::Text)]
+    pub log_format: LogFormat,
+    /// Log everything.
+    #[arg(long)]
+    pub debug: bool,
+    /// Taken and ignored: cgroups are the guest's own.
+    #[arg(long)]
+    pub systemd_cgroup: bool,
+    /// Taken and ignored.
+    #[arg(long, value_name = "BOOL", hide = true)]
+    pub rootless: Option<String>,
+    /// Taken and ignored.
+    #[arg(long, value_name = "PATH", hide = true)]
+    pub criu: Option<PathBuf>,
+}
+
+impl Global {
+    /// Where log lines go.
+    #[must_use]
+    pub fn log_target(&self) -> LogTarget {
+        LogTarget {
+            // The supervisor works in another directory.
+            path: self.log.as_ref().map(|path| std::path::absolute(path).unwrap_or(path.clone())),
+            json: self.log_format == LogFormat::Json,
+            debug: self.debug,
+        }
+    }
+}
+
+/// The forms of log lines.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// `time="…" level=error msg="…"`.
+    Text,
+    /// `{"level":"error","msg":"…","time":"…"}`.
+    Json,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// Create a container, start it, wait for its end and delete it.
+    Run(Run),
+    /// Create a container; its program waits for "start".
+    Create(Create),
+    /// Let the program of a created container run.
+    Start(Named),
+    /// Show the state of a container as JSON.
+    State(Named),
+    /// Send a signal to a container's init process (SIGTERM without one).
+    Kill(Kill),
+    /// Remove a container that does not run.
+    Delete(Delete),
+    /// List all containers.
+    List(List),
+    /// Write a config.json to begin with.
+    Spec(Spec),
+    /// The process behind each pod.
+    #[command(hide = true)]
+    Supervise,
+    /// The process that stands for a created container.
+    #[command(hide = true)]
+    StandIn(Named),
+    /// Verbs of runc that are not there yet.
+    #[command(external_subcommand)]
+    Other(Vec<String>),
+}
+
+/// One container.
+#[derive(Debug, Args)]
+pub struct Named {
+    /// The container's name.
+    #[arg(value_name = "CONTAINER")]
+    pub id: ContainerId,
+}
+
+/// Options of `create`, and most of `run`.
+#[derive(Debug, Args)]
+pub struct Create {
+    /// The container's name.
+    #[arg(value_name = "CONTAINER")]
+    pub id: ContainerId,
+    /// Directory with config.json; the current one without it.
+    #[arg(short, long, value_name = "DIR", default_value = ".")]
+    pub bundle: PathBuf,
+    /// File that gets the number of the process that stands for the container.
+    #[arg(long, value_name = "FILE")]
+    pub pid_file: Option<PathBuf>,
+    /// Socket for the terminal's master; terminals are not supported yet.
+    #[arg(long, value_name = "SOCKET")]
+    pub console_socket: Option<PathBuf>,
+    /// Descriptors to pass beyond the standard streams; only 0.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub preserve_fds: u32,
+    /// Taken and ignored: the guest decides how it changes the root.
+    #[arg(long)]
+    pub no_pivot: bool,
+    /// Taken and ignored: keyrings of the host do not reach into the guest.
+    #[arg(long)]
+    pub no_new_keyring: bool,
+}
+
+/// Options of `run`.
+#[derive(Debug, Args)]
+pub struct Run {
+    /// Those of `create`.
+    #[command(flatten)]
+    pub create: Create,
+    /// Return once the program runs.
+    #[arg(short, long)]
+    pub detach: bool,
+    /// Keep the container's state after its end.
+    #[arg(long)]
+    pub keep: bool,
+    /// Taken and ignored: this process has no children of the container.
+    #[arg(long)]
+    pub no_subreaper: bool,
+}
+
+/// Options of `kill`.
+#[derive(Debug, Args)]
+pub struct Kill {
+    /// The container's name.
+    #[arg(value_name = "CONTAINER")]
+    pub id: ContainerId,
+    /// A name or a number.
+    #[arg(default_value = "SIGTERM")]
+    pub signal: String,
+    /// To every process of the container.
+    #[arg(short, long)]
+    pub all: bool,
+}
+
+/// Options of `delete`.
+#[derive(Debug, Args)]
+pub struct Delete {
+    /// The container's name.
+    #[arg(value_name = "CONTAINER")]
+    pub id: ContainerId,
+    /// Kill it first; one that does not exist is no error.
+    #[arg(short, long)]
+    pub force: bool,
+}
+
+/// Options of `list`.
+#[derive(Debug, Args)]
+pub struct List {
+    /// What the list looks like.
+    #[arg(short, long, value_enum, default_value_t = ListFormat::Table)]
+    pub format: ListFormat,
+    /// Names only.
+    #[arg(short, long)]
+    pub quiet: bool,
+}
+
+/// The forms of a list.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ListFormat {
+    /// Columns.
+    Table,
+    /// An array of states.
+    Json,
+}
+
+/// Options of `spec`.
+#[derive(Debug, Args)]
+pub struct Spec {
+    /// Directory for config.json; the current one without it.
+    #[arg(short, long, value_name = "DIR")]
+    pub bundle: Option<PathBuf>,
+    /// A container that also runs without root; not supported.
+    #[arg(long)]
+    pub rootless: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        CommandLine::command().debug_assert();
+    }
+
+    #[test]
+    fn lines_that_callers_of_runc_write_are_understood() {
+        for line in [
+            "--root /r --log /l --log-format json create --bundle /b --pid-file /p a",
+            "--root /r --systemd-cgroup create --bundle /b --no-pivot --no-new-keyring a",
+            "--debug --rootless auto run -b /b -d --keep --preserve-fds 0 a",
+            "run --no-subreaper a",
+            "kill --all a KILL",
+            "kill a 9",
+            "delete --force a",
+            "delete -f a",
+            "list -q",
+            "list -f json",
+            "list --format=table",
+            "spec -b /b",
+            "exec a true",
+        ] {
+            let words = std::iter::once("bulkhead").chain(line.split(' '));
+            CommandLine::try_parse_from(words).unwrap_or_else(|error| panic!("{line}: {error}"));
+        }
+    }
+
+    #[test]
+    fn a_bad_name_is_refused_where_it_is_written() {
+        let error = CommandLine::try_parse_from(["bulkhead", "state", "a/b"]).unwrap_err();
+        assert!(error.to_string().contains("invalid container id \"a/b\""), "{error}");
+    }
+}

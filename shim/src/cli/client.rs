@@ -1,0 +1,237 @@
+//! What the verbs share as clients: claiming an id, starting its supervisor, asking it.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, anyhow, bail};
+use bulkhead_vmm::seqpacket;
+use containerd_shim_protos::api::{CreateTaskRequest, KillRequest, StartRequest};
+use containerd_shim_protos::shim_async::TaskClient;
+use rustix::fs::{Mode, OFlags};
+use tokio::runtime::{Builder, Runtime};
+use ttrpc::asynchronous::Client;
+use ttrpc::asynchronous::transport::Socket;
+use ttrpc::context::{self, Context as CallContext};
+
+use super::args::{Create, Global};
+use crate::attach;
+use crate::bundle;
+use crate::process::Process;
+use crate::state::Home;
+use crate::supervisor::Orders;
+use crate::trace::Phase;
+
+/// The Task service in a container's directory.
+const TASK_SOCKET: &str = "task.sock";
+/// The attach socket in a container's directory.
+const ATTACH_SOCKET: &str = "attach.sock";
+/// How long a supervisor may take to end once everything is over.
+pub(super) const GOODBYE: Duration = Duration::from_secs(60);
+/// How long a process that was killed may take to go.
+const KILLED: Duration = Duration::from_secs(10);
+
+/// A socket's path however long the directory's is: `sun_path` holds 107 bytes, so the directory is
+/// named by a descriptor. The path is good as long as the descriptor is open.
+pub(super) struct SocketPath {
+    path: PathBuf,
+    _dir: OwnedFd,
+}
+
+impl SocketPath {
+    pub(super) fn attach(home: &Home) -> anyhow::Result<Self> {
+        Self::new(home, ATTACH_SOCKET)
+    }
+
+    fn new(home: &Home, name: &str) -> anyhow::Result<Self> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let dir = rustix::fs::open(home.dir(), flags, Mode::empty())
+            .with_context(|| home.dir().display().to_string())?;
+        let number = std::os::fd::AsRawFd::as_raw_fd(&dir);
+        Ok(Self { path: format!("/proc/self/fd/{number}/{name}").into(), _dir: dir })
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+/// A claimed id and its supervisor. Dropping it before the container is created takes everything
+/// back.
+pub(super) struct Creation {
+    pub(super) home: Home,
+    supervisor: Child,
+    /// Open until the creator is done.
+    link: Option<OwnedFd>,
+}
+
+impl Creation {
+    /// Checks what can be checked at once, claims the id and starts the supervisor.
+    pub(super) fn begin(global: &Global, create: &Create, ephemeral: bool) -> anyhow::Result<Self> {
+        if !rustix::process::geteuid().is_root() {
+            bail!("mounts, namespaces and {} need root; run as root", global.root.display());
+        }
+        if create.preserve_fds != 0 {
+            bail!(
+                "--preserve-fds {}: descriptors of the host cannot be passed into the guest; use 0",
+                create.preserve_fds
+            );
+        }
+        let bundle = bundle::load(&create.bundle)?;
+        if create.console_socket.is_some() {
+            bail!(
+                "--console-socket is of no use with process.terminal false, and terminals are not \
+                 supported yet; leave it out"
+            );
+        }
+        let root = std::path::absolute(&global.root)?;
+        let home = Home::claim(&root, &create.id, &bundle.dir)?;
+        let started = start_supervisor(global, &home, ephemeral);
+        let (supervisor, link) = match started {
+            Ok(started) => started,
+            Err(error) => {
+                home.remove()?;
+                return Err(error);
+            }
+        };
+        Ok(Self { home, supervisor, link: Some(link) })
+    }
+
+    /// Has the container created.
+    pub(super) async fn create(&self) -> anyhow::Result<TaskClient> {
+        let client = connect(&self.home)?;
+        let id = self.home.id().to_string();
+        let request = CreateTaskRequest { id, ..Default::default() };
+        client.create(unbounded(), &request).await.map_err(words)?;
+        Ok(client)
+    }
+
+    /// Leaves the container to its supervisor.
+    pub(super) fn done(mut self) {
+        self.link = None;
+    }
+
+    /// Waits until the supervisor has ended by itself; false if it had to be killed.
+    pub(super) fn wait(&mut self, patience: Duration) -> bool {
+        let process = Process::find(self.supervisor.id());
+        let ended = process.is_ok_and(|process| process.wait(patience));
+        if !ended {
+            let _ = self.supervisor.kill();
+        }
+        let _ = self.supervisor.wait();
+        ended
+    }
+}
+
+impl Drop for Creation {
+    fn drop(&mut self) {
+        if self.link.take().is_some() {
+            // It takes everything down when it reads the end of the link.
+            self.wait(KILLED);
+            if let Err(error) = clean_up(&self.home) {
+                tracing::warn!(error = %error, "not everything was removed");
+            }
+        }
+    }
+}
+
+fn start_supervisor(
+    global: &Global,
+    home: &Home,
+    ephemeral: bool,
+) -> anyhow::Result<(Child, OwnedFd)> {
+    let spawned = Phase::begin("supervisor up");
+    let task =
+        UnixListener::bind(SocketPath::new(home, TASK_SOCKET)?.path()).context("task.sock")?;
+    let attach = attach::listen_at(SocketPath::attach(home)?.path()).context("attach.sock")?;
+    let (link, theirs) = seqpacket::pair()?;
+    let log = File::create(home.path("supervisor.log")).context("supervisor.log")?;
+    let supervisor = Command::new(std::env::current_exe().context("/proc/self/exe")?)
+        .arg("supervise")
+        .stdin(Stdio::from(theirs))
+        .stdout(Stdio::null())
+        .stderr(log)
+        .spawn()
+        .context("supervisor")?;
+    let orders = Orders {
+        root: home.root().to_owned(),
+        id: home.id().clone(),
+        ephemeral,
+        log: global.log_target(),
+        spawned,
+    };
+    seqpacket::send(&link, &serde_json::to_vec(&orders)?, &[task.as_fd(), attach.as_fd()])?;
+    Ok((supervisor, link))
+}
+
+/// Kills what is left of a container that nobody keeps any more, and removes its directory.
+pub(super) fn clean_up(home: &Home) -> anyhow::Result<()> {
+    if let Ok(state) = home.read() {
+        // The keeper first: it would start to take the others down.
+        let others = state.helpers.iter().copied().chain(state.stand_in);
+        for process in [state.keeper].into_iter().chain(others) {
+            if process.pid != std::process::id() && !process.kill_and_wait(KILLED) {
+                bail!("process {} cannot be ended", process.pid);
+            }
+        }
+    }
+    Ok(home.remove()?)
+}
+
+/// A runtime for a few calls.
+pub(super) fn runtime() -> anyhow::Result<Runtime> {
+    Ok(Builder::new_current_thread().enable_all().build()?)
+}
+
+/// A client of a container's supervisor; inside a runtime.
+pub(super) fn connect(home: &Home) -> anyhow::Result<TaskClient> {
+    let path = SocketPath::new(home, TASK_SOCKET)?;
+    let stream = UnixStream::connect(path.path()).map_err(|_| anyhow!("container not running"))?;
+    Ok(TaskClient::new(Client::new(Socket::try_from(stream)?)))
+}
+
+/// For calls that the supervisor bounds.
+pub(super) fn unbounded() -> CallContext {
+    context::with_duration(Duration::from_secs(3600))
+}
+
+/// The words of an error: the supervisor's own, without the codes of the transport.
+pub(super) fn words(error: ttrpc::Error) -> anyhow::Error {
+    match error {
+        ttrpc::Error::RpcStatus(status) => anyhow!(status.message),
+        other => anyhow!("the supervisor is gone ({other})"),
+    }
+}
+
+/// Lets a created container's program run.
+pub(super) async fn start(client: &TaskClient, home: &Home) -> anyhow::Result<()> {
+    let request = StartRequest { id: home.id().to_string(), ..Default::default() };
+    client.start(unbounded(), &request).await.map_err(words)?;
+    Ok(())
+}
+
+/// Signals a container.
+pub(super) async fn kill(
+    client: &TaskClient,
+    home: &Home,
+    signal: u32,
+    all: bool,
+) -> anyhow::Result<()> {
+    let request = KillRequest { id: home.id().to_string(), signal, all, ..Default::default() };
+    client.kill(unbounded(), &request).await.map_err(words)?;
+    Ok(())
+}
+
+/// Writes a process's number for the caller, whole or not at all, as runc does.
+pub(super) fn write_pid_file(path: &Path, pid: u32) -> anyhow::Result<()> {
+    let name = path.file_name().context("--pid-file names no file")?;
+    let new = path.with_file_name(format!(".{}", name.to_string_lossy()));
+    let context = || format!("pid file {}", path.display());
+    let mut file = File::create(&new).with_context(context)?;
+    file.write_all(pid.to_string().as_bytes()).with_context(context)?;
+    std::fs::rename(&new, path).with_context(context)
+}

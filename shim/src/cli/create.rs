@@ -1,0 +1,48 @@
+//! `bulkhead create`: the container waits for `start`; a process stays behind that stands for it.
+
+use std::process::{Command, Stdio};
+
+use anyhow::Context;
+
+use super::args::{Create, Global};
+use super::client::{self, Creation};
+use crate::state::Home;
+
+pub(super) fn create(global: &Global, create: &Create) -> anyhow::Result<()> {
+    let creation = Creation::begin(global, create, false)?;
+    detached(global, create, &creation, async |_| Ok(()))?;
+    creation.done();
+    Ok(())
+}
+
+/// Creates the container with a stand-in that outlives this process, then does `more`.
+pub(super) fn detached(
+    global: &Global,
+    create: &Create,
+    creation: &Creation,
+    more: impl AsyncFnOnce(&containerd_shim_protos::shim_async::TaskClient) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    let pid = spawn_stand_in(global, &creation.home)?;
+    client::runtime()?.block_on(async {
+        let task = creation.create().await?;
+        if let Some(path) = &create.pid_file {
+            client::write_pid_file(path, pid)?;
+        }
+        more(&task).await
+    })
+}
+
+/// It has this process's standard streams, and becomes a child of whoever adopts orphans here.
+fn spawn_stand_in(global: &Global, home: &Home) -> anyhow::Result<u32> {
+    let child = Command::new(std::env::current_exe().context("/proc/self/exe")?)
+        .arg("--root")
+        .arg(&global.root)
+        .arg("stand-in")
+        .arg(home.id().as_str())
+        .stdin(Stdio::inherit())
+        .stdout(Stdio::inherit())
+        .stderr(Stdio::inherit())
+        .spawn()
+        .context("process that stands for the container")?;
+    Ok(child.id())
+}

@@ -1,0 +1,81 @@
+//! The OCI command line: runc's verbs, flags, output and exit codes. One file for each verb.
+//!
+//! An error is one line on standard error, and one in the log file if there is one; then the exit
+//! code is 1, as with runc.
+
+pub mod args;
+pub mod client;
+mod create;
+mod delete;
+mod kill;
+mod list;
+mod run;
+pub mod spec;
+mod stand_in;
+mod start;
+mod state;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use anyhow::bail;
+use clap::Parser;
+
+use self::args::{CommandLine, Verb};
+use crate::{logging, spawn, supervisor};
+
+/// Reads the command line and does what it says.
+#[must_use]
+pub fn main() -> ExitCode {
+    let line = match CommandLine::try_parse() {
+        Ok(line) => line,
+        Err(usage) => {
+            // Nothing is left to do about a closed stream.
+            let _ = usage.print();
+            return ExitCode::from(u8::from(usage.use_stderr()));
+        }
+    };
+    match dispatch(&line) {
+        Ok(code) => code,
+        Err(error) => {
+            if line.global.log.is_some() {
+                tracing::error!("{error:#}");
+            }
+            let _ = writeln!(std::io::stderr(), "bulkhead: {}", one_line(&format!("{error:#}")));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn dispatch(line: &CommandLine) -> anyhow::Result<ExitCode> {
+    let global = &line.global;
+    if matches!(line.verb, Verb::Supervise) {
+        supervisor::run()?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    spawn::close_inherited_on_exec()?;
+    if global.log.is_some() || global.debug {
+        logging::start(&global.log_target())?;
+    }
+    match &line.verb {
+        Verb::Run(run) => return run::run(global, run),
+        Verb::StandIn(named) => return stand_in::stand_in(global, &named.id),
+        Verb::Create(create) => create::create(global, create)?,
+        Verb::Start(named) => start::start(global, &named.id)?,
+        Verb::State(named) => state::state(global, &named.id)?,
+        Verb::Kill(kill) => kill::kill(global, kill)?,
+        Verb::Delete(delete) => delete::delete(global, delete)?,
+        Verb::List(list) => list::list(global, list)?,
+        Verb::Spec(spec) => spec::spec(spec)?,
+        Verb::Supervise => {}
+        Verb::Other(words) => {
+            let verb = words.first().map_or("", String::as_str);
+            bail!("{verb:?} is not supported yet; \"bulkhead --help\" lists what is");
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn one_line(words: &str) -> String {
+    words.split('\n').map(str::trim).filter(|part| !part.is_empty()).collect::<Vec<_>>().join(" ")
+}

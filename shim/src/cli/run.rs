@@ -1,0 +1,106 @@
+//! `bulkhead run`: create, start, wait and delete in one. This process itself stands for the
+//! container; however it ends, the supervisor notices and takes everything down.
+
+use std::io::Write;
+use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::process::ExitCode;
+
+use anyhow::Context;
+use rustix::process::Signal;
+
+use super::args::{Global, Run};
+use super::client::{self, Creation, GOODBYE, SocketPath};
+use super::create;
+use crate::channel::{self, Steady};
+use crate::relay::{Relay, Signals};
+use crate::trace::Phase;
+
+pub(super) fn run(global: &Global, run: &Run) -> anyhow::Result<ExitCode> {
+    let whole = Phase::begin("whole run");
+    let ephemeral = !run.detach && !run.keep;
+    let creation = Creation::begin(global, &run.create, ephemeral)?;
+    if run.detach {
+        create::detached(global, &run.create, &creation, async |task| {
+            client::start(task, &creation.home).await
+        })?;
+        creation.done();
+        return Ok(ExitCode::SUCCESS);
+    }
+    let code = foreground(run, creation)?;
+    whole.end();
+    Ok(code)
+}
+
+fn foreground(run: &Run, mut creation: Creation) -> anyhow::Result<ExitCode> {
+    // After the supervisor was started, which would inherit it.
+    let signals = Signals::hold()?;
+    let relay = Relay::attach(SocketPath::attach(&creation.home)?.path()).context("attach.sock")?;
+    if let Some(signal) = bring_up(run, &creation, &signals)? {
+        // Dropping the creation takes everything back.
+        drop(relay);
+        return Ok(ExitCode::from(128 + u8::try_from(signal).unwrap_or(0)));
+    }
+    let phase = Phase::begin("container run");
+    let ended = relay.serve(&signals);
+    phase.end();
+    let phase = Phase::begin("goodbye");
+    if !creation.wait(GOODBYE) {
+        tracing::warn!("the supervisor did not end and was killed");
+    }
+    phase.end();
+    let home = creation.home.clone();
+    creation.done();
+    if !run.keep {
+        // Only what a supervisor that was killed has left.
+        client::clean_up(&home)?;
+    }
+    let ended = ended?;
+    if let Some(reason) = ended.reason {
+        let _ = writeln!(std::io::stderr(), "bulkhead: the container was killed: {reason}");
+    }
+    Ok(ExitCode::from(ended.status))
+}
+
+/// Creates and starts the container; gives the signal that ended this early, if one did.
+fn bring_up(run: &Run, creation: &Creation, signals: &Signals) -> anyhow::Result<Option<u32>> {
+    let up = async {
+        let task = creation.create().await?;
+        if let Some(path) = &run.create.pid_file {
+            client::write_pid_file(path, std::process::id())?;
+        }
+        client::start(&task, &creation.home).await
+    };
+    client::runtime()?.block_on(async {
+        tokio::select! {
+            result = up => result.map(|()| None),
+            signal = fatal(signals) => signal.map(Some),
+        }
+    })
+}
+
+/// Waits for a signal that ends a program which does not handle it. Others mean nothing to a
+/// container that does not run yet.
+async fn fatal(signals: &Signals) -> anyhow::Result<u32> {
+    let fatal = [Signal::HUP, Signal::INT, Signal::QUIT, Signal::TERM].map(Signal::as_raw);
+    let ready = channel::watch(Watched(signals))?;
+    loop {
+        let mut guard = ready.readable().await?;
+        while let Some(signal) = signals.next()? {
+            if fatal.contains(&signal.cast_signed()) {
+                return Ok(signal);
+            }
+        }
+        guard.clear_ready();
+    }
+}
+
+/// The descriptor of the signals, which they keep as long as they live.
+struct Watched<'a>(&'a Signals);
+
+impl AsRawFd for Watched<'_> {
+    fn as_raw_fd(&self) -> RawFd {
+        self.0.as_fd().as_raw_fd()
+    }
+}
+
+impl Steady for Watched<'_> {}

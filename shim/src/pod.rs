@@ -1,0 +1,234 @@
+//! A pod's processes together: monitor, file server and the agent inside.
+//!
+//! The guest boots while the file server is started; what does not come up within a bounded time is
+//! an error that quotes the guest's console. Dropping a pod kills its processes at once;
+//! [`Pod::end`] first lets the guest write everything back.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use bulkhead_protocol::{AGENT_PORT, STREAM_PORT, StreamHeader};
+use bulkhead_vmm::config::JailConfig;
+use bulkhead_vmm::seqpacket;
+use rustix::net::sockopt::{set_socket_recv_buffer_size_force, set_socket_send_buffer_size_force};
+use thiserror::Error;
+use tokio::time::timeout;
+
+use crate::agent::{Agent, AgentError};
+use crate::assets::{AssetError, Assets};
+use crate::bundle::Plan;
+use crate::file_server::{FileServer, FileServerError};
+use crate::kvm::{self, KvmError};
+use crate::process::Process;
+use crate::share::{Share, ShareError};
+use crate::state::Home;
+use crate::trace::Phase;
+use crate::vm::{self, Machine, MachineError, Parts};
+
+/// How long a guest may take to boot, unless [`BOOT_SECONDS`] says otherwise.
+const BOOT_PATIENCE: Duration = Duration::from_secs(30);
+/// The environment variable with another patience, in seconds, for hosts that are emulated.
+const BOOT_SECONDS: &str = "BULKHEAD_BOOT_TIMEOUT";
+/// How long the agent may take to accept a standard stream.
+const STREAM_PATIENCE: Duration = Duration::from_secs(10);
+/// The first of the ids that jailed processes run under: no user of a host has one of these, and the
+/// supervisor's pid makes it unique while it lives.
+const JAIL_IDS: u32 = 0x7000_0000;
+/// What the relay socket between monitor and file server holds in each direction, in bytes.
+const RELAY_BUFFER: usize = 2 << 20;
+/// The console of the guest, in the container's directory.
+const CONSOLE: &str = "console.log";
+
+/// Why a pod did not come up.
+#[derive(Debug, Error)]
+pub enum PodError {
+    /// This host.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// This installation.
+    #[error(transparent)]
+    Asset(#[from] AssetError),
+    /// The files of the container.
+    #[error(transparent)]
+    Share(#[from] ShareError),
+    /// The file server.
+    #[error(transparent)]
+    FileServer(#[from] FileServerError),
+    /// The monitor.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// The guest.
+    #[error("the guest did not come up within {} s{console}", .patience.as_secs())]
+    Boot {
+        /// How long was waited; [`BOOT_SECONDS`] changes it.
+        patience: Duration,
+        /// What it said.
+        console: String,
+    },
+    /// The agent.
+    #[error(transparent)]
+    Agent(#[from] AgentError),
+    /// A log, a socket.
+    #[error("{0}")]
+    Io(&'static str, #[source] io::Error),
+}
+
+/// A pod whose agent answers.
+#[derive(Debug)]
+pub struct Pod {
+    machine: Machine,
+    file_server: FileServer,
+    /// The agent.
+    pub agent: Agent,
+}
+
+impl Pod {
+    /// Starts everything that `plan` needs.
+    ///
+    /// # Errors
+    /// When anything does not come up; nothing is left then.
+    pub async fn start(home: &Home, plan: &Plan) -> Result<Self, PodError> {
+        let kvm = kvm::open()?;
+        let assets = Assets::find()?;
+        let share = Share::prepare(&plan.shared)?;
+        let (relay, other) = relay().map_err(|error| PodError::Io("relay socket", error))?;
+        let id = JAIL_IDS + std::process::id();
+        let jail = JailConfig { uid: id, gid: id };
+        let parts = Parts {
+            program: &assets.monitor,
+            kvm: &kvm,
+            kernel: &assets.kernel,
+            initramfs: &assets.initramfs,
+            file_server: relay.as_fd(),
+            console: log(home, CONSOLE)?,
+            log: log(home, "monitor.log")?,
+            jail,
+            size: plan.size,
+        };
+        let machine = async {
+            kvm::check_speed(&kvm)?;
+            let phase = Phase::begin("monitor and jail");
+            let machine = Machine::start(parts).await?;
+            phase.end();
+            let agent = boot(home, &machine, plan).await?;
+            Ok::<_, PodError>((machine, agent))
+        };
+        let files = async {
+            let phase = Phase::begin("file server and share");
+            let log = log(home, "fileserver.log")?;
+            let program = &assets.file_server;
+            let server = FileServer::start(program, share, other.as_fd(), jail, log).await?;
+            phase.end();
+            Ok::<_, PodError>(server)
+        };
+        let ((machine, agent), file_server) = tokio::try_join!(machine, files)?;
+        Ok(Self { machine, file_server, agent })
+    }
+
+    /// The processes to remember.
+    #[must_use]
+    pub fn processes(&self) -> Vec<Process> {
+        vec![self.machine.process(), self.file_server.process()]
+    }
+
+    /// Opens a standard stream; the header names it to the agent.
+    ///
+    /// # Errors
+    /// When the agent does not accept it in time.
+    pub async fn open_stream(&self) -> Result<(StreamHeader, UnixStream), PodError> {
+        let mut stream = self.machine.open_stream(STREAM_PORT, STREAM_PATIENCE).await?;
+        let mut header = [0; StreamHeader::LEN];
+        let sent = random(&mut header).and_then(|()| io::Write::write_all(&mut stream, &header));
+        sent.map_err(|error| PodError::Io("standard stream", error))?;
+        Ok((StreamHeader(header), stream))
+    }
+
+    /// Waits until the machine or the file server has ended by itself; says which.
+    pub async fn broken(&self) -> String {
+        tokio::select! {
+            words = self.machine.ended() => words,
+            () = self.file_server.ended() => "the file server is gone".to_owned(),
+        }
+    }
+
+    /// Lets the guest write everything back, then ends it.
+    pub async fn end(self) {
+        let phase = Phase::begin("sync");
+        tokio::select! {
+            synced = self.agent.sync() => if let Err(error) = synced {
+                tracing::warn!(error = %error, "guest did not write back");
+            },
+            words = self.broken() => tracing::debug!(words, "pod is over"),
+        }
+        phase.end();
+        let phase = Phase::begin("teardown");
+        self.machine.stop().await;
+        drop(self.file_server);
+        phase.end();
+    }
+}
+
+async fn boot(home: &Home, machine: &Machine, plan: &Plan) -> Result<Agent, PodError> {
+    let patience = boot_patience();
+    let phase = Phase::begin("kernel to agent");
+    let came_up = async {
+        let stream = machine.open_stream(AGENT_PORT, patience).await?;
+        let agent = Agent::connect(stream).await?;
+        let mut entropy = [0; 64];
+        random(&mut entropy).map_err(|error| PodError::Io("/dev/urandom", error))?;
+        let kernel = agent.hello(&plan.hostname, &entropy).await?;
+        tracing::debug!(kernel, "guest is up");
+        Ok(agent)
+    };
+    let result = tokio::select! {
+        result = timeout(patience, came_up) => result,
+        words = machine.ended() => Ok(Err(MachineError::Ended(words).into())),
+    };
+    phase.end();
+    match result {
+        Ok(Ok(agent)) => Ok(agent),
+        // The monitor's own words come with the console; all others do not.
+        Ok(Err(error @ PodError::Machine(MachineError::Ended(_)))) => Err(error),
+        Ok(Err(error)) => {
+            tracing::warn!(error = %error, "guest did not come up");
+            Err(PodError::Boot { patience, console: last_words(home) })
+        }
+        Err(_) => Err(PodError::Boot { patience, console: last_words(home) }),
+    }
+}
+
+fn boot_patience() -> Duration {
+    let seconds = std::env::var(BOOT_SECONDS).ok().and_then(|seconds| seconds.parse().ok());
+    seconds.map_or(BOOT_PATIENCE, Duration::from_secs)
+}
+
+/// The end of the console's log for an error; the monitor keeps the log short.
+fn last_words(home: &Home) -> String {
+    let bytes = fs::read(home.path(CONSOLE)).unwrap_or_default();
+    let lines: Vec<_> = String::from_utf8_lossy(&bytes).lines().map(str::to_owned).collect();
+    match vm::quote(&lines) {
+        quoted if quoted.is_empty() => "; it wrote nothing to its console".to_owned(),
+        quoted => quoted,
+    }
+}
+
+fn log(home: &Home, name: &'static str) -> Result<File, PodError> {
+    let open = File::options().append(true).create(true).open(home.path(name));
+    open.map_err(|error| PodError::Io(name, error))
+}
+
+fn relay() -> io::Result<(OwnedFd, OwnedFd)> {
+    let (ours, theirs) = seqpacket::pair()?;
+    for end in [&ours, &theirs] {
+        set_socket_send_buffer_size_force(end, RELAY_BUFFER)?;
+        set_socket_recv_buffer_size_force(end, RELAY_BUFFER)?;
+    }
+    Ok((ours, theirs))
+}
+
+fn random(bytes: &mut [u8]) -> io::Result<()> {
+    io::Read::read_exact(&mut File::open("/dev/urandom")?, bytes)
+}

@@ -1,0 +1,190 @@
+//! The process that stands for a container on the host: it owns the caller's standard streams,
+//! relays them to the container's, passes signals on and ends with the container's exit status.
+//!
+//! Deliberately without a runtime: it lives as long as the container and should cost next to
+//! nothing. Each stream is copied by a thread of its own, by the kernel (splice) where it can.
+
+use std::fs::File;
+use std::io::{self, ErrorKind, Write};
+use std::net::Shutdown;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::thread::{self, JoinHandle};
+
+use bulkhead_vmm::seqpacket;
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::signalfd::{SfdFlags, SignalFd};
+use rustix::event::{PollFd, PollFlags, poll};
+use rustix::fs::{FileType, fstat, major, minor};
+
+use crate::attach::{FromStandIn, ToStandIn, Wants, connect_to};
+
+/// What the kernel raises in the process itself or for its own business: not passed on.
+const NOT_FORWARDED: [Signal; 12] = [
+    Signal::SIGCHLD,
+    Signal::SIGURG,
+    Signal::SIGPIPE,
+    Signal::SIGSEGV,
+    Signal::SIGBUS,
+    Signal::SIGFPE,
+    Signal::SIGILL,
+    Signal::SIGTRAP,
+    Signal::SIGSYS,
+    Signal::SIGTTIN,
+    Signal::SIGTTOU,
+    Signal::SIGABRT,
+];
+
+/// How a container ended, as its stand-in learns it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ended {
+    /// The exit status to end with.
+    pub status: u8,
+    /// Why, if the container did not end by itself.
+    pub reason: Option<String>,
+}
+
+/// The signals of this process, to be passed on.
+#[derive(Debug)]
+pub struct Signals(SignalFd);
+
+impl Signals {
+    /// Holds signals back from now on; they wait to be read.
+    ///
+    /// # Errors
+    /// When the process has no descriptors left.
+    pub fn hold() -> io::Result<Self> {
+        let mut held = SigSet::all();
+        for signal in NOT_FORWARDED {
+            held.remove(signal);
+        }
+        held.thread_block()?;
+        Ok(Self(SignalFd::with_flags(&held, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?))
+    }
+
+    /// The next signal, if one has come.
+    ///
+    /// # Errors
+    /// Never in practice.
+    pub fn next(&self) -> io::Result<Option<u32>> {
+        Ok(self.0.read_signal()?.map(|info| info.ssi_signo))
+    }
+}
+
+impl AsFd for Signals {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// A stand-in that has said which streams it has.
+#[derive(Debug)]
+pub struct Relay {
+    supervisor: OwnedFd,
+    wants: Wants,
+}
+
+impl Relay {
+    /// Attaches this process's standard streams at `socket`.
+    ///
+    /// # Errors
+    /// When no supervisor listens there.
+    pub fn attach(socket: &Path) -> io::Result<Self> {
+        let wants = Wants {
+            stdin: !is_null(io::stdin().as_fd()),
+            stdout: !is_null(io::stdout().as_fd()),
+            stderr: !is_null(io::stderr().as_fd()),
+        };
+        let supervisor = connect_to(socket)?;
+        let relay = Self { supervisor, wants };
+        relay.say(&FromStandIn::Attach(wants))?;
+        Ok(relay)
+    }
+
+    /// Relays until the container has ended and everything that it wrote has been passed on.
+    ///
+    /// # Errors
+    /// When the supervisor goes away before.
+    pub fn serve(self, signals: &Signals) -> io::Result<Ended> {
+        let mut outputs = Vec::new();
+        loop {
+            let mut ready =
+                [PollFd::new(&self.supervisor, PollFlags::IN), PollFd::new(signals, PollFlags::IN)];
+            match poll(&mut ready, None) {
+                Err(rustix::io::Errno::INTR) => continue,
+                other => other?,
+            };
+            if !ready[1].revents().is_empty() {
+                while let Some(signal) = signals.next()? {
+                    self.say(&FromStandIn::Signal(signal))?;
+                }
+            }
+            if ready[0].revents().is_empty() {
+                continue;
+            }
+            let message = seqpacket::receive(&self.supervisor)?;
+            let message = message.ok_or_else(|| io::Error::other("the supervisor is gone"))?;
+            match serde_json::from_slice(&message.bytes)? {
+                ToStandIn::Streams => outputs = self.relay(message.descriptors)?,
+                ToStandIn::Exited { status, reason } => {
+                    for output in outputs {
+                        // A thread that failed has nothing more to pass on.
+                        let _ = output.join();
+                    }
+                    return Ok(Ended { status, reason });
+                }
+            }
+        }
+    }
+
+    fn say(&self, words: &FromStandIn) -> io::Result<()> {
+        seqpacket::send(&self.supervisor, &serde_json::to_vec(words)?, &[])
+    }
+
+    /// Starts copying; gives the threads that copy what the container writes.
+    fn relay(&self, descriptors: Vec<OwnedFd>) -> io::Result<Vec<JoinHandle<()>>> {
+        let mut streams = descriptors.into_iter().map(UnixStream::from);
+        let mut next = |wanted: bool| if wanted { streams.next() } else { None };
+        let (stdin, stdout, stderr) =
+            (next(self.wants.stdin), next(self.wants.stdout), next(self.wants.stderr));
+        if let Some(stream) = stdin {
+            let source = File::from(io::stdin().as_fd().try_clone_to_owned()?);
+            thread::Builder::new().name("stdin".into()).spawn(move || feed(source, &stream))?;
+        }
+        let mut outputs = Vec::new();
+        for (stream, own) in [(stdout, io::stdout().as_fd()), (stderr, io::stderr().as_fd())] {
+            let Some(stream) = stream else { continue };
+            let sink = File::from(own.try_clone_to_owned()?);
+            outputs.push(
+                thread::Builder::new().name("output".into()).spawn(move || drain(&stream, sink))?,
+            );
+        }
+        Ok(outputs)
+    }
+}
+
+/// Copies standard input to the container, and its end.
+fn feed(mut source: File, stream: &UnixStream) {
+    // Both ends of this copy may fail at any time: the caller's input, or a container that reads no
+    // further. Either way there is nothing more to pass on.
+    let _ = io::copy(&mut source, &mut &*stream);
+    let _ = stream.shutdown(Shutdown::Write);
+}
+
+/// Copies what the container writes. When nobody reads it any more the container learns it as from
+/// a closed pipe.
+fn drain(stream: &UnixStream, mut sink: File) {
+    if let Err(error) = io::copy(&mut &*stream, &mut sink).and_then(|_| sink.flush())
+        && error.kind() != ErrorKind::ConnectionReset
+    {
+        let _ = stream.shutdown(Shutdown::Both);
+    }
+}
+
+fn is_null(fd: BorrowedFd<'_>) -> bool {
+    fstat(fd).map_or(true, |stat| {
+        FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice
+            && (major(stat.st_rdev), minor(stat.st_rdev)) == (1, 3)
+    })
+}

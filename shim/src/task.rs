@@ -1,0 +1,181 @@
+//! The door of the supervisor: containerd's Task service (`containerd.task.v3.Task`) over ttrpc.
+//!
+//! Each method translates and calls [`Container`]; what is not listed answers UNIMPLEMENTED by the
+//! generated service itself, or in words here where a caller would want to know why.
+
+use std::sync::Arc;
+
+use async_trait::async_trait;
+use containerd_shim_protos::api::{
+    ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse, DeleteRequest,
+    DeleteResponse, Empty, ExecProcessRequest, KillRequest, PauseRequest, PidsRequest,
+    PidsResponse, ProcessInfo, ResumeRequest, ShutdownRequest, StartRequest, StartResponse,
+    StateRequest, StateResponse, Status as TaskStatus, WaitRequest, WaitResponse,
+};
+use containerd_shim_protos::shim_async::Task;
+use protobuf::MessageField;
+use protobuf::well_known_types::timestamp::Timestamp;
+use tokio::sync::Notify;
+use ttrpc::r#async::TtrpcContext;
+use ttrpc::error::get_rpc_status;
+use ttrpc::{Code, Error};
+
+use crate::channel::Channel;
+use crate::container::{Container, ContainerError};
+use crate::lifecycle::Status;
+use crate::state::Exit;
+
+/// The service of one pod.
+#[derive(Debug)]
+pub struct Service {
+    container: Arc<Container>,
+    attach: Channel,
+    /// Told when the pod's creator has gone away or wants the supervisor to end.
+    leave: Arc<Notify>,
+}
+
+impl Service {
+    /// A service for one container whose stand-in connects to `attach`.
+    #[must_use]
+    pub const fn new(container: Arc<Container>, attach: Channel, leave: Arc<Notify>) -> Self {
+        Self { container, attach, leave }
+    }
+
+    /// The container of that name; there are no further processes in it yet.
+    fn container(&self, id: &str, exec: &str) -> ttrpc::Result<&Arc<Container>> {
+        if id != self.container.home().id().as_str() {
+            return Err(get_rpc_status(Code::NOT_FOUND, format!("container {id:?} is not here")));
+        }
+        if !exec.is_empty() {
+            return Err(get_rpc_status(
+                Code::NOT_FOUND,
+                format!("process {exec:?} does not exist"),
+            ));
+        }
+        Ok(&self.container)
+    }
+}
+
+fn unsupported(what: &str) -> Error {
+    get_rpc_status(Code::UNIMPLEMENTED, format!("{what} is not supported yet"))
+}
+
+/// The only table from errors to codes.
+fn status(error: ContainerError) -> Error {
+    use ContainerError as E;
+    let code = match &error {
+        E::Transition(_) | E::NotRunning => Code::FAILED_PRECONDITION,
+        E::Bundle(_) => Code::INVALID_ARGUMENT,
+        E::Pod(_) | E::State(_) | E::StandIn(_) => Code::INTERNAL,
+        E::Agent(_) => Code::UNKNOWN,
+    };
+    get_rpc_status(code, format!("{:#}", anyhow::Error::from(error)))
+}
+
+fn time(exit: Option<Exit>) -> MessageField<Timestamp> {
+    let Some(exit) = exit else { return MessageField::none() };
+    let mut time = Timestamp::new();
+    time.seconds = i64::try_from(exit.at_ns / 1_000_000_000).unwrap_or(i64::MAX);
+    time.nanos = i32::try_from(exit.at_ns % 1_000_000_000).unwrap_or(0);
+    MessageField::some(time)
+}
+
+#[async_trait]
+impl Task for Service {
+    async fn create(
+        &self,
+        _: &TtrpcContext,
+        request: CreateTaskRequest,
+    ) -> ttrpc::Result<CreateTaskResponse> {
+        let container = self.container(&request.id, "")?;
+        let pid = container.create(&self.attach).await.map_err(status)?.pid;
+        Ok(CreateTaskResponse { pid, ..Default::default() })
+    }
+
+    async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
+        let container = self.container(&request.id, &request.exec_id)?;
+        let pid = container.start().await.map_err(status)?.pid;
+        Ok(StartResponse { pid, ..Default::default() })
+    }
+
+    async fn kill(&self, _: &TtrpcContext, request: KillRequest) -> ttrpc::Result<Empty> {
+        let container = self.container(&request.id, &request.exec_id)?;
+        container.kill(request.signal, request.all).await.map_err(status)?;
+        Ok(Empty::new())
+    }
+
+    async fn delete(
+        &self,
+        _: &TtrpcContext,
+        request: DeleteRequest,
+    ) -> ttrpc::Result<DeleteResponse> {
+        let container = self.container(&request.id, &request.exec_id)?;
+        let exit = container.delete().await.map_err(status)?;
+        let (exit_status, exited_at) = (exit.status.into(), time(Some(exit)));
+        Ok(DeleteResponse { exit_status, exited_at, ..Default::default() })
+    }
+
+    async fn state(&self, _: &TtrpcContext, request: StateRequest) -> ttrpc::Result<StateResponse> {
+        let state = self.container(&request.id, &request.exec_id)?.state().await;
+        let status = match state.observed() {
+            Status::Creating | Status::Created => TaskStatus::CREATED,
+            Status::Running => TaskStatus::RUNNING,
+            Status::Paused => TaskStatus::PAUSED,
+            Status::Stopped => TaskStatus::STOPPED,
+        };
+        Ok(StateResponse {
+            id: request.id,
+            bundle: state.bundle.to_string_lossy().into_owned(),
+            pid: state.stand_in.map_or(0, |process| process.pid),
+            status: status.into(),
+            exit_status: state.exit.map_or(0, |exit| exit.status.into()),
+            exited_at: time(state.exit),
+            ..Default::default()
+        })
+    }
+
+    async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> ttrpc::Result<WaitResponse> {
+        let exit = self.container(&request.id, &request.exec_id)?.wait().await;
+        let (exit_status, exited_at) = (exit.status.into(), time(Some(exit)));
+        Ok(WaitResponse { exit_status, exited_at, ..Default::default() })
+    }
+
+    async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
+        let container = self.container(&request.id, "")?;
+        let pids = container.processes().await.map_err(status)?;
+        let info = |pid| ProcessInfo { pid, ..Default::default() };
+        let processes = pids.into_iter().map(info).collect();
+        Ok(PidsResponse { processes, ..Default::default() })
+    }
+
+    async fn connect(
+        &self,
+        _: &TtrpcContext,
+        request: ConnectRequest,
+    ) -> ttrpc::Result<ConnectResponse> {
+        let state = self.container(&request.id, "")?.state().await;
+        Ok(ConnectResponse {
+            shim_pid: std::process::id(),
+            task_pid: state.stand_in.map_or(0, |process| process.pid),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            ..Default::default()
+        })
+    }
+
+    async fn shutdown(&self, _: &TtrpcContext, _: ShutdownRequest) -> ttrpc::Result<Empty> {
+        self.leave.notify_one();
+        Ok(Empty::new())
+    }
+
+    async fn exec(&self, _: &TtrpcContext, _: ExecProcessRequest) -> ttrpc::Result<Empty> {
+        Err(unsupported("exec"))
+    }
+
+    async fn pause(&self, _: &TtrpcContext, _: PauseRequest) -> ttrpc::Result<Empty> {
+        Err(unsupported("pause"))
+    }
+
+    async fn resume(&self, _: &TtrpcContext, _: ResumeRequest) -> ttrpc::Result<Empty> {
+        Err(unsupported("resume"))
+    }
+}

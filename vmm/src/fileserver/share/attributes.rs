@@ -1,11 +1,9 @@
 //! Requests about attributes: stat, chmod, chown, times, extended attributes, file systems.
 
-use std::ffi::CStr;
-
 use rustix::fs::{
     AtFlags, FileType, Gid, OFlags, Statx, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, Uid,
-    XattrFlags, chmodat, chownat, fstatfs, ftruncate, getxattr, listxattr, removexattr, setxattr,
-    utimensat,
+    XattrFlags, chmodat, chownat, fstatfs, ftruncate, getxattr, getxattr_query, listxattr,
+    listxattr_query, removexattr, setxattr, utimensat,
 };
 use rustix::io::Errno;
 
@@ -135,10 +133,8 @@ impl Share {
             self.resize(&inode, &changes)?;
         }
         if changes.has(valid::ATIME | valid::ATIME_NOW | valid::MTIME | valid::MTIME_NOW) {
-            let times = Timestamps {
-                last_access: changes.accessed,
-                last_modification: changes.modified,
-            };
+            let times =
+                Timestamps { last_access: changes.accessed, last_modification: changes.modified };
             utimensat(&self.proc_self_fd, link_name(&inode), &times, AtFlags::empty())?;
         }
         self.get_attributes(request, reply)
@@ -202,7 +198,13 @@ impl Share {
     ) -> Result<(), Errno> {
         let (size, _padding, name) = (body.u32()?, body.u32()?, body.string()?);
         let inode = self.inodes.get(request.node)?;
-        put_sized(size, reply, |room| read_xattr(&inode, name, room))
+        if size == 0 {
+            return put_len(getxattr_query(link_name(&inode), name)?, reply);
+        }
+        let room = reply.room(XATTR_MAX.min(size as usize));
+        let len = getxattr(link_name(&inode), name, room)?;
+        reply.filled(len);
+        Ok(())
     }
 
     pub(super) fn list_xattrs(
@@ -213,7 +215,12 @@ impl Share {
     ) -> Result<(), Errno> {
         let (size, _padding) = (body.u32()?, body.u32()?);
         let inode = self.inodes.get(request.node)?;
-        put_sized(size, reply, |room| listxattr(link_name(&inode), room))
+        if size == 0 {
+            return put_len(listxattr_query(link_name(&inode))?, reply);
+        }
+        let len = listxattr(link_name(&inode), reply.room(XATTR_MAX.min(size as usize)))?;
+        reply.filled(len);
+        Ok(())
     }
 
     pub(super) fn remove_xattr(&self, request: &Request, body: &mut Body<'_>) -> Result<(), Errno> {
@@ -222,23 +229,9 @@ impl Share {
     }
 }
 
-fn read_xattr(inode: &Inode, name: &CStr, room: &mut [u8]) -> Result<usize, Errno> {
-    getxattr(link_name(inode), name, room)
-}
-
-/// A value of at most `size` bytes, or how long it is if `size` is 0.
-fn put_sized(
-    size: u32,
-    reply: &mut Reply,
-    read: impl FnOnce(&mut [u8]) -> Result<usize, Errno>,
-) -> Result<(), Errno> {
-    if size == 0 {
-        let len = read(&mut [])?;
-        reply.put_u32s([u32::try_from(len).map_err(|_| Errno::OVERFLOW)?, 0]);
-        return Ok(());
-    }
-    let len = read(reply.room(XATTR_MAX.min(size as usize)))?;
-    reply.filled(len);
+/// Writes `struct fuse_getxattr_out`: how long a value is.
+fn put_len(len: usize, reply: &mut Reply) -> Result<(), Errno> {
+    reply.put_u32s([u32::try_from(len).map_err(|_| Errno::OVERFLOW)?, 0]);
     Ok(())
 }
 

@@ -67,8 +67,7 @@ impl Share {
         body: &mut Body<'_>,
         reply: &mut Reply,
     ) -> Result<(), Errno> {
-        let (flags, mode, umask, open_flags) =
-            (body.u32()?, body.u32()?, body.u32()?, body.u32()?);
+        let (flags, mode, umask, open_flags) = (body.u32()?, body.u32()?, body.u32()?, body.u32()?);
         let name = body.name()?;
         let directory = self.inodes.get(request.node)?;
         // Exclusively first: opening what another user put there has other rules.

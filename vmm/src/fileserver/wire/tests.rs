@@ -11,14 +11,8 @@ fn a_request_header_is_read_as_the_kernel_lays_it_out() {
     put_u64(&mut message, 16, 9);
     put_u64(&mut message, 24, 5 << 32 | 4);
     let request = Request::parse(&message).unwrap();
-    let expected = Request {
-        len: 48,
-        opcode: 36,
-        unique: 0x0102_0304_0506_0708,
-        node: 9,
-        uid: 4,
-        gid: 5,
-    };
+    let expected =
+        Request { len: 48, opcode: 36, unique: 0x0102_0304_0506_0708, node: 9, uid: 4, gid: 5 };
     assert_eq!(request, expected);
     assert!(!request.has_reply());
     assert_eq!(Request::parse(&message[..39]), None);

@@ -132,7 +132,8 @@ impl Relay {
         let mut copied_len = IN_HEADER;
         if request.opcode == opcode::INTERRUPT {
             chain.readable.read(memory, body)?;
-            let Some(target) = self.number_of(u64::from_le_bytes(body.try_into().unwrap_or([0; 8])))
+            let Some(target) =
+                self.number_of(u64::from_le_bytes(body.try_into().unwrap_or([0; 8])))
             else {
                 return Ok(Forwarded::Done(0));
             };

@@ -198,7 +198,11 @@ fn a_file_server_found_dead_while_sending_fails_all_that_waits() {
 #[test]
 fn replies_that_are_none_end_the_relay() {
     let short = vec![0; 15];
-    let wrong_length = { let mut message = reply(1, 0, b"abc"); message.pop(); message };
+    let wrong_length = {
+        let mut message = reply(1, 0, b"abc");
+        message.pop();
+        message
+    };
     let wrong_error = reply(1, 5, b"");
     for bad in [short, wrong_length, wrong_error] {
         let memory = mock::memory();
@@ -311,7 +315,7 @@ fn malformed_chains_are_survived() {
         servers.borrow_mut().push(server);
         fs
     };
-    mock::survives_malformed(QUEUE_SIZES, &make);
+    mock::survives_malformed(QUEUE_SIZES, make);
     servers.borrow_mut().clear();
-    mock::survives_noise(QUEUE_SIZES, 300, &make);
+    mock::survives_noise(QUEUE_SIZES, 300, make);
 }

@@ -1,0 +1,22 @@
+//! The file server for real, without a virtual machine: the kernel's own FUSE is the guest.
+//!
+//! A bridge ([`pod`]) passes messages between `/dev/fuse` and the process `bulkhead-fs`, which
+//! serves a directory of this machine from its jail. Each test does through the mount what it could
+//! do to the directory, and looks at both. Needs root and `/dev/fuse`.
+
+#![expect(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::print_stderr,
+    clippy::cast_possible_truncation,
+    reason = "all of it is a test, the functions that tests share as well"
+)]
+
+mod attributes;
+mod data;
+mod jail;
+mod locks;
+mod names;
+mod pod;
+mod scale;

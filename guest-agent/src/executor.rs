@@ -3,14 +3,18 @@
 //! be executed are told apart before the container counts as created, any execute permission will
 //! do, and a program that then fails to run says so on its standard error and exits with 255.
 
-use std::cell::RefCell;
+// UNSAFETY: std runs a shell on a file that the kernel refuses to execute, and ignores the
+// broken-pipe signal for every program that it does not start itself.
+#![expect(unsafe_code, reason = "execve(2), and signal(2) before it")]
+
 use std::collections::HashMap;
+use std::ffi::{CString, NulError};
 use std::fmt;
 use std::io::{self, ErrorKind};
-use std::os::unix::process::CommandExt as _;
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::rc::Rc;
+use std::{iter, ptr};
 
 use libcontainer::workload::{
     Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError,
@@ -20,11 +24,10 @@ use rustix::fs::{Access, AtFlags, CWD, accessat};
 
 use crate::report::{Line, Report};
 
-/// The environment of the user's program, and where to report what is wrong with it.
+/// The user's program, and where to report what is wrong with it.
 #[derive(Clone)]
 pub(crate) struct Program {
     report: Rc<Report>,
-    environment: RefCell<HashMap<String, String>>,
 }
 
 /// Why a program cannot be run.
@@ -38,7 +41,7 @@ enum Unusable {
 impl Program {
     /// Reports to `report`.
     pub(crate) fn new(report: Rc<Report>) -> Self {
-        Self { report, environment: RefCell::default() }
+        Self { report }
     }
 }
 
@@ -58,26 +61,47 @@ impl Executor for Program {
         Err(ExecutorValidationError::ArgValidationError(reason))
     }
 
-    fn setup_envs(&self, environment: HashMap<String, String>) -> Result<(), ExecutorSetEnvsError> {
-        // Kept for the program; the environment of this process stays as it is.
-        self.environment.replace(environment);
+    fn setup_envs(&self, _: HashMap<String, String>) -> Result<(), ExecutorSetEnvsError> {
+        // The program gets what its specification says, in that order; this process keeps its own.
         Ok(())
     }
 
     fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
         let arguments = arguments(spec).unwrap_or_default();
-        let (name, rest) = arguments.split_first().ok_or(ExecutorError::InvalidArg)?;
+        let name = arguments.first().ok_or(ExecutorError::InvalidArg)?;
         let path = find(name, search_path(spec))
             .map_err(|unusable| ExecutorError::Other(format!("exec: {name:?}: {unusable}")))?;
-        let environment = self.environment.take();
-        let environment = environment.iter().filter(|(name, _)| !name.is_empty());
-        // `exec` also gives the broken-pipe signal its default action back.
-        let error = Command::new(&path).arg0(name).args(rest).env_clear().envs(environment).exec();
+        let Err(error) = execute(&path, arguments, environment(spec));
         let message = format!("exec {}: {}", path.display(), words(&error));
         // The container's standard error is the only place left where it can be read.
         let _ = io::Write::write_all(&mut io::stderr(), format!("{message}\n").as_bytes());
         Err(ExecutorError::Other(message))
     }
+}
+
+/// Becomes the program; returns only if it cannot.
+fn execute(
+    path: &Path,
+    arguments: &[String],
+    environment: &[String],
+) -> Result<std::convert::Infallible, io::Error> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let (arguments, environment) = (strings(arguments)?, strings(environment)?);
+    let (arguments, environment) = (pointers(&arguments), pointers(&environment));
+    // SAFETY: the default action is valid for this signal, and no code of ours runs on it.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+    // SAFETY: all three point to strings that end in NUL, the lists end in a null pointer, and all
+    // of them live until after the call.
+    unsafe { libc::execve(path.as_ptr(), arguments.as_ptr(), environment.as_ptr()) };
+    Err(io::Error::last_os_error())
+}
+
+fn strings(texts: &[String]) -> Result<Vec<CString>, NulError> {
+    texts.iter().map(|text| CString::new(text.as_bytes())).collect()
+}
+
+fn pointers(strings: &[CString]) -> Vec<*const libc::c_char> {
+    strings.iter().map(|string| string.as_ptr()).chain(iter::once(ptr::null())).collect()
 }
 
 impl fmt::Display for Unusable {
@@ -94,11 +118,14 @@ fn arguments(spec: &Spec) -> Option<&[String]> {
     spec.process().as_ref()?.args().as_deref()
 }
 
+fn environment(spec: &Spec) -> &[String] {
+    let process = spec.process().as_ref();
+    process.and_then(|process| process.env().as_deref()).unwrap_or_default()
+}
+
 /// The container's own `PATH`, empty if it has none.
 fn search_path(spec: &Spec) -> &str {
-    let environment = spec.process().as_ref().and_then(|process| process.env().as_deref());
-    let mut entries = environment.unwrap_or_default().iter().rev();
-    entries.find_map(|entry| entry.strip_prefix("PATH=")).unwrap_or_default()
+    environment(spec).iter().rev().find_map(|entry| entry.strip_prefix("PATH=")).unwrap_or_default()
 }
 
 /// Where the program is: as a shell looks for it, in the container's root.

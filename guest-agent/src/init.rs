@@ -196,8 +196,9 @@ fn serve() -> Result<(), InitError> {
         .build()
         .map_err(InitError::Runtime)?;
     runtime.block_on(async {
-        let calls = listen(AGENT_PORT)?;
+        // In this order: a host whose call is accepted may open streams at once.
         let streams = listen(STREAM_PORT)?;
+        let calls = listen(AGENT_PORT)?;
         tracing::info!(port = AGENT_PORT, "agent listens");
         let (reaper, meeting, share) = (Reaper::default(), Meeting::default(), Share::default());
         let early = share.clone();

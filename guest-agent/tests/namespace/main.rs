@@ -1,0 +1,58 @@
+//! The agent as PID 1 of a process namespace, with a host that dials it over the vsock loopback.
+//!
+//! Needs root, cgroup v2 with its controllers free, and a kernel with vsock loopback: all of which
+//! the test host has. Only what a virtual machine alone can show is left to the end-to-end suite.
+
+#![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+
+mod containers;
+mod guest;
+mod streams;
+
+use bulkhead_protocol::VERSION;
+use bulkhead_protocol::agent::{HelloRequest, RescanRequest, SyncRequest};
+use guest::Guest;
+use tonic::Code;
+
+#[test]
+#[ignore = "needs the test host"]
+fn hello_with_another_version_is_refused_and_names_both() {
+    Guest::run(async |mut guest| {
+        let request = HelloRequest { version: VERSION + 1, ..HelloRequest::default() };
+        let status = guest.agent.hello(request).await.unwrap_err();
+        assert_eq!(status.code(), Code::FailedPrecondition);
+        let words = "host speaks version 2 of the protocol, this guest version 1";
+        assert_eq!(status.message(), words);
+    });
+}
+
+#[test]
+#[ignore = "needs the test host"]
+fn hello_seeds_the_generator_and_names_the_guest() {
+    Guest::run(async |mut guest| {
+        let request = HelloRequest {
+            version: VERSION,
+            time_ns: 0,
+            entropy: vec![7; 64],
+            hostname: "pod-1".to_owned(),
+        };
+        let reply = guest.agent.hello(request).await.unwrap().into_inner();
+        assert_eq!(reply.version, VERSION);
+        assert!(!reply.kernel_release.is_empty());
+        let too_much =
+            HelloRequest { version: VERSION, entropy: vec![7; 65], ..HelloRequest::default() };
+        let status = guest.agent.hello(too_much).await.unwrap_err();
+        assert_eq!(status.code(), Code::InvalidArgument);
+    });
+}
+
+#[test]
+#[ignore = "needs the test host"]
+fn sync_and_rescan_answer() {
+    Guest::run(async |mut guest| {
+        guest.agent.sync(SyncRequest {}).await.unwrap();
+        // The test host has no virtio-mmio driver, and that is an answer too.
+        let bound = guest.agent.rescan(RescanRequest {}).await;
+        assert!(bound.is_err() || bound.unwrap().into_inner().bound.is_empty());
+    });
+}

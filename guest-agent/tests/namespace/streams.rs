@@ -1,0 +1,143 @@
+//! Standard streams: what arrives, what ends them, what is refused.
+
+use std::net::Shutdown;
+use std::time::{Duration, Instant};
+
+use bulkhead_protocol::STREAM_PORT;
+use bulkhead_protocol::agent::Streams;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tonic::Code;
+
+use crate::guest::{Guest, dial, header, open};
+
+#[test]
+#[ignore = "needs the test host"]
+fn ten_mebibytes_go_in_and_come_out_unharmed() {
+    Guest::run(async |mut guest| {
+        let sent: Vec<u8> = (0..=u8::MAX).cycle().step_by(7).take(10 << 20).collect();
+        let spec = guest.program(&["cat"]);
+        let ran = guest.run_container(&spec, &sent).await;
+        assert_eq!(ran.status, 0);
+        assert!(ran.bytes == sent);
+    });
+}
+
+#[test]
+#[ignore = "needs the test host"]
+fn a_container_without_streams_has_the_null_device() {
+    Guest::run(async |mut guest| {
+        let spec = guest.shell("cat; echo lost; test -c /dev/stdin && test -c /dev/stdout");
+        guest.create("one", &spec).await.unwrap();
+        guest.start_container("one").await.unwrap();
+        assert_eq!(guest.wait("one").await.exit_status, 0);
+    });
+}
+
+#[test]
+#[ignore = "needs the test host"]
+fn a_stream_that_does_not_come_is_an_error_and_the_id_is_free_again() {
+    Guest::run(async |mut guest| {
+        let spec = guest.shell("true");
+        let streams = Streams { stdout: header(9).to_vec(), ..Streams::default() };
+        let began = Instant::now();
+        let status = guest.create_with("one", &spec, streams).await.unwrap_err();
+        assert_eq!(status.code(), Code::DeadlineExceeded);
+        assert_eq!(status.message(), "stdout was not connected in 10 seconds");
+        assert!(began.elapsed() >= Duration::from_secs(10));
+        guest.create("one", &spec).await.unwrap();
+    });
+}
+
+#[test]
+#[ignore = "needs the test host"]
+fn a_stream_may_come_after_its_call() {
+    Guest::run(async |mut guest| {
+        let spec = guest.shell("echo late");
+        let streams = Streams { stdout: header(4).to_vec(), ..Streams::default() };
+        let connecting = async {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            open(4).await
+        };
+        let creating = guest.create_with("one", &spec, streams);
+        let (created, mut stdout) = tokio::join!(creating, connecting);
+        created.unwrap();
+        guest.start_container("one").await.unwrap();
+        let mut text = String::new();
+        stdout.read_to_string(&mut text).await.unwrap();
+        assert_eq!(text, "late\n");
+    });
+}
+
+#[test]
+#[ignore = "needs the test host"]
+fn streams_end_with_the_last_process_that_holds_them() {
+    Guest::run(async |mut guest| {
+        let spec = guest.shell("exec 2>&-; echo first; exec >&-; sleep 1000");
+        let streams = Streams {
+            stdin: header(1).to_vec(),
+            stdout: header(2).to_vec(),
+            stderr: header(3).to_vec(),
+        };
+        let [mut stdin, mut stdout, mut stderr] = [open(1).await, open(2).await, open(3).await];
+        guest.create_with("one", &spec, streams).await.unwrap();
+        guest.start_container("one").await.unwrap();
+        let mut text = String::new();
+        stderr.read_to_string(&mut text).await.unwrap();
+        stdout.read_to_string(&mut text).await.unwrap();
+        assert_eq!(text, "first\n");
+        // The process lives on and holds its input; its end is what ends that.
+        let held = tokio::time::timeout(Duration::from_millis(300), stdin.read_u8()).await;
+        assert!(held.is_err(), "stdin ended early: {held:?}");
+        let kill = bulkhead_protocol::agent::KillRequest {
+            container_id: "one".to_owned(),
+            signal: 9,
+            all: false,
+        };
+        guest.agent.kill(kill).await.unwrap();
+        assert!(stdin.read_u8().await.is_err());
+    });
+}
+
+#[test]
+#[ignore = "needs the test host"]
+fn a_host_that_closes_the_output_breaks_the_pipe() {
+    Guest::run(async |mut guest| {
+        let spec = guest.program(&["yes"]);
+        let streams = Streams { stdout: header(2).to_vec(), ..Streams::default() };
+        let stdout = open(2).await;
+        guest.create_with("one", &spec, streams).await.unwrap();
+        guest.start_container("one").await.unwrap();
+        stdout.shutdown(Shutdown::Both).unwrap();
+        drop(stdout);
+        // The init of a process namespace ignores the signal unless it handles it, so the program
+        // sees the error; it must not have inherited that the signal is ignored.
+        let status = guest.wait("one").await.exit_status;
+        assert!(status == 1 || status == 141, "{status}");
+    });
+}
+
+#[test]
+#[ignore = "needs the test host"]
+fn silent_and_unknown_connections_are_few_and_are_closed() {
+    Guest::run(async |mut guest| {
+        let mut idle = Vec::new();
+        for number in 0..64 {
+            let mut stream = dial(STREAM_PORT).await.unwrap();
+            if number % 2 == 0 {
+                stream.write_all(&[number + 100; 16]).await.unwrap();
+            }
+            idle.push(stream);
+        }
+        // One too many is closed at once.
+        let mut extra = dial(STREAM_PORT).await.unwrap();
+        let closed = tokio::time::timeout(Duration::from_secs(5), extra.read_u8()).await;
+        assert!(closed.unwrap().is_err());
+        // The others are closed after their time, and then there is room again.
+        for mut stream in idle {
+            let closed = tokio::time::timeout(Duration::from_secs(15), stream.read_u8()).await;
+            assert!(closed.unwrap().is_err());
+        }
+        let spec = guest.shell("echo room");
+        assert_eq!(guest.run_container(&spec, b"").await.stdout, "room\n");
+    });
+}

@@ -124,8 +124,8 @@ impl ConfigSpace {
     /// Reads for the driver; what lies outside reads as 0.
     pub(crate) fn read(&self, offset: u64, data: &mut [u8]) {
         let space = self.lock();
-        for (position, byte) in (offset..).zip(data) {
-            let position = usize::try_from(position).unwrap_or(usize::MAX);
+        for (position, byte) in data.iter_mut().enumerate() {
+            let position = place(offset, position);
             *byte = space.bytes.get(position).copied().unwrap_or(0);
         }
     }
@@ -133,8 +133,8 @@ impl ConfigSpace {
     /// Writes for the driver; what lies outside the writable range is ignored.
     pub(crate) fn write(&self, offset: u64, data: &[u8]) {
         let mut space = self.lock();
-        for (position, byte) in (offset..).zip(data) {
-            let position = usize::try_from(position).unwrap_or(usize::MAX);
+        for (position, byte) in data.iter().enumerate() {
+            let position = place(offset, position);
             if space.writable.contains(&position)
                 && let Some(target) = space.bytes.get_mut(position)
             {
@@ -166,6 +166,11 @@ impl ConfigSpace {
     fn lock(&self) -> MutexGuard<'_, ConfigBytes> {
         self.shared.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// A position in a space; far outside of it when the numbers overflow.
+fn place(offset: u64, position: usize) -> usize {
+    usize::try_from(offset).unwrap_or(usize::MAX).saturating_add(position)
 }
 
 impl fmt::Debug for ConfigSpace {

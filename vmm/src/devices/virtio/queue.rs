@@ -6,7 +6,6 @@
 
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use thiserror::Error;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
@@ -245,11 +244,6 @@ impl DeviceQueue {
         Ok(self.queue.enable_notification(memory)?)
     }
 
-    /// Tells the driver that kicks are not needed for now.
-    pub(crate) fn disarm(&mut self, memory: &GuestMemory) -> Result<(), QueueError> {
-        Ok(self.queue.disable_notification(memory)?)
-    }
-
     /// Makes the worker serve this queue again after it looked at everything else.
     pub(crate) fn kick_again(&self) -> io::Result<()> {
         match self.kick.write(1) {
@@ -257,12 +251,6 @@ impl DeviceQueue {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
             other => other,
         }
-    }
-
-    /// Whether the driver has made something available that was not popped.
-    pub(crate) fn has_available(&self, memory: &GuestMemory) -> Result<bool, QueueError> {
-        let available = self.queue.avail_idx(memory, Ordering::Acquire)?;
-        Ok(available.0 != self.queue.next_avail())
     }
 }
 

@@ -1,5 +1,5 @@
 //! Builds a kernel from a fragment: `make tinyconfig`, the fragment, `make olddefconfig`, the check
-//! that every request was granted, `make vmlinux`, strip. The result is the uncompressed ELF file,
+//! that every request was granted, `make vmlinux`, pack. The result is the uncompressed ELF file,
 //! which is what the monitor and QEMU load.
 //!
 //! Kept in the cache under the hash of the fragment, the source, the tools and [`RECIPE`], so a second
@@ -19,10 +19,10 @@ use sha2::{Digest, Sha256};
 
 use crate::progress::{Step, say};
 use crate::source::{Source, hex};
-use crate::{cache, kconfig};
+use crate::{cache, elf, kconfig};
 
 /// Raised when this file builds something else from the same inputs.
-const RECIPE: &str = "1";
+const RECIPE: &str = "2";
 /// How much of make's log an error shows.
 const LOG_LINES: usize = 25;
 
@@ -38,10 +38,10 @@ pub struct Recipe<'a> {
 /// A kernel in the cache.
 #[derive(Debug)]
 pub struct Kernel {
-    /// The stripped ELF file.
+    /// The ELF file, without what is not loaded.
     pub vmlinux: PathBuf,
-    /// The whole configuration it was built with.
-    pub config: PathBuf,
+    /// The names of its addresses.
+    pub symbols: PathBuf,
 }
 
 /// The kernel of a pod.
@@ -60,7 +60,7 @@ pub fn build(recipe: Recipe<'_>, source: &Source) -> Result<Kernel> {
         .with_context(|| format!("fragment of the {} kernel", recipe.name))?;
     let cache = cache::directory()?;
     let entry = cache.join(format!("kernel-{}-{:.16}", recipe.name, inputs(recipe, source)?));
-    let kernel = Kernel { vmlinux: entry.join("vmlinux"), config: entry.join("config") };
+    let kernel = Kernel { vmlinux: entry.join("vmlinux"), symbols: entry.join("System.map") };
     if kernel.vmlinux.exists() {
         return Ok(kernel);
     }
@@ -75,8 +75,7 @@ pub fn build(recipe: Recipe<'_>, source: &Source) -> Result<Kernel> {
         let make = Make::new(&tree, &partial.join("build"), &log)?;
         configure(recipe, &requested, &make)?;
         compile(recipe, &make)?;
-        strip(&make.build.join("vmlinux"), &partial.join("vmlinux"))?;
-        fs::copy(make.build.join(".config"), partial.join("config"))?;
+        keep(&make.build, partial)?;
         cache::remove(&make.build)
     })?;
     Ok(kernel)
@@ -186,13 +185,14 @@ fn compile(recipe: Recipe<'_>, make: &Make) -> Result<()> {
     Ok(())
 }
 
-fn strip(from: &Path, to: &Path) -> Result<()> {
-    let status = Command::new("strip")
-        .arg("-o")
-        .args([to, from])
-        .status()
-        .context("run strip (apt-get install binutils)")?;
-    ensure!(status.success(), "strip {}: {status}", from.display());
+/// Packs the linked kernel and keeps what reads a back trace.
+fn keep(build: &Path, entry: &Path) -> Result<()> {
+    let linked = fs::read(build.join("vmlinux")).context("read the linked kernel")?;
+    let packed = elf::pack(&linked).context("pack the linked kernel")?;
+    fs::write(entry.join("vmlinux"), packed).context("write the packed kernel")?;
+    for (from, to) in [(".config", "config"), ("System.map", "System.map")] {
+        fs::copy(build.join(from), entry.join(to)).with_context(|| format!("keep {from}"))?;
+    }
     Ok(())
 }
 

@@ -6,6 +6,7 @@
 //! from its own fragment. The initramfs is a cpio archive written here, the same bytes each time.
 
 pub mod cache;
+pub mod elf;
 pub mod initramfs;
 pub mod kconfig;
 pub mod kernel;

@@ -2,6 +2,7 @@
 
 use std::env;
 use std::path::Path;
+use std::process::ExitCode;
 
 use anyhow::{Context, Result, bail};
 use guest_image::progress::say;
@@ -13,7 +14,17 @@ const USAGE: &str = "usage: guest-image kernel             build the guest kerne
 The kernel's source: the package linux-source-6.12, or BULKHEAD_KERNEL_TARBALL with
 BULKHEAD_KERNEL_SHA256. The cache: BULKHEAD_CACHE.";
 
-fn main() -> Result<()> {
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            say(&format!("guest-image: {error:#}"));
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<()> {
     let arguments: Vec<String> = env::args().skip(1).collect();
     match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["kernel"] => {

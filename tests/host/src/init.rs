@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufRead, BufReader, Write};
+use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -261,10 +261,21 @@ fn prepared(program: impl AsRef<OsStr>, request: &Request) -> Command {
 
 fn relay(mut from: io::PipeReader, mut to: File) -> JoinHandle<()> {
     thread::spawn(move || {
-        if let Err(error) = io::copy(&mut from, &mut to) {
+        if let Err(error) = copy(&mut from, &mut to) {
             complain(&format!("test-host (inside): copy a stream: {error}"));
         }
     })
+}
+
+/// By hand: `io::copy` would splice, which the ports' driver does not do for every pipe.
+fn copy(from: &mut impl Read, to: &mut impl Write) -> io::Result<()> {
+    let mut buffer = vec![0; 64 << 10];
+    loop {
+        match from.read(&mut buffer)? {
+            0 => return Ok(()),
+            length => to.write_all(&buffer[..length])?,
+        }
+    }
 }
 
 /// Waits for the command; whatever else ends is an orphan that the first process has to bury.

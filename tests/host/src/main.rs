@@ -5,6 +5,7 @@
 //! The program is both sides: outside it builds the kernel, starts QEMU and copies the streams; inside
 //! it is the kernel's first process. It ends with the exit status of the command.
 
+mod clock;
 mod init;
 mod qemu;
 mod request;

@@ -13,6 +13,7 @@ use std::str::FromStr;
 
 use anyhow::{Context, Result, bail};
 
+use crate::clock;
 use crate::request::{CONTROL_PORT, ROOT_TAG, SHARE_TAG, STDERR_PORT, STDOUT_PORT};
 
 /// What runs the host's instructions.
@@ -95,7 +96,9 @@ impl Machine<'_> {
                 command.args(["-cpu", "max,+svm,-la57"])
             }
         };
-        command.args(["-smp", &self.cpus.to_string(), "-m", &self.memory_mib.to_string()]);
+        // One processor a socket: of a package's processors the firmware lists only the first.
+        command.args(["-smp", &format!("{0},sockets={0},cores=1,threads=1", self.cpus)]);
+        command.args(["-m", &self.memory_mib.to_string()]);
         command.arg("-kernel").arg(self.kernel).args(["-append", &self.kernel_arguments()?]);
         share(&mut command, ROOT_TAG, Path::new("/"), ",readonly=on")?;
         if let Some(directory) = self.share {
@@ -126,8 +129,9 @@ impl Machine<'_> {
              rootflags=trans=virtio,version=9p2000.L,msize=1048576,cache=loose init={init}"
         );
         if self.accelerator != Accelerator::Kvm {
-            // The emulated processors have one clock; there is no other to check it against.
-            write!(arguments, " no_timer_check lpj=10000000")?;
+            // Time-outs while this machine is busy would make the kernel give up on clock and timer.
+            let khz = clock::tsc_khz();
+            write!(arguments, " no_timer_check tsc_early_khz={khz} lpj=10000000")?;
         }
         Ok(arguments)
     }

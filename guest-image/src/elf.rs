@@ -1,0 +1,156 @@
+//! Packs a kernel's ELF file: only the program headers and what they load stay.
+//!
+//! The kernel is linked for pages of 2 MiB, so a third of the file would be holes between segments;
+//! here they follow each other at 4 KiB, at the same addresses in memory. Loaders read program headers
+//! only, so sections, symbols and debug data go. Spec: ELF-64 object file format, chapters 3 and 8.
+//! Only the 64-bit little-endian form is read, and what is wrong with another is said.
+
+use anyhow::{Context, Result, bail, ensure};
+
+const HEADER: usize = 64;
+const PROGRAM_HEADER: usize = 56;
+const PAGE: u64 = 4096;
+const LOAD: u64 = 1;
+
+/// One program header, as its raw fields and its place in the file.
+#[derive(Debug, Clone, Copy)]
+struct Segment {
+    raw: [u8; PROGRAM_HEADER],
+    kind: u64,
+    offset: u64,
+    address: u64,
+    size: u64,
+}
+
+/// The packed file.
+///
+/// # Errors
+/// When `file` is not a 64-bit little-endian ELF file, or a header points outside it.
+pub fn pack(file: &[u8]) -> Result<Vec<u8>> {
+    ensure!(file.starts_with(b"\x7fELF\x02\x01"), "not a 64-bit little-endian ELF file");
+    let segments = segments(file)?;
+    let mut packed = file.get(..HEADER).context("ELF header cut short")?.to_vec();
+    put(&mut packed, 32, 8, HEADER as u64)?; // e_phoff
+    put(&mut packed, 40, 8, 0)?; // e_shoff
+    put(&mut packed, 58, 6, 0)?; // e_shentsize, e_shnum, e_shstrndx
+    packed.resize(HEADER + segments.len() * PROGRAM_HEADER, 0);
+
+    let mut moved: Vec<(Segment, u64)> = Vec::new();
+    for segment in segments.iter().filter(|segment| segment.kind == LOAD) {
+        // The offset and the address agree within a page, as mmap wants it.
+        let page = (packed.len() as u64).next_multiple_of(PAGE);
+        let offset = page + segment.address % PAGE;
+        packed.resize(usize::try_from(offset)?, 0);
+        packed.extend_from_slice(slice(file, segment.offset, segment.size)?);
+        moved.push((*segment, offset));
+    }
+    for (index, segment) in segments.iter().enumerate() {
+        let at = HEADER + index * PROGRAM_HEADER;
+        packed[at..at + PROGRAM_HEADER].copy_from_slice(&segment.raw);
+        put(&mut packed, at + 8, 8, new_offset(segment, &moved)?)?;
+        if segment.kind == LOAD {
+            put(&mut packed, at + 48, 8, PAGE)?; // p_align
+        }
+    }
+    Ok(packed)
+}
+
+/// A segment that is loaded moved itself; another lies within one that is.
+fn new_offset(segment: &Segment, moved: &[(Segment, u64)]) -> Result<u64> {
+    for (load, offset) in moved {
+        let end = segment.offset + segment.size;
+        if segment.offset >= load.offset && end <= load.offset + load.size {
+            return Ok(offset + (segment.offset - load.offset));
+        }
+    }
+    bail!("a program header of type {:#x} lies in no loaded segment", segment.kind)
+}
+
+fn segments(file: &[u8]) -> Result<Vec<Segment>> {
+    let table = get(file, 32, 8)?;
+    ensure!(get(file, 54, 2)? == PROGRAM_HEADER as u64, "odd size of program headers");
+    let mut segments = Vec::new();
+    for index in 0..get(file, 56, 2)? {
+        let raw = slice(file, table + index * PROGRAM_HEADER as u64, PROGRAM_HEADER as u64)?;
+        segments.push(Segment {
+            raw: raw.try_into()?,
+            kind: get(raw, 0, 4)?,
+            offset: get(raw, 8, 8)?,
+            address: get(raw, 16, 8)?,
+            size: get(raw, 32, 8)?,
+        });
+    }
+    Ok(segments)
+}
+
+fn slice(file: &[u8], offset: u64, size: u64) -> Result<&[u8]> {
+    let end = offset.checked_add(size).context("a program header overflows")?;
+    file.get(usize::try_from(offset)?..usize::try_from(end)?)
+        .with_context(|| format!("a program header points to {offset:#x}, outside the file"))
+}
+
+fn get(bytes: &[u8], at: usize, width: usize) -> Result<u64> {
+    let mut value = [0; 8];
+    value[..width].copy_from_slice(bytes.get(at..at + width).context("ELF header cut short")?);
+    Ok(u64::from_le_bytes(value))
+}
+
+fn put(bytes: &mut [u8], at: usize, width: usize, value: u64) -> Result<()> {
+    let field = bytes.get_mut(at..at + width).context("ELF header cut short")?;
+    field.copy_from_slice(&value.to_le_bytes()[..width]);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Two loaded segments far apart in the file, and a note within the first.
+    fn kernel() -> Vec<u8> {
+        let mut file = vec![0; 0x40_0000];
+        file[..6].copy_from_slice(b"\x7fELF\x02\x01");
+        put(&mut file, 32, 8, 64).unwrap();
+        put(&mut file, 54, 2, 56).unwrap();
+        put(&mut file, 56, 2, 3).unwrap();
+        let headers =
+            [(1, 0x20_0000, 0xffff_0000_u64, 16), (1, 0x30_0123, 0x1123, 5), (4, 0x20_0008, 0, 4)];
+        for (index, (kind, offset, address, size)) in headers.into_iter().enumerate() {
+            let at = 64 + index * 56;
+            for (field, width, value) in
+                [(0, 4, kind), (8, 8, offset), (16, 8, address), (32, 8, size)]
+            {
+                put(&mut file, at + field, width, value).unwrap();
+            }
+        }
+        file[0x20_0000..0x20_0010].copy_from_slice(b"text....note....");
+        file[0x30_0123..0x30_0128].copy_from_slice(b"data!");
+        file
+    }
+
+    #[test]
+    fn segments_keep_content_and_address_and_lose_the_holes() {
+        let packed = pack(&kernel()).unwrap();
+        assert!(packed.len() < 3 * 4096, "{}", packed.len());
+        let segments = segments(&packed).unwrap();
+        let content =
+            |index: usize| slice(&packed, segments[index].offset, segments[index].size).unwrap();
+        assert_eq!(content(0), b"text....note....");
+        assert_eq!(content(1), b"data!");
+        assert_eq!(content(2), b"note");
+        for segment in &segments[..2] {
+            assert_eq!(segment.offset % 4096, segment.address % 4096);
+        }
+    }
+
+    #[test]
+    fn wrong_files_are_refused() {
+        assert!(pack(b"\x7fELF\x01\x01").is_err());
+        assert!(pack(b"#!/bin/sh").is_err());
+        let mut outside = kernel();
+        put(&mut outside, 64 + 8, 8, u64::MAX).unwrap();
+        assert!(pack(&outside).is_err());
+        let mut stray = kernel();
+        put(&mut stray, 64 + 2 * 56 + 8, 8, 0).unwrap();
+        assert!(pack(&stray).unwrap_err().to_string().contains("no loaded segment"));
+    }
+}

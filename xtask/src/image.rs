@@ -1,0 +1,63 @@
+//! `cargo xtask image`: all binaries, the guest kernel and the initramfs, laid out in `target/dist` as
+//! they would be installed.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use guest_image::source::Source;
+use guest_image::{initramfs, kernel};
+
+use crate::cargo::{self, root};
+use crate::clock::Clock;
+use crate::packages;
+
+const AGENT: &str = "bulkhead-agent";
+const PROGRAMS: [&str; 3] = ["bulkhead", "bulkhead-vmm", "bulkhead-fs"];
+
+/// Where everything is laid out.
+pub(crate) fn dist() -> PathBuf {
+    root().join("target/dist")
+}
+
+/// Builds what is out of date.
+pub(crate) fn build(clock: &mut Clock) -> Result<()> {
+    clock.step("Debian packages", packages::ensure)?;
+    let (bin, share) = (dist().join("bin"), dist().join("share/bulkhead"));
+    for directory in [&bin, &share] {
+        fs::create_dir_all(directory).with_context(|| directory.display().to_string())?;
+    }
+    let artifacts = clock.step("programs", || {
+        cargo::build(&[
+            "build",
+            "--release",
+            "-p",
+            "bulkhead",
+            "-p",
+            "bulkhead-vmm",
+            "-p",
+            "bulkhead-agent",
+        ])
+    })?;
+    let built = |name: &str| {
+        let found = artifacts.iter().find(|artifact| artifact.target == name);
+        found.with_context(|| format!("cargo built no program {name}"))
+    };
+    for program in PROGRAMS {
+        install(&built(program)?.executable, &bin.join(program))?;
+    }
+    let guest = clock
+        .step("guest kernel", || kernel::build(kernel::guest(), &Source::from_environment()?))?;
+    install(&guest.vmlinux, &share.join("vmlinux"))?;
+    install(&guest.symbols, &share.join("System.map"))?;
+    let agent = &built(AGENT)?.executable;
+    clock.step("initramfs", || initramfs::write(agent, &share.join("initramfs.cpio")))?;
+    Ok(())
+}
+
+/// A copy under a new name, renamed, so that a running program is left as it is.
+fn install(from: &Path, to: &Path) -> Result<()> {
+    let partial = to.with_extension("partial");
+    fs::copy(from, &partial).with_context(|| format!("copy {}", from.display()))?;
+    fs::rename(&partial, to).with_context(|| format!("rename to {}", to.display()))
+}

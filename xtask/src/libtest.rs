@@ -1,0 +1,111 @@
+//! Reads what a libtest binary prints, as a person would: one line per test and one result line.
+
+use std::io::{BufRead, BufReader, Read};
+
+use anyhow::{Context, Result};
+use guest_image::progress::say;
+
+/// What one or several test binaries came to.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct Tally {
+    pub(crate) passed: usize,
+    /// The tests that failed, each as `suite: test`.
+    pub(crate) failed: Vec<String>,
+    /// The tests that were not run, each with its reason.
+    pub(crate) skipped: Vec<(String, String)>,
+    /// Whether a result line was seen: a binary that dies has none.
+    pub(crate) finished: bool,
+}
+
+impl Tally {
+    /// Reads the output of one binary, showing every line as it comes.
+    pub(crate) fn read(suite: &str, output: impl Read) -> Result<Self> {
+        let mut tally = Self::default();
+        for line in BufReader::new(output).split(b'\n') {
+            let line = line.with_context(|| format!("read the output of {suite}"))?;
+            let line = String::from_utf8_lossy(&line);
+            say(&line);
+            tally.line(suite, line.trim_end());
+        }
+        Ok(tally)
+    }
+
+    fn line(&mut self, suite: &str, line: &str) {
+        if line.starts_with("test result: ") {
+            self.finished = true;
+            return;
+        }
+        // A test that prints to the terminal itself may put its text before the verdict.
+        let Some((name, verdict)) =
+            line.strip_prefix("test ").and_then(|rest| rest.split_once(" ... "))
+        else {
+            return;
+        };
+        let name = name.strip_suffix(" - should panic").unwrap_or(name);
+        if verdict.ends_with("ok") {
+            self.passed += 1;
+        } else if verdict.ends_with("FAILED") {
+            self.failed.push(format!("{suite}: {name}"));
+        } else if let Some((_, reason)) = verdict.split_once("ignored") {
+            let reason = reason.trim_start_matches(", ").to_owned();
+            self.skipped.push((format!("{suite}: {name}"), reason));
+        }
+    }
+
+    /// Takes over the counts of another binary.
+    pub(crate) fn add(&mut self, other: Self) {
+        self.passed += other.passed;
+        self.failed.extend(other.failed);
+        self.skipped.extend(other.skipped);
+    }
+
+    /// The last line of a run.
+    pub(crate) fn summary(&self) -> String {
+        let (failed, skipped) = (self.failed.len(), self.skipped.len());
+        format!("{} passed, {failed} failed, {skipped} skipped", self.passed)
+    }
+
+    /// A run in which nothing ran has shown nothing.
+    pub(crate) fn succeeded(&self) -> bool {
+        self.failed.is_empty() && self.passed > 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OUTPUT: &str = "
+running 5 tests
+test exit::zero_is_zero ... ok
+test exit::panics - should panic ... ok
+test streams::stdin_reaches_eof ... FAILED
+test network::bridge ... ignored, needs the network issue
+test plain ... ignored
+
+failures:
+test result: FAILED. 2 passed; 1 failed; 2 ignored; 0 measured; 0 filtered out; finished in 0.01s
+";
+
+    #[test]
+    fn every_verdict_is_counted_under_its_name() {
+        let tally = Tally::read("oci", OUTPUT.as_bytes()).unwrap();
+        assert_eq!(tally.passed, 2);
+        assert_eq!(tally.failed, ["oci: streams::stdin_reaches_eof"]);
+        let reason = ("oci: network::bridge".to_owned(), "needs the network issue".to_owned());
+        assert_eq!(tally.skipped[0], reason);
+        assert_eq!(tally.summary(), "2 passed, 1 failed, 2 skipped");
+        assert!(tally.finished && !tally.succeeded());
+    }
+
+    #[test]
+    fn output_without_a_result_line_is_not_finished() {
+        let tally = Tally::read("oci", &b"test a ... ok\nSegmentation fault\n"[..]).unwrap();
+        assert!(!tally.finished);
+    }
+
+    #[test]
+    fn nothing_run_is_no_success() {
+        assert!(!Tally::default().succeeded());
+    }
+}

@@ -1,0 +1,60 @@
+//! The developer's one entry: `cargo xtask VERB`. Each verb is a file; this one only chooses.
+
+mod cargo;
+mod check;
+mod clock;
+mod demo;
+mod host;
+mod image;
+mod libtest;
+mod packages;
+mod suites;
+mod tidy;
+
+use std::env;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use guest_image::progress::say;
+
+use crate::clock::Clock;
+
+const USAGE: &str = "usage: cargo xtask VERB
+  demo                    run a container in its own machine and compare what it sees with the host
+  test                    all tests, here and in the test host
+  check                   format, lints, documentation, rules of the repository
+  bench [ARGUMENTS]       the benchmark, in the test host; its JSON goes to target/bench
+  image                   build everything and lay it out in target/dist
+  host [OPTIONS] [CMD]    a command, or a shell, in the test host (--help tells the options)";
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = env::args().skip(1).collect();
+    let mut clock = Clock::new();
+    let result = match arguments.split_first() {
+        Some((verb, rest)) => run(verb, rest, &mut clock),
+        None => usage(),
+    };
+    clock.report();
+    result.unwrap_or_else(|error| {
+        say(&format!("error: {error:#}"));
+        ExitCode::FAILURE
+    })
+}
+
+fn run(verb: &str, rest: &[String], clock: &mut Clock) -> Result<ExitCode> {
+    match verb {
+        "demo" => demo::run(clock),
+        demo::INSIDE => demo::inside(),
+        "test" => suites::run(clock),
+        "check" => check::run(clock),
+        "bench" => host::bench(rest, clock),
+        "image" => image::build(clock).map(|()| ExitCode::SUCCESS),
+        "host" => host::run(rest),
+        _ => usage(),
+    }
+}
+
+fn usage() -> Result<ExitCode> {
+    say(USAGE);
+    Ok(ExitCode::FAILURE)
+}

@@ -7,10 +7,10 @@
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
-use rustix::fs::{Mode, OFlags, openat};
+use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsconfig_set_string, fsmount,
-    fsopen,
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, OpenTreeFlags, fsconfig_create,
+    fsconfig_set_string, fsmount, fsopen, mount_remount, open_tree,
 };
 use rustix::process::{Gid, Resource, Rlimit, Uid, getrlimit, setrlimit, umask};
 use rustix::thread::{
@@ -49,6 +49,7 @@ pub(super) fn enter(
     let proc_self_fd = private_procfs().map_err(failed("private procfs"))?;
     jail::pivot_into(share.as_fd())?;
     drop(share);
+    enter_read_only_view()?;
     let mut open = vec![0, 1, 2, proc_self_fd.as_raw_fd()];
     open.extend(kept.iter().map(AsRawFd::as_raw_fd));
     descriptors::close_all_but(&open).map_err(failed("descriptors"))?;
@@ -78,6 +79,21 @@ fn raise_descriptor_limit() -> Result<u64, JailError> {
     let hard = getrlimit(Resource::Nofile).maximum.unwrap_or(DESCRIPTORS_MAX);
     setrlimit(Resource::Nofile, limit(hard)).map_err(failed("descriptor limit"))?;
     Ok(hard)
+}
+
+/// Goes on with a mount of our own of the same root, through which nothing can be changed: whoever
+/// passed the root can still make mount points in it. A detached mount can only be cloned where it
+/// is attached (before Linux 6.15), which is here.
+fn enter_read_only_view() -> Result<(), JailError> {
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let view = open_tree(CWD, "/", flags).map_err(failed("view of the share"))?;
+    jail::pivot_into(view.as_fd())?;
+    let attributes = MountFlags::BIND
+        | MountFlags::RDONLY
+        | MountFlags::NOSUID
+        | MountFlags::NODEV
+        | MountFlags::NOEXEC;
+    mount_remount("/", attributes, "").map_err(failed("read-only view of the share"))
 }
 
 /// A procfs that no path leads to. Dropping the mount's own descriptor detaches it for good; what

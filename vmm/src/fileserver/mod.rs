@@ -9,7 +9,7 @@
 //! worst fail a request. Deliberately not done: caching on this side, DAX, notifications.
 
 use std::error::Error;
-use std::io::{self, Write};
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -20,7 +20,7 @@ use thiserror::Error;
 
 use crate::config::ConfigError;
 use crate::jail::{JailError, descriptors};
-use crate::seqpacket;
+use crate::{logging, seqpacket};
 use config::{FsAnswer, FsConfig};
 use serve::Service;
 use share::Share;
@@ -60,6 +60,7 @@ enum StartError {
 /// The whole life of the process `bulkhead-fs`.
 #[must_use]
 pub fn main() -> ExitCode {
+    logging::start();
     let control = match descriptors::inherited_control() {
         Ok(control) => control,
         Err(error) => {
@@ -71,7 +72,7 @@ pub fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             let reason = report(&error);
-            // The supervisor may be gone; standard error has the reason as well.
+            // The supervisor may be gone; the log has the reason as well.
             let _ = answer(&control, &FsAnswer::Error(reason));
             ExitCode::FAILURE
         }
@@ -115,7 +116,7 @@ fn answer(control: &OwnedFd, answer: &FsAnswer) -> io::Result<()> {
     seqpacket::send(control, &serde_json::to_vec(answer)?, &[])
 }
 
-/// Writes an error with its causes to standard error, and returns the line.
+/// Logs an error with its causes, and returns the line.
 fn report(error: &StartError) -> String {
     let mut line = error.to_string();
     let mut cause = error.source();
@@ -124,7 +125,6 @@ fn report(error: &StartError) -> String {
         line.push_str(&error.to_string());
         cause = error.source();
     }
-    // There is nowhere left to say that standard error is broken.
-    let _ = writeln!(io::stderr(), "bulkhead-fs: {line}");
+    log::error!("{line}");
     line
 }

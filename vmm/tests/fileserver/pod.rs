@@ -71,7 +71,7 @@ impl Pod {
         fs::set_permissions(&host, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
         let share = tmpfs();
         let (relay, ours) = relay_pair();
-        let server = Server::start(read_only(&share).as_fd(), relay.as_fd());
+        let server = Server::start(share.as_fd(), relay.as_fd());
         drop(relay);
         bridge(ours, &root);
         let pod = Self { guest: root.join("c/rootfs"), host, root, server, share, directory };
@@ -187,33 +187,6 @@ pub(crate) fn tmpfs() -> OwnedFd {
     let context = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).unwrap();
     fsconfig_create(context.as_fd()).unwrap();
     fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty()).unwrap()
-}
-
-/// Another mount of the same file system, through which nothing can be changed.
-pub(crate) fn read_only(mount: &OwnedFd) -> OwnedFd {
-    let flags = OpenTreeFlags::OPEN_TREE_CLONE
-        | OpenTreeFlags::OPEN_TREE_CLOEXEC
-        | OpenTreeFlags::AT_EMPTY_PATH;
-    let clone = open_tree(mount, "", flags).unwrap();
-    let attributes = libc::mount_attr {
-        attr_set: libc::MOUNT_ATTR_RDONLY,
-        attr_clr: 0,
-        propagation: 0,
-        userns_fd: 0,
-    };
-    // SAFETY: the arguments are those of mount_setattr(2).
-    let result = unsafe {
-        libc::syscall(
-            libc::SYS_mount_setattr,
-            clone.as_raw_fd(),
-            c"".as_ptr(),
-            libc::AT_EMPTY_PATH,
-            &raw const attributes,
-            size_of_val(&attributes),
-        )
-    };
-    assert_eq!(result, 0, "{}", io::Error::last_os_error());
-    clone
 }
 
 /// A socket pair with room for large packets.

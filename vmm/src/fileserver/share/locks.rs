@@ -178,10 +178,10 @@ impl Share {
     }
 
     pub(super) fn set_lock_and_wait(&self, request: &Request, body: &mut Body<'_>) -> Outcome {
-        let lock = LockRequest::read(body).and_then(|wanted| self.lock_of(request.node, wanted));
-        let lock = match lock {
-            Ok(Some(lock)) => lock,
-            Ok(None) => return Outcome::Done(Ok(())),
+        let read = LockRequest::read(body);
+        let (wanted, lock) = match read.and_then(|it| Ok((it, self.lock_of(request.node, it)?))) {
+            Ok((wanted, Some(lock))) => (wanted, lock),
+            Ok((_, None)) => return Outcome::Done(Ok(())),
             Err(error) => return Outcome::Done(Err(error)),
         };
         // Under the lock of the queue, so that no interruption passes by unseen.
@@ -195,6 +195,12 @@ impl Share {
                 queue.waiting.push(Waiting { unique: request.unique, lock });
                 self.locks.wake.notify_one();
                 Outcome::Later
+            }
+            Ok(()) if wanted.kind != WRITE => {
+                // `flock(2)` releases with a request that may wait.
+                drop(queue);
+                self.locks.wake();
+                Outcome::Done(Ok(()))
             }
             result => Outcome::Done(result),
         }

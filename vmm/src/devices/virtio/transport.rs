@@ -20,6 +20,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::queue::{DeviceQueue, GuestMemory};
 use super::{Activation, VirtioDevice};
+use crate::devices::rate_limit::guest_warn;
 
 /// Bytes of a slot in the guest's physical address space.
 pub(crate) const SLOT_BYTES: u64 = 0x1000;
@@ -334,7 +335,7 @@ impl Attached {
             queue.set_event_idx(event_idx);
             // A queue that the driver has no use for is left alone, §3.1.1; it then never is ready.
             if queue.ready() && !queue.is_valid(memory) {
-                log::warn!("{:?}: a queue is not set up", self.device);
+                guest_warn!("{:?}: a queue does not lie in memory", self.device);
                 return self.line.fail();
             }
             let state = Queue::try_from(queue.state());
@@ -343,7 +344,7 @@ impl Attached {
         }
         let (memory, features) = (memory.clone(), self.driver_features);
         if let Err(error) = self.device.activate(Activation { memory, queues, features }) {
-            log::error!("{:?}: not activated: {error}", self.device);
+            guest_warn!("{:?}: not activated: {error}", self.device);
             self.line.fail();
         }
     }

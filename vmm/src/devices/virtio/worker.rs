@@ -14,6 +14,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::queue::{DeviceQueue, GuestMemory};
 use super::{Activation, Context, Ready, Serve};
+use crate::devices::rate_limit::guest_warn;
 
 /// Token space of a worker's epoll: queues from 0, sources from here, the stop order last.
 const SOURCE_BASE: u64 = 1 << 32;
@@ -201,7 +202,8 @@ impl<S: Serve> Loop<S> {
         let mut context =
             Context { memory: &self.memory, queues: &mut self.queues, sources: &self.sources };
         let Err(error) = self.logic.serve(ready, &mut context) else { return true };
-        log::warn!("{}: device failed: {error}: {:?}", S::NAME, std::error::Error::source(&error));
+        let source = std::error::Error::source(&error);
+        guest_warn!("{}: device failed: {error}: {source:?}", S::NAME);
         if let Some(queue) = self.queues.first() {
             queue.line().fail();
         }

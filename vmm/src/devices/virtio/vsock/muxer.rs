@@ -25,11 +25,12 @@ use super::stream::Stream;
 use crate::devices::rate_limit::guest_warn;
 
 /// Streams and pending requests together.
-const STREAMS_MAX: usize = 1024;
+pub(super) const STREAMS_MAX: usize = 1024;
 /// Resets that may wait for a buffer before the guest's packets have to wait themselves.
 const RESETS_MAX: usize = 64;
 /// Host ports; also tokens, so they stay clear of the device's own.
 const FIRST_PORT: u32 = 1 << 30;
+const LAST_PORT: u32 = u32::MAX - 1;
 /// Time until a refused request is repeated, doubled each time.
 const RETRY_FIRST: Duration = Duration::from_millis(1);
 const RETRY_MAX: Duration = Duration::from_millis(20);
@@ -57,7 +58,7 @@ enum Phase {
 #[derive(Debug)]
 pub(super) struct Muxer {
     guest_cid: u64,
-    next_port: u32,
+    pub(super) next_port: u32,
     openings: BTreeMap<u32, Opening>,
     streams: BTreeMap<u32, Stream>,
     /// Host ports with something to send, each once.
@@ -320,10 +321,11 @@ impl Muxer {
     }
 
     /// A host port that names nothing at present.
-    fn take_port(&mut self) -> u32 {
+    pub(super) fn take_port(&mut self) -> u32 {
         loop {
             let port = self.next_port;
-            self.next_port = port.checked_add(1).unwrap_or(FIRST_PORT);
+            // The highest number means "any port" to whoever listens.
+            self.next_port = if port >= LAST_PORT { FIRST_PORT } else { port + 1 };
             if !self.streams.contains_key(&port) && !self.openings.contains_key(&port) {
                 return port;
             }

@@ -11,6 +11,7 @@ use super::super::VirtioDevice;
 use super::super::mock::{self, Driver, Part, Request};
 use super::super::queue::GuestMemory;
 use super::connection::BUFFER_BYTES;
+use super::muxer::STREAMS_MAX;
 use super::packet::{HOST_CID, Operation, Sides, TYPE_STREAM};
 use super::*;
 
@@ -510,6 +511,49 @@ fn a_guest_that_takes_no_resets_has_to_wait() {
         guest.driver.call(&mut guest.vsock, Ready::Queue(TX)).unwrap();
     }
     assert_eq!(taken + guest.driver.used(TX).len(), 200);
+}
+
+#[test]
+fn streams_are_bounded_and_those_only_waiting_for_the_guest_make_room() {
+    let memory = mock::memory();
+    let mut guest = Guest::new(&memory);
+    let (socket, to_host) = guest.connect();
+    let mut waiting = Vec::new();
+    for _ in 0..STREAMS_MAX - 1 {
+        waiting.push(guest.open(Duration::from_secs(9)));
+    }
+    let busy = guest.open(Duration::from_secs(9));
+    assert!(matches!(busy.try_recv().unwrap(), Err(OpenError::Busy)));
+    drop(socket);
+    guest.source(to_host.dst_port);
+    let told = (0..20).any(|_| {
+        guest.offer(100);
+        guest.received().iter().any(|(header, _)| header.sides == Sides::BOTH)
+    });
+    assert!(told, "the end was not told");
+    let taken = guest.open(Duration::from_secs(9));
+    assert!(taken.try_recv().is_err());
+    guest.offer(2);
+    assert!(guest.operations().contains(&Operation::Reset));
+}
+
+#[test]
+fn the_queue_of_requests_is_bounded() {
+    let opener = Opener::new().unwrap();
+    let mut answers: Vec<_> = (0..300).map(|_| ask(&opener, Duration::from_secs(9))).collect();
+    let last = answers.pop().unwrap();
+    assert!(matches!(last.try_recv().unwrap(), Err(OpenError::Busy)));
+    assert!(answers[0].try_recv().is_err());
+}
+
+#[test]
+fn host_ports_come_round_without_meeting() {
+    let mut muxer = Muxer::new(CID);
+    let ports: Vec<u32> = (0..3).map(|_| muxer.take_port()).collect();
+    assert_eq!(ports[1], ports[0] + 1);
+    muxer.next_port = u32::MAX - 1;
+    assert_eq!(muxer.take_port(), u32::MAX - 1);
+    assert_eq!(muxer.take_port(), ports[0]);
 }
 
 #[test]

@@ -1,8 +1,9 @@
 //! QEMU's command line: q35 without firmware tables, the kernel entered through PVH, the machine's root
 //! over 9p, the streams over virtio-serial ports.
 //!
-//! Without nested KVM it is TCG, which emulates AMD SVM with nested paging; five-level paging is left
-//! out because KVM in the host would then walk five levels for every guest.
+//! Without nested KVM it is TCG, which emulates AMD SVM with nested paging. Five-level paging is left
+//! out because KVM in the host would then walk five levels for every guest; XSAVE because TCG does not
+//! tell KVM when a guest sets XCR0, and KVM then enters it with another value than it set.
 
 use std::fmt::Write;
 use std::fs;
@@ -93,7 +94,7 @@ impl Machine<'_> {
             Accelerator::Kvm => command.args(["-M", "q35", "-accel", "kvm", "-cpu", "host"]),
             Accelerator::Tcg | Accelerator::Auto => {
                 command.args(["-M", "q35", "-accel", "tcg,thread=multi"]);
-                command.args(["-cpu", "max,+svm,-la57"])
+                command.args(["-cpu", "max,+svm,-la57,-xsave"])
             }
         };
         // One processor a socket: of a package's processors the firmware lists only the first.

@@ -9,28 +9,43 @@ use crate::cargo::{cargo, succeed};
 use crate::clock::Clock;
 use crate::tidy;
 
-/// Runs every check, then fails if any did.
-pub(crate) fn run(clock: &mut Clock) -> Result<ExitCode> {
-    let results = [
-        clock.step("format", || succeed(cargo().args(["fmt", "--all", "--check"]))),
-        clock.step("clippy", || {
-            let lints =
-                ["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"];
-            succeed(cargo().args(lints))
-        }),
-        clock.step("documentation", || {
-            let rustdoc =
-                ["doc", "--workspace", "--no-deps", "--document-private-items", "--quiet"];
-            succeed(cargo().args(rustdoc).env("RUSTDOCFLAGS", "-D warnings"))
-        }),
-        clock.step("rules of the repository", rules),
-    ];
-    let mut failed = 0;
-    for error in results.into_iter().filter_map(Result::err) {
-        say(&format!("error: {error:#}"));
-        failed += 1;
+/// A name and what it does.
+type Check = (&'static str, fn() -> Result<()>);
+
+const CHECKS: [Check; 4] =
+    [("format", format), ("clippy", clippy), ("documentation", documentation), ("rules", rules)];
+
+/// Runs the named checks, or all, to the last one; fails if any did.
+pub(crate) fn run(names: &[String], clock: &mut Clock) -> Result<ExitCode> {
+    let known = |name: &String| CHECKS.iter().any(|(check, _)| check == name);
+    if let Some(unknown) = names.iter().find(|name| !known(name)) {
+        bail!("no check {unknown}: there are format, clippy, documentation and rules");
     }
-    Ok(if failed == 0 { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    let mut status = ExitCode::SUCCESS;
+    for (name, check) in CHECKS {
+        if !names.is_empty() && !names.iter().any(|wanted| wanted == name) {
+            continue;
+        }
+        if let Err(error) = clock.step(name, check) {
+            say(&format!("error: {error:#}"));
+            status = ExitCode::FAILURE;
+        }
+    }
+    Ok(status)
+}
+
+fn format() -> Result<()> {
+    succeed(cargo().args(["fmt", "--all", "--check"]))
+}
+
+fn clippy() -> Result<()> {
+    let lints = ["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"];
+    succeed(cargo().args(lints))
+}
+
+fn documentation() -> Result<()> {
+    let rustdoc = ["doc", "--workspace", "--no-deps", "--document-private-items", "--quiet"];
+    succeed(cargo().args(rustdoc).env("RUSTDOCFLAGS", "-D warnings"))
 }
 
 fn rules() -> Result<()> {

@@ -22,7 +22,7 @@ use crate::clock::Clock;
 const USAGE: &str = "usage: cargo xtask VERB
   demo                    run a container in its own machine and compare what it sees with the host
   test                    all tests, here and in the test host
-  check                   format, lints, documentation, rules of the repository
+  check [NAME]            format, clippy, documentation, rules of the repository
   bench [ARGUMENTS]       the benchmark, in the test host; its JSON goes to target/bench
   image                   build everything and lay it out in target/dist
   host [OPTIONS] [CMD]    a command, or a shell, in the test host (--help tells the options)";
@@ -46,7 +46,7 @@ fn run(verb: &str, rest: &[String], clock: &mut Clock) -> Result<ExitCode> {
         "demo" => demo::run(clock),
         demo::INSIDE => demo::inside(),
         "test" => suites::run(clock),
-        "check" => check::run(clock),
+        "check" => check::run(rest, clock),
         "bench" => host::bench(rest, clock),
         "image" => image::build(clock).map(|()| ExitCode::SUCCESS),
         "host" => host::run(rest),

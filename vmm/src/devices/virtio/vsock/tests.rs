@@ -11,9 +11,10 @@ use super::super::VirtioDevice;
 use super::super::mock::{self, Driver, Part, Request};
 use super::super::queue::GuestMemory;
 use super::connection::BUFFER_BYTES;
-use super::muxer::STREAMS_MAX;
 use super::packet::{HOST_CID, Operation, Sides, TYPE_STREAM};
 use super::*;
+
+mod hostile;
 
 const CID: u32 = 3;
 const PORT: u32 = 1025;
@@ -258,28 +259,6 @@ fn the_timer_rings_for_the_deadline() {
 }
 
 #[test]
-fn a_guest_cannot_open_a_stream() {
-    let memory = mock::memory();
-    let mut guest = Guest::new(&memory);
-    guest.offer(1);
-    let wish = Header {
-        src_cid: u64::from(CID),
-        dst_cid: HOST_CID,
-        src_port: 7,
-        dst_port: 22,
-        len: 0,
-        kind: TYPE_STREAM,
-        operation: Some(Operation::Request),
-        sides: Sides::default(),
-        buf_alloc: GUEST_BUFFER,
-        fwd_cnt: 0,
-    };
-    guest.send(wish, &[]);
-    let (header, _) = guest.one();
-    assert_eq!((header.operation, header.dst_port), (Some(Operation::Reset), 7));
-}
-
-#[test]
 fn the_hosts_end_reaches_the_guest_after_the_data() {
     let memory = mock::memory();
     let mut guest = Guest::new(&memory);
@@ -413,22 +392,6 @@ fn at_end_after(socket: &mut UnixStream, read: &mut Vec<u8>) -> bool {
 }
 
 #[test]
-fn a_guest_that_overruns_its_credit_is_reset() {
-    let memory = mock::memory();
-    let mut guest = Guest::new(&memory);
-    let (socket, to_host) = guest.connect();
-    guest.offer(64);
-    let mut sent = 0;
-    let chunk = [0; 0x8000];
-    while !guest.operations().contains(&Operation::Reset) {
-        guest.send(with(to_host, Operation::ReadWrite), &chunk);
-        sent += chunk.len();
-        assert!(sent < 4 << 20, "never reset");
-    }
-    drop(socket);
-}
-
-#[test]
 fn nothing_is_read_from_the_host_without_a_buffer_or_credit() {
     let memory = mock::memory();
     let mut guest = Guest::new(&memory);
@@ -455,18 +418,6 @@ fn nothing_is_read_from_the_host_without_a_buffer_or_credit() {
 }
 
 #[test]
-fn counters_that_make_no_sense_give_no_credit() {
-    let memory = mock::memory();
-    let mut guest = Guest::new(&memory);
-    let (mut socket, to_host) = guest.connect();
-    guest.send(Header { fwd_cnt: 5, ..with(to_host, Operation::CreditUpdate) }, &[]);
-    socket.write_all(b"x").unwrap();
-    guest.offer(4);
-    guest.source(to_host.dst_port);
-    assert_eq!(guest.operations(), [Operation::CreditRequest]);
-}
-
-#[test]
 fn a_credit_request_is_answered() {
     let memory = mock::memory();
     let mut guest = Guest::new(&memory);
@@ -475,128 +426,6 @@ fn a_credit_request_is_answered() {
     guest.send(with(to_host, Operation::CreditRequest), &[]);
     let (header, _) = guest.one();
     assert_eq!((header.operation, header.buf_alloc), (Some(Operation::CreditUpdate), BUFFER_BYTES));
-}
-
-#[test]
-fn a_packet_that_fits_no_stream_is_reset_and_a_reset_is_not_answered() {
-    let memory = mock::memory();
-    let mut guest = Guest::new(&memory);
-    let (_socket, to_host) = guest.connect();
-    guest.offer(8);
-    let other_port = Header { src_port: PORT + 1, ..to_host };
-    guest.send(with(other_port, Operation::ReadWrite), b"x");
-    guest.send(with(Header { kind: 9, ..to_host }, Operation::ReadWrite), b"x");
-    guest.send(Header { operation: None, ..to_host }, &[]);
-    assert_eq!(guest.operations(), [Operation::Reset; 3]);
-    guest.send(with(other_port, Operation::Reset), &[]);
-    guest.send(Header { src_cid: 99, ..with(to_host, Operation::ReadWrite) }, b"x");
-    assert!(guest.received().is_empty());
-}
-
-#[test]
-fn a_guest_that_takes_no_resets_has_to_wait() {
-    let memory = mock::memory();
-    let mut guest = Guest::new(&memory);
-    let (_socket, to_host) = guest.connect();
-    let stray = with(Header { src_port: 9, ..to_host }, Operation::ReadWrite).encode();
-    for _ in 0..200 {
-        guest.driver.add(TX, &[Part::Out(&stray)]);
-    }
-    guest.driver.call(&mut guest.vsock, Ready::Queue(TX)).unwrap();
-    let taken = guest.driver.used(TX).len();
-    assert!(taken < 100, "{taken}");
-    for _ in 0..10 {
-        guest.offer(50);
-        let _ = guest.received();
-        guest.driver.call(&mut guest.vsock, Ready::Queue(TX)).unwrap();
-    }
-    assert_eq!(taken + guest.driver.used(TX).len(), 200);
-}
-
-#[test]
-fn streams_are_bounded_and_those_only_waiting_for_the_guest_make_room() {
-    let memory = mock::memory();
-    let mut guest = Guest::new(&memory);
-    let (socket, to_host) = guest.connect();
-    let mut waiting = Vec::new();
-    for _ in 0..STREAMS_MAX - 1 {
-        waiting.push(guest.open(Duration::from_secs(9)));
-    }
-    let busy = guest.open(Duration::from_secs(9));
-    assert!(matches!(busy.try_recv().unwrap(), Err(OpenError::Busy)));
-    drop(socket);
-    guest.source(to_host.dst_port);
-    let told = (0..20).any(|_| {
-        guest.offer(100);
-        guest.received().iter().any(|(header, _)| header.sides == Sides::BOTH)
-    });
-    assert!(told, "the end was not told");
-    let taken = guest.open(Duration::from_secs(9));
-    assert!(taken.try_recv().is_err());
-    guest.offer(2);
-    assert!(guest.operations().contains(&Operation::Reset));
-}
-
-#[test]
-fn the_queue_of_requests_is_bounded() {
-    let opener = Opener::new().unwrap();
-    let mut answers: Vec<_> = (0..300).map(|_| ask(&opener, Duration::from_secs(9))).collect();
-    let last = answers.pop().unwrap();
-    assert!(matches!(last.try_recv().unwrap(), Err(OpenError::Busy)));
-    assert!(answers[0].try_recv().is_err());
-}
-
-#[test]
-fn host_ports_come_round_without_meeting() {
-    let mut muxer = Muxer::new(CID);
-    let ports: Vec<u32> = (0..3).map(|_| muxer.take_port()).collect();
-    assert_eq!(ports[1], ports[0] + 1);
-    muxer.next_port = u32::MAX - 1;
-    assert_eq!(muxer.take_port(), u32::MAX - 1);
-    assert_eq!(muxer.take_port(), ports[0]);
-}
-
-#[test]
-fn a_failed_device_answers_who_waits() {
-    let memory = mock::memory();
-    let mut guest = Guest::new(&memory);
-    let opened = guest.open(Duration::from_secs(9));
-    guest.driver.add(TX, &[Part::Out(b"short")]);
-    assert!(guest.driver.call(&mut guest.vsock, Ready::Queue(TX)).is_err());
-    assert!(matches!(opened.try_recv().unwrap(), Err(OpenError::Gone)));
-}
-
-#[test]
-fn a_length_beyond_the_chain_fails_the_device() {
-    let memory = mock::memory();
-    let mut guest = Guest::new(&memory);
-    let (_socket, to_host) = guest.connect();
-    let liar = Header { len: 9, ..with(to_host, Operation::ReadWrite) };
-    guest.driver.add(TX, &[Part::Out(&liar.encode()), Part::Out(b"eight by")]);
-    assert!(guest.driver.call(&mut guest.vsock, Ready::Queue(TX)).is_err());
-}
-
-#[test]
-fn a_receive_buffer_without_room_fails_the_device() {
-    let memory = mock::memory();
-    for parts in [&[Part::In(44)][..], &[Part::Out(b"?"), Part::In(4096)][..]] {
-        let mut guest = Guest::new(&memory);
-        let _opened = guest.open(Duration::from_secs(9));
-        guest.driver.add(RX, parts);
-        assert!(guest.driver.call(&mut guest.vsock, Ready::Queue(RX)).is_err());
-    }
-}
-
-#[test]
-fn malformed_chains_are_survived() {
-    mock::survives_malformed(QUEUE_SIZES, || {
-        let (mut vsock, opener) = logic();
-        // Something to send, so that rx buffers are looked at.
-        let _opened = ask(&opener, Duration::from_secs(9));
-        opener.take().into_iter().for_each(|request| vsock.muxer.open(request));
-        vsock
-    });
-    mock::survives_noise(QUEUE_SIZES, 300, || logic().0);
 }
 
 #[test]

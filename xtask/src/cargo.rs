@@ -16,6 +16,8 @@ pub(crate) struct Artifact {
     /// The directory of the package, where cargo would run it.
     pub(crate) directory: PathBuf,
     pub(crate) executable: PathBuf,
+    /// Built to run the tests of its target.
+    pub(crate) is_test: bool,
 }
 
 /// The root of the checkout.
@@ -74,7 +76,8 @@ fn artifact(message: &Value) -> Option<Artifact> {
         Some((name, _)) => name,
         None => path.rsplit('/').next()?,
     };
-    Some(Artifact { target, package: package.to_owned(), directory, executable })
+    let is_test = message["profile"]["test"].as_bool()?;
+    Some(Artifact { target, package: package.to_owned(), directory, executable, is_test })
 }
 
 #[cfg(test)]
@@ -94,6 +97,7 @@ mod tests {
                 "manifest_path": "/src/x/Cargo.toml",
                 "target": { "name": "vm" },
                 "executable": "/target/vm-1",
+                "profile": { "test": true },
             });
             assert_eq!(artifact(&message).unwrap().package, name);
         }

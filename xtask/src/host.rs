@@ -15,7 +15,7 @@ use crate::{image, packages};
 
 /// The built `test-host`.
 pub(crate) fn program() -> Result<PathBuf> {
-    let artifacts = cargo::build(&["build", "-p", "test-host"])?;
+    let artifacts = cargo::build(&["build", "--quiet", "-p", "test-host"])?;
     let host = artifacts.into_iter().find(|artifact| artifact.target == "test-host");
     Ok(host.context("cargo built no test-host")?.executable)
 }

@@ -34,7 +34,7 @@ pub(crate) fn run(clock: &mut Clock) -> Result<ExitCode> {
     let mut total = Tally::default();
     let (suites, units): (Vec<Artifact>, Vec<Artifact>) =
         artifacts.into_iter().partition(|artifact| artifact.package == SUITES);
-    for unit in units.iter().filter(|unit| is_test(unit)) {
+    for unit in units.iter().filter(|unit| unit.is_test) {
         let name = name(unit);
         let mut tally = clock.step(&name, || here(unit))?;
         let before = tally.skipped.len();
@@ -47,7 +47,7 @@ pub(crate) fn run(clock: &mut Clock) -> Result<ExitCode> {
         }
         total.add(tally);
     }
-    for suite in suites.iter().filter(|suite| is_test(suite)) {
+    for suite in suites.iter().filter(|suite| suite.is_test) {
         total.add(clock.step(&name(suite), || inside(&host, suite, &["--test-threads=1"]))?);
     }
     clock.report();
@@ -65,11 +65,6 @@ fn conclude(total: &Tally) -> Result<ExitCode> {
     }
     writeln!(io::stdout(), "{}", total.summary()).context("write the last line")?;
     Ok(if total.succeeded() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
-}
-
-/// Programs are built beside the tests; their names have no hash.
-fn is_test(artifact: &Artifact) -> bool {
-    artifact.executable.parent().is_some_and(|directory| directory.ends_with("deps"))
 }
 
 fn name(artifact: &Artifact) -> String {

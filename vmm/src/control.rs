@@ -62,6 +62,12 @@ pub enum Request {
         /// A slot that holds a device.
         slot: u8,
     },
+    /// Asks the guest to keep its hands off so much of its memory, in all. It gives what it can;
+    /// [`Statistics::balloon_mib`] says how much that is.
+    Balloon {
+        /// 0 gives everything back to the guest.
+        target_mib: u32,
+    },
     /// Answered by [`Reply::Statistics`].
     Statistics,
 }
@@ -111,6 +117,8 @@ pub struct Statistics {
     pub vcpu_exits: u64,
     /// Bytes that the guest wrote to its console.
     pub console_bytes: u64,
+    /// Memory in the guest's balloon, if it has one.
+    pub balloon_mib: Option<u32>,
     /// Per slot that holds a device.
     pub devices: Vec<DeviceStatistics>,
 }

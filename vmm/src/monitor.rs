@@ -153,6 +153,11 @@ impl Monitor {
             Request::Detach { slot } => {
                 self.machine.detach(slot).map_err(|error| refusal(&error))?;
             }
+            Request::Balloon { target_mib } => {
+                let balloon = self.machine.balloon();
+                let balloon = balloon.ok_or_else(|| said("the machine has no balloon"))?;
+                balloon.set_target_mib(target_mib).map_err(|error| refusal(&error))?;
+            }
             // Answered by the caller of this function.
             Request::OpenStream { .. } | Request::Stop => {}
         }
@@ -206,6 +211,10 @@ fn answer(
 ) -> io::Result<()> {
     let json = serde_json::to_vec(&Answer { number, result }).map_err(io::Error::other)?;
     seqpacket::send(control, &json, descriptor.as_slice())
+}
+
+fn said(message: &str) -> Refusal {
+    Refusal { message: message.into() }
 }
 
 /// The whole chain of causes, for somebody who cannot see this process.

@@ -16,6 +16,7 @@ use crate::bus::Bus;
 use crate::config::{ConfigError, DeviceConfig, Fd, VmConfig};
 use crate::control::{DeviceStatistics, Statistics};
 use crate::devices::console::Console;
+use crate::devices::virtio::balloon::BalloonHandle;
 use crate::devices::virtio::queue::GuestMemory;
 use crate::devices::virtio::transport::{QUEUE_NOTIFY, Transport};
 use crate::devices::virtio::vsock::Opener;
@@ -160,6 +161,11 @@ impl Machine {
         self.handles.opener.as_ref()
     }
 
+    /// The way to set the balloon's size, if the machine has one.
+    pub(crate) fn balloon(&self) -> Option<&BalloonHandle> {
+        self.handles.balloon.as_ref()
+    }
+
     /// Gives a placeholder slot its device.
     pub(crate) fn attach(
         &mut self,
@@ -195,6 +201,7 @@ impl Machine {
         Statistics {
             vcpu_exits: self.bus.exits(),
             console_bytes: self.bus.console().bytes(),
+            balloon_mib: self.balloon().map(BalloonHandle::actual_mib),
             devices: (0..crate::config::SLOT_COUNT).filter_map(device).collect(),
         }
     }

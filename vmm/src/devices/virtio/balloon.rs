@@ -42,6 +42,7 @@ const ACTUAL: usize = 4;
 const CONFIG_BYTES: usize = 8;
 /// The unit of page numbers, whatever the guest's pages are, §5.5.6.
 const PAGE_BYTES: u64 = 4096;
+const PAGES_PER_MIB: u32 = 256;
 /// Page numbers that one request may hold; Linux sends 256.
 const REQUEST_PAGES_MAX: usize = 1 << 14;
 /// Page numbers copied at once.
@@ -73,12 +74,13 @@ pub(crate) struct BalloonHandle {
 }
 
 impl BalloonHandle {
-    /// Asks the driver to give so many pages of 4 KiB, in all.
+    /// Asks the driver to give so much, in all.
     ///
     /// # Errors
-    /// When the device's thread cannot be woken; the driver then sees the target when it next
-    /// looks.
-    pub(crate) fn set_target_pages(&self, pages: u32) -> io::Result<()> {
+    /// When no guest has that much memory, or the device's thread cannot be woken; in the second
+    /// case the driver sees the target when it next looks.
+    pub(crate) fn set_target_mib(&self, mib: u32) -> io::Result<()> {
+        let pages = mib.checked_mul(PAGES_PER_MIB).ok_or(io::ErrorKind::InvalidInput)?;
         self.config.set_u32(NUM_PAGES, pages);
         match self.changed.write(1) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
@@ -86,9 +88,9 @@ impl BalloonHandle {
         }
     }
 
-    /// Pages of 4 KiB in the balloon, as the driver says.
-    pub(crate) fn actual_pages(&self) -> u32 {
-        self.config.u32(ACTUAL)
+    /// What is in the balloon, as the driver says, rounded down.
+    pub(crate) fn actual_mib(&self) -> u32 {
+        self.config.u32(ACTUAL) / PAGES_PER_MIB
     }
 }
 

@@ -46,6 +46,7 @@ pub(crate) trait Serve: Send + 'static {
     const NAME: &'static str;
     /// The system calls that serving needs beside the worker's own (`libc::SYS_*`), each with the
     /// reason in a comment; the isolation issue makes them the thread's filter.
+    #[expect(dead_code, reason = "read by the isolation issue")]
     const SYSCALLS: &'static [i64];
 
     /// Called once after each activation, before anything is ready: note the negotiated features

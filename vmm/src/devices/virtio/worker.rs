@@ -25,6 +25,7 @@ const EVENTS_MAX: usize = 16;
 const STACK_BYTES: usize = 256 << 10;
 
 /// The system calls of the loop itself, whatever the device.
+#[expect(dead_code, reason = "read by the isolation issue")]
 pub(crate) const SYSCALLS: &[i64] = &[
     libc::SYS_epoll_wait,     // waiting
     libc::SYS_epoll_ctl,      // sources come and go

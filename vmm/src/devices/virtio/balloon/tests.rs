@@ -124,10 +124,11 @@ fn a_new_target_is_shown_to_the_driver() {
     let memory = mock::memory();
     let mut driver = Driver::new(&memory, QUEUE_SIZES);
     let (device, handle) = device().unwrap();
-    handle.set_target_pages(77).unwrap();
+    handle.set_target_mib(3).unwrap();
+    assert!(handle.set_target_mib(u32::MAX).is_err());
     let mut config = [0; 8];
     device.config().read(0, &mut config);
-    assert_eq!(config, [77, 0, 0, 0, 0, 0, 0, 0]);
+    assert_eq!(config, [0, 3, 0, 0, 0, 0, 0, 0]);
     let mut logic = Balloon { changed: Arc::clone(&handle.changed) };
     logic.start(0, &driver.sources).unwrap();
     driver.call(&mut logic, Ready::Source(TARGET)).unwrap();
@@ -140,7 +141,7 @@ fn a_driver_may_write_the_actual_size_only() {
     let (device, handle) = device().unwrap();
     device.config().write(0, &[0xff; 8]);
     assert_eq!(handle.config.u32(NUM_PAGES), 0);
-    assert_eq!(handle.actual_pages(), u32::MAX);
+    assert_eq!(handle.actual_mib(), u32::MAX / 256);
 }
 
 #[test]

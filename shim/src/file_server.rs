@@ -3,7 +3,6 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
-use std::path::Path;
 use std::time::Duration;
 
 use bulkhead_vmm::config::JailConfig;
@@ -15,7 +14,7 @@ use tokio::time::timeout;
 use crate::channel::Channel;
 use crate::process::Process;
 use crate::share::{Share, ShareError};
-use crate::spawn::{self, Jailed};
+use crate::spawn::{self, Jailed, Launch};
 
 /// Threads that serve requests.
 const THREADS: u8 = 4;
@@ -60,14 +59,13 @@ impl FileServer {
     /// # Errors
     /// When it is not ready within a bounded time.
     pub async fn start(
-        program: &Path,
+        launch: Launch<'_>,
         share: Share,
         relay: BorrowedFd<'_>,
         jail: JailConfig,
-        log: File,
     ) -> Result<Self, FileServerError> {
         raise_descriptor_limit();
-        let (jailed, control) = spawn::jailed(program, log).map_err(FileServerError::Spawn)?;
+        let (jailed, control) = spawn::jailed(launch).map_err(FileServerError::Spawn)?;
         let control = Channel::new(control).map_err(FileServerError::Socket)?;
         let config = FsConfig { version: VERSION, jail, threads: THREADS };
         control

@@ -24,6 +24,7 @@ use crate::file_server::{FileServer, FileServerError};
 use crate::kvm::{self, KvmError};
 use crate::process::Process;
 use crate::share::{Share, ShareError};
+use crate::spawn::Launch;
 use crate::state::Home;
 use crate::trace::Phase;
 use crate::vm::{self, Machine, MachineError, Parts};
@@ -97,21 +98,22 @@ impl Pod {
         let (relay, other) = relay().map_err(|error| PodError::Io("relay socket", error))?;
         let id = JAIL_IDS + std::process::id();
         let jail = JailConfig { uid: id, gid: id };
+        let directory = home.dir();
+        let pod = directory.as_path();
+        let launch = Launch { program: &assets.monitor, pod, log: log(home, "monitor.log")? };
         let parts = Parts {
-            program: &assets.monitor,
             kvm: &kvm,
             kernel: &assets.kernel,
             initramfs: &assets.initramfs,
             file_server: relay.as_fd(),
             console: log(home, CONSOLE)?,
-            log: log(home, "monitor.log")?,
             jail,
             size: plan.size,
         };
         let machine = async {
             kvm::check_speed(&kvm)?;
             let phase = Phase::begin("monitor and jail");
-            let machine = Machine::start(parts).await?;
+            let machine = Machine::start(launch, parts).await?;
             phase.end();
             let agent = boot(home, &machine, plan).await?;
             Ok::<_, PodError>((machine, agent))
@@ -119,8 +121,8 @@ impl Pod {
         let files = async {
             let phase = Phase::begin("file server and share");
             let log = log(home, "fileserver.log")?;
-            let program = &assets.file_server;
-            let server = FileServer::start(program, share, other.as_fd(), jail, log).await?;
+            let launch = Launch { program: &assets.file_server, pod, log };
+            let server = FileServer::start(launch, share, other.as_fd(), jail).await?;
             phase.end();
             Ok::<_, PodError>(server)
         };

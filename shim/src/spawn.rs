@@ -31,16 +31,28 @@ pub struct Jailed {
     pub process: Process,
 }
 
-/// Starts `program` and gives the supervisor's end of its control socket.
+/// What a jailed process is started from.
+#[derive(Debug)]
+pub struct Launch<'a> {
+    /// Its program.
+    pub program: &'a Path,
+    /// The pod's state directory: its only argument, which it ignores and `ps` shows.
+    pub pod: &'a Path,
+    /// Its standard error.
+    pub log: File,
+}
+
+/// Starts a process and gives the supervisor's end of its control socket.
 ///
 /// # Errors
 /// When it cannot be started.
-pub fn jailed(program: &Path, log: File) -> io::Result<(Jailed, OwnedFd)> {
+pub fn jailed(launch: Launch<'_>) -> io::Result<(Jailed, OwnedFd)> {
     let (ours, theirs) = seqpacket::pair()?;
     // Above the number that it is copied to: a copy onto itself would stay close-on-exec.
     let theirs = rustix::io::fcntl_dupfd_cloexec(&theirs, CONTROL + 1)?;
-    let mut command = Command::new(program);
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log).env_clear();
+    let mut command = Command::new(launch.program);
+    command.arg(launch.pod).env_clear();
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(launch.log);
     let number = theirs.as_raw_fd();
     // SAFETY: the closure makes one async-signal-safe system call and allocates nothing.
     unsafe { command.pre_exec(move || copy_to_control(number)) };
@@ -96,15 +108,18 @@ mod tests {
         rustix::process::geteuid().is_root()
     }
 
+    fn launch<'a>(program: &'a str, pod: &'a str) -> Launch<'a> {
+        let log = tempfile::tempfile().unwrap();
+        Launch { program: Path::new(program), pod: Path::new(pod), log }
+    }
+
     #[test]
     fn a_jailed_process_has_its_socket_and_dies_with_its_owner() {
         if !is_root() {
             return;
         }
         // `cat` without arguments would end at once: its input is /dev/null.
-        let log = tempfile::tempfile().unwrap();
-        let program = Path::new("/bin/sh");
-        let (jailed, control) = jailed(program, log).unwrap();
+        let (jailed, control) = jailed(launch("/bin/sh", "/dev/null")).unwrap();
         let process = jailed.process;
         assert!(process.wait(Duration::from_secs(5)), "a shell without input ends");
         drop(jailed);
@@ -117,7 +132,7 @@ mod tests {
         if !is_root() {
             return;
         }
-        let error = jailed(Path::new("/nonexistent"), tempfile::tempfile().unwrap()).unwrap_err();
+        let error = jailed(launch("/nonexistent", "pod")).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::NotFound);
     }
 }

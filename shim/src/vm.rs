@@ -8,7 +8,6 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -24,7 +23,7 @@ use tokio::time::timeout;
 use crate::bundle::MachineSize;
 use crate::channel::Control;
 use crate::process::Process;
-use crate::spawn::{self, Jailed};
+use crate::spawn::{self, Jailed, Launch};
 
 /// The guest's context id: each machine has its own vsock device, so all may have the same.
 const GUEST_CID: u32 = 3;
@@ -62,8 +61,6 @@ impl From<ClientError> for MachineError {
 /// What a machine is started from.
 #[derive(Debug)]
 pub struct Parts<'a> {
-    /// The monitor's program.
-    pub program: &'a Path,
     /// `/dev/kvm`.
     pub kvm: &'a File,
     /// The guest's kernel.
@@ -74,8 +71,6 @@ pub struct Parts<'a> {
     pub file_server: BorrowedFd<'a>,
     /// Where the console goes.
     pub console: File,
-    /// Where the monitor's log goes.
-    pub log: File,
     /// Who the monitor becomes.
     pub jail: JailConfig,
     /// vCPUs and memory.
@@ -106,13 +101,12 @@ impl Machine {
     ///
     /// # Errors
     /// When the monitor cannot be started or refuses its configuration.
-    pub async fn start(parts: Parts<'_>) -> Result<Self, MachineError> {
+    pub async fn start(launch: Launch<'_>, parts: Parts<'_>) -> Result<Self, MachineError> {
         let spawn_error = |error: io::Error| MachineError::Spawn(error.to_string());
         let random = File::open("/dev/urandom").map_err(spawn_error)?;
         let (config, descriptors) = configuration(&parts, &random);
         let (jailed, socket) =
-            spawn::jailed(parts.program, parts.log.try_clone().map_err(spawn_error)?)
-                .map_err(spawn_error)?;
+            spawn::jailed(launch).map_err(spawn_error)?;
         let client = Client::new(socket);
         client.configure(&config, &descriptors)?;
         let control = Arc::new(Control::new(client).map_err(spawn_error)?);

@@ -145,26 +145,18 @@ impl Runtime {
         }
     }
 
-    /// The processes of this runtime: those that run one of its programs for this state directory,
-    /// and their children.
+    /// The processes of this runtime whose command line has `name` in it. Every process of a pod
+    /// shows the pod's state directory as an argument.
     ///
     /// # Errors
     /// When `/proc` cannot be read.
     pub fn processes(&self, name: &str) -> Result<Vec<u32>> {
         let root = self.root().to_string_lossy().into_owned();
-        let mut found = Vec::new();
-        let table = process_table()?;
-        for process in &table {
-            let ours = |pid: u32| {
-                let owner = table.iter().find(|other| other.pid == pid);
-                owner.is_some_and(|owner| owner.command_line.contains(&root))
-            };
-            let named = process.command_line.contains(name);
-            if named && (ours(process.pid) || ours(process.parent)) {
-                found.push(process.pid);
-            }
-        }
-        Ok(found)
+        let table = process_table()?.into_iter();
+        let ours = table.filter(|process| {
+            process.command_line.contains(&root) && process.command_line.contains(name)
+        });
+        Ok(ours.map(|process| process.pid).collect())
     }
 
     /// Fails when a process, mount, cgroup or file of this runtime is left.
@@ -212,20 +204,8 @@ pub fn kill_9(pid: u32) -> Result<()> {
     Ok(())
 }
 
-/// Programs of Bulkhead that run anywhere on this machine.
-///
-/// # Errors
-/// When `/proc` cannot be read.
-pub fn bulkhead_processes() -> Result<Vec<String>> {
-    let table = process_table()?;
-    let ours = table.into_iter().filter(|process| process.program.starts_with("bulkhead"));
-    Ok(ours.map(|process| format!("{} {}", process.pid, process.command_line)).collect())
-}
-
 struct Process {
     pid: u32,
-    parent: u32,
-    program: String,
     command_line: String,
 }
 
@@ -238,15 +218,11 @@ fn process_table() -> Result<Vec<Process>> {
         // A process may end while it is looked at.
         let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else { continue };
         let Ok(line) = fs::read(format!("/proc/{pid}/cmdline")) else { continue };
-        let Some((head, tail)) = stat.rsplit_once(')') else { continue };
-        let program = head.split_once('(').map(|(_, name)| name.to_owned()).unwrap_or_default();
-        let fields: Vec<&str> = tail.split_whitespace().collect();
-        if matches!(fields.first(), Some(&"Z")) {
+        if stat.rsplit_once(')').is_some_and(|(_, tail)| tail.trim_start().starts_with('Z')) {
             continue;
         }
-        let parent = fields.get(1).and_then(|field| field.parse().ok()).unwrap_or(0);
         let command_line = String::from_utf8_lossy(&line).replace('\0', " ");
-        table.push(Process { pid, parent, program, command_line });
+        table.push(Process { pid, command_line });
     }
     Ok(table)
 }

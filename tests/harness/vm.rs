@@ -33,6 +33,8 @@ pub struct Options {
     pub cmdline: String,
     /// The kernel, if not the guest kernel.
     pub kernel: Option<PathBuf>,
+    /// The initramfs, if not the one with the agent.
+    pub initramfs: Option<PathBuf>,
     /// Changes the configuration before it is sent.
     pub spoil: Option<fn(&mut VmConfig)>,
 }
@@ -76,10 +78,11 @@ impl TestVm {
     fn configure(&mut self, options: &Options) -> Result<()> {
         let image = dist().join("share/bulkhead");
         let kernel = options.kernel.clone().unwrap_or_else(|| image.join("vmlinux"));
+        let initramfs = options.initramfs.clone().unwrap_or_else(|| image.join("initramfs.cpio"));
         let files = [
             File::options().read(true).write(true).open("/dev/kvm").context("/dev/kvm")?,
             File::open(&kernel).with_context(|| kernel.display().to_string())?,
-            File::open(image.join("initramfs.cpio")).context("initramfs")?,
+            File::open(&initramfs).with_context(|| initramfs.display().to_string())?,
             self.console.try_clone()?,
             File::open("/dev/urandom")?,
         ];
@@ -238,7 +241,8 @@ fn inherit_as_3(command: &mut Command, socket: BorrowedFd<'_>) {
     unsafe {
         command.pre_exec(move || {
             // dup2 onto itself would leave close-on-exec set.
-            let result = if raw == 3 { libc::fcntl(3, libc::F_SETFD, 0) } else { libc::dup2(raw, 3) };
+            let result =
+                if raw == 3 { libc::fcntl(3, libc::F_SETFD, 0) } else { libc::dup2(raw, 3) };
             if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
         });
     }

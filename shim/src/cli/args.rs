@@ -93,7 +93,10 @@ pub enum Verb {
     Spec(Spec),
     /// The process behind each pod.
     #[command(hide = true)]
-    Supervise,
+    Supervise {
+        /// The pod's state directory, for `ps` to show: the orders come over a socket.
+        pod: PathBuf,
+    },
     /// The process that stands for a created container.
     #[command(hide = true)]
     StandIn(Named),

@@ -152,6 +152,7 @@ fn start_supervisor(
     let log = File::create(home.path("supervisor.log")).context("supervisor.log")?;
     let supervisor = Command::new(std::env::current_exe().context("/proc/self/exe")?)
         .arg("supervise")
+        .arg(home.dir())
         .stdin(Stdio::from(theirs))
         .stdout(Stdio::null())
         .stderr(log)

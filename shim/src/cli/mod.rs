@@ -49,7 +49,7 @@ pub fn main() -> ExitCode {
 
 fn dispatch(line: &CommandLine) -> anyhow::Result<ExitCode> {
     let global = &line.global;
-    if matches!(line.verb, Verb::Supervise) {
+    if matches!(line.verb, Verb::Supervise { .. }) {
         supervisor::run()?;
         return Ok(ExitCode::SUCCESS);
     }
@@ -67,7 +67,7 @@ fn dispatch(line: &CommandLine) -> anyhow::Result<ExitCode> {
         Verb::Delete(delete) => delete::delete(global, delete)?,
         Verb::List(list) => list::list(global, list)?,
         Verb::Spec(spec) => spec::spec(spec)?,
-        Verb::Supervise => {}
+        Verb::Supervise { .. } => {}
         Verb::Other(words) => {
             let verb = words.first().map_or("", String::as_str);
             bail!("{verb:?} is not supported yet; \"bulkhead --help\" lists what is");

@@ -1,9 +1,10 @@
 //! Packs a kernel's ELF file: only the program headers and what they load stay.
 //!
 //! The kernel is linked for pages of 2 MiB, so a third of the file would be holes between segments;
-//! here they follow each other at 4 KiB, at the same addresses in memory. Loaders read program headers
-//! only, so sections, symbols and debug data go. Spec: ELF-64 object file format, chapters 3 and 8.
-//! Only the 64-bit little-endian form is read, and what is wrong with another is said.
+//! here they follow each other at 4 KiB, at the same addresses in memory. Long runs of padding inside
+//! a segment (entry code has 2 MiB of its own) go too: what is not in the file is not written into the
+//! memory of a pod, which is zero before. Loaders read program headers only, so sections, symbols and debug data go.
+//! Spec: ELF-64 object file format, chapters 3 and 8. Only the 64-bit little-endian form is read.
 
 use anyhow::{Context, Result, bail, ensure};
 
@@ -11,6 +12,10 @@ const HEADER: usize = 64;
 const PROGRAM_HEADER: usize = 56;
 const PAGE: u64 = 4096;
 const LOAD: u64 = 1;
+/// Shorter runs of padding are not worth a program header, in pages.
+const WORTHWHILE: u64 = 16;
+/// What the linker fills data and code with.
+const FILLERS: [u8; 2] = [0, 0xcc];
 
 /// One program header, as its raw fields and its place in the file.
 #[derive(Debug, Clone, Copy)]
@@ -19,7 +24,25 @@ struct Segment {
     kind: u64,
     offset: u64,
     address: u64,
+    physical: u64,
     size: u64,
+    memory: u64,
+}
+
+impl Segment {
+    /// The part of a loaded segment from `start` to `end`, both counted from its start; the last part
+    /// also has the memory that the file has nothing for.
+    fn part(&self, start: u64, end: u64) -> Self {
+        let rest = if end == self.size { self.memory - self.size } else { 0 };
+        Self {
+            offset: self.offset + start,
+            address: self.address + start,
+            physical: self.physical + start,
+            size: end - start,
+            memory: end - start + rest,
+            ..*self
+        }
+    }
 }
 
 /// The packed file.
@@ -28,31 +51,65 @@ struct Segment {
 /// When `file` is not a 64-bit little-endian ELF file, or a header points outside it.
 pub fn pack(file: &[u8]) -> Result<Vec<u8>> {
     ensure!(file.starts_with(b"\x7fELF\x02\x01"), "not a 64-bit little-endian ELF file");
-    let segments = segments(file)?;
+    let mut parts = Vec::new();
+    for segment in segments(file)? {
+        parts.extend(without_padding(file, segment)?);
+    }
     let mut packed = file.get(..HEADER).context("ELF header cut short")?.to_vec();
     put(&mut packed, 32, 8, HEADER as u64)?; // e_phoff
     put(&mut packed, 40, 8, 0)?; // e_shoff
+    put(&mut packed, 56, 2, parts.len() as u64)?; // e_phnum
     put(&mut packed, 58, 6, 0)?; // e_shentsize, e_shnum, e_shstrndx
-    packed.resize(HEADER + segments.len() * PROGRAM_HEADER, 0);
+    packed.resize(HEADER + parts.len() * PROGRAM_HEADER, 0);
 
     let mut moved: Vec<(Segment, u64)> = Vec::new();
-    for segment in segments.iter().filter(|segment| segment.kind == LOAD) {
+    for part in parts.iter().filter(|part| part.kind == LOAD) {
         // The offset and the address agree within a page, as mmap wants it.
         let page = (packed.len() as u64).next_multiple_of(PAGE);
-        let offset = page + segment.address % PAGE;
+        let offset = page + part.address % PAGE;
         packed.resize(usize::try_from(offset)?, 0);
-        packed.extend_from_slice(slice(file, segment.offset, segment.size)?);
-        moved.push((*segment, offset));
+        packed.extend_from_slice(slice(file, part.offset, part.size)?);
+        moved.push((*part, offset));
     }
-    for (index, segment) in segments.iter().enumerate() {
+    for (index, part) in parts.iter().enumerate() {
         let at = HEADER + index * PROGRAM_HEADER;
-        packed[at..at + PROGRAM_HEADER].copy_from_slice(&segment.raw);
-        put(&mut packed, at + 8, 8, new_offset(segment, &moved)?)?;
-        if segment.kind == LOAD {
+        packed[at..at + PROGRAM_HEADER].copy_from_slice(&part.raw);
+        let fields =
+            [new_offset(part, &moved)?, part.address, part.physical, part.size, part.memory];
+        for (field, value) in (8..48).step_by(8).zip(fields) {
+            put(&mut packed, at + field, 8, value)?;
+        }
+        if part.kind == LOAD {
             put(&mut packed, at + 48, 8, PAGE)?; // p_align
         }
     }
     Ok(packed)
+}
+
+/// A loaded segment in parts between its long runs of padding; any other as it is.
+fn without_padding(file: &[u8], segment: Segment) -> Result<Vec<Segment>> {
+    if segment.kind != LOAD {
+        return Ok(vec![segment]);
+    }
+    ensure!(segment.memory >= segment.size, "a segment is larger in the file than in memory");
+    let content = slice(file, segment.offset, segment.size)?;
+    let mut parts = Vec::new();
+    let (mut start, mut padding) = (0, 0);
+    for (page, bytes) in (0..).zip(content.chunks(usize::try_from(PAGE)?)) {
+        if FILLERS.iter().any(|filler| bytes.iter().all(|byte| byte == filler)) {
+            padding += 1;
+            continue;
+        }
+        if padding >= WORTHWHILE {
+            if page > padding {
+                parts.push(segment.part(start, (page - padding) * PAGE));
+            }
+            start = page * PAGE;
+        }
+        padding = 0;
+    }
+    parts.push(segment.part(start, segment.size));
+    Ok(parts)
 }
 
 /// A segment that is loaded moved itself; another lies within one that is.
@@ -77,7 +134,9 @@ fn segments(file: &[u8]) -> Result<Vec<Segment>> {
             kind: get(raw, 0, 4)?,
             offset: get(raw, 8, 8)?,
             address: get(raw, 16, 8)?,
+            physical: get(raw, 24, 8)?,
             size: get(raw, 32, 8)?,
+            memory: get(raw, 40, 8)?,
         });
     }
     Ok(segments)
@@ -116,8 +175,9 @@ mod tests {
             [(1, 0x20_0000, 0xffff_0000_u64, 16), (1, 0x30_0123, 0x1123, 5), (4, 0x20_0008, 0, 4)];
         for (index, (kind, offset, address, size)) in headers.into_iter().enumerate() {
             let at = 64 + index * 56;
+            let fields = [(0, 4, kind), (8, 8, offset), (16, 8, address), (24, 8, address)];
             for (field, width, value) in
-                [(0, 4, kind), (8, 8, offset), (16, 8, address), (32, 8, size)]
+                fields.into_iter().chain([(32, 8, size), (40, 8, size + 8)])
             {
                 put(&mut file, at + field, width, value).unwrap();
             }
@@ -140,6 +200,29 @@ mod tests {
         for segment in &segments[..2] {
             assert_eq!(segment.offset % 4096, segment.address % 4096);
         }
+    }
+
+    #[test]
+    fn long_padding_within_a_segment_is_left_out() {
+        let mut file = kernel();
+        let size = 0x8_0000;
+        put(&mut file, 64 + 32, 8, size).unwrap();
+        put(&mut file, 64 + 40, 8, size + 8).unwrap();
+        file[0x20_1000..0x27_0000].fill(0xcc);
+        file[0x27_8000..0x27_8004].copy_from_slice(b"tail");
+        let parts = segments(&pack(&file).unwrap()).unwrap();
+        // One page, the padding, then from the tail to the end: code keeps its addresses.
+        assert_eq!(parts.len(), 4);
+        assert_eq!((parts[0].size, parts[0].memory), (0x1000, 0x1000));
+        assert_eq!(parts[1].address, 0xffff_0000 + 0x7_8000);
+        assert_eq!(parts[1].physical, parts[1].address);
+        assert_eq!((parts[1].size, parts[1].memory), (0x8000, 0x8008));
+    }
+
+    #[test]
+    fn packing_twice_changes_nothing() {
+        let once = pack(&kernel()).unwrap();
+        assert_eq!(pack(&once).unwrap(), once);
     }
 
     #[test]

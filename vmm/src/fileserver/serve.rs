@@ -8,6 +8,7 @@ use rustix::net::{RecvFlags, SendFlags, recv, send};
 use super::caller;
 use super::share::{Outcome, Share};
 use super::wire::{self, Reply, ReplyHeader, Request};
+use crate::devices::rate_limit::guest_warn;
 
 /// What all threads share.
 #[derive(Debug)]
@@ -35,7 +36,7 @@ impl Service {
                 Ok((filled, total)) if filled == total => {
                     self.answer(packet.get(..filled).unwrap_or_default(), &mut reply);
                 }
-                Ok((_, total)) => log::warn!("dropped a packet of {total} bytes: no request"),
+                Ok((_, total)) => guest_warn!("dropped a packet of {total} bytes: no request"),
                 Err(Errno::INTR) => {}
                 Err(error) => {
                     log::error!("relay socket failed: {error}");
@@ -52,7 +53,7 @@ impl Service {
 
     fn answer(&self, packet: &[u8], reply: &mut Reply) {
         let Some(request) = Request::parse(packet) else {
-            log::warn!("dropped a packet of {} bytes: no header", packet.len());
+            guest_warn!("dropped a packet of {} bytes: no header", packet.len());
             return;
         };
         reply.clear();

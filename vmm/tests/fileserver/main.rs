@@ -15,6 +15,7 @@
 
 mod attributes;
 mod data;
+mod hostile;
 mod jail;
 mod locks;
 mod names;

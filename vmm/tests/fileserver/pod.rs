@@ -79,31 +79,11 @@ impl Pod {
         pod
     }
 
-    /// Makes a directory visible in the share, as the supervisor does: nowhere else.
+    /// Makes a directory visible in the share.
     pub(crate) fn attach(&self, source: &Path, target: &str) {
-        let mut path = PathBuf::new();
-        for part in Path::new(target) {
-            path.push(part);
-            let _ = mkdirat(&self.share, &path, Mode::from_raw_mode(0o755));
-        }
-        let tree = open_tree(
-            CWD,
-            source,
-            OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC,
-        )
-        .unwrap();
-        let namespace = File::open(format!("/proc/{}/ns/mnt", self.server.child.id())).unwrap();
-        thread::scope(|scope| {
-            let attach = || {
-                // SAFETY: descriptors stay shared.
-                unsafe { unshare_unsafe(UnshareFlags::FS) }.unwrap();
-                move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Mount))
-                    .unwrap();
-                let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
-                move_mount(&tree, "", CWD, Path::new("/").join(target), flags).unwrap();
-            };
-            scope.spawn(attach).join().unwrap();
-        });
+        let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+        let tree = open_tree(CWD, source, flags).unwrap();
+        self.server.attach(&self.share, &tree, target);
     }
 
     /// A second directory of the host, on a file system of its own.
@@ -147,6 +127,27 @@ impl Server {
         seqpacket::send(control, config, descriptors).unwrap();
         let answer = seqpacket::receive(control).unwrap().expect("an answer");
         serde_json::from_slice(&answer.bytes).unwrap()
+    }
+
+    /// Makes a detached mount visible in the share, as the supervisor does: nowhere else.
+    pub(crate) fn attach(&self, share: &OwnedFd, tree: &OwnedFd, target: &str) {
+        let mut path = PathBuf::new();
+        for part in Path::new(target) {
+            path.push(part);
+            let _ = mkdirat(share, &path, Mode::from_raw_mode(0o755));
+        }
+        let namespace = File::open(format!("/proc/{}/ns/mnt", self.child.id())).unwrap();
+        thread::scope(|scope| {
+            let attach = || {
+                // SAFETY: descriptors stay shared.
+                unsafe { unshare_unsafe(UnshareFlags::FS) }.unwrap();
+                let kind = Some(LinkNameSpaceType::Mount);
+                move_into_link_name_space(namespace.as_fd(), kind).unwrap();
+                let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
+                move_mount(tree, "", CWD, Path::new("/").join(target), flags).unwrap();
+            };
+            scope.spawn(attach).join().unwrap();
+        });
     }
 
     /// Closes the control socket, which ends the process.

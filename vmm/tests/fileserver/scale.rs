@@ -74,6 +74,24 @@ fn can_raise() -> bool {
 }
 
 #[test]
+fn files_that_came_and_went_leave_nothing_behind() {
+    let pod = Pod::new();
+    let come_and_go = |from: usize| {
+        for number in from..from + 5000 {
+            let path = pod.guest.join(format!("file-{number}"));
+            drop(File::create(&path).unwrap());
+            fs::remove_file(&path).unwrap();
+        }
+    };
+    come_and_go(0);
+    let before = status_kib(&pod, "VmRSS");
+    come_and_go(5000);
+    let after = status_kib(&pod, "VmRSS");
+    assert!(after < before + 64, "{before} -> {after} KiB");
+    assert!(descriptors(&pod) < 32);
+}
+
+#[test]
 fn a_huge_directory_is_listed_whole_and_emptied() {
     let pod = Pod::new();
     let directory = pod.guest.join("huge");

@@ -121,6 +121,9 @@ impl Share {
         let inode = self.inodes.get(request.node)?;
         // Before the mode: a new owner costs a file its set-id bits.
         if changes.has(valid::UID | valid::GID) {
+            if changes.uid == u32::MAX || changes.gid == u32::MAX {
+                return Err(Errno::INVAL);
+            }
             let uid = changes.has(valid::UID).then(|| Uid::from_raw(changes.uid));
             let gid = changes.has(valid::GID).then(|| Gid::from_raw(changes.gid));
             chownat(&inode, "", uid, gid, AtFlags::EMPTY_PATH | AtFlags::SYMLINK_NOFOLLOW)?;

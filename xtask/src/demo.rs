@@ -31,6 +31,8 @@ const QUESTIONS: [(&str, &str); 5] = [
 /// Columns of one side of the table, and of the questions before it.
 const COLUMN: usize = 52;
 const NAMES: usize = 20;
+/// An answer's lines in its column; the rest of a long one says nothing new.
+const LINES: usize = 3;
 
 /// Builds everything, then shows the comparison.
 pub(crate) fn run(clock: &mut Clock) -> Result<ExitCode> {
@@ -154,7 +156,11 @@ fn row(name: &str, left: &str, right: &str) -> String {
 }
 
 fn wrapped(text: &str) -> Vec<String> {
-    let signs: Vec<char> = text.chars().collect();
+    let mut signs: Vec<char> = text.chars().collect();
+    if signs.len() > COLUMN * LINES {
+        signs.truncate(COLUMN * LINES - 1);
+        signs.push('…');
+    }
     signs.chunks(COLUMN).map(|chunk| chunk.iter().collect()).collect()
 }
 
@@ -171,6 +177,11 @@ mod tests {
         assert_eq!(lines.len(), 1 + QUESTIONS.len() + 1);
         assert!(lines[2].ends_with("other"));
         assert_eq!(lines[3].trim(), "x");
+    }
+
+    #[test]
+    fn very_long_answers_are_cut() {
+        assert_eq!(wrapped(&"x".repeat(COLUMN * 9)).len(), LINES);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! The monitor and the guest image, without a supervisor: needs /dev/kvm, root, and what
 //! `cargo xtask image` builds. Runs in the test host.
 
+mod devices;
 mod jail;
 mod lifecycle;

@@ -8,6 +8,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use rustix::net::{SendFlags, Shutdown, send, shutdown};
 use vm_memory::VolatileSlice;
 
@@ -117,22 +118,22 @@ impl Stream {
     fn flush(&mut self) {
         while self.writable
             && let Some(socket) = &self.socket
-            && let Some(chunk) = Some(self.state.backlog().as_slices().0)
-            && !chunk.is_empty()
         {
+            let (chunk, _) = self.state.backlog().as_slices();
+            if chunk.is_empty() {
+                // A stream that stalled once shall not keep its buffer for ever.
+                self.state.backlog().shrink_to_fit();
+                break;
+            }
             match send(socket, chunk, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
                 Ok(count) => {
                     self.state.backlog().drain(..count);
                     self.state.note_forwarded(count);
                 }
-                Err(rustix::io::Errno::INTR) => {}
-                Err(rustix::io::Errno::AGAIN) => self.writable = false,
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => self.writable = false,
                 Err(_) => self.state.note_host_gone(),
             }
-        }
-        if self.state.backlog().is_empty() {
-            // A stream that stalled once shall not keep its buffer for ever.
-            self.state.backlog().shrink_to_fit();
         }
         self.settle();
     }

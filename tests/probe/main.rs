@@ -1,0 +1,127 @@
+//! The first process of a guest that tests devices: it does over vsock what it is told.
+//!
+//! A port is a behaviour: 1 echoes, 2 sends as many bytes as it is asked for, 3 counts bytes until
+//! their end, 4 carries out a task given in words, 5 closes at once. Streams carry [`pattern`], so
+//! that bytes that were lost, doubled or moved are noticed at either end.
+
+use std::fs::{self, File};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::net::Shutdown;
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use rustix::fs::{FallocateFlags, fallocate};
+use rustix::mount::{MountFlags, mount};
+use vsock::{VMADDR_CID_ANY, VsockListener, VsockStream};
+
+fn main() -> Result<()> {
+    for (kind, place) in [("devtmpfs", "/dev"), ("proc", "/proc"), ("sysfs", "/sys")] {
+        mount(kind, place, kind, MountFlags::empty(), None).context(place)?;
+    }
+    let behaviours: [(u32, fn(VsockStream) -> Result<()>); 5] =
+        [(1, echo), (2, send), (3, count), (4, task), (5, |_| Ok(()))];
+    for (port, behaviour) in behaviours {
+        let listener = VsockListener::bind_with_cid_port(VMADDR_CID_ANY, port)?;
+        thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                // A host that goes away is part of the tests.
+                thread::spawn(move || behaviour(stream));
+            }
+        });
+    }
+    loop {
+        thread::sleep(Duration::from_secs(3600));
+    }
+}
+
+fn pattern(at: u64) -> u8 {
+    u8::try_from(at % 251).unwrap_or(0)
+}
+
+fn echo(mut stream: VsockStream) -> Result<()> {
+    let mut bytes = vec![0; 0x1_0000];
+    loop {
+        let count = stream.read(&mut bytes)?;
+        if count == 0 {
+            return Ok(stream.shutdown(Shutdown::Write)?);
+        }
+        stream.write_all(&bytes[..count])?;
+    }
+}
+
+fn send(mut stream: VsockStream) -> Result<()> {
+    let mut wanted = [0; 8];
+    stream.read_exact(&mut wanted)?;
+    let mut left = u64::from_le_bytes(wanted);
+    let bytes: Vec<u8> = (0..251 * 256).map(pattern).collect();
+    while left > 0 {
+        let now = usize::try_from(left).unwrap_or(usize::MAX).min(bytes.len());
+        stream.write_all(&bytes[..now])?;
+        left -= now as u64;
+    }
+    Ok(())
+}
+
+fn count(mut stream: VsockStream) -> Result<()> {
+    let counted = expect_pattern(&mut stream)?;
+    Ok(stream.write_all(&counted.to_le_bytes())?)
+}
+
+/// Reads to the end and says how many bytes came.
+fn expect_pattern(source: &mut impl Read) -> Result<u64> {
+    let mut bytes = vec![0; 0x1_0000];
+    let mut at = 0;
+    loop {
+        let count = source.read(&mut bytes)?;
+        if count == 0 {
+            return Ok(at);
+        }
+        for byte in &bytes[..count] {
+            ensure!(*byte == pattern(at), "byte {at} is {byte}");
+            at += 1;
+        }
+    }
+}
+
+fn task(mut stream: VsockStream) -> Result<()> {
+    let mut words = String::new();
+    stream.read_to_string(&mut words)?;
+    let words: Vec<&str> = words.split(' ').collect();
+    let answer = carry_out(&words).unwrap_or_else(|error| format!("failed: {error:#}"));
+    Ok(stream.write_all(answer.as_bytes())?)
+}
+
+fn carry_out(words: &[&str]) -> Result<String> {
+    match words {
+        ["show", path] => Ok(fs::read_to_string(path)?.trim().into()),
+        ["write", path, text] => fs::write(path, text).map(|()| "done".into()).context("write"),
+        ["random"] => {
+            let mut bytes = [0; 32];
+            File::open("/dev/hwrng")?.read_exact(&mut bytes)?;
+            Ok(format!("{bytes:x?}"))
+        }
+        ["use", mib] => {
+            // Touched, so that it is memory of the host's too.
+            std::hint::black_box(vec![1_u8; mib.parse::<usize>()? << 20]);
+            Ok("done".into())
+        }
+        ["read", disk] => {
+            let read = expect_pattern(&mut File::open(disk)?)?;
+            Ok(read.to_string())
+        }
+        ["change", disk] => change(disk).map(|()| "done".into()).context("change"),
+        _ => bail!("no such task: {words:?}"),
+    }
+}
+
+/// Writes the second 4 KiB of a disk, and fills the third and fourth with zeroes in two ways.
+fn change(disk: &str) -> io::Result<()> {
+    let mut disk = File::options().read(true).write(true).open(disk)?;
+    disk.seek(SeekFrom::Start(4096))?;
+    disk.write_all(&[0xee; 4096])?;
+    disk.sync_all()?;
+    let keep = FallocateFlags::KEEP_SIZE;
+    fallocate(&disk, FallocateFlags::ZERO_RANGE | keep, 2 * 4096, 4096)?;
+    Ok(fallocate(&disk, FallocateFlags::PUNCH_HOLE | keep, 3 * 4096, 4096)?)
+}

@@ -236,14 +236,18 @@ fn plain_config(cmdline: &str) -> VmConfig {
 #[expect(unsafe_code, reason = "the control socket is inherited as descriptor 3")]
 fn inherit_as_3(command: &mut Command, socket: BorrowedFd<'_>) {
     let raw = socket.as_raw_fd();
+    let as_3 = move || {
+        // dup2 onto itself would leave close-on-exec set.
+        let result = if raw == 3 {
+            // SAFETY: changes a flag of a descriptor that is open.
+            unsafe { libc::fcntl(3, libc::F_SETFD, 0) }
+        } else {
+            // SAFETY: nothing in the child owns descriptor 3 yet.
+            unsafe { libc::dup2(raw, 3) }
+        };
+        if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
+    };
     // SAFETY: the closure makes one system call and allocates nothing; the descriptor is open in
     // the parent until the child has been spawned.
-    unsafe {
-        command.pre_exec(move || {
-            // dup2 onto itself would leave close-on-exec set.
-            let result =
-                if raw == 3 { libc::fcntl(3, libc::F_SETFD, 0) } else { libc::dup2(raw, 3) };
-            if result < 0 { Err(std::io::Error::last_os_error()) } else { Ok(()) }
-        });
-    }
+    unsafe { command.pre_exec(as_3) };
 }

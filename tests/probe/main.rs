@@ -15,11 +15,14 @@ use rustix::fs::{FallocateFlags, fallocate};
 use rustix::mount::{MountFlags, mount};
 use vsock::{VMADDR_CID_ANY, VsockListener, VsockStream};
 
+/// What is done with a stream.
+type Behaviour = fn(VsockStream) -> Result<()>;
+
 fn main() -> Result<()> {
     for (kind, place) in [("devtmpfs", "/dev"), ("proc", "/proc"), ("sysfs", "/sys")] {
         mount(kind, place, kind, MountFlags::empty(), None).context(place)?;
     }
-    let behaviours: [(u32, fn(VsockStream) -> Result<()>); 5] =
+    let behaviours: [(u32, Behaviour); 5] =
         [(1, echo), (2, send), (3, count), (4, task), (5, |_| Ok(()))];
     for (port, behaviour) in behaviours {
         let listener = VsockListener::bind_with_cid_port(VMADDR_CID_ANY, port)?;

@@ -1,6 +1,9 @@
 //! The monitor and the guest image, without a supervisor: needs /dev/kvm, root, and what
 //! `cargo xtask image` builds. Runs in the test host.
 
+#[cfg(test)]
 mod devices;
+#[cfg(test)]
 mod jail;
+#[cfg(test)]
 mod lifecycle;

@@ -102,7 +102,7 @@ fn load_initramfs(
 ) -> Result<(u64, u64), BootError> {
     let len = file.seek(SeekFrom::End(0)).map_err(BootError::Initramfs)?;
     file.rewind().map_err(BootError::Initramfs)?;
-    let low_end = memory.iter().next().map_or(0, vm_memory::GuestMemoryRegion::len);
+    let low_end = memory.iter().next().map_or(0, GuestMemoryRegion::len);
     let address = low_end.checked_sub(len).map(|address| address & !0xfff);
     let Some(address) = address.filter(|address| *address >= kernel_end) else {
         let needs = (kernel_end + len).div_ceil(1 << 20);

@@ -11,10 +11,10 @@ use tempfile::TempDir;
 const BUSYBOX: &str = "/bin/busybox";
 /// The programs that the suites use.
 const APPLETS: &[&str] = &[
-    "cat", "chmod", "chown", "cmp", "dd", "dmesg", "echo", "env", "expr", "false", "find", "free",
-    "grep", "head", "hostname", "id", "kill", "ln", "ls", "mkdir", "mkfifo", "mknod", "mount", "mv",
+    "cat", "chmod", "chown", "cmp", "cp", "dd", "diff", "dmesg", "echo", "env", "expr", "false", "find",
+    "free", "grep", "head", "hostname", "id", "kill", "ln", "ls", "mkdir", "mkfifo", "mknod", "mount", "mv",
     "nc", "printf", "ps", "pwd", "readlink", "rm", "seq", "sh", "sha256sum", "sleep", "sort",
-    "stat", "sync", "tail", "tee", "test", "touch", "tr", "true", "umask", "uname", "wc", "yes",
+    "stat", "sync", "tail", "tar", "tee", "test", "touch", "tr", "true", "umask", "uname", "wc", "yes",
 ];
 /// What Docker leaves a container.
 const CAPABILITIES: &[&str] = &[

@@ -2,6 +2,7 @@
 //! the test host.
 
 mod errors;
+mod files;
 mod isolation;
 mod kill;
 mod lifecycle;

@@ -124,11 +124,7 @@ pub(crate) struct Vcpus {
 
 impl Vcpus {
     /// Starts a thread for each processor; they stand at the gate.
-    pub(crate) fn start(
-        vcpus: Vec<VcpuFd>,
-        bus: &Arc<Bus>,
-        gate: &Arc<Gate>,
-    ) -> io::Result<Self> {
+    pub(crate) fn start(vcpus: Vec<VcpuFd>, bus: &Arc<Bus>, gate: &Arc<Gate>) -> io::Result<Self> {
         register_signal_handler(SIGRTMIN(), on_kick)?;
         let mut threads = Vec::with_capacity(vcpus.len());
         for (index, mut vcpu) in vcpus.into_iter().enumerate() {

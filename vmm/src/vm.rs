@@ -132,8 +132,7 @@ impl Machine {
 
         let gate = Gate::new().map_err(host("gate of the processors"))?;
         let vcpus = create_vcpus(&kvm_device, &vm, config.vcpus, entry)?;
-        let vcpus =
-            Vcpus::start(vcpus, &bus, &gate).map_err(host("threads of the processors"))?;
+        let vcpus = Vcpus::start(vcpus, &bus, &gate).map_err(host("threads of the processors"))?;
         Ok(Self { vm, bus, gate, vcpus, handles })
     }
 
@@ -279,8 +278,8 @@ fn attach(
     (slot, config): (u8, &DeviceConfig),
     fds: &mut Descriptors,
 ) -> Result<(), VmError> {
-    let device = devices::build(config, fds, handles)
-        .map_err(|source| VmError::Device { slot, source })?;
+    let device =
+        devices::build(config, fds, handles).map_err(|source| VmError::Device { slot, source })?;
     let missing = || io::Error::new(io::ErrorKind::NotFound, "no such slot");
     let mut transport =
         bus.slot(slot).ok_or_else(|| VmError::Device { slot, source: missing() })?;

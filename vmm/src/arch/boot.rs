@@ -49,8 +49,8 @@ pub(crate) fn load(
     kernel: &mut File,
     initramfs: &mut File,
 ) -> Result<GuestAddress, BootError> {
-    let loaded = Elf::load(memory, None, kernel, Some(layout::HIGH_MEMORY))
-        .map_err(BootError::Kernel)?;
+    let loaded =
+        Elf::load(memory, None, kernel, Some(layout::HIGH_MEMORY)).map_err(BootError::Kernel)?;
     let (initramfs_address, initramfs_len) = load_initramfs(memory, initramfs, loaded.kernel_end)?;
     let cmdline = cmdline(config);
     if cmdline.len() > CMDLINE_MAX {
@@ -115,7 +115,8 @@ fn load_initramfs(
 
 /// What the firmware of a PC would say about memory.
 fn memory_map(memory: &GuestMemory) -> Vec<boot_e820_entry> {
-    let entry = |addr: u64, end: u64, type_| boot_e820_entry { addr, size: end - addr, r#type: type_ };
+    let entry =
+        |addr: u64, end: u64, type_| boot_e820_entry { addr, size: end - addr, r#type: type_ };
     let mut map = vec![
         entry(0, layout::MP_TABLE.0, E820_RAM),
         entry(layout::MP_TABLE.0, layout::BASE_MEMORY_END, E820_RESERVED),

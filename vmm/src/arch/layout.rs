@@ -40,8 +40,7 @@ pub(crate) const HIGH_MEMORY: GuestAddress = GuestAddress(0x10_0000);
 pub(crate) const SLOTS: GuestAddress = GuestAddress(0xd000_0000);
 /// The end of the last slot.
 #[cfg(test)]
-pub(crate) const SLOTS_END: GuestAddress =
-    GuestAddress(SLOTS.0 + SLOT_COUNT as u64 * SLOT_BYTES);
+pub(crate) const SLOTS_END: GuestAddress = GuestAddress(SLOTS.0 + SLOT_COUNT as u64 * SLOT_BYTES);
 /// Memory goes on here.
 pub(crate) const AFTER_4GIB: GuestAddress = GuestAddress(1 << 32);
 

@@ -92,8 +92,11 @@ pub(crate) fn write_tables(memory: &GuestMemory) -> Result<(), RegisterError> {
 /// Sets what every processor starts with.
 pub(crate) fn set_common(vcpu: &VcpuFd) -> Result<(), RegisterError> {
     vcpu.set_fpu(&kvm_fpu { fcw: 0x37f, mxcsr: 0x1f80, ..Default::default() })?;
-    let fast_strings =
-        kvm_msr_entry { index: MSR_MISC_ENABLE, data: MISC_ENABLE_FAST_STRING, ..Default::default() };
+    let fast_strings = kvm_msr_entry {
+        index: MSR_MISC_ENABLE,
+        data: MISC_ENABLE_FAST_STRING,
+        ..Default::default()
+    };
     let msrs = Msrs::from_entries(&[fast_strings]).map_err(|_| RegisterError::Msrs)?;
     vcpu.set_msrs(&msrs)?;
     let mut apic = vcpu.get_lapic()?;

@@ -194,6 +194,12 @@ impl Muxer {
         Ok(None)
     }
 
+    /// Bytes of the guest's that wait for hosts.
+    #[cfg(test)]
+    pub(super) fn kept_bytes(&mut self) -> usize {
+        self.streams.values_mut().map(|stream| stream.state.backlog().len()).sum()
+    }
+
     /// The driver is gone: streams end, requests start anew with the next driver.
     pub(super) fn reset(&mut self) -> impl Iterator<Item = OpenRequest> + use<> {
         self.streams.clear();

@@ -174,3 +174,58 @@ fn counters_that_make_no_sense_give_no_credit() {
     guest.source(to_host.dst_port);
     assert_eq!(guest.operations(), [Operation::CreditRequest]);
 }
+
+#[test]
+fn no_sequence_of_packets_breaks_the_device() {
+    let memory = mock::memory();
+    let mut random = mock::Random(11);
+    for _ in 0..60 {
+        let mut guest = Guest::new(&memory);
+        let (mut socket, to_host) = guest.connect();
+        let _second = guest.connect();
+        for _ in 0..60 {
+            match random.below(8) {
+                0 => guest.offer(3),
+                1 => drop(socket.write(&[1; 5000])),
+                2 => drop(socket.read(&mut [0; 0x1_0000])),
+                3 => guest.source(to_host.dst_port + u32::try_from(random.below(3)).unwrap()),
+                4 if random.below(10) == 0 => drop(socket.shutdown(Shutdown::Write)),
+                5 if random.below(10) == 0 => drop(guest.open(Duration::from_millis(1))),
+                _ => {
+                    let (header, len) = any_packet(&mut random, to_host);
+                    guest.send(header, &vec![0; len]);
+                }
+            }
+            let _ = guest.received();
+        }
+        let kept: usize = guest.vsock.muxer.kept_bytes();
+        assert!(kept <= 2 * BUFFER_BYTES as usize, "{kept} bytes are kept");
+    }
+}
+
+/// A packet that is often nearly right, and the length of its payload.
+fn any_packet(random: &mut mock::Random, to_host: Header) -> (Header, usize) {
+    let operation = match random.below(12) {
+        0 => None,
+        1 => Some(Operation::Request),
+        2 => Some(Operation::Response),
+        3 if random.below(4) == 0 => Some(Operation::Reset),
+        4 if random.below(4) == 0 => Some(Operation::Shutdown),
+        5 => Some(Operation::CreditUpdate),
+        6 => Some(Operation::CreditRequest),
+        _ => Some(Operation::ReadWrite),
+    };
+    let mut number = |limit| u32::try_from(random.below(limit)).unwrap();
+    let header = Header {
+        dst_port: to_host.dst_port + number(3),
+        src_port: to_host.src_port + number(16) / 15,
+        kind: if number(16) == 0 { 7 } else { TYPE_STREAM },
+        operation,
+        sides: Sides { receive: number(2) == 0, send: number(2) == 0 },
+        buf_alloc: if number(4) == 0 { number(1 << 32) } else { GUEST_BUFFER },
+        fwd_cnt: if number(4) == 0 { number(1 << 32) } else { number(0x8000) },
+        ..to_host
+    };
+    let len = if number(4) == 0 { number(0x1_0000) } else { number(100) };
+    (header, usize::try_from(len).unwrap())
+}

@@ -1,6 +1,5 @@
 //! The pod's file server: starts it, gives it the share, and knows when it ends.
 
-use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::Duration;

@@ -124,7 +124,9 @@ impl Relay {
                 continue;
             }
             let message = seqpacket::receive(&self.supervisor)?;
-            let message = message.ok_or_else(|| io::Error::other("the supervisor is gone"))?;
+            let message = message.ok_or_else(|| {
+                io::Error::other("the supervisor is gone, and the container with it")
+            })?;
             match serde_json::from_slice(&message.bytes)? {
                 ToStandIn::Streams => outputs = self.relay(message.descriptors)?,
                 ToStandIn::Exited { status, reason } => {

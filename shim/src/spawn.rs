@@ -118,7 +118,6 @@ mod tests {
         if !is_root() {
             return;
         }
-        // `cat` without arguments would end at once: its input is /dev/null.
         let (jailed, control) = jailed(launch("/bin/sh", "/dev/null")).unwrap();
         let process = jailed.process;
         assert!(process.wait(Duration::from_secs(5)), "a shell without input ends");

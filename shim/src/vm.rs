@@ -29,6 +29,8 @@ use crate::spawn::{self, Jailed, Launch};
 const GUEST_CID: u32 = 3;
 /// How long the monitor may take to answer a call that does not wait for the guest.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// How Linux introduces the reason of a panic.
+const PANIC_MARK: &str = "Kernel panic - not syncing:";
 /// Lines of the console that an error quotes.
 const QUOTED_LINES: usize = 8;
 
@@ -105,8 +107,7 @@ impl Machine {
         let spawn_error = |error: io::Error| MachineError::Spawn(error.to_string());
         let random = File::open("/dev/urandom").map_err(spawn_error)?;
         let (config, descriptors) = configuration(&parts, &random);
-        let (jailed, socket) =
-            spawn::jailed(launch).map_err(spawn_error)?;
+        let (jailed, socket) = spawn::jailed(launch).map_err(spawn_error)?;
         let client = Client::new(socket);
         client.configure(&config, &descriptors)?;
         let control = Arc::new(Control::new(client).map_err(spawn_error)?);
@@ -200,7 +201,7 @@ async fn listen(control: Arc<Control>, calls: Waiting, tell: watch::Sender<Optio
                 }
             }
             Ok((FromMonitor::Event(event), _)) => {
-                break format!("{}{}", reason(&event.ended), quote(&event.console_tail));
+                break reason(&event.ended, &event.console_tail);
             }
             Err(ClientError::Gone) => break "the monitor is gone".to_owned(),
             Err(error) => break format!("{:#}", anyhow::Error::from(error)),
@@ -211,12 +212,16 @@ async fn listen(control: Arc<Control>, calls: Waiting, tell: watch::Sender<Optio
     calls.lock().unwrap_or_else(PoisonError::into_inner).waiting.clear();
 }
 
-fn reason(ending: &Ending) -> String {
-    match ending {
+fn reason(ending: &Ending, console: &[String]) -> String {
+    let words = match ending {
         Ending::Reset => "the guest shut down".to_owned(),
-        Ending::Panic => "the guest's kernel panicked".to_owned(),
+        Ending::Panic => {
+            let panic = console.iter().find_map(|line| Some(line.split_once(PANIC_MARK)?.1.trim()));
+            format!("the guest's kernel panicked: {}", panic.unwrap_or("it did not say why"))
+        }
         Ending::Fault { reason } => format!("KVM cannot go on: {reason}"),
-    }
+    };
+    words + &quote(console)
 }
 
 /// The last lines of a console for a message of one line: empty when there are none.
@@ -271,13 +276,11 @@ mod tests {
     fn the_configuration_is_one_that_the_monitor_takes() {
         let file = File::open("/dev/null").unwrap();
         let parts = Parts {
-            program: Path::new("/x"),
             kvm: &file,
             kernel: &file,
             initramfs: &file,
             file_server: file.as_fd(),
             console: file.try_clone().unwrap(),
-            log: file.try_clone().unwrap(),
             jail: JailConfig { uid: 1, gid: 1 },
             size: MachineSize { vcpus: 1, memory_mib: 128 },
         };
@@ -287,9 +290,11 @@ mod tests {
 
     #[test]
     fn the_end_of_a_machine_reads_as_one_line() {
-        let lines: Vec<String> = (0..20).map(|n| format!("line {n}\r")).collect();
-        let words = format!("{}{}", reason(&Ending::Panic), quote(&lines));
-        assert!(words.starts_with("the guest's kernel panicked; console: line 12 "), "{words}");
+        let mut lines: Vec<String> = (0..20).map(|n| format!("line {n}\r")).collect();
+        lines[2] = "[ 1.0] Kernel panic - not syncing: no init".to_owned();
+        let words = reason(&Ending::Panic, &lines);
+        let start = "the guest's kernel panicked: no init; console: line 12 ";
+        assert!(words.starts_with(start), "{words}");
         assert!(words.contains("line 19") && !words.contains('\r') && !words.contains("line 11"));
         assert_eq!(quote(&[]), "");
         assert_eq!(quote(&["\n".to_owned()]), "");

@@ -14,8 +14,10 @@ use super::names::open_name;
 use crate::fileserver::inodes::{Inode, device, stat};
 use crate::fileserver::wire::{Body, Reply, Request};
 
-/// How much of a directory is read at once, in bytes.
-const CHUNK: usize = 16 << 10;
+/// The least and the most that is read of a directory at once, in bytes; the longest entry fits
+/// into the least.
+const CHUNK_MIN: usize = 512;
+const CHUNK_MAX: usize = 16 << 10;
 /// Length of `struct fuse_entry_out`.
 const ENTRY: usize = 128;
 /// Length of `struct fuse_dirent` before the name.
@@ -100,7 +102,9 @@ impl Share {
         let plus = request.opcode == crate::fileserver::wire::opcode::READDIRPLUS;
         let before_name = if plus { ENTRY + ENTRY_HEADER } else { ENTRY_HEADER };
         let size = size.min(reply.room(size).len());
-        let mut chunk = vec![MaybeUninit::uninit(); CHUNK];
+        // About what fits into the reply: entries that do not are read again.
+        let share = if plus { size / 4 } else { size };
+        let mut chunk = vec![MaybeUninit::uninit(); share.clamp(CHUNK_MIN, CHUNK_MAX)];
         let mut entries = RawDir::new(&handle, &mut chunk);
         while let Some(entry) = entries.next() {
             let entry = match entry {

@@ -6,6 +6,7 @@
 
 use std::fs;
 use std::io;
+use std::path::Path;
 use std::process::ExitCode;
 
 use bulkhead_protocol::{AGENT_PORT, STREAM_PORT};
@@ -14,7 +15,7 @@ use rustix::mount::{MountFlags, mount, mount_bind_recursive, mount_move};
 use rustix::net::{self, AddressFamily, SendFlags, SocketFlags, SocketType, netlink};
 use rustix::process::{Resource, Rlimit, chdir, chroot, getpid, setrlimit};
 use rustix::system::{RebootCommand, reboot};
-use tokio_vsock::{VMADDR_CID_ANY, VsockAddr, VsockListener};
+use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VMADDR_CID_LOCAL, VsockAddr, VsockListener};
 
 use crate::container::Containers;
 use crate::io::Meeting;
@@ -76,7 +77,7 @@ const MOUNTS: [Mount; 9] = {
         new("mqueue", "/dev/mqueue", SAFE, c""),
         new("tmpfs", "/run", PLAIN, c"mode=0755"),
         new("tmpfs", "/tmp", PLAIN, c"mode=1777"),
-        new("cgroup2", cgroup::ROOT, SAFE, c"nsdelegate,memory_recursiveprot"),
+        new("cgroup2", cgroup::ROOT, SAFE, c"nsdelegate,memory_recursiveprot,favordynmods"),
     ]
 };
 
@@ -100,9 +101,8 @@ pub(crate) fn main() -> ExitCode {
     restart()
 }
 
-/// Restarts the machine.
+/// Restarts the machine. Nothing is written back: whoever could be waited for may be what failed.
 fn restart() -> ! {
-    rustix::fs::sync();
     let refused = reboot(RebootCommand::Restart);
     tracing::error!(?refused, "machine does not restart");
     // PID 1 must not end by itself; the kernel panics if it does, which the monitor reports too.
@@ -127,6 +127,11 @@ fn prepare() -> Result<(), InitError> {
     }
     let prepared = |path| move |source| InitError::Prepare { path, source };
     enable_controllers().map_err(prepared(cgroup::ROOT))?;
+    // Making and removing namespaces and cgroups waits for many grace periods; few processors make
+    // the hasty ones cheap. A kernel without the switch is only slower.
+    if let Err(error) = fs::write("/sys/kernel/rcu_expedited", "1") {
+        tracing::warn!(%error, "grace periods are not expedited");
+    }
     raise_loopback().map_err(|error| InitError::Loopback(error.into()))?;
     let limit = Rlimit { current: Some(1024), maximum: Some(OPEN_FILES) };
     setrlimit(Resource::Nofile, limit).map_err(|error| InitError::Limit(error.into()))
@@ -144,7 +149,7 @@ fn leave_initial_root() -> rustix::io::Result<()> {
 
 /// Lets cgroups below the root have every controller that the kernel has.
 fn enable_controllers() -> io::Result<()> {
-    let root = std::path::Path::new(cgroup::ROOT);
+    let root = Path::new(cgroup::ROOT);
     let controllers = fs::read_to_string(root.join("cgroup.controllers"))?;
     for controller in controllers.split_whitespace() {
         // A controller may be bound to a v1 hierarchy where the agent is tested; a container that
@@ -199,7 +204,6 @@ fn serve() -> Result<(), InitError> {
         // In this order: a host whose call is accepted may open streams at once.
         let streams = listen(STREAM_PORT)?;
         let calls = listen(AGENT_PORT)?;
-        tracing::info!(port = AGENT_PORT, "agent listens");
         let (reaper, meeting, share) = (Reaper::default(), Meeting::default(), Share::default());
         let early = share.clone();
         tokio::spawn(async move {
@@ -208,12 +212,24 @@ fn serve() -> Result<(), InitError> {
             }
         });
         let containers = Containers::new(reaper.clone(), meeting.clone(), share.clone());
+        let host = host_address();
         tokio::select! {
             ended = reaper.run() => ended.map_err(InitError::Reaper),
-            ended = streams::serve(streams, meeting) => ended.map_err(InitError::Streams),
-            ended = rpc::serve(calls, containers, share) => ended.map_err(InitError::Calls),
+            ended = streams::serve(streams, meeting, host) => ended.map_err(InitError::Streams),
+            ended = rpc::serve(calls, host, containers, share) => ended.map_err(InitError::Calls),
         }
     })
+}
+
+/// The only vsock address whose connections are served: the host's, so that no container reaches the
+/// agent. In a process namespace there is no host, and the test that stands for it is local.
+fn host_address() -> u32 {
+    // PROC_PID_INIT_INO names the namespace that the kernel starts with.
+    let first = Path::new("pid:[4026531836]");
+    match fs::read_link("/proc/self/ns/pid") {
+        Ok(namespace) if namespace != first => VMADDR_CID_LOCAL,
+        Ok(_) | Err(_) => VMADDR_CID_HOST,
+    }
 }
 
 fn listen(port: u32) -> Result<VsockListener, InitError> {

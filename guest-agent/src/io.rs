@@ -156,17 +156,22 @@ impl<S> Meeting<S> {
     }
 }
 
-/// Accepts the host's streams for ever.
+/// Accepts the streams that come from the vsock address `host`, for ever.
 ///
 /// # Errors
 /// The listener fails.
 pub(crate) async fn serve(
     listener: VsockListener,
     meeting: Meeting<VsockStream>,
+    host: u32,
 ) -> io::Result<()> {
     let permits = Arc::new(Semaphore::new(UNCLAIMED));
     loop {
-        let (mut connection, _) = listener.accept().await?;
+        let (mut connection, peer) = listener.accept().await?;
+        if peer.cid() != host {
+            tracing::warn!(cid = u64::from(peer.cid()), "a stream not from the host was closed");
+            continue;
+        }
         let Ok(permit) = Arc::clone(&permits).try_acquire_owned() else {
             tracing::warn!(limit = UNCLAIMED as u64, "too many unclaimed streams, one was closed");
             continue;

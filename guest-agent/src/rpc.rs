@@ -14,7 +14,8 @@ use bulkhead_protocol::agent::{
 use bulkhead_protocol::{MAX_MESSAGE_BYTES, VERSION};
 use rustix::system::uname;
 use tokio::task::spawn_blocking;
-use tokio_vsock::VsockListener;
+use tokio_vsock::{VsockConnectInfo, VsockListener};
+use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Server;
 use tonic::{Request, Response, Status};
 
@@ -28,19 +29,30 @@ struct Calls {
     share: Share,
 }
 
-/// Serves the calls for ever.
+/// Serves the calls that come from the vsock address `host`, for ever.
 ///
 /// # Errors
 /// The listener fails.
 pub(crate) async fn serve(
     listener: VsockListener,
+    host: u32,
     containers: Containers,
     share: Share,
 ) -> Result<(), tonic::transport::Error> {
     let service = AgentServer::new(Calls { containers, share })
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_MESSAGE_BYTES);
+    let service = InterceptedService::new(service, move |request| from_host(request, host));
     Server::builder().add_service(service).serve_with_incoming(listener.incoming()).await
+}
+
+/// Refuses a call that does not come from the host.
+fn from_host(request: Request<()>, host: u32) -> Result<Request<()>, Status> {
+    let peer = request.extensions().get::<VsockConnectInfo>().and_then(VsockConnectInfo::peer_addr);
+    if peer.is_some_and(|peer| peer.cid() == host) {
+        return Ok(request);
+    }
+    Err(Status::unauthenticated("only the host is served"))
 }
 
 #[tonic::async_trait]
@@ -179,6 +191,12 @@ mod tests {
     use super::*;
     use crate::io::{Kind, StreamError};
     use crate::spec::SpecError;
+
+    #[test]
+    fn a_call_from_anywhere_but_the_host_is_refused() {
+        let status = from_host(Request::new(()), 2).unwrap_err();
+        assert_eq!(status.code(), Code::Unauthenticated);
+    }
 
     #[test]
     fn errors_become_the_codes_that_the_contract_names() {

@@ -5,10 +5,14 @@
 
 use std::fs::File;
 use std::io::Read as _;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
-use oci_spec::runtime::{Hooks, LinuxNamespaceType, Process, Spec};
-use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat, openat2};
+use oci_spec::runtime::{
+    Hooks, LinuxNamespaceType, PosixRlimitBuilder, PosixRlimitType, Process, Spec,
+};
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, mkdirat, openat, openat2};
+use rustix::io::Errno;
+use rustix::process::{Resource, getrlimit};
 
 /// The most of the container's user table that is read.
 const PASSWD_BYTES: u64 = 1 << 20;
@@ -51,8 +55,8 @@ pub(crate) fn check_id(container_id: &str) -> Result<(), SpecError> {
     Err(SpecError::Id(container_id.chars().take(80).collect()))
 }
 
-/// Parses and checks a specification, and fits it to the guest: its cgroup is `/<id>`, and `HOME`
-/// is in its environment.
+/// Parses and checks a specification, and fits it to the guest: its cgroup is `/<id>`, `HOME` is in
+/// its environment, its working directory exists.
 ///
 /// # Errors
 /// See [`SpecError`].
@@ -115,6 +119,8 @@ fn fit_process(process: &mut Process, root: &Path) -> Result<(), SpecError> {
         process.set_no_new_privileges(None);
     }
     let mut environment = process.env().clone().unwrap_or_default();
+    keep_locked_memory_limit(process)?;
+    make_directories(root, process.cwd());
     // With a HOME libcontainer does not ask the C library, which cannot look into a container.
     if !environment.iter().any(|entry| entry.len() > 5 && entry.starts_with("HOME=")) {
         let home = home(root, process.user().uid()).unwrap_or_else(|| "/".to_owned());
@@ -122,6 +128,53 @@ fn fit_process(process: &mut Process, root: &Path) -> Result<(), SpecError> {
         process.set_env(Some(environment));
     }
     Ok(())
+}
+
+/// Libcontainer lifts the limit of locked memory to load the device filter, and does not lower it
+/// again unless the specification has one.
+fn keep_locked_memory_limit(process: &mut Process) -> Result<(), SpecError> {
+    let mut limits = process.rlimits().clone().unwrap_or_default();
+    if limits.iter().any(|limit| limit.typ() == PosixRlimitType::RlimitMemlock) {
+        return Ok(());
+    }
+    let own = getrlimit(Resource::Memlock);
+    let limit = PosixRlimitBuilder::default()
+        .typ(PosixRlimitType::RlimitMemlock)
+        .soft(own.current.unwrap_or(u64::MAX))
+        .hard(own.maximum.unwrap_or(u64::MAX))
+        .build()
+        .map_err(|_| SpecError::Missing("limit of locked memory"))?;
+    limits.push(limit);
+    process.set_rlimits(Some(limits));
+    Ok(())
+}
+
+/// Makes the working directory if it is not there, as runc does, which libcontainer leaves out. What
+/// cannot be made (it is below a mount, or the root is read-only) is left for the container's
+/// creation to stumble over.
+fn make_directories(root: &Path, directory: &Path) {
+    let Ok(root) = openat(CWD, root, OFlags::PATH | OFlags::DIRECTORY, Mode::empty()) else {
+        return;
+    };
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let open = |path: &Path| openat2(&root, path, flags, Mode::empty(), ResolveFlags::IN_ROOT);
+    let Ok(mut parent) = open(Path::new("/")) else { return };
+    let mut path = PathBuf::from("/");
+    for component in directory.components() {
+        let Component::Normal(name) = component else { continue };
+        path.push(name);
+        parent = match open(&path) {
+            Err(Errno::NOENT) => {
+                if mkdirat(&parent, name, Mode::from_raw_mode(0o755)).is_err() {
+                    return;
+                }
+                let Ok(made) = open(&path) else { return };
+                made
+            }
+            Ok(found) => found,
+            Err(_) => return,
+        };
+    }
 }
 
 /// A user's home directory by the container's own user table.

@@ -108,3 +108,26 @@ fn only_a_network_without_a_path_is_new() {
     spec["linux"]["namespaces"] = json!([{"type": "network", "path": "/proc/1/ns/net"}]);
     assert!(!has_new_network(&prepared(&spec).unwrap().spec));
 }
+
+#[test]
+fn the_working_directory_is_made_inside_the_root() {
+    let outside = tempfile::tempdir().unwrap();
+    let root = tempfile::tempdir().unwrap();
+    std::os::unix::fs::symlink(outside.path(), root.path().join("link")).unwrap();
+    make_directories(root.path(), Path::new("/a/b/c"));
+    assert!(root.path().join("a/b/c").is_dir());
+    make_directories(root.path(), Path::new("/link/x"));
+    assert!(!outside.path().join("x").exists());
+}
+
+#[test]
+fn the_limit_of_locked_memory_stays_what_it_is() {
+    let spec = prepared(&minimal()).unwrap().spec;
+    let limits = spec.process().as_ref().unwrap().rlimits().clone().unwrap();
+    assert_eq!(limits.len(), 1);
+    assert_eq!(limits[0].soft(), getrlimit(Resource::Memlock).current.unwrap_or(u64::MAX));
+    let mut limited = minimal();
+    limited["process"]["rlimits"] = json!([{"type": "RLIMIT_MEMLOCK", "soft": 1, "hard": 2}]);
+    let spec = prepared(&limited).unwrap().spec;
+    assert_eq!(spec.process().as_ref().unwrap().rlimits().as_ref().unwrap()[0].soft(), 1);
+}

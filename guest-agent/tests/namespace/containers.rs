@@ -199,6 +199,50 @@ fn a_program_has_its_environment_in_order_and_its_signals_at_their_defaults() {
     });
 }
 
+#[test]
+#[ignore = "needs the test host"]
+fn a_filter_of_system_calls_holds_with_and_without_new_privileges() {
+    Guest::run(async |mut guest| {
+        for no_new_privileges in [json!(true), json!(false), json!(null)] {
+            let mut spec = guest.shell("mkdir /tmp/x; echo $?; echo still here");
+            spec["process"]["noNewPrivileges"] = no_new_privileges;
+            spec["linux"]["seccomp"] = json!({
+                "defaultAction": "SCMP_ACT_ALLOW", "architectures": ["SCMP_ARCH_X86_64"],
+                "syscalls": [{"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO"}]
+            });
+            let ran = guest.run_container(&spec, b"").await;
+            assert!(ran.stderr.contains("Operation not permitted"), "{}", ran.stderr);
+            assert_eq!(ran.stdout, "1\nstill here\n");
+        }
+    });
+}
+
+#[test]
+#[ignore = "needs the test host"]
+fn a_working_directory_that_is_not_there_is_made() {
+    Guest::run(async |mut guest| {
+        let mut spec = guest.shell("pwd");
+        spec["process"]["cwd"] = json!("/work/here");
+        assert_eq!(guest.run_container(&spec, b"").await.stdout, "/work/here\n");
+    });
+}
+
+#[test]
+#[ignore = "needs the test host"]
+fn a_user_namespace_maps_its_root() {
+    Guest::run(async |mut guest| {
+        let mut spec = guest.shell("id -u; cat /proc/self/uid_map; echo err >/dev/stderr");
+        let mapping = json!([{"containerID": 0, "hostID": 100_000, "size": 65536}]);
+        let namespaces = spec["linux"]["namespaces"].as_array_mut().unwrap();
+        namespaces.push(json!({"type": "user"}));
+        spec["linux"]["uidMappings"] = mapping.clone();
+        spec["linux"]["gidMappings"] = mapping;
+        let ran = guest.run_container(&spec, b"").await;
+        assert_eq!(ran.stdout, "0\n         0     100000      65536\n", "{}", ran.stderr);
+        assert_eq!(ran.stderr, "err\n");
+    });
+}
+
 async fn kill(guest: &mut Guest, id: &str, signal: u32, all: bool) -> Result<(), tonic::Status> {
     let request = KillRequest { container_id: id.to_owned(), signal, all };
     guest.agent.kill(request).await.map(drop)

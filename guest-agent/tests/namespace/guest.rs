@@ -1,5 +1,6 @@
 //! Starts an agent and dials it; makes root file systems and specifications for its containers.
 
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, PoisonError};
@@ -45,6 +46,8 @@ impl Guest {
     async fn start() -> Self {
         // Below a directory that the agent does not mount over.
         let files = tempfile::tempdir_in("/var/tmp").unwrap();
+        let open = fs::Permissions::from_mode(0o755);
+        fs::set_permissions(files.path(), open).unwrap();
         make_root(&files.path().join("rootfs"));
         let process = Command::new("unshare")
             .args(["--pid", "--fork", "--kill-child", "--mount", "--uts", "--"])
@@ -235,6 +238,5 @@ fn make_root(root: &Path) {
         .unwrap();
     fs::write(root.join("etc/data"), "not a program\n").unwrap();
     fs::write(root.join("bin/broken"), "\u{1}not a program either\n").unwrap();
-    let executable = Command::new("chmod").args(["755"]).arg(root.join("bin/broken")).status();
-    assert!(executable.unwrap().success());
+    fs::set_permissions(root.join("bin/broken"), fs::Permissions::from_mode(0o755)).unwrap();
 }

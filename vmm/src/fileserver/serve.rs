@@ -1,6 +1,8 @@
 //! The serving loop: one packet in, one packet out, on several threads at once.
 
 use std::os::fd::OwnedFd;
+use std::thread;
+use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
@@ -9,6 +11,10 @@ use super::caller;
 use super::share::{Outcome, Share};
 use super::wire::{self, Reply, ReplyHeader, Request};
 use crate::devices::rate_limit::guest_warn;
+
+/// How long to wait before asking the kernel for memory again: a packet wants much of it in one
+/// piece.
+const PAUSE: Duration = Duration::from_millis(2);
 
 /// What all threads share.
 #[derive(Debug)]
@@ -77,11 +83,12 @@ impl Service {
         self.send(&header.bytes());
     }
 
-    /// Waits while the monitor is slow to take replies.
+    /// Waits while the monitor is slow to take replies, and while the kernel has no memory for one.
     fn send(&self, message: &[u8]) {
         loop {
             match send(&self.relay, message, SendFlags::NOSIGNAL) {
                 Err(Errno::INTR) => {}
+                Err(Errno::NOBUFS | Errno::NOMEM) => thread::sleep(PAUSE),
                 Err(error) => return log::warn!("a reply could not be sent: {error}"),
                 Ok(_) => return,
             }

@@ -147,7 +147,16 @@ impl Relay {
         }
         match vectored::send(&self.socket, &runs) {
             Ok(_) => {}
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Forwarded::Full),
+            // The last two: the kernel has no memory in one piece now. The socket is writable, so
+            // the worker comes back at once, and the kernel makes room meanwhile.
+            Err(error)
+                if matches!(
+                    error.raw_os_error(),
+                    Some(libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM)
+                ) =>
+            {
+                return Ok(Forwarded::Full);
+            }
             Err(error) if error.raw_os_error() == Some(libc::EMSGSIZE) => {
                 guest_warn!("fs: a request of {len} bytes does not fit the socket");
                 return refuse(memory, chain, &request, Errno::IO);

@@ -1,12 +1,21 @@
 //! The OCI command line, end to end: the real kernel, the real guest, as its users call it. Runs in
 //! the test host.
 
+#[cfg(test)]
 mod errors;
+#[cfg(test)]
 mod files;
+#[cfg(test)]
 mod isolation;
+#[cfg(test)]
 mod kill;
+#[cfg(test)]
 mod lifecycle;
+#[cfg(test)]
 mod process;
+#[cfg(test)]
 mod resources;
+#[cfg(test)]
 mod storage;
+#[cfg(test)]
 mod streams;

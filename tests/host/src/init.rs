@@ -15,7 +15,11 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change, mount_move};
+use rustix::fs::CWD;
+use rustix::mount::{
+    MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, mount, mount_change,
+    mount_move, move_mount, open_tree,
+};
 use rustix::net::{AddressFamily, SendFlags, SocketFlags, SocketType, send, socket_with};
 use rustix::process::{Pid, Resource, Rlimit, Signal, WaitOptions};
 use rustix::system::RebootCommand;
@@ -51,6 +55,7 @@ fn complain(message: &str) {
 
 fn host() -> Result<()> {
     overlay_root().context("overlay over the root")?;
+    let machine_tmp = File::open("/tmp").context("open the machine's /tmp")?;
     mount_all()?;
     settings()?;
     let ports = ports()?;
@@ -58,7 +63,8 @@ fn host() -> Result<()> {
     let mut line = String::new();
     BufReader::new(&control).read_line(&mut line).context("read the request")?;
     let request: Request = serde_json::from_str(&line).context("parse the request")?;
-    let outcome = match serve(&request, &ports) {
+    let shown = show_checkout(&machine_tmp, Path::new(&request.directory));
+    let outcome = match shown.and_then(|()| serve(&request, &ports)) {
         Ok(status) => Outcome::Ended(status),
         Err(error) => Outcome::NotRun(format!("{error:#}")),
     };
@@ -103,6 +109,18 @@ fn mount_all() -> Result<()> {
         std::os::unix::fs::symlink(format!("/proc/{target}"), format!("/dev/{link}"))?;
     }
     Ok(std::os::unix::fs::symlink("/proc/self/fd/2", "/dev/stderr")?)
+}
+
+/// A checkout below the machine's /tmp stays visible in ours: its first directory, with all in it.
+fn show_checkout(machine_tmp: &File, directory: &Path) -> Result<()> {
+    let Ok(below) = directory.strip_prefix("/tmp") else { return Ok(()) };
+    let Some(first) = below.components().next() else { return Ok(()) };
+    let target = Path::new("/tmp").join(first);
+    fs::create_dir(&target).with_context(|| format!("create {}", target.display()))?;
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let tree = open_tree(machine_tmp, first.as_os_str(), flags).context("clone the checkout")?;
+    move_mount(&tree, "", CWD, &target, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+        .context("show the checkout")
 }
 
 fn attach(source: &str, target: &str, kind: &str, data: &str) -> Result<()> {

@@ -150,3 +150,40 @@ fn share(command: &mut Command, tag: &str, directory: &Path, access: &str) -> Re
     ]);
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn arguments(accelerator: Accelerator, share: Option<&Path>) -> Vec<String> {
+        let machine = Machine {
+            kernel: Path::new("/kernel"),
+            init: Path::new("/init"),
+            accelerator,
+            memory_mib: 512,
+            cpus: 2,
+            share,
+            shell: false,
+        };
+        let sockets = Sockets { console: 3, control: 4, stdout: 5, stderr: 6 };
+        let command = machine.command(&sockets).unwrap();
+        command.get_args().map(|argument| argument.to_str().unwrap().to_owned()).collect()
+    }
+
+    #[test]
+    fn emulated_processor_has_svm_and_a_measured_clock() {
+        let arguments = arguments(Accelerator::Tcg, None);
+        assert!(arguments.iter().any(|argument| argument.contains("+svm")));
+        let kernel = arguments.iter().find(|argument| argument.contains("tsc_early_khz=")).unwrap();
+        assert!(!kernel.contains("tsc_early_khz=0 "));
+    }
+
+    #[test]
+    fn root_is_read_only_and_the_share_is_not() {
+        let arguments = arguments(Accelerator::Kvm, Some(Path::new("/out,1")));
+        let fsdev = |tag: &str| arguments.iter().find(|text| text.contains(tag)).unwrap();
+        assert!(fsdev("id=root").ends_with("readonly=on"));
+        assert!(fsdev("id=share").contains("path=/out,,1,"));
+        assert!(!fsdev("id=share").contains("readonly"));
+    }
+}

@@ -1,0 +1,119 @@
+//! The test host as its callers see it: statuses, streams, the share, and what is left afterwards.
+//! Each test boots it once.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+fn host(options: &[&str], script: &str) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_test-host"));
+    command.args(["--memory", "1024", "--timeout", "120"]).args(options);
+    command.args(["--", "sh", "-c", script]).stdin(Stdio::null());
+    command
+}
+
+fn run(options: &[&str], script: &str) -> Output {
+    host(options, script).output().unwrap()
+}
+
+#[test]
+fn status_and_streams_are_the_commands() {
+    let output = run(&[], "echo out; echo err >&2; read line || echo no input; exit 42");
+    assert_eq!(output.status.code(), Some(42));
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "out\nno input\n");
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "err\n");
+}
+
+#[test]
+fn signal_is_128_and_its_number() {
+    assert_eq!(run(&[], "kill -9 $$").status.code(), Some(137));
+}
+
+#[test]
+fn missing_program_is_127_and_named() {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_test-host"));
+    let output = command.args(["--memory", "1024", "--", "/no/such/program"]).output().unwrap();
+    assert_eq!(output.status.code(), Some(127));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("/no/such/program"));
+}
+
+#[test]
+fn ten_mebibytes_of_output_arrive_unharmed() {
+    let output = run(&[], "seq 1 1400000 | head -c 10485760");
+    let expected: String = (1..=1_400_000).map(|number| format!("{number}\n")).collect();
+    assert_eq!(output.stdout.len(), 10 << 20);
+    assert!(output.stdout == expected.as_bytes()[..10 << 20]);
+}
+
+#[test]
+fn host_is_whole_for_containers_and_machines() {
+    let script = "set -e
+        test -c /dev/kvm; test -c /dev/net/tun; test \"$(id -u)\" = 0
+        for c in cpuset cpu io memory pids; do grep -qw $c /sys/fs/cgroup/cgroup.subtree_control; done
+        ip addr show lo | grep -q 127.0.0.1; test $(stat -f -c %T /tmp) = tmpfs
+        unshare -Urmpf --mount-proc true; test \"$BULKHEAD_TEST_HOST\" = 1";
+    let output = run(&[], script);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
+fn only_the_share_brings_files_out() {
+    let directory = tempfile::tempdir().unwrap();
+    let share = directory.path().to_str().unwrap();
+    let mark = "/var/lib/bulkhead-test-mark";
+    let script = format!("echo inside > {mark} && cp {mark} /run/share-out/result");
+    assert!(run(&["--share", share], &script).status.success());
+    assert_eq!(fs::read_to_string(directory.path().join("result")).unwrap(), "inside\n");
+    assert!(!Path::new(mark).exists());
+}
+
+#[test]
+fn time_out_is_124() {
+    let output = run(&["--timeout", "15"], "sleep 600");
+    assert_eq!(output.status.code(), Some(124));
+}
+
+#[test]
+fn host_that_ends_by_itself_is_125_with_its_last_messages() {
+    let output = run(&[], "busybox reboot -f; sleep 60");
+    assert_eq!(output.status.code(), Some(125));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("Restarting system"));
+}
+
+#[test]
+fn killed_session_leaves_no_qemu() {
+    let mut session = host(&[], "sleep 600").spawn().unwrap();
+    let qemu = wait_for(|| child_of(&session));
+    session.kill().unwrap();
+    session.wait().unwrap();
+    wait_for(|| gone(&qemu).then_some(()));
+}
+
+fn wait_for<T>(mut what: impl FnMut() -> Option<T>) -> T {
+    let started = Instant::now();
+    loop {
+        if let Some(found) = what() {
+            return found;
+        }
+        assert!(started.elapsed() < Duration::from_secs(30), "it does not happen");
+        thread::sleep(Duration::from_millis(50));
+    }
+}
+
+fn child_of(process: &Child) -> Option<String> {
+    let path = format!("/proc/{0}/task/{0}/children", process.id());
+    let children = fs::read_to_string(path).ok()?;
+    let child = children.split_whitespace().next()?.to_owned();
+    let name = fs::read_to_string(format!("/proc/{child}/comm")).ok()?;
+    name.starts_with("qemu").then_some(child)
+}
+
+/// Ended, whether or not somebody has buried it yet.
+fn gone(pid: &str) -> bool {
+    match fs::read_to_string(format!("/proc/{pid}/stat")) {
+        Ok(stat) => stat.contains(") Z "),
+        Err(_) => true,
+    }
+}

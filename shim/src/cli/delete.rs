@@ -1,7 +1,7 @@
 //! `bulkhead delete`: removes a container that does not run; with `--force`, any, in any state of
 //! disrepair.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::bail;
 use containerd_shim_protos::api::DeleteRequest;
@@ -14,7 +14,7 @@ use crate::state::{Home, State, StateError};
 
 /// How long a supervisor may take to end a container that is deleted by force; then it is killed
 /// with everything else.
-const FORCE_PATIENCE: Duration = Duration::from_secs(20);
+const FORCE_PATIENCE: Duration = Duration::from_secs(15);
 
 pub(super) fn delete(global: &Global, delete: &Delete) -> anyhow::Result<()> {
     let home = match Home::open(&global.root, &delete.id) {
@@ -33,21 +33,20 @@ pub(super) fn delete(global: &Global, delete: &Delete) -> anyhow::Result<()> {
             delete.id
         );
     }
-    let patience = if delete.force { FORCE_PATIENCE } else { GOODBYE };
-    if status != Status::Creating {
-        end(&home, status, patience)?;
-        let _ = state.keeper.wait(patience);
+    let deadline = Instant::now() + if delete.force { FORCE_PATIENCE } else { GOODBYE };
+    if status != Status::Creating && end(&home, status, deadline)? {
+        let _ = state.keeper.wait(deadline.saturating_duration_since(Instant::now()));
     }
     client::clean_up(&home)?;
     poststop(&home, state);
     Ok(())
 }
 
-/// Has the supervisor end the container and its pod. One that is dead or hangs is no error: what it
-/// leaves is cleaned up without it.
-fn end(home: &Home, status: Status, patience: Duration) -> anyhow::Result<()> {
+/// Has the supervisor end the container and its pod; false if it hangs. One that hangs or is dead is
+/// no error: what it leaves is cleaned up without it.
+fn end(home: &Home, status: Status, deadline: Instant) -> anyhow::Result<bool> {
     client::runtime()?.block_on(async {
-        let Ok(client) = client::connect(home) else { return Ok(()) };
+        let Ok(client) = client::connect(home) else { return Ok(true) };
         let ended = async {
             if matches!(status, Status::Running | Status::Paused) {
                 client::kill(&client, home, 9, true).await?;
@@ -60,14 +59,14 @@ fn end(home: &Home, status: Status, patience: Duration) -> anyhow::Result<()> {
             let request = DeleteRequest { id: home.id().to_string(), ..Default::default() };
             client.delete(client::unbounded(), &request).await.map_err(client::words)
         };
-        match tokio::time::timeout(patience, ended).await {
+        match tokio::time::timeout_at(deadline.into(), ended).await {
             Ok(Err(error)) => {
                 tracing::debug!(error = %error, "supervisor did not end the container");
+                Ok(true)
             }
-            Err(_) => tracing::warn!("supervisor did not end the container in time"),
-            Ok(Ok(_)) => {}
+            Ok(Ok(_)) => Ok(true),
+            Err(_) => Ok(false),
         }
-        Ok(())
     })
 }
 

@@ -2,6 +2,7 @@
 //! Each test boots it once.
 
 use std::fs;
+use std::io;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::thread;
@@ -14,13 +15,13 @@ fn host(options: &[&str], script: &str) -> Command {
     command
 }
 
-fn run(options: &[&str], script: &str) -> Output {
-    host(options, script).output().unwrap()
+fn run(options: &[&str], script: &str) -> io::Result<Output> {
+    host(options, script).output()
 }
 
 #[test]
 fn status_and_streams_are_the_commands() {
-    let output = run(&[], "echo out; echo err >&2; read line || echo no input; exit 42");
+    let output = run(&[], "echo out; echo err >&2; read line || echo no input; exit 42").unwrap();
     assert_eq!(output.status.code(), Some(42));
     assert_eq!(String::from_utf8_lossy(&output.stdout), "out\nno input\n");
     assert_eq!(String::from_utf8_lossy(&output.stderr), "err\n");
@@ -28,7 +29,7 @@ fn status_and_streams_are_the_commands() {
 
 #[test]
 fn signal_is_128_and_its_number() {
-    assert_eq!(run(&[], "kill -9 $$").status.code(), Some(137));
+    assert_eq!(run(&[], "kill -9 $$").unwrap().status.code(), Some(137));
 }
 
 #[test]
@@ -41,7 +42,7 @@ fn missing_program_is_127_and_named() {
 
 #[test]
 fn ten_mebibytes_of_output_arrive_unharmed() {
-    let output = run(&[], "seq 1 1400000 | head -c 10485760");
+    let output = run(&[], "seq 1 1400000 | head -c 10485760").unwrap();
     let expected: String = (1..=1_400_000).map(|number| format!("{number}\n")).collect();
     assert_eq!(output.stdout.len(), 10 << 20);
     assert!(output.stdout == expected.as_bytes()[..10 << 20]);
@@ -54,7 +55,7 @@ fn host_is_whole_for_containers_and_machines() {
         for c in cpuset cpu io memory pids; do grep -qw $c /sys/fs/cgroup/cgroup.subtree_control; done
         ip addr show lo | grep -q 127.0.0.1; test $(stat -f -c %T /tmp) = tmpfs
         unshare -Urmpf --mount-proc true; test \"$BULKHEAD_TEST_HOST\" = 1";
-    let output = run(&[], script);
+    let output = run(&[], script).unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
@@ -64,20 +65,20 @@ fn only_the_share_brings_files_out() {
     let share = directory.path().to_str().unwrap();
     let mark = "/var/lib/bulkhead-test-mark";
     let script = format!("echo inside > {mark} && cp {mark} /run/share-out/result");
-    assert!(run(&["--share", share], &script).status.success());
+    assert!(run(&["--share", share], &script).unwrap().status.success());
     assert_eq!(fs::read_to_string(directory.path().join("result")).unwrap(), "inside\n");
     assert!(!Path::new(mark).exists());
 }
 
 #[test]
 fn time_out_is_124() {
-    let output = run(&["--timeout", "15"], "sleep 600");
+    let output = run(&["--timeout", "15"], "sleep 600").unwrap();
     assert_eq!(output.status.code(), Some(124));
 }
 
 #[test]
 fn host_that_ends_by_itself_is_125_with_its_last_messages() {
-    let output = run(&[], "busybox reboot -f; sleep 60");
+    let output = run(&[], "busybox reboot -f; sleep 60").unwrap();
     assert_eq!(output.status.code(), Some(125));
     assert!(String::from_utf8_lossy(&output.stderr).contains("Restarting system"));
 }

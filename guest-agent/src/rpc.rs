@@ -78,6 +78,10 @@ impl Agent for Calls {
             clock::set_hostname(&hostname)
                 .map_err(|error| Status::invalid_argument(format!("host name: {error}")))?;
         }
+        // A pod with fewer processors than it could have is still a pod.
+        if let Err(error) = hotplug::start_processors(Path::new(hotplug::PROCESSORS)) {
+            tracing::warn!(error = %error, "a processor does not start");
+        }
         Ok(Response::new(HelloReply {
             version: VERSION,
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),

@@ -2,6 +2,8 @@
 //! `cargo xtask image` builds. Runs in the test host.
 
 #[cfg(test)]
+mod agent;
+#[cfg(test)]
 mod devices;
 #[cfg(test)]
 mod jail;

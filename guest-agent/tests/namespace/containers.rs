@@ -222,8 +222,8 @@ fn a_filter_of_system_calls_holds_with_and_without_new_privileges() {
 fn a_working_directory_that_is_not_there_is_made() {
     Guest::run(async |mut guest| {
         let mut spec = guest.shell("pwd");
-        spec["process"]["cwd"] = json!("/work/here");
-        assert_eq!(guest.run_container(&spec, b"").await.stdout, "/work/here\n");
+        spec["process"]["cwd"] = json!("/made/here");
+        assert_eq!(guest.run_container(&spec, b"").await.stdout, "/made/here\n");
     });
 }
 

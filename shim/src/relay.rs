@@ -190,3 +190,68 @@ fn is_null(fd: BorrowedFd<'_>) -> bool {
             && (major(stat.st_rdev), minor(stat.st_rdev)) == (1, 3)
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+    use std::os::unix::net::UnixListener;
+
+    #[test]
+    fn input_reaches_the_container_to_its_end() {
+        let (container, stream) = UnixStream::pair().unwrap();
+        let mut source = tempfile::tempfile().unwrap();
+        source.write_all(&[7; 300_000]).unwrap();
+        io::Seek::rewind(&mut source).unwrap();
+        let feeding = thread::spawn(move || feed(source, &stream));
+        let mut received = Vec::new();
+        (&container).read_to_end(&mut received).unwrap();
+        assert_eq!(received, vec![7; 300_000]);
+        feeding.join().unwrap();
+    }
+
+    #[test]
+    fn a_container_whose_output_nobody_reads_learns_it() {
+        let (mut container, stream) = UnixStream::pair().unwrap();
+        let (reader, writer) = io::pipe().unwrap();
+        drop(reader);
+        let draining = thread::spawn(move || drain(&stream, File::from(OwnedFd::from(writer))));
+        // The first byte shows that nobody reads, unless the pipe has shown it before.
+        let _ = container.write_all(b"x");
+        draining.join().unwrap();
+        let error = container.write_all(b"y").unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::BrokenPipe);
+    }
+
+    #[test]
+    fn output_is_passed_on_to_its_end() {
+        let (mut container, stream) = UnixStream::pair().unwrap();
+        let (mut reader, writer) = io::pipe().unwrap();
+        let draining = thread::spawn(move || drain(&stream, File::from(OwnedFd::from(writer))));
+        container.write_all(b"all of it").unwrap();
+        drop(container);
+        let mut text = String::new();
+        reader.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "all of it");
+        draining.join().unwrap();
+    }
+
+    #[test]
+    fn the_null_device_is_no_stream() {
+        let null = File::open("/dev/null").unwrap();
+        assert!(is_null(null.as_fd()));
+        assert!(!is_null(File::open("/dev/zero").unwrap().as_fd()));
+        let (one, _other) = UnixStream::pair().unwrap();
+        assert!(!is_null(one.as_fd()));
+    }
+
+    #[test]
+    fn a_supervisor_that_is_gone_is_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("attach.sock");
+        assert!(Relay::attach(&path).is_err());
+        // A socket of another kind is none either.
+        let _listener = UnixListener::bind(&path).unwrap();
+        assert!(Relay::attach(&path).is_err());
+    }
+}

@@ -19,7 +19,7 @@ const SUITES: &str = "bulkhead-tests";
 /// The reason to ignore that sends a test of another package to the test host.
 const NEEDS_HOST: &str = "needs the test host";
 /// Options of every run in the test host; the time is a bound on hangs.
-const HOST: [&str; 4] = ["--memory", "8192", "--timeout", "1500"];
+const HOST: [&str; 4] = ["--memory", "8192", "--timeout", "2400"];
 
 /// Runs everything and prints the final line last, on standard output.
 pub(crate) fn run(clock: &mut Clock) -> Result<ExitCode> {

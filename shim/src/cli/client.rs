@@ -130,7 +130,12 @@ impl Creation {
 impl Drop for Creation {
     fn drop(&mut self) {
         if self.link.take().is_some() {
-            // It takes everything down when it reads the end of the link.
+            // It takes everything down when it reads the end of the link; after the container has
+            // been created, when nobody stands for it any more.
+            let stand_in = self.home.read().ok().and_then(|state| state.stand_in);
+            if let Some(process) = stand_in.filter(|process| process.pid != std::process::id()) {
+                let _ = process.kill_and_wait(KILLED);
+            }
             self.wait(KILLED);
             if let Err(error) = clean_up(&self.home) {
                 tracing::warn!(error = %error, "not everything was removed");

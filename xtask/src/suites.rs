@@ -29,12 +29,13 @@ pub(crate) fn run(clock: &mut Clock) -> Result<ExitCode> {
         cargo::succeed(Command::new(&host).arg("--build-only"))?;
         Ok(host)
     })?;
-    let artifacts =
+    let mut artifacts =
         clock.step("test programs", || cargo::build(&["test", "--workspace", "--no-run"]))?;
+    artifacts.retain(|artifact| artifact.is_test && has_tests(artifact));
     let mut total = Tally::default();
     let (suites, units): (Vec<Artifact>, Vec<Artifact>) =
         artifacts.into_iter().partition(|artifact| artifact.package == SUITES);
-    for unit in units.iter().filter(|unit| unit.is_test) {
+    for unit in &units {
         let name = name(unit);
         let mut tally = clock.step(&name, || here(unit))?;
         let before = tally.skipped.len();
@@ -47,7 +48,7 @@ pub(crate) fn run(clock: &mut Clock) -> Result<ExitCode> {
         }
         total.add(tally);
     }
-    for suite in suites.iter().filter(|suite| suite.is_test) {
+    for suite in &suites {
         total.add(clock.step(&name(suite), || inside(&host, suite, &["--test-threads=1"]))?);
     }
     clock.report();
@@ -65,6 +66,12 @@ fn conclude(total: &Tally) -> Result<ExitCode> {
     }
     writeln!(io::stdout(), "{}", total.summary()).context("write the last line")?;
     Ok(if total.succeeded() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// A program without tests is not worth a start of the test host; one that cannot list them fails later.
+fn has_tests(artifact: &Artifact) -> bool {
+    let listing = Command::new(&artifact.executable).arg("--list").output();
+    !listing.is_ok_and(|listing| listing.stdout == b"0 tests, 0 benchmarks\n")
 }
 
 fn name(artifact: &Artifact) -> String {

@@ -1,3 +1,5 @@
+//! What a configuration must be, and which field an error names.
+
 use super::*;
 
 fn valid() -> VmConfig {

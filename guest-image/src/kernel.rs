@@ -2,7 +2,7 @@
 //! that every request was granted, `make vmlinux`, pack. The result is the uncompressed ELF file,
 //! which is what the monitor and QEMU load.
 //!
-//! Kept in the cache under the hash of the fragment, the source, the tools and [`RECIPE`], so a second
+//! Kept in the cache under the hash of the fragment, the source, the tools and `RECIPE`, so a second
 //! call only looks it up. What does not depend on the inputs (user, host, time) is fixed, so the same
 //! inputs give the same kernel.
 

@@ -2,8 +2,8 @@
 //! over 9p, the streams over virtio-serial ports.
 //!
 //! Without nested KVM it is TCG, which emulates AMD SVM with nested paging. Five-level paging is left
-//! out because KVM in the host would then walk five levels for every guest; XSAVE because TCG does not
-//! tell KVM when a guest sets XCR0, and KVM then enters it with another value than it set.
+//! out because KVM in the host would then walk five levels for every guest; XSAVE because a guest's
+//! CPUID does not follow its XCR0 then, as if KVM had not seen it being set.
 
 use std::fmt::Write;
 use std::fs;

@@ -43,7 +43,8 @@ pub(crate) fn measure(rounds: usize) -> Result<Value> {
     for ((name, _), (host, guest)) in WORK.iter().zip(host.iter().zip(&guest)) {
         let amount = if name.contains("MiB") { MIB } else { FILES };
         // Both fit a double without loss.
-        let rate = |seconds: &[f64]| f64::from(u32::try_from(amount).unwrap_or(0)) / median(seconds);
+        let rate =
+            |seconds: &[f64]| f64::from(u32::try_from(amount).unwrap_or(0)) / median(seconds);
         let (host, guest) = (rate(host), rate(guest));
         let share = guest / host;
         rows.push(vec![

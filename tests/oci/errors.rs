@@ -59,9 +59,8 @@ fn host_namespaces_are_refused_by_name() {
 #[test]
 fn a_namespace_that_does_not_exist_is_refused() {
     let bundle = Bundle::new(&["true"]).unwrap();
-    let bundle = bundle
-        .with(|spec| spec["linux"]["namespaces"] = json!([{"type": "galaxy"}]))
-        .unwrap();
+    let bundle =
+        bundle.with(|spec| spec["linux"]["namespaces"] = json!([{"type": "galaxy"}])).unwrap();
     refused(&bundle, &["galaxy"]);
 }
 

@@ -22,9 +22,8 @@ fn a_container_at_its_pids_limit_cannot_fork() {
     let runtime = Runtime::new().unwrap();
     let script = "for i in 1 2 3 4 5 6 7 8 9 10 11 12; do sleep 30 & done; wait";
     let bundle = Bundle::script(script).unwrap();
-    let bundle = bundle
-        .with(|spec| spec["linux"]["resources"]["pids"] = json!({"limit": 8}))
-        .unwrap();
+    let bundle =
+        bundle.with(|spec| spec["linux"]["resources"]["pids"] = json!({"limit": 8})).unwrap();
     let output = runtime.run("pids", &bundle).unwrap();
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(errors.contains("fork"), "{}: {errors}", output.status);

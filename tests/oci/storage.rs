@@ -67,7 +67,7 @@ fn a_file_is_bound_over_a_name() {
 
 #[test]
 fn a_tmpfs_has_its_size_and_leaves_nothing_on_the_host() {
-    let script = "head -c 2097152 /dev/zero 2>&1 > /mnt/big; stat -c %s /mnt/big";
+    let script = "dd if=/dev/zero of=/mnt/big bs=64k count=32 2>&1; stat -c %s /mnt/big";
     let bundle = Bundle::script(script).unwrap();
     let tmpfs = json!({"destination": "/mnt", "type": "tmpfs", "source": "tmpfs",
                        "options": ["size=1m", "mode=1777"]});

@@ -118,6 +118,21 @@ impl ConfigError {
     }
 }
 
+impl JailConfig {
+    /// Checks that both are unprivileged.
+    ///
+    /// # Errors
+    /// Names the one that is not.
+    pub fn validate(self) -> Result<(), ConfigError> {
+        for (field, id) in [("jail.uid", self.uid), ("jail.gid", self.gid)] {
+            if id == 0 || id == u32::MAX {
+                return Err(ConfigError::new(field, format!("{id} is not an unprivileged id")));
+            }
+        }
+        Ok(())
+    }
+}
+
 impl VmConfig {
     /// Reads a configuration out of a message that brought `descriptors` descriptors.
     ///
@@ -139,11 +154,7 @@ impl VmConfig {
             let reason = format!("is {}, this monitor speaks {VERSION}", self.version);
             return Err(ConfigError::new("version", reason));
         }
-        for (field, id) in [("jail.uid", self.jail.uid), ("jail.gid", self.jail.gid)] {
-            if id == 0 || id == u32::MAX {
-                return Err(ConfigError::new(field, format!("{id} is not an unprivileged id")));
-            }
-        }
+        self.jail.validate()?;
         let fixed = [
             ("kvm", self.kvm),
             ("kernel", self.kernel),

@@ -63,11 +63,7 @@ impl FsConfig {
             let reason = format!("is {}, this file server speaks {VERSION}", self.version);
             return Err(ConfigError::new("version", reason));
         }
-        for (field, id) in [("jail.uid", self.jail.uid), ("jail.gid", self.jail.gid)] {
-            if id == 0 || id == u32::MAX {
-                return Err(ConfigError::new(field, format!("{id} is not an unprivileged id")));
-            }
-        }
+        self.jail.validate()?;
         if !(1..=THREADS_MAX).contains(&self.threads) {
             let reason = format!("{} is not between 1 and {THREADS_MAX}", self.threads);
             return Err(ConfigError::new("threads", reason));

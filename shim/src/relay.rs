@@ -2,10 +2,14 @@
 //! relays them to the container's, passes signals on and ends with the container's exit status.
 //!
 //! Deliberately without a runtime: it lives as long as the container and should cost next to
-//! nothing. Each stream is copied by a thread of its own, by the kernel (splice) where it can.
+//! nothing. Each stream is copied by a thread of its own.
+//!
+//! Copied through a buffer, although the kernel could splice: a splice that waits for the container
+//! holds the lock of the caller's pipe meanwhile, and the caller's read of what has arrived already
+//! waits for that lock, not even to be killed.
 
 use std::fs::File;
-use std::io::{self, ErrorKind, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -20,6 +24,8 @@ use rustix::fs::{FileType, fstat, major, minor};
 
 use crate::attach::{FromStandIn, ToStandIn, Wants, connect_to};
 
+/// The most bytes that one step of a copy moves: what a pipe holds.
+const CHUNK: usize = 64 << 10;
 /// What the kernel raises in the process itself or for its own business: not passed on.
 const NOT_FORWARDED: [Signal; 12] = [
     Signal::SIGCHLD,
@@ -170,17 +176,30 @@ impl Relay {
 fn feed(mut source: File, stream: &UnixStream) {
     // Both ends of this copy may fail at any time: the caller's input, or a container that reads no
     // further. Either way there is nothing more to pass on.
-    let _ = io::copy(&mut source, &mut &*stream);
+    let _ = pass_on(&mut source, &mut &*stream);
     let _ = stream.shutdown(Shutdown::Write);
 }
 
 /// Copies what the container writes. When nobody reads it any more the container learns it as from
 /// a closed pipe.
 fn drain(stream: &UnixStream, mut sink: File) {
-    if let Err(error) = io::copy(&mut &*stream, &mut sink).and_then(|_| sink.flush())
+    if let Err(error) = pass_on(&mut &*stream, &mut sink)
         && error.kind() != ErrorKind::ConnectionReset
     {
         let _ = stream.shutdown(Shutdown::Both);
+    }
+}
+
+/// Copies until the end of `from`.
+fn pass_on(from: &mut impl Read, to: &mut impl Write) -> io::Result<()> {
+    let mut buffer = vec![0; CHUNK];
+    loop {
+        match from.read(&mut buffer) {
+            Ok(0) => return Ok(()),
+            Ok(count) => to.write_all(buffer.get(..count).unwrap_or_default())?,
+            Err(error) if error.kind() == ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
     }
 }
 
@@ -194,8 +213,9 @@ fn is_null(fd: BorrowedFd<'_>) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::Read;
     use std::os::unix::net::UnixListener;
+    use std::sync::mpsc;
+    use std::time::Duration;
 
     #[test]
     fn input_reaches_the_container_to_its_end() {
@@ -234,6 +254,26 @@ mod tests {
         reader.read_to_string(&mut text).unwrap();
         assert_eq!(text, "all of it");
         draining.join().unwrap();
+    }
+
+    #[test]
+    fn a_reader_is_not_held_up_while_the_container_is_silent() {
+        let (mut container, stream) = UnixStream::pair().unwrap();
+        let (mut reader, writer) = io::pipe().unwrap();
+        let draining = thread::spawn(move || drain(&stream, File::from(OwnedFd::from(writer))));
+        container.write_all(b"x").unwrap();
+        reader.read_exact(&mut [0]).unwrap();
+        // Time for the copy to wait for more.
+        thread::sleep(Duration::from_millis(100));
+        rustix::io::ioctl_fionbio(&reader, true).unwrap();
+        let (sender, receiver) = mpsc::channel();
+        let reading = thread::spawn(move || sender.send(reader.read(&mut [0])));
+        let read = receiver.recv_timeout(Duration::from_secs(5));
+        // The end frees a reader that was held up.
+        drop(container);
+        draining.join().unwrap();
+        reading.join().unwrap().unwrap();
+        assert_eq!(read.unwrap().unwrap_err().kind(), ErrorKind::WouldBlock);
     }
 
     #[test]

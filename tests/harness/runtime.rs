@@ -1,13 +1,14 @@
 //! The `bulkhead` command, called as a person or Docker would, and what it must not leave behind.
 
 use std::fs;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -225,6 +226,28 @@ fn process_table() -> Result<Vec<Process>> {
         table.push(Process { pid, command_line });
     }
     Ok(table)
+}
+
+/// Waits until the first bytes of a child's output are there, and checks that they are these.
+///
+/// # Errors
+/// When they are others, or do not come in time.
+pub fn expect_output(child: &mut Child, first: &str) -> Result<()> {
+    let output = child.stdout.as_mut().context("no standard output")?;
+    let deadline = Instant::now() + PATIENCE;
+    let mut read = vec![0; first.len()];
+    let mut length = 0;
+    while length < first.len() {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let mut watched = [PollFd::new(output, PollFlags::IN)];
+        let ready = poll(&mut watched, Some(&Timespec::try_from(left)?))?;
+        ensure!(ready > 0, "{first:?} was not written within {PATIENCE:?}");
+        let count = output.read(&mut read[length..])?;
+        ensure!(count > 0, "output ended before {first:?}");
+        length += count;
+    }
+    ensure!(read == first.as_bytes(), "{:?} was written", String::from_utf8_lossy(&read));
+    Ok(())
 }
 
 /// Waits for a child's end and collects what it wrote.

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use bulkhead_tests::bundle::Bundle;
-use bulkhead_tests::runtime::{Runtime, kill_9};
+use bulkhead_tests::runtime::{Runtime, expect_output, kill_9};
 
 fn killing(program: &str) {
     let runtime = Runtime::new().unwrap();
@@ -76,8 +76,7 @@ fn run_killed_takes_its_container_along() {
     let runtime = Runtime::new().unwrap();
     let bundle = Bundle::script("echo up; exec sleep 1000").unwrap();
     let mut child = runtime.spawn_run("orphan", &bundle).unwrap();
-    let mut ready = [0; 3];
-    std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut ready).unwrap();
+    expect_output(&mut child, "up\n").unwrap();
     child.kill().unwrap();
     child.wait().unwrap();
     runtime.ok(&["delete", "--force", "orphan"]).unwrap();

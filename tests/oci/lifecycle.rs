@@ -3,7 +3,7 @@
 use std::fs;
 
 use bulkhead_tests::bundle::Bundle;
-use bulkhead_tests::runtime::Runtime;
+use bulkhead_tests::runtime::{Runtime, expect_output, finish};
 
 #[test]
 fn create_start_kill_delete_walk_through_the_states() {
@@ -61,13 +61,12 @@ fn a_signal_to_run_reaches_the_container() {
     let script = "trap 'echo caught; exit 3' TERM; echo ready; while :; do sleep 1; done";
     let bundle = Bundle::script(script).unwrap();
     let mut child = runtime.spawn_run("signal", &bundle).unwrap();
-    let mut stdout = child.stdout.take().unwrap();
-    let mut ready = [0; 6];
-    std::io::Read::read_exact(&mut stdout, &mut ready).unwrap();
+    expect_output(&mut child, "ready\n").unwrap();
     let pid = rustix::process::Pid::from_raw(i32::try_from(child.id()).unwrap()).unwrap();
     rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
-    let output = bulkhead_tests::runtime::finish(child).unwrap();
+    let output = finish(child).unwrap();
     assert_eq!(output.status.code(), Some(3), "{}", String::from_utf8_lossy(&output.stderr));
+    assert_eq!(output.stdout, b"caught\n");
     runtime.assert_clean().unwrap();
 }
 

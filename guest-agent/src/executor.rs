@@ -11,6 +11,7 @@ use std::collections::HashMap;
 use std::ffi::{CString, NulError};
 use std::fmt;
 use std::io::{self, ErrorKind};
+use std::os::fd::BorrowedFd;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -20,9 +21,14 @@ use libcontainer::workload::{
     Executor, ExecutorError, ExecutorSetEnvsError, ExecutorValidationError,
 };
 use oci_spec::runtime::Spec;
-use rustix::fs::{Access, AtFlags, CWD, accessat};
+use rustix::fs::{
+    Access, AtFlags, CWD, FileType, Mode, OFlags, accessat, fstat, major, minor, open,
+};
 
 use crate::report::{Line, Report};
+
+/// Major and minor number of `/dev/null`, Documentation/admin-guide/devices.txt.
+const NULL_DEVICE: (u32, u32) = (1, 3);
 
 /// The user's program, and where to report what is wrong with it.
 #[derive(Clone)]
@@ -71,12 +77,34 @@ impl Executor for Program {
         let name = arguments.first().ok_or(ExecutorError::InvalidArg)?;
         let path = find(name, search_path(spec))
             .map_err(|unusable| ExecutorError::Other(format!("exec: {name:?}: {unusable}")))?;
+        if let Err(error) = make_null_writable() {
+            return Err(ExecutorError::Other(format!("/dev/null: {}", words(&error))));
+        }
         let Err(error) = execute(&path, arguments, environment(spec));
         let message = format!("exec {}: {}", path.display(), words(&error));
         // The container's standard error is the only place left where it can be read.
         let _ = io::Write::write_all(&mut io::stderr(), format!("{message}\n").as_bytes());
         Err(ExecutorError::Other(message))
     }
+}
+
+/// Opens the null device again where it stands for standard output or error: libcontainer has put
+/// the container's own there, but for reading only.
+fn make_null_writable() -> io::Result<()> {
+    let is_null = |fd: BorrowedFd<'_>| {
+        fstat(fd).is_ok_and(|stat| {
+            FileType::from_raw_mode(stat.st_mode) == FileType::CharacterDevice
+                && (major(stat.st_rdev), minor(stat.st_rdev)) == NULL_DEVICE
+        })
+    };
+    let null = || open("/dev/null", OFlags::RDWR | OFlags::CLOEXEC, Mode::empty());
+    if is_null(rustix::stdio::stdout()) {
+        rustix::stdio::dup2_stdout(null()?)?;
+    }
+    if is_null(rustix::stdio::stderr()) {
+        rustix::stdio::dup2_stderr(null()?)?;
+    }
+    Ok(())
 }
 
 /// Becomes the program; returns only if it cannot.

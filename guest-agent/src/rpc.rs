@@ -79,8 +79,10 @@ impl Agent for Calls {
                 .map_err(|error| Status::invalid_argument(format!("host name: {error}")))?;
         }
         // A pod with fewer processors than it could have is still a pod.
-        if let Err(error) = hotplug::start_processors(Path::new(hotplug::PROCESSORS)) {
-            tracing::warn!(error = %error, "a processor does not start");
+        match hotplug::start_processors(Path::new(hotplug::PROCESSORS)) {
+            Ok(0) => {}
+            Ok(count) => tracing::info!(count = count as u64, "processors started"),
+            Err(error) => tracing::warn!(error = %error, "a processor does not start"),
         }
         Ok(Response::new(HelloReply {
             version: VERSION,

@@ -1,7 +1,9 @@
 //! Standard streams cross unharmed.
 
+use std::process::Stdio;
+
 use bulkhead_tests::bundle::Bundle;
-use bulkhead_tests::runtime::Runtime;
+use bulkhead_tests::runtime::{Runtime, finish};
 
 #[test]
 fn standard_output_and_error_stay_apart() {
@@ -43,4 +45,15 @@ fn the_streams_can_be_reopened_by_name() {
     let output = runtime.run("reopen", &bundle).unwrap();
     assert_eq!(String::from_utf8_lossy(&output.stdout), "again\n");
     assert_eq!(String::from_utf8_lossy(&output.stderr), "bad\n");
+}
+
+/// As under `create` by a caller that gives no streams.
+#[test]
+fn output_that_nobody_wants_can_be_written() {
+    let runtime = Runtime::new().unwrap();
+    let bundle = Bundle::script("echo out && echo err >&2 && read nothing; test $? = 1").unwrap();
+    let mut command = runtime.command(&["run", "--bundle"]);
+    command.arg(bundle.path()).arg("silent").stdout(Stdio::null()).stderr(Stdio::null());
+    let output = finish(command.spawn().unwrap()).unwrap();
+    assert_eq!(output.status.code(), Some(0));
 }

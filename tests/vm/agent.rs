@@ -30,6 +30,15 @@ async fn client(stream: UnixStream) -> AgentClient<Channel> {
     AgentClient::new(endpoint.connect_with_connector(connector).await.unwrap())
 }
 
+fn hello() -> HelloRequest {
+    HelloRequest {
+        version: VERSION,
+        time_ns: 1_700_000_000_000_000_000,
+        entropy: vec![1; 64],
+        hostname: "pod".to_owned(),
+    }
+}
+
 #[test]
 fn the_agent_takes_time_and_entropy_and_binds_what_is_attached_late() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
@@ -37,13 +46,7 @@ fn the_agent_takes_time_and_entropy_and_binds_what_is_attached_late() {
     let stream = vm.open_stream(AGENT_PORT, BOOT).unwrap();
     runtime.block_on(async {
         let mut agent = client(stream).await;
-        let hello = HelloRequest {
-            version: VERSION,
-            time_ns: 1_700_000_000_000_000_000,
-            entropy: vec![1; 64],
-            hostname: "pod".to_owned(),
-        };
-        let reply = agent.hello(hello).await.unwrap().into_inner();
+        let reply = agent.hello(hello()).await.unwrap().into_inner();
         assert_eq!(reply.version, VERSION);
         let bound = agent.rescan(RescanRequest {}).await.unwrap().into_inner().bound;
         assert!(bound.is_empty(), "{bound:?}");
@@ -57,4 +60,20 @@ fn the_agent_takes_time_and_entropy_and_binds_what_is_attached_late() {
         assert!(bound.is_empty(), "{bound:?}");
         agent.sync(SyncRequest {}).await.unwrap();
     });
+}
+
+#[test]
+fn the_agent_starts_the_processors_that_the_machine_has() {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let two = Options { spoil: Some(|config| config.vcpus = 2), ..Options::default() };
+    let mut vm = TestVm::boot(&two).unwrap();
+    let stream = vm.open_stream(AGENT_PORT, BOOT).unwrap();
+    assert_eq!(vm.ticks(Some("vcpu1")).unwrap(), 0, "the second processor waits to be started");
+    runtime.block_on(async { client(stream).await.hello(hello()).await.unwrap() });
+    let console = vm.console_text();
+    assert!(
+        console.contains("processors started") && console.contains(r#""count":1"#),
+        "{console}"
+    );
+    assert!(vm.ticks(Some("vcpu1")).unwrap() > 0, "{console}");
 }

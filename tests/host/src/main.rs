@@ -22,7 +22,7 @@ use crate::qemu::Accelerator;
 
 const USAGE: &str = "usage: test-host [OPTIONS] [--] [COMMAND ARGUMENTS…]   (no command: a shell)
   --memory MIB      memory of the host, default 4096
-  --cpus N          processors of the host, default those of this machine
+  --cpus N          processors of the host; the default is 1 under tcg, else those of this machine
   --timeout SECS    end the host after that time, with status 124
   --share DIR       a directory of this machine, writable in the host as /run/share-out
   --accel A         kvm, tcg or auto (the default: kvm where nesting works)
@@ -36,7 +36,7 @@ const FAILED: u8 = 125;
 #[derive(Debug)]
 struct Options {
     memory_mib: u32,
-    cpus: usize,
+    cpus: Option<usize>,
     timeout: Option<Duration>,
     share: Option<PathBuf>,
     accelerator: Accelerator,
@@ -61,7 +61,7 @@ fn main() -> ExitCode {
 fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options> {
     let mut options = Options {
         memory_mib: 4096,
-        cpus: std::thread::available_parallelism().map_or(1, usize::from),
+        cpus: None,
         timeout: None,
         share: None,
         accelerator: Accelerator::Auto,
@@ -73,7 +73,7 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options> {
         let mut value = || arguments.next().with_context(|| format!("{argument} needs a value"));
         match argument.as_str() {
             "--memory" => options.memory_mib = value()?.parse().context("--memory")?,
-            "--cpus" => options.cpus = value()?.parse().context("--cpus")?,
+            "--cpus" => options.cpus = Some(value()?.parse().context("--cpus")?),
             "--timeout" => {
                 options.timeout = Some(Duration::from_secs(value()?.parse().context("--timeout")?));
             }

@@ -48,6 +48,15 @@ impl Accelerator {
             chosen => chosen,
         }
     }
+
+    /// How many processors the host gets unless told otherwise. Two emulated ones run a nested
+    /// machine wrong now and then: the host's own registers turn up in the guest's.
+    pub(crate) fn processors(self) -> usize {
+        match self {
+            Self::Kvm => std::thread::available_parallelism().map_or(1, usize::from),
+            Self::Tcg | Self::Auto => 1,
+        }
+    }
 }
 
 /// A KVM that emulates supervisor mode in software opens too, but its machine has neither flag.

@@ -52,12 +52,13 @@ pub(crate) fn run(options: &Options) -> Result<u8> {
     }
     let share = options.share.as_deref().map(Path::canonicalize).transpose();
     let share = share.context("--share")?;
+    let accelerator = options.accelerator.resolve();
     let machine = Machine {
         kernel: &kernel.vmlinux,
         init: &env::current_exe().context("find this program")?,
-        accelerator: options.accelerator.resolve(),
+        accelerator,
         memory_mib: options.memory_mib,
-        cpus: options.cpus,
+        cpus: options.cpus.unwrap_or_else(|| accelerator.processors()),
         share: share.as_deref(),
         shell: options.command.is_empty(),
     };

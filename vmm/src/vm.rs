@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{IoEventAddress, Kvm, VmFd};
+use rustix::mm::{Advice, madvise};
 use thiserror::Error;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
@@ -227,8 +228,9 @@ fn create_vm(kvm_device: &Kvm) -> Result<VmFd, VmError> {
     Ok(vm)
 }
 
-// UNSAFETY: KVM lets the guest touch the memory that it is told about.
-#[expect(unsafe_code, reason = "KVM_SET_USER_MEMORY_REGION")]
+// UNSAFETY: KVM lets the guest touch the memory that it is told about, and advice on memory can
+// destroy what is in it.
+#[expect(unsafe_code, reason = "KVM_SET_USER_MEMORY_REGION and madvise(2)")]
 fn map_memory(vm: &VmFd, mib: u32) -> Result<GuestMemory, VmError> {
     let memory = GuestMemory::from_ranges(&layout::memory_ranges(mib))
         .map_err(|source| VmError::Memory { mib, source })?;
@@ -243,6 +245,12 @@ fn map_memory(vm: &VmFd, mib: u32) -> Result<GuestMemory, VmError> {
         // SAFETY: the region is mapped with this size, and stays so for the life of the process:
         // the bus, which outlives every processor, holds the memory.
         unsafe { vm.set_user_memory_region(kvm_region) }.map_err(kvm("map guest memory"))?;
+        let length = usize::try_from(region.len()).unwrap_or(usize::MAX);
+        // SAFETY: this advice changes how memory is backed, never what is in it.
+        let advised = unsafe { madvise(region.as_ptr().cast(), length, Advice::LinuxHugepage) };
+        if let Err(error) = advised {
+            log::info!("guest memory without huge pages, this host has none: {error}");
+        }
     }
     Ok(memory)
 }

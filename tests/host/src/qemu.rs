@@ -3,7 +3,8 @@
 //!
 //! Without nested KVM it is TCG, which emulates AMD SVM with nested paging. Five-level paging is left
 //! out because KVM in the host would then walk five levels for every guest; XSAVE because a guest's
-//! CPUID does not follow its XCR0 then, as if KVM had not seen it being set.
+//! CPUID does not follow its XCR0 then, as if KVM had not seen it being set; fast byte strings because
+//! they are emulated byte by byte, and a kernel that is told of them clears its pages with them.
 
 use std::fmt::Write;
 use std::fs;
@@ -103,7 +104,7 @@ impl Machine<'_> {
             Accelerator::Kvm => command.args(["-M", "q35", "-accel", "kvm", "-cpu", "host"]),
             Accelerator::Tcg | Accelerator::Auto => {
                 command.args(["-M", "q35", "-accel", "tcg,thread=multi"]);
-                command.args(["-cpu", "max,+svm,-la57,-xsave"])
+                command.args(["-cpu", "max,+svm,-la57,-xsave,-erms,-fsrm"])
             }
         };
         // One processor a socket: of a package's processors the firmware lists only the first.

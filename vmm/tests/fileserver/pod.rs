@@ -18,7 +18,8 @@ use bulkhead_vmm::seqpacket;
 use rustix::fs::{CWD, Gid, Mode, Uid, mkdirat};
 use rustix::mount::{
     FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags, MoveMountFlags,
-    OpenTreeFlags, fsconfig_create, fsmount, fsopen, mount, mount_change, move_mount, open_tree,
+    OpenTreeFlags, UnmountFlags, fsconfig_create, fsmount, fsopen, mount, mount_change, move_mount,
+    open_tree, unmount,
 };
 use rustix::net::sockopt::set_socket_send_buffer_size_force;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
@@ -97,10 +98,12 @@ impl Pod {
 
 impl Drop for Pod {
     fn drop(&mut self) {
-        let _ = rustix::mount::unmount(&self.root, rustix::mount::UnmountFlags::DETACH);
-        let _ = rustix::mount::unmount(&self.host, rustix::mount::UnmountFlags::DETACH);
-        let other = self.directory.path().join("other");
-        let _ = rustix::mount::unmount(other, rustix::mount::UnmountFlags::DETACH);
+        // By force, which aborts the connection: a child that another test forks has the files of
+        // this one open until it has executed its program, and would wait for ever for the server
+        // to acknowledge that it closes them.
+        let _ = unmount(&self.root, UnmountFlags::FORCE | UnmountFlags::DETACH);
+        let _ = unmount(&self.host, UnmountFlags::DETACH);
+        let _ = unmount(self.directory.path().join("other"), UnmountFlags::DETACH);
     }
 }
 

@@ -64,7 +64,7 @@ pub enum PodError {
     /// The guest.
     #[error("the guest did not come up within {} s{console}", .patience.as_secs())]
     Boot {
-        /// How long was waited; [`BOOT_SECONDS`] changes it.
+        /// How long was waited; `BULKHEAD_BOOT_TIMEOUT` changes it.
         patience: Duration,
         /// What it said.
         console: String,

@@ -1,8 +1,8 @@
 //! The file server: a pod's files over a socket, and nothing else of the host.
 //!
 //! One process per pod. Its first message is the [`config::FsConfig`] with the detached mount that
-//! becomes its root; then it jails itself ([`jail`]), answers, and serves FUSE messages from the
-//! relay socket on a few threads ([`serve`], [`share`]). What the supervisor attaches below the root later is
+//! becomes its root; then it jails itself (`jail`), answers, and serves FUSE messages from the
+//! relay socket on a few threads (`serve`, `share`). What the supervisor attaches below the root later is
 //! served too. It exits when the control socket reaches end of file.
 //!
 //! The guest is hostile, the monitor is not trusted either: whatever arrives is checked, and can at

@@ -145,29 +145,11 @@ impl Relay {
         if runs.len() > RUNS_MAX {
             return refuse(memory, chain, &request, Errno::TOOBIG);
         }
-        match vectored::send(&self.socket, &runs) {
-            Ok(_) => {}
-            // The last two: the kernel has no memory in one piece now. The socket is writable, so
-            // the worker comes back at once, and the kernel makes room meanwhile.
-            Err(error)
-                if matches!(
-                    error.raw_os_error(),
-                    Some(libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM)
-                ) =>
-            {
-                return Ok(Forwarded::Full);
-            }
-            Err(error) if error.raw_os_error() == Some(libc::EMSGSIZE) => {
-                guest_warn!("fs: a request of {len} bytes does not fit the socket");
-                return refuse(memory, chain, &request, Errno::IO);
-            }
-            Err(error) => {
-                log::error!("fs: the file server is gone: {error}");
-                self.server = Server::Ended;
-                return refuse(memory, chain, &request, Errno::IO);
-            }
+        match self.send(&runs) {
+            Ok(true) => self.last = number,
+            Ok(false) => return Ok(Forwarded::Full),
+            Err(error) => return refuse(memory, chain, &request, error),
         }
-        self.last = number;
         if !request.has_reply() {
             return Ok(Forwarded::Done(0));
         }
@@ -175,6 +157,25 @@ impl Relay {
         let in_flight = InFlight { queue, head, unique: request.unique, writable };
         self.in_flight.insert(number, in_flight);
         Ok(Forwarded::Sent)
+    }
+
+    /// Sends one packet; `false` when there is no room for it now.
+    fn send(&mut self, packet: &[VolatileSlice<'_>]) -> Result<bool, Errno> {
+        let Err(error) = vectored::send(&self.socket, packet) else { return Ok(true) };
+        match error.raw_os_error() {
+            // The last two: the kernel has no memory in one piece now. The socket is writable, so
+            // the worker comes back at once, and the kernel makes room meanwhile.
+            Some(libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM) => Ok(false),
+            Some(libc::EMSGSIZE) => {
+                guest_warn!("fs: a request does not fit the socket");
+                Err(Errno::IO)
+            }
+            _ => {
+                log::error!("fs: the file server is gone: {error}");
+                self.server = Server::Ended;
+                Err(Errno::IO)
+            }
+        }
     }
 
     /// Takes the next reply that answers something; `None` when there is none now.

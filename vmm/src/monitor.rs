@@ -4,6 +4,7 @@
 use std::error::Error as StdError;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -13,13 +14,14 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use crate::config::VmConfig;
 use crate::control::{Answer, Call, Ending, Event, Refusal, Reply, Request, VERSION};
 use crate::devices::virtio::vsock::OpenRequest;
-use crate::jail;
+use crate::jail::{self, descriptors};
+use crate::logging;
 use crate::seqpacket::{self, Message};
 use crate::vm::{Descriptors, Machine};
 
 /// Why the monitor ended before its machine did.
 #[derive(Debug, Error)]
-pub enum MonitorError {
+enum MonitorError {
     /// The supervisor closed the socket without a configuration.
     #[error("no configuration came")]
     Unconfigured,
@@ -31,11 +33,28 @@ pub enum MonitorError {
     NotStarted(Refusal),
 }
 
+/// The whole life of the process `bulkhead-vmm`.
+#[must_use]
+pub fn main() -> ExitCode {
+    logging::start();
+    let control = match descriptors::inherited_control() {
+        Ok(control) => control,
+        Err(error) => {
+            log::error!("no control socket, bulkhead-vmm is started by bulkhead: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    match run(control) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            log::error!("{error}: {:?}", error.source());
+            ExitCode::FAILURE
+        }
+    }
+}
+
 /// Serves one machine from the first message to the end.
-///
-/// # Errors
-/// When the machine could not be started, or the supervisor could not be reached.
-pub fn run(control: OwnedFd) -> Result<(), MonitorError> {
+fn run(control: OwnedFd) -> Result<(), MonitorError> {
     let message = seqpacket::receive(&control)?.ok_or(MonitorError::Unconfigured)?;
     let machine = match start(message) {
         Ok(machine) => machine,

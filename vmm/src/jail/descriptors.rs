@@ -36,10 +36,11 @@ pub(crate) const CONTROL: RawFd = 3;
 /// Takes over the inherited control socket. To be called once, first thing.
 ///
 /// # Errors
-/// When the process was started without one.
+/// When the process was started without one, or with something else in its place.
 pub(crate) fn inherited_control() -> io::Result<OwnedFd> {
     // SAFETY: only looks the descriptor up; nothing else has had the time to open one.
     let inherited = unsafe { BorrowedFd::borrow_raw(CONTROL) };
+    rustix::net::sockopt::socket_type(inherited)?;
     rustix::io::fcntl_setfd(inherited, rustix::io::FdFlags::CLOEXEC)?;
     // SAFETY: it is open, as was just seen, and the caller promises that nobody else owns it.
     Ok(unsafe { OwnedFd::from_raw_fd(CONTROL) })

@@ -12,6 +12,8 @@ mod kill;
 #[cfg(test)]
 mod lifecycle;
 #[cfg(test)]
+mod load;
+#[cfg(test)]
 mod process;
 #[cfg(test)]
 mod resources;

@@ -191,24 +191,13 @@ impl TestVm {
         Ok(fs::read_to_string(format!("/proc/{}/{name}", self.pid()))?)
     }
 
-    /// Processor time of the monitor, or of one of its threads, in clock ticks.
+    /// Processor time of the monitor, in clock ticks.
     ///
     /// # Errors
-    /// When there is no such thread.
-    pub fn ticks(&self, thread: Option<&str>) -> Result<u64> {
-        let stat = match thread {
-            None => self.proc("stat")?,
-            Some(name) => {
-                let name = format!("({name})");
-                let tasks = fs::read_dir(format!("/proc/{}/task", self.pid()))?;
-                // A thread may end while it is looked at.
-                tasks
-                    .filter_map(|task| fs::read_to_string(task.ok()?.path().join("stat")).ok())
-                    .find(|stat| stat.contains(&name))
-                    .with_context(|| format!("no thread {name}"))?
-            }
-        };
+    /// When it has ended.
+    pub fn ticks(&self) -> Result<u64> {
         // proc_pid_stat(5): utime and stime are the 14th and 15th field, the name is the second.
+        let stat = self.proc("stat")?;
         let fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
         fields.skip(11).take(2).map(|ticks| Ok(ticks.parse::<u64>()?)).sum()
     }

@@ -217,6 +217,14 @@ mod tests {
     use std::sync::mpsc;
     use std::time::Duration;
 
+    /// A container whose output is passed on, and where it arrives.
+    fn draining() -> (UnixStream, io::PipeReader, JoinHandle<()>) {
+        let (container, stream) = UnixStream::pair().unwrap();
+        let (reader, writer) = io::pipe().unwrap();
+        let thread = thread::spawn(move || drain(&stream, File::from(OwnedFd::from(writer))));
+        (container, reader, thread)
+    }
+
     #[test]
     fn input_reaches_the_container_to_its_end() {
         let (container, stream) = UnixStream::pair().unwrap();
@@ -232,10 +240,8 @@ mod tests {
 
     #[test]
     fn a_container_whose_output_nobody_reads_learns_it() {
-        let (mut container, stream) = UnixStream::pair().unwrap();
-        let (reader, writer) = io::pipe().unwrap();
+        let (mut container, reader, draining) = draining();
         drop(reader);
-        let draining = thread::spawn(move || drain(&stream, File::from(OwnedFd::from(writer))));
         // The first byte shows that nobody reads, unless the pipe has shown it before.
         let _ = container.write_all(b"x");
         draining.join().unwrap();
@@ -245,9 +251,7 @@ mod tests {
 
     #[test]
     fn output_is_passed_on_to_its_end() {
-        let (mut container, stream) = UnixStream::pair().unwrap();
-        let (mut reader, writer) = io::pipe().unwrap();
-        let draining = thread::spawn(move || drain(&stream, File::from(OwnedFd::from(writer))));
+        let (mut container, mut reader, draining) = draining();
         container.write_all(b"all of it").unwrap();
         drop(container);
         let mut text = String::new();
@@ -258,9 +262,7 @@ mod tests {
 
     #[test]
     fn a_reader_is_not_held_up_while_the_container_is_silent() {
-        let (mut container, stream) = UnixStream::pair().unwrap();
-        let (mut reader, writer) = io::pipe().unwrap();
-        let draining = thread::spawn(move || drain(&stream, File::from(OwnedFd::from(writer))));
+        let (mut container, mut reader, draining) = draining();
         container.write_all(b"x").unwrap();
         reader.read_exact(&mut [0]).unwrap();
         // Time for the copy to wait for more.

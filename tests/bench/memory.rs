@@ -61,7 +61,7 @@ pub(crate) fn measure(rounds: usize) -> Result<Value> {
 }
 
 /// Proportional set size of a process without guest memory, and of guest memory. Guest memory is
-/// the one mapping of at least 64 MiB.
+/// the one mapping of at least `GUEST_KIB`.
 fn pss_kib(pid: u32) -> Result<(f64, f64)> {
     const GUEST_KIB: f64 = 64.0 * 1024.0;
     let (mut process, mut guest, mut size) = (0.0, 0.0, 0.0);

@@ -58,8 +58,8 @@ pub(crate) fn measure(rounds: usize) -> Result<Value> {
 }
 
 fn bulkhead(runtime: &Runtime, bundle: &Bundle, trace: &Path) -> Command {
-    let mut command = runtime.command(&["run", "--bundle"]);
-    command.arg(bundle.path()).arg("bench").env("BULKHEAD_TRACE", trace);
+    let mut command = runtime.run_command("bench", bundle);
+    command.env("BULKHEAD_TRACE", trace);
     command
 }
 

@@ -75,6 +75,14 @@ impl Runtime {
         Ok(String::from_utf8(output.stderr)?)
     }
 
+    /// `bulkhead run`, not started yet.
+    #[must_use]
+    pub fn run_command(&self, id: &str, bundle: &Bundle) -> Command {
+        let mut command = self.command(&["run", "--bundle"]);
+        command.arg(bundle.path()).arg(id);
+        command
+    }
+
     /// `bulkhead run`, to its end.
     ///
     /// # Errors
@@ -103,9 +111,8 @@ impl Runtime {
     /// # Errors
     /// When it cannot be started.
     pub fn spawn_run(&self, id: &str, bundle: &Bundle) -> Result<Child> {
-        let mut command = self.command(&["run", "--bundle"]);
-        command.arg(bundle.path()).arg(id).stdin(Stdio::piped());
-        Ok(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?)
+        let mut command = self.run_command(id, bundle);
+        Ok(command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?)
     }
 
     /// `bulkhead create`, its streams the null device.

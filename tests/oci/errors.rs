@@ -67,8 +67,8 @@ fn a_namespace_that_does_not_exist_is_refused() {
 fn with_environment(name: &str, value: &str, needles: &[&str]) {
     let runtime = Runtime::new().unwrap();
     let bundle = Bundle::new(&["true"]).unwrap();
-    let mut command = runtime.command(&["run", "--bundle"]);
-    command.arg(bundle.path()).arg("environment").env(name, value);
+    let mut command = runtime.run_command("environment", &bundle);
+    command.env(name, value);
     let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let output = finish(child).unwrap();
     let text = String::from_utf8(output.stderr).unwrap();

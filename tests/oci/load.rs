@@ -34,9 +34,9 @@ fn ten_at_once_come_back_each_with_its_own() {
     let runtime = Runtime::new().unwrap();
     let start = |number: usize| {
         let bundle = Bundle::script(&format!("echo pod {number}; exit {number}")).unwrap();
-        let mut command = runtime.command(&["run", "--bundle"]);
+        let mut command = runtime.run_command(&format!("pod-{number}"), &bundle);
         // Ten share one emulated processor.
-        command.arg(bundle.path()).arg(format!("pod-{number}")).env("BULKHEAD_BOOT_TIMEOUT", "110");
+        command.env("BULKHEAD_BOOT_TIMEOUT", "110");
         let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         (number, child, bundle)
     };

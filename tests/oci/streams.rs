@@ -52,8 +52,8 @@ fn the_streams_can_be_reopened_by_name() {
 fn output_that_nobody_wants_can_be_written() {
     let runtime = Runtime::new().unwrap();
     let bundle = Bundle::script("echo out && echo err >&2 && read nothing; test $? = 1").unwrap();
-    let mut command = runtime.command(&["run", "--bundle"]);
-    command.arg(bundle.path()).arg("silent").stdout(Stdio::null()).stderr(Stdio::null());
+    let mut command = runtime.run_command("silent", &bundle);
+    command.stdout(Stdio::null()).stderr(Stdio::null());
     let output = finish(command.spawn().unwrap()).unwrap();
     assert_eq!(output.status.code(), Some(0));
 }

@@ -12,7 +12,7 @@ mod devices;
 pub mod fileserver;
 pub mod jail;
 pub mod kvm_probe;
-pub mod logging;
+mod logging;
 pub mod monitor;
 pub mod seqpacket;
 mod vcpu;

@@ -1,5 +1,6 @@
 //! Log lines of the jailed processes: JSON on standard error, which the supervisor gave them.
 
+use std::error::Error;
 use std::io::Write;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -10,11 +11,30 @@ struct Lines;
 static LINES: Lines = Lines;
 
 /// Writes everything from `info` up to standard error from now on.
-pub fn start() {
+pub(crate) fn start() {
     // A second call in one process changes nothing.
     if log::set_logger(&LINES).is_ok() {
         log::set_max_level(LevelFilter::Info);
     }
+}
+
+/// Logs an error with its causes, and returns the line.
+pub(crate) fn report(error: &dyn Error) -> String {
+    let line = chain(error);
+    log::error!("{line}");
+    line
+}
+
+/// An error with its causes, for somebody who cannot see this process.
+pub(crate) fn chain(error: &dyn Error) -> String {
+    let mut line = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        line.push_str(": ");
+        line.push_str(&error.to_string());
+        cause = error.source();
+    }
+    line
 }
 
 impl Log for Lines {

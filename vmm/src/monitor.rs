@@ -37,17 +37,11 @@ enum MonitorError {
 #[must_use]
 pub fn main() -> ExitCode {
     logging::start();
-    let control = match descriptors::inherited_control() {
-        Ok(control) => control,
-        Err(error) => {
-            log::error!("no control socket, bulkhead-vmm is started by bulkhead: {error}");
-            return ExitCode::FAILURE;
-        }
-    };
+    let Some(control) = descriptors::inherited_control() else { return ExitCode::FAILURE };
     match run(control) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            log::error!("{error}: {:?}", error.source());
+            logging::report(&error);
             ExitCode::FAILURE
         }
     }
@@ -236,14 +230,6 @@ fn said(message: &str) -> Refusal {
     Refusal { message: message.into() }
 }
 
-/// The whole chain of causes, for somebody who cannot see this process.
 fn refusal(error: &dyn StdError) -> Refusal {
-    let mut message = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        message.push_str(": ");
-        message.push_str(&error.to_string());
-        cause = error.source();
-    }
-    Refusal { message }
+    said(&logging::chain(error))
 }

@@ -245,9 +245,9 @@ fn map_memory(vm: &VmFd, mib: u32) -> Result<GuestMemory, VmError> {
         // SAFETY: the region is mapped with this size, and stays so for the life of the process:
         // the bus, which outlives every processor, holds the memory.
         unsafe { vm.set_user_memory_region(kvm_region) }.map_err(kvm("map guest memory"))?;
-        let length = usize::try_from(region.len()).unwrap_or(usize::MAX);
         // SAFETY: this advice changes how memory is backed, never what is in it.
-        let advised = unsafe { madvise(region.as_ptr().cast(), length, Advice::LinuxHugepage) };
+        let advised =
+            unsafe { madvise(region.as_ptr().cast(), region.size(), Advice::LinuxHugepage) };
         if let Err(error) = advised {
             log::info!("guest memory without huge pages, this host has none: {error}");
         }

@@ -2,13 +2,12 @@
 //!
 //! One process per pod. Its first message is the [`config::FsConfig`] with the detached mount that
 //! becomes its root; then it jails itself (`jail`), answers, and serves FUSE messages from the
-//! relay socket on a few threads (`serve`, `share`). What the supervisor attaches below the root later is
-//! served too. It exits when the control socket reaches end of file.
+//! relay socket on a few threads (`serve`, `share`). What the supervisor attaches below the root
+//! later is served too. It exits when the control socket reaches end of file.
 //!
 //! The guest is hostile, the monitor is not trusted either: whatever arrives is checked, and can at
 //! worst fail a request. Deliberately not done: caching on this side, DAX, notifications.
 
-use std::error::Error;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::process::ExitCode;
@@ -40,7 +39,7 @@ const STACK_BYTES: usize = 256 << 10;
 /// Why the file server does not serve.
 #[derive(Debug, Error)]
 enum StartError {
-    /// The control socket failed, or there is none.
+    /// The control socket failed.
     #[error("control socket of the file server")]
     Control(#[source] io::Error),
     /// The configuration cannot be used.
@@ -61,17 +60,11 @@ enum StartError {
 #[must_use]
 pub fn main() -> ExitCode {
     logging::start();
-    let control = match descriptors::inherited_control() {
-        Ok(control) => control,
-        Err(error) => {
-            report(&StartError::Control(error));
-            return ExitCode::FAILURE;
-        }
-    };
+    let Some(control) = descriptors::inherited_control() else { return ExitCode::FAILURE };
     match run(&control) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            let reason = report(&error);
+            let reason = logging::report(&error);
             // The supervisor may be gone; the log has the reason as well.
             let _ = answer(&control, &FsAnswer::Error(reason));
             ExitCode::FAILURE
@@ -114,17 +107,4 @@ fn start_thread(name: String, run: impl FnOnce() + Send + 'static) -> Result<(),
 
 fn answer(control: &OwnedFd, answer: &FsAnswer) -> io::Result<()> {
     seqpacket::send(control, &serde_json::to_vec(answer)?, &[])
-}
-
-/// Logs an error with its causes, and returns the line.
-fn report(error: &StartError) -> String {
-    let mut line = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        line.push_str(": ");
-        line.push_str(&error.to_string());
-        cause = error.source();
-    }
-    log::error!("{line}");
-    line
 }

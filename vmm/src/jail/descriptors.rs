@@ -33,11 +33,16 @@ fn close_range(first: u32, last: u32) -> io::Result<()> {
 /// The descriptor under which a jailed process inherits its control socket.
 pub(crate) const CONTROL: RawFd = 3;
 
-/// Takes over the inherited control socket. To be called once, first thing.
-///
-/// # Errors
-/// When the process was started without one, or with something else in its place.
-pub(crate) fn inherited_control() -> io::Result<OwnedFd> {
+/// Takes over the inherited control socket. To be called once, first thing after the log is there,
+/// which says why there is none.
+pub(crate) fn inherited_control() -> Option<OwnedFd> {
+    let explain = |error: &io::Error| {
+        log::error!("no control socket, this program is started by bulkhead: {error}");
+    };
+    take_over_control().inspect_err(explain).ok()
+}
+
+fn take_over_control() -> io::Result<OwnedFd> {
     // SAFETY: only looks the descriptor up; nothing else has had the time to open one.
     let inherited = unsafe { BorrowedFd::borrow_raw(CONTROL) };
     rustix::net::sockopt::socket_type(inherited)?;

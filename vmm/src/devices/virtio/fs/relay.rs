@@ -167,7 +167,8 @@ impl Relay {
             // the worker comes back at once, and the kernel makes room meanwhile.
             Some(libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM) => Ok(false),
             Some(libc::EMSGSIZE) => {
-                guest_warn!("fs: a request does not fit the socket");
+                let len: usize = packet.iter().map(VolatileSlice::len).sum();
+                guest_warn!("fs: a request of {len} bytes does not fit the socket");
                 Err(Errno::IO)
             }
             _ => {

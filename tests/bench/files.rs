@@ -2,14 +2,13 @@
 //! busybox.
 
 use std::fs;
-use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use bulkhead_tests::bundle::{Bundle, bind};
-use bulkhead_tests::runtime::Runtime;
+use bulkhead_tests::runtime::{Runtime, each_line};
 use serde_json::{Map, Value, json};
 
 use crate::table::{self, median};
@@ -68,19 +67,18 @@ fn script(directory: &Path) -> String {
     script
 }
 
-fn collect(mut child: Child, times: &mut [Vec<f64>; 3]) -> Result<()> {
-    let output = BufReader::new(child.stdout.take().context("no standard output")?);
+fn collect(child: Child, times: &mut [Vec<f64>; 3]) -> Result<()> {
     let mut pieces = times.iter_mut();
     let mut begun = Instant::now();
-    for line in output.lines() {
-        match line?.as_str() {
+    each_line(child, |line| {
+        match line {
             "begin" => begun = Instant::now(),
             "end" => pieces.next().context("too many lines")?.push(begun.elapsed().as_secs_f64()),
             other => anyhow::bail!("unexpected output {other}"),
         }
-    }
-    let status = child.wait()?;
-    ensure!(status.success() && pieces.next().is_none(), "the work was not done: {status}");
+        Ok(())
+    })?;
+    ensure!(pieces.next().is_none(), "some of the work was not done");
     Ok(())
 }
 

@@ -2,9 +2,11 @@
 //! host. `cargo xtask bench` runs it in the test host.
 //!
 //! Rounds are interleaved, so that whatever disturbs the host disturbs everybody; the table shows
-//! medians. Under emulation absolute times mean little and ratios much; memory figures are real.
+//! medians. Under emulation absolute times mean nothing and ratios say how much code is translated;
+//! where the host counts instructions (`test-host --count`) they say how much is executed. Memory
+//! figures are real.
 //!
-//! `bench [--rounds N] [--json FILE]`
+//! `bench [--rounds N] [--json FILE] [--only start,memory,files]`
 
 mod files;
 mod memory;
@@ -19,21 +21,35 @@ use serde_json::{Map, Value};
 /// How often each contender runs, unless told otherwise.
 const ROUNDS: usize = 7;
 
+/// The parts, in the order in which they run.
+const PARTS: [(&str, Measure); 3] =
+    [("start", start::measure), ("memory", memory::measure), ("files", files::measure)];
+
+/// Measures in so many rounds, prints its tables and gives its figures.
+type Measure = fn(usize) -> Result<Value>;
+
 struct Arguments {
     rounds: usize,
     json: Option<PathBuf>,
+    /// The parts that are asked for; all of them without any.
+    only: Vec<String>,
 }
 
 impl Arguments {
     fn parse(mut words: impl Iterator<Item = String>) -> Result<Self> {
-        let mut arguments = Self { rounds: ROUNDS, json: None };
+        let mut arguments = Self { rounds: ROUNDS, json: None, only: Vec::new() };
         while let Some(word) = words.next() {
             let value = words.next().with_context(|| format!("{word} needs a value"))?;
             match word.as_str() {
                 "--rounds" => arguments.rounds = value.parse().context("--rounds")?,
                 "--json" => arguments.json = Some(value.into()),
-                _ => bail!("unknown argument {word}: bench [--rounds N] [--json FILE]"),
+                "--only" => arguments.only = value.split(',').map(str::to_owned).collect(),
+                _ => bail!("unknown argument {word}: --rounds N, --json FILE or --only PARTS"),
             }
+        }
+        for part in &arguments.only {
+            let known = PARTS.iter().any(|(name, _)| name == part);
+            anyhow::ensure!(known, "--only is of start, memory and files, not {part}");
         }
         anyhow::ensure!(arguments.rounds > 0, "--rounds must be at least 1");
         Ok(arguments)
@@ -48,9 +64,11 @@ fn main() -> Result<()> {
     let arguments = Arguments::parse(std::env::args().skip(1))?;
     let mut results = Map::new();
     results.insert("rounds".into(), Value::from(arguments.rounds));
-    results.insert("start".into(), start::measure(arguments.rounds)?);
-    results.insert("memory".into(), memory::measure(arguments.rounds)?);
-    results.insert("files".into(), files::measure(arguments.rounds)?);
+    for (part, measure) in PARTS {
+        if arguments.only.is_empty() || arguments.only.iter().any(|name| name == part) {
+            results.insert(part.into(), measure(arguments.rounds).context(part)?);
+        }
+    }
     if let Some(path) = arguments.json {
         std::fs::write(&path, serde_json::to_vec_pretty(&results)?)
             .with_context(|| path.display().to_string())?;

@@ -8,12 +8,40 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use bulkhead_tests::bundle::Bundle;
-use bulkhead_tests::runtime::Runtime;
+use bulkhead_tests::runtime::{Runtime, finish};
 use bulkhead_tests::vm::dist;
 use serde_json::{Map, Value, json};
 use tempfile::TempDir;
 
 use crate::table::{self, median};
+
+/// A command whose whole run is timed.
+struct Contender<'a> {
+    name: &'static str,
+    command: Box<dyn Fn() -> Command + 'a>,
+    /// In milliseconds.
+    times: Vec<f64>,
+    /// How much of each time the host had nothing to execute.
+    idle: Vec<f64>,
+}
+
+impl<'a> Contender<'a> {
+    fn new(name: &'static str, command: impl Fn() -> Command + 'a) -> Self {
+        Self { name, command: Box::new(command), times: Vec::new(), idle: Vec::new() }
+    }
+
+    fn run(&mut self) -> Result<()> {
+        let mut command = (self.command)();
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let (idle, started) = (idle_ms()?, Instant::now());
+        let output = finish(command.spawn()?)?;
+        self.times.push(started.elapsed().as_secs_f64() * 1e3);
+        self.idle.push(idle_ms()? - idle);
+        let errors = String::from_utf8_lossy(&output.stderr);
+        ensure!(output.status.success(), "{}: {errors}", output.status);
+        Ok(())
+    }
+}
 
 /// Runs all contenders, prints the tables, gives the medians in milliseconds.
 pub(crate) fn measure(rounds: usize) -> Result<Value> {
@@ -23,28 +51,34 @@ pub(crate) fn measure(rounds: usize) -> Result<Value> {
     let initramfs = bare_initramfs(work.path())?;
     let trace = work.path().join("trace");
 
-    let names = ["bulkhead run true", "runc run true", "crun run true", "QEMU microvm, bare boot"];
-    let mut times: [Vec<f64>; 4] = Default::default();
+    let mut contenders = [
+        Contender::new("bulkhead run true", || bulkhead(&runtime, &bundle, &trace)),
+        Contender::new("runc run true", || peer("runc", &bundle, work.path())),
+        Contender::new("crun run true", || peer("crun", &bundle, work.path())),
+        Contender::new("QEMU microvm, bare boot", || qemu(&initramfs)),
+    ];
     for _ in 0..rounds {
-        let commands = [
-            bulkhead(&runtime, &bundle, &trace),
-            peer("runc", &bundle, work.path()),
-            peer("crun", &bundle, work.path()),
-            qemu(&initramfs),
-        ];
-        for ((times, command), name) in times.iter_mut().zip(commands).zip(names) {
-            times.push(time(command).context(name)?);
+        for contender in &mut contenders {
+            contender.run().context(contender.name)?;
         }
     }
 
-    let medians: Vec<f64> = times.iter().map(|times| median(times)).collect();
-    let own = medians.first().copied().unwrap_or(f64::NAN);
-    let rows: Vec<Vec<String>> = names
-        .iter()
-        .zip(&medians)
-        .map(|(name, ms)| vec![(*name).into(), format!("{ms:.0}"), format!("{:.2}", own / ms)])
-        .collect();
-    table::print("Cold start", &["", "median ms", "bulkhead / this"], &rows);
+    let own = median(&contenders[0].times);
+    let mut totals = Map::new();
+    let mut rows = Vec::new();
+    for Contender { name, times, idle, .. } in &contenders {
+        let (ms, idle) = (median(times), median(idle));
+        let ratio = own / ms;
+        rows.push(vec![
+            (*name).into(),
+            format!("{ms:.0}"),
+            format!("{ratio:.2}"),
+            format!("{idle:.0}"),
+        ]);
+        totals.insert((*name).into(), ms.into());
+    }
+    // Idle is what is waited for: timers, grace periods, and the files that the host shares.
+    table::print("Cold start", &["", "median ms", "bulkhead / this", "of it idle"], &rows);
 
     let phases = phases(&fs::read_to_string(&trace).context("trace of the phases")?)?;
     let rows: Vec<Vec<String>> = phases
@@ -52,8 +86,6 @@ pub(crate) fn measure(rounds: usize) -> Result<Value> {
         .map(|(phase, ms)| vec![phase.clone(), format!("{:.0}", ms.as_f64().unwrap_or(0.0))])
         .collect();
     table::print("Where bulkhead's time goes", &["phase", "median ms"], &rows);
-    let totals: Map<String, Value> =
-        names.iter().zip(medians).map(|(name, ms)| ((*name).into(), ms.into())).collect();
     Ok(json!({"unit": "ms", "totals": totals, "phases": phases}))
 }
 
@@ -91,13 +123,11 @@ fn bare_initramfs(work: &Path) -> Result<PathBuf> {
     Ok(path)
 }
 
-fn time(mut command: Command) -> Result<f64> {
-    let started = Instant::now();
-    let output = command.stdin(Stdio::null()).stdout(Stdio::null()).output()?;
-    let elapsed = started.elapsed();
-    let errors = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "{}: {errors}", output.status);
-    Ok(elapsed.as_secs_f64() * 1e3)
+/// How long the host's processors have been idle, in milliseconds, to 10 ms.
+fn idle_ms() -> Result<f64> {
+    let uptime = fs::read_to_string("/proc/uptime").context("/proc/uptime")?;
+    let idle = uptime.split_whitespace().nth(1).context("/proc/uptime has no idle time")?;
+    Ok(idle.parse::<f64>().context("/proc/uptime")? * 1e3)
 }
 
 /// Medians by phase, in the order in which the phases first appear.

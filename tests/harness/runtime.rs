@@ -1,9 +1,11 @@
 //! The `bulkhead` command, called as a person or Docker would, and what it must not leave behind.
 
+use std::fmt::Write as _;
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -263,12 +265,66 @@ pub fn expect_output(child: &mut Child, first: &str) -> Result<()> {
 pub fn finish(mut child: Child) -> Result<Output> {
     let pid = child.id();
     drop(child.stdin.take());
-    let (sender, receiver) = std::sync::mpsc::channel();
+    let (sender, receiver) = mpsc::channel();
     std::thread::spawn(move || sender.send(child.wait_with_output()));
     let Ok(output) = receiver.recv_timeout(PATIENCE) else {
+        let standing = standing()?;
         kill_9(pid)?;
         let output = receiver.recv_timeout(Duration::from_secs(5));
-        bail!("process {pid} did not end within {PATIENCE:?}: {output:?}");
+        bail!("process {pid} did not end within {PATIENCE:?}: {output:?}\n{standing}");
     };
     Ok(output?)
+}
+
+/// Hands each line of a child's output to `line` when it comes, and waits for the end, which must
+/// be a success.
+///
+/// # Errors
+/// When `line` fails, the child fails, or nothing comes for too long; it is killed then.
+pub fn each_line(mut child: Child, mut line: impl FnMut(&str) -> Result<()>) -> Result<()> {
+    let output = BufReader::new(child.stdout.take().context("no standard output")?);
+    let (sender, receiver) = mpsc::channel();
+    std::thread::spawn(move || output.lines().try_for_each(|line| sender.send(line)));
+    loop {
+        match receiver.recv_timeout(PATIENCE) {
+            Ok(text) => line(&text?)?,
+            Err(mpsc::RecvTimeoutError::Disconnected) => break,
+            Err(mpsc::RecvTimeoutError::Timeout) => {
+                let standing = standing()?;
+                kill_9(child.id())?;
+                bail!("no line came within {PATIENCE:?}\n{standing}");
+            }
+        }
+    }
+    let output = finish(child)?;
+    let errors = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{}: {errors}", output.status);
+    Ok(())
+}
+
+/// Where every thread of every process of Bulkhead's stands, and what their logs say: for the report
+/// of a hang, which nobody may see a second time.
+fn standing() -> Result<String> {
+    let mut report = String::new();
+    for process in process_table()?.iter().filter(|it| it.command_line.contains("bulkhead")) {
+        writeln!(report, "{} {}", process.pid, process.command_line)?;
+        // Whatever ends meanwhile does not stand there any more.
+        let Ok(threads) = fs::read_dir(format!("/proc/{}/task", process.pid)) else { continue };
+        for thread in threads.flatten() {
+            let read = |name| fs::read_to_string(thread.path().join(name)).unwrap_or_default();
+            let (status, call) = (read("status"), read("syscall"));
+            let state = status.lines().find(|line| line.starts_with("State:")).unwrap_or_default();
+            writeln!(report, "  {}: {state}, system call {}", read("comm").trim(), call.trim())?;
+        }
+        for directory in process.command_line.split(' ').map(Path::new) {
+            let Ok(entries) = fs::read_dir(directory) else { continue };
+            for log in entries.flatten().map(|entry| entry.path()) {
+                if log.extension().is_some_and(|extension| extension == "log") {
+                    let text = fs::read_to_string(&log).unwrap_or_default();
+                    writeln!(report, "  {}: {}", log.display(), text.trim())?;
+                }
+            }
+        }
+    }
+    Ok(report)
 }

@@ -36,7 +36,11 @@ pub(crate) fn run(arguments: &[String]) -> Result<ExitCode> {
     Err(Command::new(program()?).args(arguments).exec()).context("run test-host")
 }
 
-/// Runs the benchmark in the test host and keeps its JSON.
+/// What is measured twice: once in the time that the emulation takes, once by what is executed.
+const COUNTED: &str = "start,files";
+
+/// Runs the benchmark in the test host, then what [`COUNTED`] names in one that counts instructions,
+/// and keeps the JSON of both.
 pub(crate) fn bench(arguments: &[String], clock: &mut Clock) -> Result<ExitCode> {
     image::build(clock)?;
     let built = clock.step("benchmark program", || {
@@ -47,13 +51,19 @@ pub(crate) fn bench(arguments: &[String], clock: &mut Clock) -> Result<ExitCode>
     let results = root().join("target/bench");
     fs::create_dir_all(&results).with_context(|| results.display().to_string())?;
     let share = results.to_str().context("the checkout's path is not UTF-8")?;
-    let status = clock.step("benchmark", || {
-        let arguments = arguments.iter().map(OsStr::new);
-        let json = [OsStr::new("--json"), OsStr::new("/run/share-out/bench.json")];
-        let line = [bench.as_os_str()].into_iter().chain(arguments).chain(json);
-        let mut bench = command(&["--memory", "8192", "--share", share], line)?;
-        bench.status().context("run test-host")
-    })?;
-    say(&format!("figures: {}", results.join("bench.json").display()));
-    Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    let run = |options: &[&str], json: &str, parts: &[&str]| {
+        let json = format!("/run/share-out/{json}");
+        let line = arguments.iter().map(String::as_str).chain(["--json", &json]);
+        let line = line.chain(parts.iter().copied()).map(OsStr::new);
+        let mut options = options.to_vec();
+        options.extend(["--memory", "8192", "--share", share]);
+        let status = command(&options, [bench.as_os_str()].into_iter().chain(line))?.status();
+        status.context("run test-host").map(|status| status.success())
+    };
+    let passed = clock.step("benchmark", || run(&[], "bench.json", &[]))?
+        && clock.step("benchmark, instructions counted", || {
+            run(&["--count"], "bench-counted.json", &["--only", COUNTED])
+        })?;
+    say(&format!("figures: {}", results.display()));
+    Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

@@ -15,10 +15,10 @@ use std::path::PathBuf;
 use std::process::{self, ExitCode};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use guest_image::progress::say;
 
-use crate::qemu::Accelerator;
+use crate::qemu::{Accelerator, Time};
 
 const USAGE: &str = "usage: test-host [OPTIONS] [--] [COMMAND ARGUMENTS…]   (no command: a shell)
   --memory MIB      memory of the host, default 4096
@@ -26,6 +26,8 @@ const USAGE: &str = "usage: test-host [OPTIONS] [--] [COMMAND ARGUMENTS…]   (n
   --timeout SECS    end the host after that time, with status 124
   --share DIR       a directory of this machine, writable in the host as /run/share-out
   --accel A         kvm, tcg or auto (the default: kvm where nesting works)
+  --count           let instructions pass the time, 1 ns each, for figures that do not depend on how
+                    fast they are emulated; implies --accel tcg, one processor
   --console         show the host's kernel messages on standard error
   --build-only      build the host's kernel, say where it is, and end";
 
@@ -40,6 +42,7 @@ struct Options {
     timeout: Option<Duration>,
     share: Option<PathBuf>,
     accelerator: Accelerator,
+    time: Time,
     console: bool,
     build_only: bool,
     command: Vec<String>,
@@ -65,6 +68,7 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options> {
         timeout: None,
         share: None,
         accelerator: Accelerator::Auto,
+        time: Time::Outside,
         console: false,
         build_only: false,
         command: Vec::new(),
@@ -79,6 +83,7 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options> {
             }
             "--share" => options.share = Some(value()?.into()),
             "--accel" => options.accelerator = value()?.parse()?,
+            "--count" => options.time = Time::Instructions,
             "--console" => options.console = true,
             "--build-only" => options.build_only = true,
             "--" => {
@@ -93,6 +98,14 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options> {
                 break;
             }
         }
+    }
+    if options.time == Time::Instructions {
+        let others = options.accelerator == Accelerator::Kvm || options.cpus.is_some_and(|n| n > 1);
+        ensure!(
+            !others,
+            "--count is for one emulated processor: no --accel kvm, no --cpus above 1"
+        );
+        options.accelerator = Accelerator::Tcg;
     }
     Ok(options)
 }
@@ -118,5 +131,13 @@ mod tests {
         assert!(parsed("--frob").is_err());
         assert!(parsed("--timeout").is_err());
         assert!(parsed("--accel fast").is_err());
+    }
+
+    #[test]
+    fn counting_is_for_one_emulated_processor() {
+        let options = parsed("--count true").unwrap();
+        assert_eq!((options.time, options.accelerator), (Time::Instructions, Accelerator::Tcg));
+        assert!(parsed("--count --accel kvm true").is_err());
+        assert!(parsed("--cpus 2 --count true").is_err());
     }
 }

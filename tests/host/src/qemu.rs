@@ -73,6 +73,16 @@ fn nesting_works() -> bool {
     virtualization && nested && usable
 }
 
+/// What passes time inside.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Time {
+    /// The time outside.
+    Outside,
+    /// The instructions that the host and its guests execute, one nanosecond each; while all of them
+    /// wait it is the time outside. Under TCG only.
+    Instructions,
+}
+
 /// The descriptors QEMU inherits, one stream socket each.
 #[derive(Debug)]
 pub(crate) struct Sockets {
@@ -88,6 +98,7 @@ pub(crate) struct Machine<'a> {
     pub(crate) kernel: &'a Path,
     pub(crate) init: &'a Path,
     pub(crate) accelerator: Accelerator,
+    pub(crate) time: Time,
     pub(crate) memory_mib: u32,
     pub(crate) cpus: usize,
     pub(crate) share: Option<&'a Path>,
@@ -103,8 +114,14 @@ impl Machine<'_> {
         match self.accelerator {
             Accelerator::Kvm => command.args(["-M", "q35", "-accel", "kvm", "-cpu", "host"]),
             Accelerator::Tcg | Accelerator::Auto => {
-                command.args(["-M", "q35", "-accel", "tcg,thread=multi"]);
-                command.args(["-cpu", "max,+svm,-la57,-xsave,-erms,-fsrm"])
+                match self.time {
+                    Time::Outside => command.args(["-accel", "tcg,thread=multi"]),
+                    // Counting is exact only where one thread runs all processors.
+                    Time::Instructions => {
+                        command.args(["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=on"])
+                    }
+                };
+                command.args(["-M", "q35", "-cpu", "max,+svm,-la57,-xsave,-erms,-fsrm"])
             }
         };
         // One processor a socket: of a package's processors the firmware lists only the first.
@@ -141,7 +158,11 @@ impl Machine<'_> {
         );
         if self.accelerator != Accelerator::Kvm {
             // Time-outs while this machine is busy would make the kernel give up on clock and timer.
-            let khz = clock::tsc_khz();
+            let khz = match self.time {
+                Time::Outside => clock::tsc_khz(),
+                // QEMU then counts the nanoseconds of its own clock.
+                Time::Instructions => 1_000_000,
+            };
             write!(arguments, " no_timer_check tsc_early_khz={khz} lpj=10000000")?;
         }
         Ok(arguments)
@@ -165,11 +186,12 @@ fn share(command: &mut Command, tag: &str, directory: &Path, access: &str) -> Re
 mod tests {
     use super::*;
 
-    fn arguments(accelerator: Accelerator, share: Option<&Path>) -> Vec<String> {
+    fn arguments(accelerator: Accelerator, time: Time, share: Option<&Path>) -> Vec<String> {
         let machine = Machine {
             kernel: Path::new("/kernel"),
             init: Path::new("/init"),
             accelerator,
+            time,
             memory_mib: 512,
             cpus: 2,
             share,
@@ -182,15 +204,24 @@ mod tests {
 
     #[test]
     fn emulated_processor_has_svm_and_a_measured_clock() {
-        let arguments = arguments(Accelerator::Tcg, None);
+        let arguments = arguments(Accelerator::Tcg, Time::Outside, None);
         assert!(arguments.iter().any(|argument| argument.contains("+svm")));
         let kernel = arguments.iter().find(|argument| argument.contains("tsc_early_khz=")).unwrap();
         assert!(!kernel.contains("tsc_early_khz=0 "));
     }
 
     #[test]
+    fn counted_time_has_a_clock_of_one_count_a_nanosecond() {
+        let counted = arguments(Accelerator::Tcg, Time::Instructions, None);
+        assert!(counted.iter().any(|argument| argument == "-icount"));
+        assert!(counted.iter().any(|argument| argument.contains("tsc_early_khz=1000000 ")));
+        let outside = arguments(Accelerator::Tcg, Time::Outside, None);
+        assert!(!outside.iter().any(|argument| argument == "-icount"));
+    }
+
+    #[test]
     fn root_is_read_only_and_the_share_is_not() {
-        let arguments = arguments(Accelerator::Kvm, Some(Path::new("/out,1")));
+        let arguments = arguments(Accelerator::Kvm, Time::Outside, Some(Path::new("/out,1")));
         let fsdev = |tag: &str| arguments.iter().find(|text| text.contains(tag)).unwrap();
         assert!(fsdev("id=root").ends_with("readonly=on"));
         assert!(fsdev("id=share").contains("path=/out,,1,"));

@@ -57,6 +57,7 @@ pub(crate) fn run(options: &Options) -> Result<u8> {
         kernel: &kernel.vmlinux,
         init: &env::current_exe().context("find this program")?,
         accelerator,
+        time: options.time,
         memory_mib: options.memory_mib,
         cpus: options.cpus.unwrap_or_else(|| accelerator.processors()),
         share: share.as_deref(),

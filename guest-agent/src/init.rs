@@ -127,11 +127,6 @@ fn prepare() -> Result<(), InitError> {
     }
     let prepared = |path| move |source| InitError::Prepare { path, source };
     enable_controllers().map_err(prepared(cgroup::ROOT))?;
-    // Making and removing namespaces and cgroups waits for many grace periods; few processors make
-    // the hasty ones cheap. A kernel without the switch is only slower.
-    if let Err(error) = fs::write("/sys/kernel/rcu_expedited", "1") {
-        tracing::warn!(%error, "grace periods are not expedited");
-    }
     raise_loopback().map_err(|error| InitError::Loopback(error.into()))?;
     let limit = Rlimit { current: Some(1024), maximum: Some(OPEN_FILES) };
     setrlimit(Resource::Nofile, limit).map_err(|error| InitError::Limit(error.into()))

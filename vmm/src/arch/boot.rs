@@ -77,10 +77,14 @@ pub(crate) fn load(
 }
 
 /// The kernel's command line: what this machine needs, then what the pod adds.
+///
+/// Mounting, and making and removing namespaces and cgroups, waits for many grace periods of RCU; few
+/// processors make the hasty ones cheap, and the kernel's own start has them anyway.
 pub(crate) fn cmdline(config: &VmConfig) -> String {
     let mut text = String::from(
         "console=ttyS0 quiet panic=-1 reboot=k no_timer_check tsc=reliable \
-         8250.nr_uarts=1 cryptomgr.notests random.trust_cpu=on maxcpus=1 rdinit=/init",
+         8250.nr_uarts=1 cryptomgr.notests random.trust_cpu=on maxcpus=1 rcupdate.rcu_expedited=1 \
+         rdinit=/init",
     );
     for slot in 0..SLOT_COUNT {
         let address = layout::slot_address(slot).0;

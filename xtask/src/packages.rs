@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::cargo::succeed;
 
-const NEEDED: [&str; 22] = [
+const NEEDED: [&str; 25] = [
     "bc",
     "binutils",
     "bison",
@@ -23,6 +23,9 @@ const NEEDED: [&str; 22] = [
     "libssl-dev",
     "linux-source-6.12",
     "make",
+    "pkgconf",
+    "procps",
+    "python3",
     "qemu-system-x86",
     "runc",
     "seabios",

@@ -47,8 +47,6 @@ const PAGES_PER_MIB: u32 = 256;
 const REQUEST_PAGES_MAX: usize = 1 << 14;
 /// Page numbers copied at once.
 const CHUNK_PAGES: usize = 256;
-/// Requests served before the worker looks at anything else.
-const BATCH: usize = 128;
 /// Token of the handle's event.
 const TARGET: u32 = 0;
 
@@ -134,32 +132,16 @@ impl Serve for Balloon {
 fn drain(index: usize, context: &mut Context<'_>) -> Result<(), ServeError> {
     let memory = context.memory;
     let Some(queue) = context.queues.get_mut(index) else { return Ok(()) };
-    let mut served = 0;
-    loop {
-        if served == BATCH {
-            queue.kick_again()?;
-            break;
-        }
-        let Some(mut chain) = queue.pop(memory)? else {
-            if queue.arm(memory)? {
-                continue;
-            }
-            break;
-        };
+    queue.drain(memory, |chain| {
         match index {
-            INFLATE => inflate(&mut chain, memory)?,
-            REPORTING => take_reported(&mut chain, memory)?,
+            INFLATE => inflate(chain, memory)?,
+            REPORTING => take_reported(chain, memory)?,
             // §5.5.6.1: the driver may use deflated pages at once; there is nothing to prepare.
             DEFLATE => {}
             _ => return Err(ServeError::Request("balloon has no such queue")),
         }
-        queue.complete(memory, chain.head, 0)?;
-        served += 1;
-    }
-    if served > 0 {
-        queue.signal(memory)?;
-    }
-    Ok(())
+        Ok(0)
+    })
 }
 
 /// Takes the pages whose numbers the driver lists, §5.5.6.

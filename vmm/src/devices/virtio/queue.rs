@@ -12,7 +12,11 @@ use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
 use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryMmap, Permissions, VolatileSlice};
 use vmm_sys_util::eventfd::EventFd;
 
+use super::ServeError;
 use super::transport::Line;
+
+/// Chains served before the worker looks at anything else.
+const BATCH: usize = 128;
 
 /// The guest's memory.
 pub(crate) type GuestMemory = GuestMemoryMmap<()>;
@@ -232,7 +236,7 @@ impl DeviceQueue {
     }
 
     /// Interrupts the driver if it asked for that since the last time.
-    pub(crate) fn signal(&mut self, memory: &GuestMemory) -> Result<(), ServeSignalError> {
+    pub(crate) fn signal(&mut self, memory: &GuestMemory) -> Result<(), ServeError> {
         if self.queue.needs_notification(memory).map_err(QueueError::from)? {
             self.line.raise_queue()?;
         }
@@ -244,32 +248,44 @@ impl DeviceQueue {
         Ok(self.queue.enable_notification(memory)?)
     }
 
+    /// Serves what the driver made available, and interrupts it when something was. `answer` does
+    /// what a chain asks for and says how many bytes of its writable part it filled.
+    ///
+    /// A driver that adds chains as fast as they are served does not keep the worker: after
+    /// [`BATCH`] of them the queue kicks itself and comes back.
+    pub(crate) fn drain(
+        &mut self,
+        memory: &GuestMemory,
+        mut answer: impl FnMut(&mut Chain) -> Result<usize, ServeError>,
+    ) -> Result<(), ServeError> {
+        let mut served = 0;
+        loop {
+            if served == BATCH {
+                self.kick_again()?;
+                break;
+            }
+            let Some(mut chain) = self.pop(memory)? else {
+                if self.arm(memory)? {
+                    continue;
+                }
+                break;
+            };
+            let written = answer(&mut chain)?;
+            self.complete(memory, chain.head, written)?;
+            served += 1;
+        }
+        if served > 0 {
+            self.signal(memory)?;
+        }
+        Ok(())
+    }
+
     /// Makes the worker serve this queue again after it looked at everything else.
     pub(crate) fn kick_again(&self) -> io::Result<()> {
         match self.kick.write(1) {
             // Readable already, which is all that is wanted.
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
             other => other,
-        }
-    }
-}
-
-/// Signalling failed on either side.
-#[derive(Debug, Error)]
-pub(crate) enum ServeSignalError {
-    /// The driver's side.
-    #[error(transparent)]
-    Queue(#[from] QueueError),
-    /// The host's side.
-    #[error(transparent)]
-    Host(#[from] io::Error),
-}
-
-impl From<ServeSignalError> for super::ServeError {
-    fn from(error: ServeSignalError) -> Self {
-        match error {
-            ServeSignalError::Queue(error) => Self::Queue(error),
-            ServeSignalError::Host(error) => Self::Host(error),
         }
     }
 }

@@ -15,8 +15,6 @@ const QUEUE_SIZES: &[u16] = &[64];
 const REQUEST_MAX: usize = 64 << 10;
 /// Bytes read at once.
 const CHUNK_BYTES: usize = 4096;
-/// Requests served before the worker looks at anything else.
-const BATCH: usize = 64;
 
 /// Makes a device that hands out what `source` gives.
 pub(crate) fn device(source: File) -> Device<Rng> {
@@ -38,18 +36,7 @@ impl<R: Read + Send + 'static> Serve for Rng<R> {
     fn serve(&mut self, ready: Ready, context: &mut Context<'_>) -> Result<(), ServeError> {
         let (Ready::Queue(0), [queue]) = (ready, &mut *context.queues) else { return Ok(()) };
         let memory = context.memory;
-        let mut served = 0;
-        loop {
-            if served == BATCH {
-                queue.kick_again()?;
-                break;
-            }
-            let Some(mut chain) = queue.pop(memory)? else {
-                if queue.arm(memory)? {
-                    continue;
-                }
-                break;
-            };
+        queue.drain(memory, |chain| {
             // §5.4.6.2: the driver offers writable buffers only, and some room in them.
             if chain.readable.left() > 0 || chain.writable.left() == 0 {
                 return Err(ServeError::Request("entropy request is not for writing"));
@@ -62,13 +49,8 @@ impl<R: Read + Send + 'static> Serve for Rng<R> {
                 let count = read(&mut self.source, chunk)?;
                 chain.writable.write(memory, chunk.get(..count).unwrap_or_default())?;
             }
-            queue.complete(memory, chain.head, chain.writable.used())?;
-            served += 1;
-        }
-        if served > 0 {
-            queue.signal(memory)?;
-        }
-        Ok(())
+            Ok(chain.writable.used())
+        })
     }
 }
 

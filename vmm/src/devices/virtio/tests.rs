@@ -195,6 +195,25 @@ fn arming_asks_for_the_next_chain_and_notices_one_that_came() {
 }
 
 #[test]
+fn a_driver_that_never_ceases_does_not_keep_the_worker() {
+    let memory = mock::memory();
+    let driver = Driver::new(&memory, SIZES);
+    let (mut queue, line, ..) = with_event_index(&memory);
+    driver.store(0, 0, &[(HIGH_START, 1, 0, 0)]);
+    driver.offer(0, 0);
+    let mut served = 0;
+    let answer = |_: &mut queue::Chain| {
+        served += 1;
+        assert!(served < 1000, "the queue is never left");
+        driver.offer(0, 0);
+        Ok(0)
+    };
+    queue.drain(&memory, answer).unwrap();
+    assert!(queue.kick().read().is_ok(), "nobody comes back to the queue");
+    assert!(line.irq().read().is_ok(), "the driver is not told");
+}
+
+#[test]
 fn a_configuration_space_reads_as_zero_outside() {
     let config = ConfigSpace::read_only(vec![1, 2, 3]);
     let mut bytes = [9; 4];

@@ -16,8 +16,6 @@ use crate::devices::rate_limit::guest_warn;
 
 /// The most data that one request moves, so that one does not hold up a reset for long.
 const TRANSFER_MAX: usize = 64 << 20;
-/// Requests served before the worker looks at anything else.
-const BATCH: usize = 128;
 
 /// The logic of the device.
 #[derive(Debug)]
@@ -47,26 +45,7 @@ impl<D: Disk> Serve for Block<D> {
     fn serve(&mut self, ready: Ready, context: &mut Context<'_>) -> Result<(), ServeError> {
         let (Ready::Queue(0), [queue]) = (ready, &mut *context.queues) else { return Ok(()) };
         let memory = context.memory;
-        let mut served = 0;
-        loop {
-            if served == BATCH {
-                queue.kick_again()?;
-                break;
-            }
-            let Some(mut chain) = queue.pop(memory)? else {
-                if queue.arm(memory)? {
-                    continue;
-                }
-                break;
-            };
-            let written = self.answer(&mut chain, memory)?;
-            queue.complete(memory, chain.head, written)?;
-            served += 1;
-        }
-        if served > 0 {
-            queue.signal(memory)?;
-        }
-        Ok(())
+        queue.drain(memory, |chain| self.answer(chain, memory))
     }
 }
 

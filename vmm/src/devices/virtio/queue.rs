@@ -248,6 +248,15 @@ impl DeviceQueue {
         Ok(self.queue.enable_notification(memory)?)
     }
 
+    /// The next chain that the driver made available; without one, the driver kicks at the next.
+    pub(crate) fn pop_or_arm(&mut self, memory: &GuestMemory) -> Result<Option<Chain>, QueueError> {
+        if let Some(chain) = self.pop(memory)? {
+            return Ok(Some(chain));
+        }
+        // One may have come before the driver saw that a kick is wanted.
+        if self.arm(memory)? { self.pop(memory) } else { Ok(None) }
+    }
+
     /// Serves what the driver made available, and interrupts it when something was. `answer` does
     /// what a chain asks for and says how many bytes of its writable part it filled.
     ///
@@ -264,12 +273,7 @@ impl DeviceQueue {
                 self.kick_again()?;
                 break;
             }
-            let Some(mut chain) = self.pop(memory)? else {
-                if self.arm(memory)? {
-                    continue;
-                }
-                break;
-            };
+            let Some(mut chain) = self.pop_or_arm(memory)? else { break };
             let written = answer(&mut chain)?;
             self.complete(memory, chain.head, written)?;
             served += 1;

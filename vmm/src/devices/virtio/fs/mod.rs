@@ -59,12 +59,7 @@ impl Fs {
                 queue.kick_again()?;
                 break;
             }
-            let Some(chain) = queue.pop(memory)? else {
-                if queue.arm(memory)? {
-                    continue;
-                }
-                break;
-            };
+            let Some(chain) = queue.pop_or_arm(memory)? else { break };
             taken += 1;
             let head = chain.head;
             match self.relay.forward(memory, chain, index)? {

@@ -172,12 +172,7 @@ impl Vsock {
                 queue.kick_again()?;
                 break;
             }
-            let Some(mut chain) = queue.pop(memory)? else {
-                if queue.arm(memory)? {
-                    continue;
-                }
-                break;
-            };
+            let Some(mut chain) = queue.pop_or_arm(memory)? else { break };
             let mut bytes = [0; HEADER_BYTES];
             chain.readable.read(memory, &mut bytes)?;
             let header = Header::parse(&bytes);
@@ -206,12 +201,7 @@ impl Vsock {
                 break;
             }
             tries += 1;
-            let Some(mut chain) = queue.pop(memory)? else {
-                if queue.arm(memory)? {
-                    continue;
-                }
-                break;
-            };
+            let Some(mut chain) = queue.pop_or_arm(memory)? else { break };
             if chain.readable.left() > 0 || chain.writable.left() <= HEADER_BYTES {
                 return Err(ServeError::Request("vsock buffer has no room for a packet"));
             }

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use bulkhead_tests::bundle::Bundle;
-use bulkhead_tests::runtime::{Runtime, finish};
+use bulkhead_tests::runtime::{Runtime, output};
 use bulkhead_tests::vm::dist;
 use serde_json::{Map, Value, json};
 use tempfile::TempDir;
@@ -32,9 +32,9 @@ impl<'a> Contender<'a> {
 
     fn run(&mut self) -> Result<()> {
         let mut command = (self.command)();
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.stdin(Stdio::null());
         let (idle, started) = (idle_ms()?, Instant::now());
-        let output = finish(command.spawn()?)?;
+        let output = output(&mut command)?;
         self.times.push(started.elapsed().as_secs_f64() * 1e3);
         self.idle.push(idle_ms()? - idle);
         let errors = String::from_utf8_lossy(&output.stderr);

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::path::Path;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, ChildStdout, Command, Output, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
@@ -53,7 +53,7 @@ impl Runtime {
     /// # Errors
     /// When it does not end in time.
     pub fn call(&self, args: &[&str]) -> Result<Output> {
-        finish(self.command(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?)
+        output(&mut self.command(args))
     }
 
     /// Runs a command that must succeed; gives its standard output.
@@ -258,6 +258,14 @@ pub fn expect_output(child: &mut Child, first: &str) -> Result<()> {
     Ok(())
 }
 
+/// Runs a command to its end and collects what it wrote.
+///
+/// # Errors
+/// When it cannot be started, or does not end in time.
+pub fn output(command: &mut Command) -> Result<Output> {
+    finish(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?)
+}
+
 /// Waits for a child's end and collects what it wrote.
 ///
 /// # Errors
@@ -281,25 +289,33 @@ pub fn finish(mut child: Child) -> Result<Output> {
 ///
 /// # Errors
 /// When `line` fails, the child fails, or nothing comes for too long; it is killed then.
-pub fn each_line(mut child: Child, mut line: impl FnMut(&str) -> Result<()>) -> Result<()> {
-    let output = BufReader::new(child.stdout.take().context("no standard output")?);
+pub fn each_line(mut child: Child, line: impl FnMut(&str) -> Result<()>) -> Result<()> {
+    let output = child.stdout.take().context("no standard output")?;
+    let read = read_lines(output, line);
+    if read.is_err() {
+        child.kill()?;
+    }
+    let ended = finish(child);
+    read?;
+    let output = ended?;
+    let errors = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{}: {errors}", output.status);
+    Ok(())
+}
+
+fn read_lines(output: ChildStdout, mut line: impl FnMut(&str) -> Result<()>) -> Result<()> {
     let (sender, receiver) = mpsc::channel();
+    let output = BufReader::new(output);
     std::thread::spawn(move || output.lines().try_for_each(|line| sender.send(line)));
     loop {
         match receiver.recv_timeout(PATIENCE) {
             Ok(text) => line(&text?)?,
-            Err(mpsc::RecvTimeoutError::Disconnected) => break,
+            Err(mpsc::RecvTimeoutError::Disconnected) => return Ok(()),
             Err(mpsc::RecvTimeoutError::Timeout) => {
-                let standing = standing()?;
-                kill_9(child.id())?;
-                bail!("no line came within {PATIENCE:?}\n{standing}");
+                bail!("no line came within {PATIENCE:?}\n{}", standing()?)
             }
         }
     }
-    let output = finish(child)?;
-    let errors = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "{}: {errors}", output.status);
-    Ok(())
 }
 
 /// Where every thread of every process of Bulkhead's stands, and what their logs say: for the report

@@ -1,10 +1,9 @@
 //! Every error is one line that names the thing, the reason and the way out.
 
 use std::fs;
-use std::process::Stdio;
 
 use bulkhead_tests::bundle::Bundle;
-use bulkhead_tests::runtime::{Runtime, finish};
+use bulkhead_tests::runtime::{Runtime, output};
 use serde_json::{Value, json};
 
 /// Runs a bundle that must be refused; every needle must be in the one line.
@@ -69,8 +68,7 @@ fn with_environment(name: &str, value: &str, needles: &[&str]) {
     let bundle = Bundle::new(&["true"]).unwrap();
     let mut command = runtime.run_command("environment", &bundle);
     command.env(name, value);
-    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
-    let output = finish(child).unwrap();
+    let output = output(&mut command).unwrap();
     let text = String::from_utf8(output.stderr).unwrap();
     assert!(!output.status.success());
     for needle in needles {

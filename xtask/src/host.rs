@@ -53,8 +53,9 @@ pub(crate) fn bench(arguments: &[String], clock: &mut Clock) -> Result<ExitCode>
     let share = results.to_str().context("the checkout's path is not UTF-8")?;
     let run = |options: &[&str], json: &str, parts: &[&str]| {
         let json = format!("/run/share-out/{json}");
-        let line = arguments.iter().map(String::as_str).chain(["--json", &json]);
-        let line = line.chain(parts.iter().copied()).map(OsStr::new);
+        // The parts come first, so that the caller's own choice counts.
+        let line = parts.iter().copied().chain(arguments.iter().map(String::as_str));
+        let line = line.chain(["--json", &json]).map(OsStr::new);
         let mut options = options.to_vec();
         options.extend(["--memory", "8192", "--share", share]);
         let status = command(&options, [bench.as_os_str()].into_iter().chain(line))?.status();

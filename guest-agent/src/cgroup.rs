@@ -1,5 +1,6 @@
-//! A container's cgroup (cgroup v2, Documentation/admin-guide/cgroup-v2.rst): who is in it, killing
-//! them all, removing it, and whether its memory limit killed anybody. Limits are libcontainer's.
+//! A container's cgroup (cgroup v2, Documentation/admin-guide/cgroup-v2.rst): who is in it, freezing
+//! and killing them all, removing it, and whether its memory limit killed anybody. Limits are
+//! libcontainer's.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -15,6 +16,8 @@ pub(crate) const ROOT: &str = "/sys/fs/cgroup";
 const PROCESSES: usize = 100_000;
 /// How long the processes of a removed cgroup may take to die.
 const DYING: Duration = Duration::from_secs(10);
+/// How long the processes of a cgroup may take to stand still.
+const FREEZING: Duration = Duration::from_secs(10);
 
 /// One container's cgroup, with those below it. It need not exist.
 #[derive(Clone, Debug)]
@@ -61,6 +64,46 @@ impl Cgroup {
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
             killed => killed,
         }
+    }
+
+    /// Stops every process in it and below it, and waits until all stand still.
+    ///
+    /// # Errors
+    /// It does not exist, or one still runs after [`FREEZING`]; all run again then.
+    pub(crate) async fn freeze(&self) -> io::Result<()> {
+        self.set_frozen(true)?;
+        let deadline = Instant::now() + FREEZING;
+        let mut pause = Duration::from_millis(1);
+        while !self.is_frozen()? {
+            if Instant::now() >= deadline {
+                self.thaw()?;
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_millis(50));
+        }
+        Ok(())
+    }
+
+    /// Lets every process in it and below it run again.
+    ///
+    /// # Errors
+    /// It does not exist.
+    pub(crate) fn thaw(&self) -> io::Result<()> {
+        self.set_frozen(false)
+    }
+
+    /// Whether all of its processes stand still.
+    ///
+    /// # Errors
+    /// It does not exist.
+    pub(crate) fn is_frozen(&self) -> io::Result<bool> {
+        let events = fs::read_to_string(self.0.join("cgroup.events"))?;
+        Ok(events.lines().any(|line| line == "frozen 1"))
+    }
+
+    fn set_frozen(&self, frozen: bool) -> io::Result<()> {
+        fs::write(self.0.join("cgroup.freeze"), if frozen { "1" } else { "0" })
     }
 
     /// Whether the kernel has killed a process of it for want of memory.
@@ -145,6 +188,18 @@ mod tests {
         fs::write(cgroup.0.join("cgroup.procs"), "7\n3\n").unwrap();
         fs::write(cgroup.0.join("inner/cgroup.procs"), "5\n0\n").unwrap();
         assert_eq!(cgroup.processes().unwrap(), [3, 5, 7]);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_cgroup_that_does_not_come_to_a_stand_is_thawed() {
+        let root = tempfile::tempdir().unwrap();
+        let cgroup = Cgroup(root.path().to_owned());
+        fs::write(root.path().join("cgroup.events"), "populated 1\nfrozen 0\n").unwrap();
+        assert_eq!(cgroup.freeze().await.unwrap_err().kind(), io::ErrorKind::TimedOut);
+        assert_eq!(fs::read_to_string(root.path().join("cgroup.freeze")).unwrap(), "0");
+        fs::write(root.path().join("cgroup.events"), "populated 1\nfrozen 1\n").unwrap();
+        cgroup.freeze().await.unwrap();
+        assert_eq!(fs::read_to_string(root.path().join("cgroup.freeze")).unwrap(), "1");
     }
 
     #[tokio::test]

@@ -1,5 +1,5 @@
-//! The guest's containers: each is made by a creator (`creator`), awaited by the reaper, killed and
-//! removed through its cgroup.
+//! The guest's containers: each is made by a creator (`creator`), awaited by the reaper, frozen,
+//! killed and removed through its cgroup. Further processes in one are the business of [`exec`].
 //!
 //! ```text
 //! Create ─► creating ─► created ──Start──► running ──its init ends──► ended ──Delete──► gone
@@ -17,6 +17,7 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use bulkhead_protocol::agent::ProcessInfo;
 use rustix::fs::{Uid, fchown};
 use rustix::process::Pid;
 use tokio::io::AsyncWriteExt as _;
@@ -32,6 +33,10 @@ use crate::process::{Exit, Reaper, Waiter, send_signal};
 use crate::report::{self, Line};
 use crate::share::Share;
 use crate::spec::{self, Prepared, SpecError};
+use crate::table;
+use exec::Execs;
+
+pub(crate) mod exec;
 
 /// A call on a container failed.
 #[derive(Debug, thiserror::Error)]
@@ -44,8 +49,14 @@ pub(crate) enum ContainerError {
     Exists(String),
     #[error("container {0} does not exist")]
     Unknown(String),
-    #[error("container {id} {state}")]
-    State { id: String, state: &'static str },
+    #[error("process {0} exists")]
+    ExecExists(String),
+    #[error("process {0} does not exist")]
+    ExecUnknown(String),
+    #[error("{what} {state}")]
+    State { what: String, state: &'static str },
+    #[error("container cannot be frozen: a process does not come to a stand")]
+    Freeze,
     #[error("signal {0} does not exist")]
     Signal(u32),
     #[error("{0}")]
@@ -96,6 +107,7 @@ struct Container {
     started: AtomicBool,
     init: Waiter,
     end: watch::Receiver<Option<End>>,
+    execs: Execs,
 }
 
 impl Containers {
@@ -151,8 +163,7 @@ impl Containers {
     /// There is no such signal, or no process that could get it.
     pub(crate) fn kill(&self, id: &str, signal: u32, all: bool) -> Result<(), ContainerError> {
         let container = self.created(id)?;
-        let number = i32::try_from(signal).ok().filter(|number| (0..=64).contains(number));
-        let number = number.ok_or(ContainerError::Signal(signal))?;
+        let number = signal_number(signal)?;
         if all {
             return container.signal_all(number);
         }
@@ -173,13 +184,38 @@ impl Containers {
         ended.ok_or_else(|| state(id, "is gone"))
     }
 
-    /// The pids of a container, as the guest numbers them.
+    /// The processes of a container.
     ///
     /// # Errors
     /// There is no such container, or its cgroup cannot be read.
-    pub(crate) fn processes(&self, id: &str) -> Result<Vec<u32>, ContainerError> {
+    pub(crate) fn processes(&self, id: &str) -> Result<Vec<ProcessInfo>, ContainerError> {
         let container = self.created(id)?;
-        Cgroup::of(&container.id).processes().map_err(failed("list the processes"))
+        let pids = Cgroup::of(&container.id).processes().map_err(failed("list the processes"))?;
+        Ok(pids.into_iter().filter_map(table::row).collect())
+    }
+
+    /// Freezes a container.
+    ///
+    /// # Errors
+    /// It has ended, or a process of it does not come to a stand.
+    pub(crate) async fn pause(&self, id: &str) -> Result<(), ContainerError> {
+        let container = self.created(id)?;
+        if container.init.ended().is_some() {
+            return Err(state(id, "has ended"));
+        }
+        Cgroup::of(&container.id).freeze().await.map_err(|error| match error.kind() {
+            io::ErrorKind::TimedOut => ContainerError::Freeze,
+            _ => failed("freeze the processes")(error),
+        })
+    }
+
+    /// Lets a frozen container run again.
+    ///
+    /// # Errors
+    /// There is no such container.
+    pub(crate) fn resume(&self, id: &str) -> Result<(), ContainerError> {
+        let container = self.created(id)?;
+        Cgroup::of(&container.id).thaw().map_err(failed("thaw the processes"))
     }
 
     /// Removes a container that was not started or has ended.
@@ -236,9 +272,30 @@ impl Containers {
         pipes: Pipes,
         stdio: streams::Stdio,
     ) -> Result<(Pid, Waiter), ContainerError> {
+        let place = Place::of(id);
+        let creating = async {
+            let command = {
+                let Prepared { spec, stream_owner } = prepared;
+                let spec = serde_json::to_vec(&spec).map_err(SpecError::from)?;
+                fs::create_dir_all(&place.bundle).map_err(failed("make the bundle"))?;
+                fs::write(place.config(), spec).map_err(failed("write the bundle"))?;
+                command(&[creator::VERB, id], stdio, stream_owner)?
+            };
+            self.run_creator(command, &place.report()).await
+        };
+        let (made, connected) = self.while_connecting(pipes, creating).await?;
+        connected?;
+        Ok(made)
+    }
+
+    /// Runs `creating` to its end while the streams connect; gives what both came to.
+    async fn while_connecting<T>(
+        &self,
+        pipes: Pipes,
+        creating: impl Future<Output = Result<T, ContainerError>>,
+    ) -> Result<(T, Result<(), StreamError>), ContainerError> {
         let connecting = pipes.connect(&self.meeting);
         tokio::pin!(connecting);
-        let creating = self.run_creator(id, prepared, stdio);
         tokio::pin!(creating);
         let mut connected = None;
         // A creator is never left alone: what it made has to be known before it can be removed.
@@ -248,33 +305,25 @@ impl Containers {
                 result = &mut connecting, if connected.is_none() => connected = Some(result),
             }
         };
-        match connected {
-            Some(connected) => connected?,
-            None => connecting.await?,
-        }
-        Ok(made)
+        let connected = match connected {
+            Some(connected) => connected,
+            None => connecting.await,
+        };
+        Ok((made, connected))
     }
 
-    /// Runs the creator and returns the container's init.
+    /// Runs a creator, or a tenant, and returns the process that it made.
     async fn run_creator(
         &self,
-        id: &str,
-        prepared: Prepared,
-        stdio: streams::Stdio,
+        mut command: Command,
+        report: &Path,
     ) -> Result<(Pid, Waiter), ContainerError> {
-        let place = Place::of(id);
         let adoption = self.reaper.adopt();
-        let mut creator = {
-            let Prepared { spec, stream_owner } = prepared;
-            let spec = serde_json::to_vec(&spec).map_err(SpecError::from)?;
-            fs::create_dir_all(&place.bundle).map_err(failed("make the bundle"))?;
-            fs::write(place.config(), spec).map_err(failed("write the bundle"))?;
-            let mut command = command(id, stdio, stream_owner)?;
-            self.reaper.spawn(&mut command).map_err(failed("start the creator"))?
-            // The command goes here, and with it the agent's copies of the container's streams.
-        };
-        let exit = creator.wait().await;
-        let lines = report::read(&place.report()).map_err(failed("read the creator's report"))?;
+        let spawned = self.reaper.spawn(&mut command).map_err(failed("start the creator"));
+        // With it go the agent's copies of the process's streams.
+        drop(command);
+        let exit = spawned?.wait().await;
+        let lines = report::read(report).map_err(failed("read the creator's report"))?;
         let pid = outcome(&lines, exit.status)?;
         Ok((pid, adoption.claim(pid)))
     }
@@ -305,7 +354,7 @@ impl Container {
             // Kept until the last receiver has gone, so that the end can be asked for again.
             sender.closed().await;
         });
-        Self { id, pid, started: AtomicBool::new(false), init, end }
+        Self { id, pid, started: AtomicBool::new(false), init, end, execs: Execs::default() }
     }
 
     fn signal_all(&self, signal: i32) -> Result<(), ContainerError> {
@@ -329,10 +378,14 @@ impl Container {
     }
 }
 
-/// The creator's command line and descriptors.
-fn command(id: &str, stdio: streams::Stdio, owner: u32) -> Result<Command, ContainerError> {
+/// The command line and descriptors of another life of this program.
+fn command(
+    arguments: &[&str],
+    stdio: streams::Stdio,
+    owner: u32,
+) -> Result<Command, ContainerError> {
     let mut command = Command::new("/proc/self/exe");
-    command.arg(creator::VERB).arg(id).env_clear().current_dir("/");
+    command.args(arguments).env_clear().current_dir("/");
     let mut given = [Stdio::null(), Stdio::null(), Stdio::null()];
     for (slot, end) in given.iter_mut().zip([stdio.stdin, stdio.stdout, stdio.stderr]) {
         if let Some(end) = end {
@@ -396,7 +449,13 @@ async fn remove(id: &str) -> io::Result<()> {
 }
 
 fn state(id: &str, state: &'static str) -> ContainerError {
-    ContainerError::State { id: id.to_owned(), state }
+    ContainerError::State { what: format!("container {id}"), state }
+}
+
+/// Checks that there is such a signal; 0 only asks whether the process is there.
+fn signal_number(signal: u32) -> Result<i32, ContainerError> {
+    let number = i32::try_from(signal).ok().filter(|number| (0..=64).contains(number));
+    number.ok_or(ContainerError::Signal(signal))
 }
 
 /// Names the step that failed: `map_err(failed("list the processes"))`.

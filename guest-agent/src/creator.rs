@@ -1,4 +1,5 @@
 //! The creator: this binary's second life, which makes one container with libcontainer and exits.
+//! [`crate::tenant`] is its sibling, which adds a process to one.
 //!
 //! It finds everything in the container's [`Place`] and leaves its answer in the report there. Its
 //! own descriptors 0, 1 and 2 are the container's. When it has exited, the container's init, which
@@ -10,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::rc::Rc;
 
+use libcontainer::container::ContainerStatus;
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::error::LibcontainerError;
 use libcontainer::syscall::syscall::SyscallType;
@@ -37,7 +39,7 @@ pub(crate) struct Place {
 
 impl Place {
     const BUNDLES: &str = "/run/bulkhead/bundles";
-    const STATES: &str = "/run/bulkhead/states";
+    pub(crate) const STATES: &str = "/run/bulkhead/states";
 
     /// The place of the container with this id, which must have been checked.
     pub(crate) fn of(container_id: &str) -> Self {
@@ -55,6 +57,12 @@ impl Place {
     /// The creator's answer.
     pub(crate) fn report(&self) -> PathBuf {
         self.bundle.join("report")
+    }
+
+    /// Where a further process of the container has its `process.json` and report while it is made;
+    /// its id must have been checked.
+    pub(crate) fn exec(&self, exec_id: &str) -> PathBuf {
+        self.bundle.join("execs").join(exec_id)
     }
 }
 
@@ -77,9 +85,17 @@ pub(crate) fn main(container_id: &str) -> ExitCode {
     let Ok(report) = Report::open(&place.report()) else {
         return ExitCode::FAILURE;
     };
-    log_to(&place);
+    log_to(&place.report());
     let report = Rc::new(report);
-    match create(container_id, &place, Rc::clone(&report)) {
+    conclude(&report, create(container_id, &place, Rc::clone(&report)))
+}
+
+/// Reports the pid that was made, or why none was.
+pub(crate) fn conclude<E>(report: &Report, made: Result<i32, E>) -> ExitCode
+where
+    E: std::error::Error + 'static,
+{
+    match made {
         Ok(pid) => {
             report.write(Line::Created(pid));
             ExitCode::SUCCESS
@@ -93,14 +109,13 @@ pub(crate) fn main(container_id: &str) -> ExitCode {
 
 /// Makes libcontainer's own errors, and a panic, part of the report: between its processes it hands
 /// on only the outermost text of an error.
-fn log_to(place: &Place) {
-    let path = place.report();
-    if let Ok(details) = Report::open(&path) {
+pub(crate) fn log_to(path: &Path) {
+    if let Ok(details) = Report::open(path) {
         logging::install_with(Level::ERROR, move |fields| {
             details.write(Line::Detail(sentence(&fields)));
         });
     }
-    if let Ok(panics) = Report::open(&path) {
+    if let Ok(panics) = Report::open(path) {
         std::panic::set_hook(Box::new(move |panic| {
             panics.write(Line::Failed(format!("creator panicked: {panic}")));
         }));
@@ -120,13 +135,17 @@ fn sentence(fields: &Map<String, Value>) -> String {
 }
 
 fn create(container_id: &str, place: &Place, report: Rc<Report>) -> Result<i32, CreateError> {
-    let container = ContainerBuilder::new(container_id.to_owned(), SyscallType::default())
+    let mut container = ContainerBuilder::new(container_id.to_owned(), SyscallType::default())
         .with_root_path(Place::STATES)?
         .with_executor(Program::new(report))
         .as_init(&place.bundle)
         .with_systemd(false)
         .build()?;
     let pid = container.pid().ok_or(CreateError::NoPid)?.as_raw();
+    // The agent starts the container without libcontainer, which only lets processes join one that
+    // it takes for running.
+    container.set_status(ContainerStatus::Running);
+    container.save()?;
     let spec = Spec::load(place.config())?;
     if spec::has_new_network(&spec) {
         let path = format!("/proc/{pid}/ns/net");

@@ -26,6 +26,7 @@ use rustix::fs::{
 };
 
 use crate::report::{Line, Report};
+use crate::tenant::Confinement;
 
 /// Major and minor number of `/dev/null`, Documentation/admin-guide/devices.txt.
 const NULL_DEVICE: (u32, u32) = (1, 3);
@@ -34,6 +35,8 @@ const NULL_DEVICE: (u32, u32) = (1, 3);
 #[derive(Clone)]
 pub(crate) struct Program {
     report: Rc<Report>,
+    /// What libcontainer leaves to this step.
+    confinement: Option<Confinement>,
 }
 
 /// Why a program cannot be run.
@@ -47,12 +50,21 @@ enum Unusable {
 impl Program {
     /// Reports to `report`.
     pub(crate) fn new(report: Rc<Report>) -> Self {
-        Self { report }
+        Self { report, confinement: None }
+    }
+
+    /// One that joins a container, and confines itself.
+    pub(crate) fn confined(report: Rc<Report>, confinement: Confinement) -> Self {
+        Self { report, confinement: Some(confinement) }
     }
 }
 
 impl Executor for Program {
     fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
+        if let Some(confinement) = &self.confinement {
+            // Before the look at the program, which is to be with the eyes of its user.
+            confinement.enter().map_err(ExecutorValidationError::ArgValidationError)?;
+        }
         let arguments = arguments(spec).unwrap_or_default();
         let Some(name) = arguments.first() else {
             let reason = "process.args is empty".to_owned();
@@ -79,6 +91,9 @@ impl Executor for Program {
             .map_err(|unusable| ExecutorError::Other(format!("exec: {name:?}: {unusable}")))?;
         if let Err(error) = make_null_writable() {
             return Err(ExecutorError::Other(format!("/dev/null: {}", words(&error))));
+        }
+        if let Some(confinement) = &self.confinement {
+            confinement.close().map_err(ExecutorError::Other)?;
         }
         let Err(error) = execute(&path, arguments, environment(spec));
         let message = format!("exec {}: {}", path.display(), words(&error));

@@ -1,9 +1,10 @@
 //! `bulkhead-agent`: PID 1 of the guest.
 //!
-//! The same binary has two lives. Started by the kernel it prepares the guest (`init`), then serves
+//! The same binary has several lives. Started by the kernel it prepares the guest (`init`), then serves
 //! the calls of `agent.proto` (`rpc`) and the standard streams (`io`) over vsock, and never returns.
-//! Started by itself as `create` it makes one container with libcontainer and exits (`creator`),
-//! because a multi-threaded server must not run arbitrary code between fork and exec.
+//! Started by itself as `create` it makes one container with libcontainer and exits (`creator`), as
+//! `exec` it adds a process to one (`tenant`), because a multi-threaded server must not run arbitrary
+//! code between fork and exec.
 //!
 //! It also runs as PID 1 of a process namespace (`unshare --pid --fork --mount bulkhead-agent`),
 //! which is how its tests run it without a monitor.
@@ -22,6 +23,8 @@ mod report;
 mod rpc;
 mod share;
 mod spec;
+mod table;
+mod tenant;
 
 use std::env;
 use std::process::ExitCode;
@@ -30,6 +33,9 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = env::args().skip(1).collect();
     match arguments.as_slice() {
         [verb, container_id] if verb == creator::VERB => creator::main(container_id),
+        [verb, container_id, exec_id] if verb == tenant::VERB => {
+            tenant::main(container_id, exec_id)
+        }
         _ => init::main(),
     }
 }

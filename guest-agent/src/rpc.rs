@@ -7,9 +7,10 @@ use std::time::UNIX_EPOCH;
 
 use bulkhead_protocol::agent::agent_server::{Agent, AgentServer};
 use bulkhead_protocol::agent::{
-    CreateReply, CreateRequest, DeleteReply, DeleteRequest, HelloReply, HelloRequest, KillReply,
-    KillRequest, ProcessesReply, ProcessesRequest, RescanReply, RescanRequest, StartReply,
-    StartRequest, SyncReply, SyncRequest, WaitReply, WaitRequest,
+    CreateReply, CreateRequest, DeleteReply, DeleteRequest, ExecReply, ExecRequest, HelloReply,
+    HelloRequest, KillReply, KillRequest, PauseReply, PauseRequest, ProcessesReply,
+    ProcessesRequest, RescanReply, RescanRequest, ResumeReply, ResumeRequest, StartReply,
+    StartRequest, Streams, SyncReply, SyncRequest, WaitReply, WaitRequest,
 };
 use bulkhead_protocol::{MAX_MESSAGE_BYTES, VERSION};
 use rustix::system::uname;
@@ -19,7 +20,8 @@ use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Server;
 use tonic::{Request, Response, Status};
 
-use crate::container::{ContainerError, Containers, Order};
+use crate::container::exec::ExecOrder;
+use crate::container::{ContainerError, Containers, End, Order};
 use crate::share::Share;
 use crate::{clock, hotplug, logging};
 
@@ -96,8 +98,7 @@ impl Agent for Calls {
         request: Request<CreateRequest>,
     ) -> Result<Response<CreateReply>, Status> {
         let CreateRequest { container_id, spec_json, streams } = request.into_inner();
-        let streams = streams.unwrap_or_default();
-        let headers = [streams.stdin, streams.stdout, streams.stderr];
+        let headers = headers(streams);
         let pid = self.containers.create(Order { container_id, spec_json, headers }).await?;
         Ok(Response::new(CreateReply { pid }))
     }
@@ -108,13 +109,23 @@ impl Agent for Calls {
     }
 
     async fn kill(&self, request: Request<KillRequest>) -> Result<Response<KillReply>, Status> {
-        let KillRequest { container_id, signal, all } = request.into_inner();
-        self.containers.kill(&container_id, signal, all)?;
+        let KillRequest { container_id, signal, all, exec_id } = request.into_inner();
+        if all || exec_id.is_empty() {
+            self.containers.kill(&container_id, signal, all)?;
+        } else {
+            self.containers.kill_exec(&container_id, &exec_id, signal)?;
+        }
         Ok(Response::new(KillReply {}))
     }
 
     async fn wait(&self, request: Request<WaitRequest>) -> Result<Response<WaitReply>, Status> {
-        let end = self.containers.wait(&request.into_inner().container_id).await?;
+        let WaitRequest { container_id, exec_id } = request.into_inner();
+        let end = if exec_id.is_empty() {
+            self.containers.wait(&container_id).await?
+        } else {
+            let exit = self.containers.wait_exec(&container_id, &exec_id).await?;
+            End { exit, oom_killed: false }
+        };
         let at = end.exit.at.duration_since(UNIX_EPOCH).unwrap_or_default();
         Ok(Response::new(WaitReply {
             exit_status: end.exit.status,
@@ -135,8 +146,29 @@ impl Agent for Calls {
         &self,
         request: Request<ProcessesRequest>,
     ) -> Result<Response<ProcessesReply>, Status> {
-        let pids = self.containers.processes(&request.into_inner().container_id)?;
-        Ok(Response::new(ProcessesReply { pids }))
+        let processes = self.containers.processes(&request.into_inner().container_id)?;
+        Ok(Response::new(ProcessesReply { processes }))
+    }
+
+    async fn exec(&self, request: Request<ExecRequest>) -> Result<Response<ExecReply>, Status> {
+        let ExecRequest { container_id, exec_id, process_json, streams } = request.into_inner();
+        let headers = headers(streams);
+        let order = ExecOrder { container_id, exec_id, process_json, headers };
+        let pid = self.containers.exec(order).await?;
+        Ok(Response::new(ExecReply { pid }))
+    }
+
+    async fn pause(&self, request: Request<PauseRequest>) -> Result<Response<PauseReply>, Status> {
+        self.containers.pause(&request.into_inner().container_id).await?;
+        Ok(Response::new(PauseReply {}))
+    }
+
+    async fn resume(
+        &self,
+        request: Request<ResumeRequest>,
+    ) -> Result<Response<ResumeReply>, Status> {
+        self.containers.resume(&request.into_inner().container_id)?;
+        Ok(Response::new(ResumeReply {}))
     }
 
     async fn rescan(&self, _: Request<RescanRequest>) -> Result<Response<RescanReply>, Status> {
@@ -158,6 +190,12 @@ impl Agent for Calls {
     }
 }
 
+/// The headers of standard input, output and error.
+fn headers(streams: Option<Streams>) -> [Vec<u8>; 3] {
+    let streams = streams.unwrap_or_default();
+    [streams.stdin, streams.stdout, streams.stderr]
+}
+
 impl From<ContainerError> for Status {
     fn from(error: ContainerError) -> Self {
         use crate::io::StreamError;
@@ -172,10 +210,13 @@ impl From<ContainerError> for Status {
             ContainerError::Spec(_) | ContainerError::Stream(_) | ContainerError::Signal(_) => {
                 Self::invalid_argument(reason)
             }
-            ContainerError::Exists(_) => Self::already_exists(reason),
-            ContainerError::Unknown(_) | ContainerError::ProgramNotFound(_) => {
-                Self::not_found(reason)
+            ContainerError::Exists(_) | ContainerError::ExecExists(_) => {
+                Self::already_exists(reason)
             }
+            ContainerError::Unknown(_)
+            | ContainerError::ExecUnknown(_)
+            | ContainerError::ProgramNotFound(_) => Self::not_found(reason),
+            ContainerError::Freeze => Self::deadline_exceeded(reason),
             ContainerError::ProgramNotExecutable(_) => Self::permission_denied(reason),
             ContainerError::State { .. } | ContainerError::Create(_) => {
                 Self::failed_precondition(reason)
@@ -213,7 +254,10 @@ mod tests {
             (ContainerError::ProgramNotFound(id()), Code::NotFound),
             (ContainerError::ProgramNotExecutable(id()), Code::PermissionDenied),
             (ContainerError::Create(id()), Code::FailedPrecondition),
-            (ContainerError::State { id: id(), state: "has ended" }, Code::FailedPrecondition),
+            (ContainerError::State { what: id(), state: "has ended" }, Code::FailedPrecondition),
+            (ContainerError::ExecExists(id()), Code::AlreadyExists),
+            (ContainerError::ExecUnknown(id()), Code::NotFound),
+            (ContainerError::Freeze, Code::DeadlineExceeded),
             (ContainerError::Signal(99), Code::InvalidArgument),
             (SpecError::Terminal.into(), Code::FailedPrecondition),
             (SpecError::Id(id()).into(), Code::InvalidArgument),

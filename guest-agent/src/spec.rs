@@ -8,7 +8,8 @@ use std::io::Read as _;
 use std::path::{Component, Path, PathBuf};
 
 use oci_spec::runtime::{
-    Hooks, LinuxNamespaceType, PosixRlimitBuilder, PosixRlimitType, Process, Spec,
+    Capabilities, Hooks, LinuxCapabilities, LinuxNamespaceType, PosixRlimitBuilder,
+    PosixRlimitType, Process, Spec,
 };
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, mkdirat, openat, openat2};
 use rustix::io::Errno;
@@ -71,16 +72,49 @@ pub(crate) fn prepare(container_id: &str, json: &[u8]) -> Result<Prepared, SpecE
     }
     let linux = spec.linux_mut().as_mut().ok_or(SpecError::Missing("linux"))?;
     linux.set_cgroups_path(Some(Path::new("/").join(container_id)));
-    let mappings = linux.uid_mappings().clone().unwrap_or_default();
     let process = spec.process_mut().as_mut().ok_or(SpecError::Missing("process"))?;
     fit_process(process, &root)?;
+    make_directories(&root, process.cwd());
     let uid = process.user().uid();
+    let stream_owner = in_guest(uid, &spec);
+    Ok(Prepared { spec, stream_owner })
+}
+
+/// A process as a container gets it, and the user that owns its standard streams.
+#[derive(Debug)]
+pub(crate) struct PreparedProcess {
+    pub(crate) process: Process,
+    pub(crate) stream_owner: u32,
+}
+
+/// Parses and checks a further process of the container that was made from `spec`, and gives it the
+/// container's capabilities and resource limits where it has none of its own.
+///
+/// # Errors
+/// See [`SpecError`].
+pub(crate) fn prepare_process(spec: &Spec, json: &[u8]) -> Result<PreparedProcess, SpecError> {
+    let mut process: Process = serde_json::from_slice(json)?;
+    let root = spec.root().as_ref().ok_or(SpecError::Missing("root"))?.path().clone();
+    let of_container = spec.process().as_ref().ok_or(SpecError::Missing("process"))?;
+    if process.capabilities().is_none() {
+        process.set_capabilities(of_container.capabilities().clone());
+    }
+    if process.rlimits().is_none() {
+        process.set_rlimits(of_container.rlimits().clone());
+    }
+    fit_process(&mut process, &root)?;
+    let stream_owner = in_guest(process.user().uid(), spec);
+    Ok(PreparedProcess { process, stream_owner })
+}
+
+/// How the guest numbers a user of the container.
+fn in_guest(uid: u32, spec: &Spec) -> u32 {
+    let linux = spec.linux().as_ref();
+    let mappings = linux.and_then(|linux| linux.uid_mappings().as_deref()).unwrap_or_default();
     let mapping = mappings.iter().find(|mapping| {
         uid.checked_sub(mapping.container_id()).is_some_and(|offset| offset < mapping.size())
     });
-    let stream_owner =
-        mapping.map_or(uid, |mapping| mapping.host_id() + (uid - mapping.container_id()));
-    Ok(Prepared { spec, stream_owner })
+    mapping.map_or(uid, |mapping| mapping.host_id() + (uid - mapping.container_id()))
 }
 
 /// Whether the container gets a network of its own, which then has only a loopback.
@@ -118,9 +152,12 @@ fn fit_process(process: &mut Process, root: &Path) -> Result<(), SpecError> {
     if process.no_new_privileges() == Some(false) {
         process.set_no_new_privileges(None);
     }
+    if process.capabilities().is_none() {
+        // Libcontainer would leave it all of them.
+        process.set_capabilities(Some(no_capabilities()));
+    }
     let mut environment = process.env().clone().unwrap_or_default();
     keep_locked_memory_limit(process)?;
-    make_directories(root, process.cwd());
     // With a HOME libcontainer does not ask the C library, which cannot look into a container.
     if !environment.iter().any(|entry| entry.len() > 5 && entry.starts_with("HOME=")) {
         let home = home(root, process.user().uid()).unwrap_or_else(|| "/".to_owned());
@@ -128,6 +165,18 @@ fn fit_process(process: &mut Process, root: &Path) -> Result<(), SpecError> {
         process.set_env(Some(environment));
     }
     Ok(())
+}
+
+fn no_capabilities() -> LinuxCapabilities {
+    let none = || Some(Capabilities::new());
+    let mut capabilities = LinuxCapabilities::default();
+    capabilities
+        .set_bounding(none())
+        .set_effective(none())
+        .set_permitted(none())
+        .set_inheritable(none())
+        .set_ambient(none());
+    capabilities
 }
 
 /// Libcontainer lifts the limit of locked memory to load the device filter, and does not lower it

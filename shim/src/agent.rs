@@ -10,8 +10,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bulkhead_protocol::agent::agent_client::AgentClient;
 use bulkhead_protocol::agent::{
-    CreateRequest, DeleteRequest, HelloRequest, KillRequest, ProcessesRequest, StartRequest,
-    Streams, SyncRequest, WaitReply, WaitRequest,
+    CreateRequest, ExecRequest, HelloRequest, KillRequest, PauseRequest, ProcessInfo,
+    ProcessesRequest, ResumeRequest, StartRequest, Streams, SyncRequest, WaitReply, WaitRequest,
 };
 use bulkhead_protocol::{MAX_MESSAGE_BYTES, VERSION};
 use hyper_util::rt::TokioIo;
@@ -24,7 +24,7 @@ use crate::id::ContainerId;
 
 /// For calls that change little.
 const SHORT: Duration = Duration::from_secs(20);
-/// For creating a container: reads the program from the share, waits for streams.
+/// For creating a container or a process: reads the program from the share, waits for streams.
 const CREATE: Duration = Duration::from_secs(60);
 /// For writing everything back.
 const SYNC: Duration = Duration::from_secs(30);
@@ -52,6 +52,15 @@ impl From<Status> for AgentError {
     fn from(status: Status) -> Self {
         Self::Refused(status.message().to_owned(), status.code())
     }
+}
+
+/// A process of a container.
+#[derive(Clone, Copy, Debug)]
+pub struct Target<'a> {
+    /// The container.
+    pub container: &'a ContainerId,
+    /// The name of a process that was executed in it; empty for its init process.
+    pub exec: &'a str,
 }
 
 /// A connection to the agent.
@@ -130,43 +139,71 @@ impl Agent {
         within(SHORT, "Start", client.start(request)).await.map(drop)
     }
 
-    /// Signals a container.
+    /// Runs a further process in a container.
+    ///
+    /// # Errors
+    /// When the guest cannot.
+    pub async fn exec(
+        &self,
+        target: Target<'_>,
+        process_json: Vec<u8>,
+        streams: Streams,
+    ) -> Result<u32, AgentError> {
+        let (container_id, exec_id) = target.names();
+        let request = ExecRequest { container_id, exec_id, process_json, streams: Some(streams) };
+        let mut client = self.client.clone();
+        Ok(within(CREATE, "Exec", client.exec(request)).await?.pid)
+    }
+
+    /// Signals a process, or with `all` every process of its container.
     ///
     /// # Errors
     /// When there is nothing to signal.
-    pub async fn kill(&self, id: &ContainerId, signal: u32, all: bool) -> Result<(), AgentError> {
+    pub async fn kill(&self, target: Target<'_>, signal: u32, all: bool) -> Result<(), AgentError> {
         let mut client = self.client.clone();
-        let request = KillRequest { container_id: id.to_string(), signal, all };
+        let (container_id, exec_id) = target.names();
+        let request = KillRequest { container_id, signal, all, exec_id };
         within(SHORT, "Kill", client.kill(request)).await.map(drop)
     }
 
-    /// Waits for the end of a container's init process, as long as it takes.
+    /// Waits for the end of a process, as long as it takes.
     ///
     /// # Errors
     /// When the connection breaks.
-    pub async fn wait(&self, id: &ContainerId) -> Result<WaitReply, AgentError> {
-        let request = WaitRequest { container_id: id.to_string() };
+    pub async fn wait(&self, target: Target<'_>) -> Result<WaitReply, AgentError> {
+        let (container_id, exec_id) = target.names();
+        let request = WaitRequest { container_id, exec_id };
         Ok(self.client.clone().wait(request).await?.into_inner())
     }
 
-    /// Removes a container.
+    /// Freezes a container.
     ///
     /// # Errors
-    /// When it runs.
-    pub async fn delete(&self, id: &ContainerId) -> Result<(), AgentError> {
+    /// When a process of it does not come to a stand.
+    pub async fn pause(&self, id: &ContainerId) -> Result<(), AgentError> {
         let mut client = self.client.clone();
-        let request = DeleteRequest { container_id: id.to_string() };
-        within(SHORT, "Delete", client.delete(request)).await.map(drop)
+        let request = PauseRequest { container_id: id.to_string() };
+        within(SHORT, "Pause", client.pause(request)).await.map(drop)
+    }
+
+    /// Lets a frozen container run again.
+    ///
+    /// # Errors
+    /// When the guest cannot.
+    pub async fn resume(&self, id: &ContainerId) -> Result<(), AgentError> {
+        let mut client = self.client.clone();
+        let request = ResumeRequest { container_id: id.to_string() };
+        within(SHORT, "Resume", client.resume(request)).await.map(drop)
     }
 
     /// The processes of a container, as the guest numbers them.
     ///
     /// # Errors
     /// When there is no such container.
-    pub async fn processes(&self, id: &ContainerId) -> Result<Vec<u32>, AgentError> {
+    pub async fn processes(&self, id: &ContainerId) -> Result<Vec<ProcessInfo>, AgentError> {
         let mut client = self.client.clone();
         let request = ProcessesRequest { container_id: id.to_string() };
-        Ok(within(SHORT, "Processes", client.processes(request)).await?.pids)
+        Ok(within(SHORT, "Processes", client.processes(request)).await?.processes)
     }
 
     /// Writes everything back to the share.
@@ -176,6 +213,12 @@ impl Agent {
     pub async fn sync(&self) -> Result<(), AgentError> {
         let mut client = self.client.clone();
         within(SYNC, "Sync", client.sync(SyncRequest {})).await.map(drop)
+    }
+}
+
+impl Target<'_> {
+    fn names(self) -> (String, String) {
+        (self.container.to_string(), self.exec.to_owned())
     }
 }
 

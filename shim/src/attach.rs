@@ -1,10 +1,12 @@
-//! `attach.sock`: where the process that stands for a container gets the container's streams.
+//! `attach.sock`: where a process of the host that stands for one of the container gets its streams.
 //!
-//! The stand-in connects and says which streams it has ([`FromStandIn::Attach`]). Once the container
-//! is created it receives them as connected sockets ([`ToStandIn::Streams`]), so no byte passes
-//! through the supervisor; and once the container has ended, its exit status. Its connection is its
-//! life: when it closes before the end, the container is killed.
+//! The stand-in connects and says for which process it stands and which streams it has
+//! ([`FromStandIn::Attach`]). Once the process is created it receives them as connected sockets
+//! ([`ToStandIn::Streams`]), so no byte passes through the supervisor; and once the process has
+//! ended, its exit status. Its connection is its life: when it closes before the end, the process is
+//! killed.
 
+use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -16,6 +18,7 @@ use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with,
 };
 use serde::{Deserialize, Serialize};
+use tokio::sync::Mutex;
 use tokio::time::timeout;
 
 use crate::channel::Channel;
@@ -23,6 +26,12 @@ use crate::process::Process;
 
 /// How long the caller may take to attach.
 const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a connection may take to say what it is.
+const GREETING: Duration = Duration::from_secs(2);
+/// The most stand-ins that wait for their process to be asked for.
+const WAITING: usize = 256;
+/// Connections that wait to be accepted.
+const BACKLOG: i32 = 128;
 
 /// Which standard streams there are; the others are `/dev/null`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -40,8 +49,13 @@ pub struct Wants {
 #[serde(rename_all = "snake_case")]
 pub enum FromStandIn {
     /// First.
-    Attach(Wants),
-    /// A signal that it was sent, for the container.
+    Attach {
+        /// Its streams.
+        wants: Wants,
+        /// The process executed in the container that it stands for; empty for the init process.
+        exec: String,
+    },
+    /// A signal that it was sent, for the process.
     Signal(u32),
 }
 
@@ -51,7 +65,7 @@ pub enum FromStandIn {
 pub enum ToStandIn {
     /// The streams that were wanted ride along, in the order of [`Wants`].
     Streams,
-    /// The container has ended; its streams end by themselves.
+    /// The process has ended; its streams end by themselves.
     Exited {
         /// As a shell shows it.
         status: u8,
@@ -67,7 +81,7 @@ pub enum ToStandIn {
 pub fn listen_at(path: &Path) -> io::Result<OwnedFd> {
     let socket = seqpacket_socket()?;
     bind(&socket, &SocketAddrUnix::new(path)?)?;
-    listen(&socket, 4)?;
+    listen(&socket, BACKLOG)?;
     Ok(socket)
 }
 
@@ -96,24 +110,61 @@ pub struct StandIn {
     pub wants: Wants,
 }
 
-impl StandIn {
-    /// Waits for the one stand-in of a container to connect and say what it has.
+/// Where stand-ins connect: each is kept until the process that it stands for is asked for.
+#[derive(Debug)]
+pub struct Attachments {
+    listener: Channel,
+    waiting: Mutex<HashMap<String, StandIn>>,
+}
+
+impl Attachments {
+    /// Stand-ins that connect to `listener`.
+    #[must_use]
+    pub fn new(listener: Channel) -> Self {
+        Self { listener, waiting: Mutex::default() }
+    }
+
+    /// Waits for the stand-in of a process; `exec` is as in [`FromStandIn::Attach`].
     ///
     /// # Errors
-    /// When none does within a bounded time.
-    pub async fn accept(listener: &Channel) -> io::Result<Self> {
-        let accepted = async {
-            let socket = listener.accept().await?;
-            let process = Process::find(
-                socket_peercred(&socket)?.pid.as_raw_nonzero().get().cast_unsigned(),
-            )?;
-            let channel = Channel::new(socket)?;
-            match channel.receive_json().await? {
-                Some(FromStandIn::Attach(wants)) => Ok(Self { channel, process, wants }),
-                _ => Err(io::ErrorKind::InvalidData.into()),
+    /// When it does not connect within a bounded time.
+    pub async fn take(&self, exec: &str) -> io::Result<StandIn> {
+        let taken = async {
+            // Whoever holds the lock accepts for all.
+            let mut waiting = self.waiting.lock().await;
+            loop {
+                if let Some(stand_in) = waiting.remove(exec) {
+                    return Ok(stand_in);
+                }
+                let socket = self.listener.accept().await?;
+                let Ok(Ok((name, stand_in))) = timeout(GREETING, StandIn::greet(socket)).await
+                else {
+                    tracing::debug!("a connection that says nothing was closed");
+                    continue;
+                };
+                // Nobody will ask for one whose caller has gone away.
+                waiting.retain(|_, stand_in: &mut StandIn| stand_in.process.is_alive());
+                if waiting.len() < WAITING {
+                    waiting.insert(name, stand_in);
+                }
             }
         };
-        timeout(PATIENCE, accepted).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+        timeout(PATIENCE, taken).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+    }
+}
+
+impl StandIn {
+    /// Hears which process a connection stands for.
+    async fn greet(socket: OwnedFd) -> io::Result<(String, Self)> {
+        let peer = socket_peercred(&socket)?.pid.as_raw_nonzero().get().cast_unsigned();
+        let process = Process::find(peer)?;
+        let channel = Channel::new(socket)?;
+        match channel.receive_json().await? {
+            Some(FromStandIn::Attach { wants, exec }) => {
+                Ok((exec, Self { channel, process, wants }))
+            }
+            _ => Err(io::ErrorKind::InvalidData.into()),
+        }
     }
 
     /// Hands it its streams.
@@ -125,7 +176,7 @@ impl StandIn {
         self.channel.send(&ToStandIn::Streams, &descriptors).await
     }
 
-    /// Tells it that the container has ended.
+    /// Tells it that the process has ended.
     ///
     /// # Errors
     /// When it is gone.
@@ -155,12 +206,23 @@ mod tests {
         let path = dir.path().join("attach.sock");
         let listener = listen_at(&path).unwrap();
         let client = connect_to(&path).unwrap();
-        let hello =
-            serde_json::to_vec(&FromStandIn::Attach(Wants { stdout: true, ..Wants::default() }));
-        seqpacket::send(&client, &hello.unwrap(), &[]).unwrap();
+        let silent = connect_to(&path).unwrap();
+        let other = connect_to(&path).unwrap();
+        let greet = |client: &OwnedFd, exec: &str| {
+            let wants = Wants { stdout: true, ..Wants::default() };
+            let hello = serde_json::to_vec(&FromStandIn::Attach { wants, exec: exec.to_owned() });
+            seqpacket::send(client, &hello.unwrap(), &[]).unwrap();
+        };
+        greet(&other, "other");
+        drop(silent);
+        greet(&client, "");
         let runtime = Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
-            let stand_in = StandIn::accept(&Channel::new(listener).unwrap()).await.unwrap();
+            let attachments = Attachments::new(Channel::new(listener).unwrap());
+            let first = attachments.take("other").await.unwrap();
+            let stand_in = attachments.take("").await.unwrap();
+            first.tell_exit(1, None).await.unwrap();
+            assert!(seqpacket::receive(&other).unwrap().is_some());
             assert_eq!(stand_in.process.pid, std::process::id());
             assert_eq!((stand_in.wants.stdin, stand_in.wants.stdout), (false, true));
             let (stream, _other) = UnixStream::pair().unwrap();

@@ -1,29 +1,27 @@
 //! One container and what happens to it. The only caller of the state machine
 //! ([`crate::lifecycle`]); whatever it decides is written to disk before anybody is answered.
 
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
-use bulkhead_protocol::agent::Streams;
+use bulkhead_protocol::agent::ProcessInfo;
 use oci_spec::runtime::Hook;
 use thiserror::Error;
 use tokio::sync::{Mutex, MutexGuard, watch};
 
-use crate::agent::AgentError;
-use crate::attach::StandIn;
+use crate::agent::{AgentError, Target};
+use crate::attach::{Attachments, StandIn};
 use crate::bundle::{self, BundleError, HostSize, Plan};
-use crate::channel::Channel;
+use crate::exec::{ExecError, Execs};
 use crate::hooks;
 use crate::lifecycle::{Event, InvalidTransition, Status};
 use crate::pod::{Pod, PodError};
 use crate::process::Process;
+use crate::proxy;
 use crate::state::{Exit, Home, State, StateError};
 use crate::trace::Phase;
-
-/// The status of a container whose machine ended under it: as if killed.
-const KILLED: u8 = 137;
-/// How long a container may live on that is killed because nobody stands for it any more.
-const KILL_PATIENCE: Duration = Duration::from_secs(20);
+use crate::vm::MachineError;
 
 /// Why something did not happen to a container.
 #[derive(Debug, Error)]
@@ -46,6 +44,9 @@ pub enum ContainerError {
     /// Its directory.
     #[error(transparent)]
     State(#[from] StateError),
+    /// A further process of it.
+    #[error(transparent)]
+    Exec(#[from] ExecError),
     /// Its stand-in.
     #[error("no process attached to the container's streams")]
     StandIn(#[source] std::io::Error),
@@ -61,6 +62,8 @@ pub struct Container {
     over: watch::Sender<bool>,
     /// True once nobody waits for the stand-in to read the rest of the streams.
     hurry: watch::Sender<bool>,
+    /// Processes beside the init process.
+    pub(crate) execs: Execs,
 }
 
 #[derive(Debug)]
@@ -85,6 +88,7 @@ impl Container {
             exit: watch::channel(None).0,
             over: watch::channel(false).0,
             hurry: watch::channel(false).0,
+            execs: Execs::default(),
         }))
     }
 
@@ -99,12 +103,15 @@ impl Container {
         self.life.lock().await.state.clone()
     }
 
-    /// Reads the bundle, starts the pod, creates the container and hands its streams to the
-    /// stand-in that connects to `listener`.
+    /// Reads the bundle, starts the pod, creates the container and hands its streams to its
+    /// stand-in.
     ///
     /// # Errors
     /// When any of it fails; nothing is left running then.
-    pub async fn create(self: &Arc<Self>, listener: &Channel) -> Result<Process, ContainerError> {
+    pub async fn create(
+        self: &Arc<Self>,
+        attachments: &Attachments,
+    ) -> Result<Process, ContainerError> {
         let mut life = self.life.lock().await;
         life.state.status.on(Event::Prepared)?;
         let bundle = bundle::load(&life.state.bundle)?;
@@ -112,7 +119,7 @@ impl Container {
         for field in &plan.dropped {
             tracing::warn!(field, "means nothing inside the machine and is left out");
         }
-        let attached = async { StandIn::accept(listener).await.map_err(ContainerError::StandIn) };
+        let attached = async { attachments.take("").await.map_err(ContainerError::StandIn) };
         let started = async { Ok::<_, ContainerError>(Pod::start(&self.home, &plan).await?) };
         let (stand_in, pod) = tokio::try_join!(attached, started)?;
         let phase = Phase::begin("container create");
@@ -138,25 +145,15 @@ impl Container {
         pod: &Pod,
         stand_in: &StandIn,
         plan: &Plan,
-    ) -> Result<Vec<std::os::unix::net::UnixStream>, ContainerError> {
-        let open = async |wanted: bool| -> Result<_, ContainerError> {
-            if wanted { Ok(Some(pod.open_stream().await?)) } else { Ok(None) }
-        };
-        let wants = stand_in.wants;
-        let (stdin, stdout, stderr) =
-            tokio::try_join!(open(wants.stdin), open(wants.stdout), open(wants.stderr))?;
-        let header = |stream: &Option<(bulkhead_protocol::StreamHeader, _)>| {
-            stream.as_ref().map_or_else(Vec::new, |(header, _)| header.0.to_vec())
-        };
-        let streams =
-            Streams { stdin: header(&stdin), stdout: header(&stdout), stderr: header(&stderr) };
+    ) -> Result<Vec<UnixStream>, ContainerError> {
+        let (streams, sockets) = proxy::open_streams(pod, stand_in.wants).await?;
         tokio::select! {
             created = pod.agent.create(self.home.id(), plan.spec_json.clone(), streams) => created?,
             words = pod.broken() => {
-                return Err(PodError::Machine(crate::vm::MachineError::Ended(words)).into());
+                return Err(PodError::Machine(MachineError::Ended(words)).into());
             }
         };
-        Ok([stdin, stdout, stderr].into_iter().flatten().map(|(_, stream)| stream).collect())
+        Ok(sockets)
     }
 
     /// Lets the user's program run.
@@ -181,8 +178,33 @@ impl Container {
     /// # Errors
     /// When it has ended.
     pub async fn kill(&self, signal: u32, all: bool) -> Result<(), ContainerError> {
-        let pod = running(&*self.life.lock().await)?.0;
-        Ok(pod.agent.kill(self.home.id(), signal, all).await?)
+        let pod = self.pod().await?;
+        let target = Target { container: self.home.id(), exec: "" };
+        Ok(pod.agent.kill(target, signal, all).await?)
+    }
+
+    /// Freezes all processes.
+    ///
+    /// # Errors
+    /// When it does not run, or a process does not come to a stand.
+    pub async fn pause(&self) -> Result<(), ContainerError> {
+        // A process that is just being added would be frozen half-made.
+        let _still = self.execs.gate.write().await;
+        let mut life = self.life.lock().await;
+        life.state.status.on(Event::Frozen)?;
+        running(&life)?.0.agent.pause(self.home.id()).await?;
+        self.advance(&mut life, Event::Frozen)
+    }
+
+    /// Lets a frozen container run again.
+    ///
+    /// # Errors
+    /// When it is not frozen.
+    pub async fn resume(&self) -> Result<(), ContainerError> {
+        let mut life = self.life.lock().await;
+        life.state.status.on(Event::Thawed)?;
+        running(&life)?.0.agent.resume(self.home.id()).await?;
+        self.advance(&mut life, Event::Thawed)
     }
 
     /// Waits for the end.
@@ -190,15 +212,15 @@ impl Container {
         let mut exit = self.exit.subscribe();
         // The sender lives in this container, so the wait ends with a value.
         let ended = exit.wait_for(Option::is_some).await.ok().and_then(|exit| *exit);
-        ended.unwrap_or(Exit { status: KILLED, at_ns: now_ns() })
+        ended.unwrap_or_else(proxy::killed)
     }
 
     /// Its processes, as the guest numbers them.
     ///
     /// # Errors
     /// When it has ended.
-    pub async fn processes(&self) -> Result<Vec<u32>, ContainerError> {
-        let pod = running(&*self.life.lock().await)?.0;
+    pub async fn processes(&self) -> Result<Vec<ProcessInfo>, ContainerError> {
+        let pod = self.pod().await?;
         Ok(pod.agent.processes(self.home.id()).await?)
     }
 
@@ -228,7 +250,8 @@ impl Container {
 
     /// Waits for the end, whichever it is, tells everybody, and takes the pod down.
     async fn watch_over(self: Arc<Self>, pod: Arc<Pod>, stand_in: StandIn) {
-        let (exit, reason) = self.until_end(&pod, &stand_in).await;
+        let target = Target { container: self.home.id(), exec: "" };
+        let (exit, reason) = proxy::until_end(&pod, target, &stand_in).await;
         {
             let mut life = self.life.lock().await;
             life.state.exit = Some(exit);
@@ -238,17 +261,9 @@ impl Container {
             }
         }
         self.exit.send_replace(Some(exit));
-        if stand_in.tell_exit(exit.status, reason).await.is_ok() {
-            let phase = Phase::begin("drain");
-            let mut hurry = self.hurry.subscribe();
-            tokio::select! {
-                // It closes its connection when it has read all; it may still be sent signals.
-                () = async { while stand_in.signal().await.is_some() {} } => {}
-                _ = hurry.wait_for(|hurry| *hurry) => {}
-                _ = pod.broken() => {}
-            }
-            phase.end();
-        }
+        let phase = Phase::begin("drain");
+        self.take_leave(&pod, &stand_in, exit, reason).await;
+        phase.end();
         // Verbs hold the pod for the length of a call; each call is bounded.
         let mut pod = pod;
         let pod = loop {
@@ -262,47 +277,30 @@ impl Container {
         self.over.send_replace(true);
     }
 
-    async fn until_end(&self, pod: &Pod, stand_in: &StandIn) -> (Exit, Option<String>) {
-        let id = self.home.id();
-        let killed = |reason| (Exit { status: KILLED, at_ns: now_ns() }, Some(reason));
-        let mut present = true;
-        let given_up = tokio::time::sleep(KILL_PATIENCE);
-        tokio::pin!(given_up);
-        let waited = pod.agent.wait(id);
-        tokio::pin!(waited);
-        loop {
-            tokio::select! {
-                answer = &mut waited => return match answer {
-                    Ok(reply) => (
-                        Exit {
-                            status: u8::try_from(reply.exit_status).unwrap_or(u8::MAX),
-                            at_ns: reply.exited_at_ns,
-                        },
-                        None,
-                    ),
-                    Err(error) => {
-                        // The machine's own end explains more than the broken connection.
-                        let patience = Duration::from_secs(1);
-                        let words = tokio::time::timeout(patience, pod.broken()).await;
-                        killed(words.unwrap_or_else(|_| error.to_string()))
-                    }
-                },
-                words = pod.broken() => return killed(words),
-                () = &mut given_up, if !present => {
-                    return killed("the guest did not end the container".to_owned());
-                }
-                signal = stand_in.signal(), if present => {
-                    present = signal.is_some();
-                    if !present {
-                        given_up.as_mut().reset(tokio::time::Instant::now() + KILL_PATIENCE);
-                    }
-                    let (signal, all) = signal.map_or((9, true), |signal| (signal, false));
-                    if let Err(error) = pod.agent.kill(id, signal, all).await {
-                        tracing::debug!(signal, error = %error, "signal was not passed on");
-                    }
-                }
-            }
+    /// Tells a stand-in that its process has ended, and waits until it has read the rest of the
+    /// streams, nobody waits for that any more, or there is no rest.
+    pub(crate) async fn take_leave(
+        &self,
+        pod: &Pod,
+        stand_in: &StandIn,
+        exit: Exit,
+        reason: Option<String>,
+    ) {
+        if stand_in.tell_exit(exit.status, reason).await.is_err() {
+            return;
         }
+        let mut hurry = self.hurry.subscribe();
+        tokio::select! {
+            // It closes its connection when it has read all; it may still be sent signals.
+            () = async { while stand_in.signal().await.is_some() {} } => {}
+            _ = hurry.wait_for(|hurry| *hurry) => {}
+            _ = pod.broken() => {}
+        }
+    }
+
+    /// The pod, while the container has not ended.
+    pub(crate) async fn pod(&self) -> Result<Arc<Pod>, ContainerError> {
+        Ok(running(&*self.life.lock().await)?.0)
     }
 
     fn advance(&self, life: &mut MutexGuard<'_, Life>, event: Event) -> Result<(), ContainerError> {
@@ -315,9 +313,4 @@ impl Container {
 fn running(life: &Life) -> Result<(Arc<Pod>, Process), ContainerError> {
     let pod = life.pod.clone().ok_or(ContainerError::NotRunning)?;
     Ok((pod, life.state.stand_in.ok_or(ContainerError::NotRunning)?))
-}
-
-fn now_ns() -> u64 {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
 }

@@ -2,10 +2,12 @@
 //!
 //! - [`cli`]: one file for each verb. A verb is a client of the Task service.
 //! - [`supervisor`], [`task`]: one process for each pod, and its door.
-//! - [`container`], [`lifecycle`], [`state`]: what happens to a container and what is written down.
+//! - [`container`], [`exec`], [`lifecycle`], [`state`]: what happens to a container and to processes
+//!   that join it, and what is written down.
 //! - [`bundle`]: from an OCI specification to what the pod needs, or a refusal.
 //! - [`pod`], [`vm`], [`file_server`], [`share`], [`agent`]: the pod's processes.
-//! - [`attach`], [`relay`]: the process that stands for a container, and its streams.
+//! - [`attach`], [`relay`], `proxy`: a process of the host that stands for one of the guest, its
+//!   streams, and the two tied together.
 
 pub mod agent;
 pub mod assets;
@@ -14,6 +16,7 @@ pub mod bundle;
 pub mod channel;
 pub mod cli;
 pub mod container;
+pub mod exec;
 pub mod file_server;
 pub mod hooks;
 pub mod id;
@@ -22,6 +25,7 @@ pub mod lifecycle;
 pub mod logging;
 pub mod pod;
 pub mod process;
+mod proxy;
 pub mod relay;
 pub mod share;
 pub mod spawn;

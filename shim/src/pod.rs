@@ -231,6 +231,7 @@ fn relay() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok((ours, theirs))
 }
 
-fn random(bytes: &mut [u8]) -> io::Result<()> {
+/// Fills `bytes` from the host's generator.
+pub(crate) fn random(bytes: &mut [u8]) -> io::Result<()> {
     io::Read::read_exact(&mut File::open("/dev/urandom")?, bytes)
 }

@@ -92,11 +92,12 @@ pub struct Relay {
 }
 
 impl Relay {
-    /// Attaches this process's standard streams at `socket`.
+    /// Attaches this process's standard streams at `socket`; `exec` is as in
+    /// [`FromStandIn::Attach`].
     ///
     /// # Errors
     /// When no supervisor listens there.
-    pub fn attach(socket: &Path) -> io::Result<Self> {
+    pub fn attach(socket: &Path, exec: &str) -> io::Result<Self> {
         let wants = Wants {
             stdin: !is_null(io::stdin().as_fd()),
             stdout: !is_null(io::stdout().as_fd()),
@@ -104,7 +105,7 @@ impl Relay {
         };
         let supervisor = connect_to(socket)?;
         let relay = Self { supervisor, wants };
-        relay.say(&FromStandIn::Attach(wants))?;
+        relay.say(&FromStandIn::Attach { wants, exec: exec.to_owned() })?;
         Ok(relay)
     }
 
@@ -291,9 +292,9 @@ mod tests {
     fn a_supervisor_that_is_gone_is_an_error() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("attach.sock");
-        assert!(Relay::attach(&path).is_err());
+        assert!(Relay::attach(&path, "").is_err());
         // A socket of another kind is none either.
         let _listener = UnixListener::bind(&path).unwrap();
-        assert!(Relay::attach(&path).is_err());
+        assert!(Relay::attach(&path, "").is_err());
     }
 }

@@ -21,6 +21,7 @@ use tokio::time::timeout;
 use ttrpc::asynchronous::Server;
 use ttrpc::asynchronous::transport::Listener;
 
+use crate::attach::Attachments;
 use crate::channel::Channel;
 use crate::container::Container;
 use crate::hooks;
@@ -78,7 +79,8 @@ async fn serve(
 ) -> anyhow::Result<()> {
     let container = Container::adopt(Home::open(&orders.root, &orders.id)?)?;
     let leave = Arc::new(Notify::new());
-    let service = Service::new(container.clone(), Channel::new(attach)?, leave.clone());
+    let service =
+        Service::new(container.clone(), Attachments::new(Channel::new(attach)?), leave.clone());
     let mut server = Server::new()
         .add_listener(Listener::try_from(UnixListener::from(task))?)
         .register_service(create_task(Arc::new(service)));

@@ -6,6 +6,7 @@
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use bulkhead_protocol::agent;
 use containerd_shim_protos::api::{
     ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse, DeleteRequest,
     DeleteResponse, Empty, ExecProcessRequest, KillRequest, PauseRequest, PidsRequest,
@@ -13,35 +14,45 @@ use containerd_shim_protos::api::{
     StateRequest, StateResponse, Status as TaskStatus, WaitRequest, WaitResponse,
 };
 use containerd_shim_protos::shim_async::Task;
+use prost::Message;
 use protobuf::MessageField;
+use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::timestamp::Timestamp;
 use tokio::sync::Notify;
 use ttrpc::r#async::TtrpcContext;
 use ttrpc::error::get_rpc_status;
 use ttrpc::{Code, Error};
 
-use crate::channel::Channel;
+use crate::attach::Attachments;
 use crate::container::{Container, ContainerError};
+use crate::exec::ExecError;
 use crate::lifecycle::Status;
 use crate::state::Exit;
+
+/// What [`ProcessInfo`] carries.
+pub const PROCESS_INFO: &str = "bulkhead.agent.v1.ProcessInfo";
 
 /// The service of one pod.
 #[derive(Debug)]
 pub struct Service {
     container: Arc<Container>,
-    attach: Channel,
+    attachments: Attachments,
     /// Told when the pod's creator has gone away or wants the supervisor to end.
     leave: Arc<Notify>,
 }
 
 impl Service {
-    /// A service for one container whose stand-in connects to `attach`.
+    /// A service for one container.
     #[must_use]
-    pub const fn new(container: Arc<Container>, attach: Channel, leave: Arc<Notify>) -> Self {
-        Self { container, attach, leave }
+    pub const fn new(
+        container: Arc<Container>,
+        attachments: Attachments,
+        leave: Arc<Notify>,
+    ) -> Self {
+        Self { container, attachments, leave }
     }
 
-    /// The container of that name; there are no further processes in it yet.
+    /// The container of that name, for a call about its init process.
     fn container(&self, id: &str, exec: &str) -> ttrpc::Result<&Arc<Container>> {
         if id != self.container.home().id().as_str() {
             return Err(get_rpc_status(Code::NOT_FOUND, format!("container {id:?} is not here")));
@@ -49,22 +60,31 @@ impl Service {
         if !exec.is_empty() {
             return Err(get_rpc_status(
                 Code::NOT_FOUND,
-                format!("process {exec:?} does not exist"),
+                format!("process {exec:?}: only exec and start know further processes yet"),
             ));
         }
         Ok(&self.container)
     }
 }
 
-fn unsupported(what: &str) -> Error {
-    get_rpc_status(Code::UNIMPLEMENTED, format!("{what} is not supported yet"))
+/// The agent's message about a process, whole.
+fn details(process: &agent::ProcessInfo) -> Any {
+    let mut details = Any::new();
+    details.type_url = PROCESS_INFO.to_owned();
+    details.value = process.encode_to_vec();
+    details
 }
 
 /// The only table from errors to codes.
 fn status(error: ContainerError) -> Error {
     use ContainerError as E;
     let code = match &error {
-        E::Transition(_) | E::NotRunning => Code::FAILED_PRECONDITION,
+        E::Transition(_) | E::NotRunning | E::Exec(ExecError::Status(_)) => {
+            Code::FAILED_PRECONDITION
+        }
+        E::Exec(ExecError::Taken(_)) => Code::ALREADY_EXISTS,
+        E::Exec(ExecError::Unknown(_)) => Code::NOT_FOUND,
+        E::Exec(ExecError::TooMany) => Code::RESOURCE_EXHAUSTED,
         E::Bundle(_) => Code::INVALID_ARGUMENT,
         E::Pod(_) | E::State(_) | E::StandIn(_) => Code::INTERNAL,
         E::Agent(_) => Code::UNKNOWN,
@@ -88,13 +108,17 @@ impl Task for Service {
         request: CreateTaskRequest,
     ) -> ttrpc::Result<CreateTaskResponse> {
         let container = self.container(&request.id, "")?;
-        let pid = container.create(&self.attach).await.map_err(status)?.pid;
+        let pid = container.create(&self.attachments).await.map_err(status)?.pid;
         Ok(CreateTaskResponse { pid, ..Default::default() })
     }
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
-        let container = self.container(&request.id, &request.exec_id)?;
-        let pid = container.start().await.map_err(status)?.pid;
+        let container = self.container(&request.id, "")?;
+        let started = match request.exec_id.as_str() {
+            "" => container.start().await,
+            exec => container.start_exec(exec, &self.attachments).await,
+        };
+        let pid = started.map_err(status)?.pid;
         Ok(StartResponse { pid, ..Default::default() })
     }
 
@@ -142,9 +166,13 @@ impl Task for Service {
 
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
         let container = self.container(&request.id, "")?;
-        let pids = container.processes().await.map_err(status)?;
-        let info = |pid| ProcessInfo { pid, ..Default::default() };
-        let processes = pids.into_iter().map(info).collect();
+        let processes = container.processes().await.map_err(status)?;
+        let processes = processes.iter().map(|process| ProcessInfo {
+            pid: process.pid,
+            info: MessageField::some(details(process)),
+            ..Default::default()
+        });
+        let processes = processes.collect();
         Ok(PidsResponse { processes, ..Default::default() })
     }
 
@@ -167,15 +195,20 @@ impl Task for Service {
         Ok(Empty::new())
     }
 
-    async fn exec(&self, _: &TtrpcContext, _: ExecProcessRequest) -> ttrpc::Result<Empty> {
-        Err(unsupported("exec"))
+    async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
+        let container = self.container(&request.id, "")?;
+        let process = request.spec.into_option().unwrap_or_default().value;
+        container.prepare_exec(&request.exec_id, process).await.map_err(status)?;
+        Ok(Empty::new())
     }
 
-    async fn pause(&self, _: &TtrpcContext, _: PauseRequest) -> ttrpc::Result<Empty> {
-        Err(unsupported("pause"))
+    async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
+        self.container(&request.id, "")?.pause().await.map_err(status)?;
+        Ok(Empty::new())
     }
 
-    async fn resume(&self, _: &TtrpcContext, _: ResumeRequest) -> ttrpc::Result<Empty> {
-        Err(unsupported("resume"))
+    async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
+        self.container(&request.id, "")?.resume().await.map_err(status)?;
+        Ok(Empty::new())
     }
 }

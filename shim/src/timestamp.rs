@@ -1,4 +1,4 @@
-//! Points in time as RFC 3339 text in UTC, which is how runc writes them.
+//! Points in time as text in UTC: RFC 3339, which is how runc writes them, and as short as `ps`.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -8,6 +8,31 @@ const DAY: u64 = 86_400;
 #[must_use]
 pub fn now() -> String {
     to_text(SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default())
+}
+
+/// The time now, in nanoseconds since 1970.
+#[must_use]
+pub fn now_ns() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// A time in nanoseconds since 1970, seen from `now_ns`: the hour and minute of the same day, month
+/// and day of the same year, or the year.
+#[must_use]
+pub fn short(at_ns: u64, now_ns: u64) -> String {
+    const MONTHS: [&str; 12] =
+        ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"];
+    let (at, now) = (at_ns / 1_000_000_000, now_ns / 1_000_000_000);
+    let (year, month, day) = date(at / DAY);
+    let name = usize::try_from(month - 1).ok().and_then(|month| MONTHS.get(month));
+    if at / DAY == now / DAY {
+        format!("{:02}:{:02}", at % DAY / 3600, at % 3600 / 60)
+    } else if year == date(now / DAY).0 {
+        format!("{}{day:02}", name.unwrap_or(&"?"))
+    } else {
+        year.to_string()
+    }
 }
 
 /// A time since 1970 as text.
@@ -38,6 +63,17 @@ const fn date(day: u64) -> (u64, u64, u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_short_time_is_as_exact_as_its_age_allows() {
+        let second = 1_000_000_000;
+        let now = 1_709_251_199 * second;
+        for (at, text) in
+            [(1_709_251_000, "23:56"), (1_709_000_000, "Feb27"), (951_782_400, "2000")]
+        {
+            assert_eq!(short(at * second, now), text);
+        }
+    }
 
     #[test]
     fn known_times_read_as_they_should() {

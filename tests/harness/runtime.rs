@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Output, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
@@ -19,10 +19,11 @@ use crate::vm::dist;
 /// A bound on hangs under emulation, not a measure.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// A runtime with a state directory of its own.
+/// A runtime with a state directory of its own: Bulkhead, or one to compare it with.
 #[derive(Debug)]
 pub struct Runtime {
     root: TempDir,
+    program: PathBuf,
 }
 
 impl Runtime {
@@ -31,7 +32,19 @@ impl Runtime {
     /// # Errors
     /// When it cannot be made.
     pub fn new() -> Result<Self> {
-        Ok(Self { root: TempDir::with_prefix("root-")? })
+        Self::of(dist().join("bin/bulkhead"))
+    }
+
+    /// Debian's runc with an empty state directory.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn runc() -> Result<Self> {
+        Self::of("/usr/sbin/runc".into())
+    }
+
+    fn of(program: PathBuf) -> Result<Self> {
+        Ok(Self { root: TempDir::with_prefix("root-")?, program })
     }
 
     /// The state directory.
@@ -43,7 +56,7 @@ impl Runtime {
     /// A command with the state directory set, its standard input empty.
     #[must_use]
     pub fn command(&self, args: &[&str]) -> Command {
-        let mut command = Command::new(dist().join("bin/bulkhead"));
+        let mut command = Command::new(&self.program);
         command.arg("--root").arg(self.root()).args(args).stdin(Stdio::null());
         command
     }

@@ -244,13 +244,15 @@ fn a_user_namespace_maps_its_root() {
 }
 
 async fn kill(guest: &mut Guest, id: &str, signal: u32, all: bool) -> Result<(), tonic::Status> {
-    let request = KillRequest { container_id: id.to_owned(), signal, all };
+    let request =
+        KillRequest { container_id: id.to_owned(), signal, all, ..KillRequest::default() };
     guest.agent.kill(request).await.map(drop)
 }
 
 async fn processes(guest: &mut Guest, id: &str) -> Vec<u32> {
     let request = ProcessesRequest { container_id: id.to_owned() };
-    guest.agent.processes(request).await.unwrap().into_inner().pids
+    let reply = guest.agent.processes(request).await.unwrap().into_inner();
+    reply.processes.iter().map(|process| process.pid).collect()
 }
 
 /// Waits until the shell has come to its loop, by when it has set its trap.

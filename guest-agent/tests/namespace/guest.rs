@@ -132,7 +132,8 @@ impl Guest {
     }
 
     pub(crate) async fn wait(&mut self, id: &str) -> WaitReply {
-        self.agent.wait(WaitRequest { container_id: id.to_owned() }).await.unwrap().into_inner()
+        let request = WaitRequest { container_id: id.to_owned(), ..WaitRequest::default() };
+        self.agent.wait(request).await.unwrap().into_inner()
     }
 
     pub(crate) async fn delete(&mut self, id: &str) -> Result<(), Status> {

@@ -6,6 +6,7 @@
 #![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
 mod containers;
+mod exec;
 mod guest;
 mod streams;
 
@@ -21,7 +22,7 @@ fn hello_with_another_version_is_refused_and_names_both() {
         let request = HelloRequest { version: VERSION + 1, ..HelloRequest::default() };
         let status = guest.agent.hello(request).await.unwrap_err();
         assert_eq!(status.code(), Code::FailedPrecondition);
-        let words = "host speaks version 2 of the protocol, this guest version 1";
+        let words = "host speaks version 3 of the protocol, this guest version 2";
         assert_eq!(status.message(), words);
     });
 }

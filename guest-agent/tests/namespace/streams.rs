@@ -91,7 +91,7 @@ fn streams_end_with_the_last_process_that_holds_them() {
         let kill = bulkhead_protocol::agent::KillRequest {
             container_id: "one".to_owned(),
             signal: 9,
-            all: false,
+            ..Default::default()
         };
         guest.agent.kill(kill).await.unwrap();
         assert!(stdin.read_u8().await.is_err());

@@ -85,6 +85,14 @@ pub enum Verb {
     State(Named),
     /// Send a signal to a container's init process (SIGTERM without one).
     Kill(Kill),
+    /// Run a further process in a container.
+    Exec(Box<Exec>),
+    /// Freeze all processes of a container.
+    Pause(Named),
+    /// Let the processes of a paused container go on.
+    Resume(Named),
+    /// List the processes of a container, as its machine numbers them.
+    Ps(Ps),
     /// Remove a container that does not run.
     Delete(Delete),
     /// List all containers.
@@ -97,9 +105,9 @@ pub enum Verb {
         /// The pod's state directory, for `ps` to show: the orders come over a socket.
         pod: PathBuf,
     },
-    /// The process that stands for a created container.
+    /// The process that stands for one of a container.
     #[command(hide = true)]
-    StandIn(Named),
+    StandIn(StandIn),
     /// Verbs of runc that are not there yet.
     #[command(external_subcommand)]
     Other(Vec<String>),
@@ -111,6 +119,99 @@ pub struct Named {
     /// The container's name.
     #[arg(value_name = "CONTAINER")]
     pub id: ContainerId,
+}
+
+/// Options of `stand-in`.
+#[derive(Debug, Args)]
+pub struct StandIn {
+    /// The container's name.
+    #[arg(value_name = "CONTAINER")]
+    pub id: ContainerId,
+    /// The name of a process that is executed in it; empty for its init process.
+    #[arg(long, default_value = "")]
+    pub exec: String,
+}
+
+/// Options of `exec`.
+#[derive(Debug, Args)]
+pub struct Exec {
+    /// The container's name.
+    #[arg(value_name = "CONTAINER")]
+    pub id: ContainerId,
+    /// The program and its arguments.
+    #[arg(value_name = "COMMAND", trailing_var_arg = true, allow_hyphen_values = true)]
+    pub command: Vec<String>,
+    /// File with the "process" object of a specification, instead of a command.
+    #[arg(short, long, value_name = "FILE")]
+    pub process: Option<PathBuf>,
+    /// Working directory; the container's without it.
+    #[arg(long, value_name = "DIR")]
+    pub cwd: Option<PathBuf>,
+    /// A variable of the environment; may be repeated.
+    #[arg(short, long, value_name = "NAME=VALUE")]
+    pub env: Vec<String>,
+    /// Give the process a terminal; not supported yet.
+    #[arg(short, long)]
+    pub tty: bool,
+    /// Socket for the terminal's master; terminals are not supported yet.
+    #[arg(long, value_name = "SOCKET")]
+    pub console_socket: Option<PathBuf>,
+    /// User and group, as numbers.
+    #[arg(short, long, value_name = "UID[:GID]")]
+    pub user: Option<String>,
+    /// A further group; may be repeated.
+    #[arg(short = 'g', long, value_name = "GID")]
+    pub additional_gids: Vec<u32>,
+    /// A further capability, such as CAP_KILL; may be repeated.
+    #[arg(short, long, value_name = "NAME")]
+    pub cap: Vec<String>,
+    /// The process can gain no privileges.
+    #[arg(long)]
+    pub no_new_privs: bool,
+    /// Return once the program runs.
+    #[arg(short, long)]
+    pub detach: bool,
+    /// File that gets the number of the process that stands for the new one.
+    #[arg(long, value_name = "FILE")]
+    pub pid_file: Option<PathBuf>,
+    /// Taken; but a paused container runs no process until it is resumed.
+    #[arg(long)]
+    pub ignore_paused: bool,
+    /// Descriptors to pass beyond the standard streams; only 0.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub preserve_fds: u32,
+    /// A cgroup below the container's; not supported.
+    #[arg(long, value_name = "PATH")]
+    pub cgroup: Option<String>,
+    /// Taken and ignored: profiles of the host do not reach into the guest.
+    #[arg(long, value_name = "PROFILE")]
+    pub apparmor: Option<String>,
+    /// Taken and ignored: labels of the host do not reach into the guest.
+    #[arg(long, value_name = "LABEL")]
+    pub process_label: Option<String>,
+}
+
+/// Options of `ps`.
+#[derive(Debug, Args)]
+pub struct Ps {
+    /// The container's name.
+    #[arg(value_name = "CONTAINER")]
+    pub id: ContainerId,
+    /// Options of ps(1); not supported.
+    #[arg(value_name = "OPTIONS", trailing_var_arg = true, allow_hyphen_values = true)]
+    pub options: Vec<String>,
+    /// What the list looks like.
+    #[arg(short, long, value_enum, default_value_t = PsFormat::Table)]
+    pub format: PsFormat,
+}
+
+/// The forms of a list of processes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum PsFormat {
+    /// Columns.
+    Table,
+    /// An array of numbers.
+    Json,
 }
 
 /// Options of `create`, and most of `run`.
@@ -238,6 +339,13 @@ mod tests {
             "list --format=table",
             "spec -b /b",
             "exec a true",
+            "exec --process /p --detach --pid-file /f a",
+            "exec -e A=1 --env B=2 -u 1:2 --cwd /x a sh -c x",
+            "ps --format json a",
+            "ps a",
+            "pause a",
+            "resume a",
+            "checkpoint a",
         ] {
             let words = std::iter::once("bulkhead").chain(line.split(' '));
             CommandLine::try_parse_from(words).unwrap_or_else(|error| panic!("{line}: {error}"));

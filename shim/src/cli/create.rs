@@ -22,7 +22,7 @@ pub(super) fn detached(
     creation: &Creation,
     more: impl AsyncFnOnce(&containerd_shim_protos::shim_async::TaskClient) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
-    let pid = spawn_stand_in(global, &creation.home)?;
+    let pid = spawn_stand_in(global, &creation.home, "")?;
     client::runtime()?.block_on(async {
         let task = creation.create().await?;
         if let Some(path) = &create.pid_file {
@@ -33,16 +33,18 @@ pub(super) fn detached(
 }
 
 /// It has this process's standard streams, and becomes a child of whoever adopts orphans here.
-fn spawn_stand_in(global: &Global, home: &Home) -> anyhow::Result<u32> {
+/// `exec` names the process that it stands for; empty for the init process.
+pub(super) fn spawn_stand_in(global: &Global, home: &Home, exec: &str) -> anyhow::Result<u32> {
     let child = Command::new(std::env::current_exe().context("/proc/self/exe")?)
         .arg("--root")
         .arg(&global.root)
         .arg("stand-in")
+        .args(["--exec", exec])
         .arg(home.id().as_str())
         .stdin(Stdio::inherit())
         .stdout(Stdio::inherit())
         .stderr(Stdio::inherit())
         .spawn()
-        .context("process that stands for the container")?;
+        .context("process that stands for the container's")?;
     Ok(child.id())
 }

@@ -1,15 +1,19 @@
 //! The OCI command line: runc's verbs, flags, output and exit codes. One file for each verb.
 //!
 //! An error is one line on standard error, and one in the log file if there is one; then the exit
-//! code is 1, as with runc.
+//! code is 1, and 255 for `exec`, as with runc.
 
 pub mod args;
 pub mod client;
 mod create;
 mod delete;
+mod exec;
 mod kill;
 mod list;
+mod pause;
+mod ps;
 mod run;
+mod signals;
 pub mod spec;
 mod stand_in;
 mod start;
@@ -42,7 +46,11 @@ pub fn main() -> ExitCode {
                 tracing::error!("{error:#}");
             }
             let _ = writeln!(std::io::stderr(), "bulkhead: {}", one_line(&format!("{error:#}")));
-            ExitCode::FAILURE
+            match line.verb {
+                // So that it cannot be taken for the status of a program.
+                Verb::Exec(_) => ExitCode::from(255),
+                _ => ExitCode::FAILURE,
+            }
         }
     }
 }
@@ -59,11 +67,15 @@ fn dispatch(line: &CommandLine) -> anyhow::Result<ExitCode> {
     }
     match &line.verb {
         Verb::Run(run) => return run::run(global, run),
-        Verb::StandIn(named) => return stand_in::stand_in(global, &named.id),
+        Verb::StandIn(stand_in) => return stand_in::stand_in(global, stand_in),
+        Verb::Exec(exec) => return exec::exec(global, exec),
         Verb::Create(create) => create::create(global, create)?,
         Verb::Start(named) => start::start(global, &named.id)?,
         Verb::State(named) => state::state(global, &named.id)?,
         Verb::Kill(kill) => kill::kill(global, kill)?,
+        Verb::Pause(named) => pause::pause(global, &named.id)?,
+        Verb::Resume(named) => pause::resume(global, &named.id)?,
+        Verb::Ps(ps) => ps::ps(global, ps)?,
         Verb::Delete(delete) => delete::delete(global, delete)?,
         Verb::List(list) => list::list(global, list)?,
         Verb::Spec(spec) => spec::spec(spec)?,

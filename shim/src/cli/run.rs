@@ -2,16 +2,13 @@
 //! container; however it ends, the supervisor notices and takes everything down.
 
 use std::io::Write;
-use std::os::fd::{AsFd, AsRawFd, RawFd};
 use std::process::ExitCode;
 
 use anyhow::Context;
-use rustix::process::Signal;
 
 use super::args::{Global, Run};
 use super::client::{self, Creation, GOODBYE, SocketPath};
-use super::create;
-use crate::channel::{self, Steady};
+use super::{create, signals};
 use crate::relay::{Relay, Signals};
 use crate::trace::Phase;
 
@@ -34,7 +31,8 @@ pub(super) fn run(global: &Global, run: &Run) -> anyhow::Result<ExitCode> {
 fn foreground(run: &Run, mut creation: Creation) -> anyhow::Result<ExitCode> {
     // After the supervisor was started, which would inherit it.
     let signals = Signals::hold()?;
-    let relay = Relay::attach(SocketPath::attach(&creation.home)?.path()).context("attach.sock")?;
+    let relay =
+        Relay::attach(SocketPath::attach(&creation.home)?.path(), "").context("attach.sock")?;
     if let Some(signal) = bring_up(run, &creation, &signals)? {
         // Dropping the creation takes everything back.
         drop(relay);
@@ -73,34 +71,7 @@ fn bring_up(run: &Run, creation: &Creation, signals: &Signals) -> anyhow::Result
     client::runtime()?.block_on(async {
         tokio::select! {
             result = up => result.map(|()| None),
-            signal = fatal(signals) => signal.map(Some),
+            signal = signals::fatal(signals) => signal.map(Some),
         }
     })
 }
-
-/// Waits for a signal that ends a program which does not handle it. Others mean nothing to a
-/// container that does not run yet.
-async fn fatal(signals: &Signals) -> anyhow::Result<u32> {
-    let fatal = [Signal::HUP, Signal::INT, Signal::QUIT, Signal::TERM].map(Signal::as_raw);
-    let ready = channel::watch(Watched(signals))?;
-    loop {
-        let mut guard = ready.readable().await?;
-        while let Some(signal) = signals.next()? {
-            if fatal.contains(&signal.cast_signed()) {
-                return Ok(signal);
-            }
-        }
-        guard.clear_ready();
-    }
-}
-
-/// The descriptor of the signals, which they keep as long as they live.
-struct Watched<'a>(&'a Signals);
-
-impl AsRawFd for Watched<'_> {
-    fn as_raw_fd(&self) -> RawFd {
-        self.0.as_fd().as_raw_fd()
-    }
-}
-
-impl Steady for Watched<'_> {}

@@ -1,17 +1,17 @@
-//! The hidden verb behind `create` and `run --detach`: the process that stands for the container.
+//! The hidden verb behind `create`, `run --detach` and `exec --detach`: the process that stands for
+//! one of the container.
 
 use std::process::ExitCode;
 
-use super::args::Global;
+use super::args::{Global, StandIn};
 use super::client::SocketPath;
-use crate::id::ContainerId;
 use crate::relay::{Relay, Signals};
 use crate::state::Home;
 
-pub(super) fn stand_in(global: &Global, id: &ContainerId) -> anyhow::Result<ExitCode> {
+pub(super) fn stand_in(global: &Global, stand_in: &StandIn) -> anyhow::Result<ExitCode> {
     let signals = Signals::hold()?;
-    let home = Home::open(&global.root, id)?;
-    let relay = Relay::attach(SocketPath::attach(&home)?.path())?;
+    let home = Home::open(&global.root, &stand_in.id)?;
+    let relay = Relay::attach(SocketPath::attach(&home)?.path(), &stand_in.exec)?;
     // Nobody reads what it could say: a supervisor that is gone is a container that was killed.
     Ok(relay.serve(&signals).map_or(ExitCode::from(137), |ended| ExitCode::from(ended.status)))
 }

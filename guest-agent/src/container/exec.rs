@@ -1,0 +1,205 @@
+//! Further processes in a container: each is added by a tenant (`tenant`), awaited by the reaper and
+//! forgotten once its end has been told.
+//!
+//! None outlives its container: most die with the container's process namespace, the rest with its
+//! cgroup.
+
+use std::collections::HashMap;
+use std::fs;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use oci_spec::runtime::Spec;
+use rustix::process::Pid;
+use tokio::task::spawn_blocking;
+
+use super::{ContainerError, Containers, command, failed, signal_number, state};
+use crate::cgroup::Cgroup;
+use crate::creator::Place;
+use crate::io::{Pipes, Stdio};
+use crate::process::{Exit, Waiter, send_signal};
+use crate::spec::{self, PreparedProcess, SpecError};
+use crate::tenant;
+
+/// What Exec asks for; the fields are those of its message.
+#[derive(Debug)]
+pub(crate) struct ExecOrder {
+    pub(crate) container_id: String,
+    pub(crate) exec_id: String,
+    pub(crate) process_json: Vec<u8>,
+    /// The headers of standard input, output and error; empty for the null device.
+    pub(crate) headers: [Vec<u8>; 3],
+}
+
+/// The further processes of one container, by their ids.
+#[derive(Debug, Default)]
+pub(super) struct Execs(Mutex<HashMap<String, Entry>>);
+
+#[derive(Clone, Debug)]
+enum Entry {
+    Starting,
+    Running(Exec),
+}
+
+#[derive(Clone, Debug)]
+struct Exec {
+    pid: Pid,
+    end: Waiter,
+}
+
+impl Execs {
+    /// Takes the id for a process that is about to be started.
+    fn reserve(&self, exec_id: &str) -> Result<(), ContainerError> {
+        spec::check_id(exec_id)?;
+        let mut table = self.table();
+        if table.contains_key(exec_id) {
+            return Err(ContainerError::ExecExists(exec_id.to_owned()));
+        }
+        table.insert(exec_id.to_owned(), Entry::Starting);
+        Ok(())
+    }
+
+    fn running(&self, exec_id: &str) -> Result<Exec, ContainerError> {
+        match self.table().get(exec_id) {
+            Some(Entry::Running(exec)) => Ok(exec.clone()),
+            Some(Entry::Starting) => Err(not_now(exec_id, "is being started")),
+            None => Err(ContainerError::ExecUnknown(exec_id.to_owned())),
+        }
+    }
+
+    fn table(&self) -> MutexGuard<'_, HashMap<String, Entry>> {
+        // Nothing panics while it holds the lock, so the table is whole.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Containers {
+    /// Runs a process in a container and returns its pid. Runs to its end even if nobody waits.
+    ///
+    /// # Errors
+    /// See [`ContainerError`]; no process is left then.
+    pub(crate) async fn exec(&self, order: ExecOrder) -> Result<u32, ContainerError> {
+        let containers = self.clone();
+        let started = tokio::spawn(async move {
+            let container = containers.created(&order.container_id)?;
+            let exec_id = order.exec_id.clone();
+            container.execs.reserve(&exec_id)?;
+            let started = containers.start_exec(order).await;
+            let mut table = container.execs.table();
+            match started {
+                Ok(exec) => {
+                    let pid = exec.pid.as_raw_nonzero().get().unsigned_abs();
+                    table.insert(exec_id, Entry::Running(exec));
+                    Ok(pid)
+                }
+                Err(error) => {
+                    table.remove(&exec_id);
+                    Err(error)
+                }
+            }
+        });
+        started.await.map_err(|error| failed("wait for the process")(error.into()))?
+    }
+
+    /// Sends a signal to a process that Exec started.
+    ///
+    /// # Errors
+    /// There is no such signal or process.
+    pub(crate) fn kill_exec(
+        &self,
+        id: &str,
+        exec_id: &str,
+        signal: u32,
+    ) -> Result<(), ContainerError> {
+        let exec = self.created(id)?.execs.running(exec_id)?;
+        let number = signal_number(signal)?;
+        // The pid is not used again before the reaper has collected it, and then this is known.
+        if exec.end.ended().is_some() {
+            return Err(not_now(exec_id, "has ended"));
+        }
+        send_signal(exec.pid, number).map_err(failed("signal the process"))
+    }
+
+    /// Waits for the end of a process that Exec started, and forgets it.
+    ///
+    /// # Errors
+    /// There is no such process.
+    pub(crate) async fn wait_exec(&self, id: &str, exec_id: &str) -> Result<Exit, ContainerError> {
+        let container = self.created(id)?;
+        let mut exec = container.execs.running(exec_id)?;
+        let exit = exec.end.wait().await;
+        container.execs.table().remove(exec_id);
+        Ok(exit)
+    }
+
+    /// Starts a process whose id is reserved, or leaves nothing of it.
+    async fn start_exec(&self, order: ExecOrder) -> Result<Exec, ContainerError> {
+        let ExecOrder { container_id: id, exec_id, process_json, headers } = order;
+        if self.created(&id)?.init.ended().is_some() {
+            return Err(state(&id, "has ended"));
+        }
+        // It would be frozen on its way in.
+        if Cgroup::of(&id).is_frozen().map_err(failed("look whether it is frozen"))? {
+            return Err(state(&id, "is frozen"));
+        }
+        let (pipes, stdio) = Pipes::new(headers.each_ref().map(Vec::as_slice))?;
+        let place = Place::of(&id);
+        let config = place.config();
+        let prepared = spawn_blocking(move || {
+            let config = fs::read(config).map_err(failed("read the container's specification"))?;
+            let spec: Spec = serde_json::from_slice(&config).map_err(SpecError::from)?;
+            spec::prepare_process(&spec, &process_json).map_err(ContainerError::from)
+        });
+        let prepared = prepared.await.map_err(|e| failed("read the process")(e.into()))??;
+        let directory = place.exec(&exec_id);
+        let started = async {
+            fs::create_dir_all(&directory).map_err(failed("make the process's directory"))?;
+            let command = prepare_tenant(&id, &exec_id, prepared, stdio)?;
+            let report = directory.join(tenant::REPORT);
+            self.while_connecting(pipes, self.run_creator(command, &report)).await
+        }
+        .await;
+        if let Err(error) = fs::remove_dir_all(&directory) {
+            tracing::error!(process = exec_id, %error, "a process left its files");
+        }
+        let ((pid, end), connected) = started?;
+        if let Err(error) = connected {
+            // It may have ended by itself.
+            let _ = send_signal(pid, libc::SIGKILL);
+            return Err(error.into());
+        }
+        Ok(Exec { pid, end })
+    }
+}
+
+/// Writes what the tenant reads, and gives its command line.
+fn prepare_tenant(
+    id: &str,
+    exec_id: &str,
+    prepared: PreparedProcess,
+    stdio: Stdio,
+) -> Result<std::process::Command, ContainerError> {
+    let PreparedProcess { process, stream_owner } = prepared;
+    let process = serde_json::to_vec(&process).map_err(SpecError::from)?;
+    let path = Place::of(id).exec(exec_id).join(tenant::PROCESS);
+    fs::write(path, process).map_err(failed("write the process"))?;
+    command(&[tenant::VERB, id, exec_id], stdio, stream_owner)
+}
+
+fn not_now(exec_id: &str, state: &'static str) -> ContainerError {
+    ContainerError::State { what: format!("process {exec_id}"), state }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_id_is_taken_while_its_process_is_started() {
+        let execs = Execs::default();
+        execs.reserve("one").unwrap();
+        assert!(matches!(execs.reserve("one"), Err(ContainerError::ExecExists(_))));
+        assert_eq!(execs.running("one").unwrap_err().to_string(), "process one is being started");
+        assert_eq!(execs.running("two").unwrap_err().to_string(), "process two does not exist");
+        assert!(matches!(execs.reserve("../up"), Err(ContainerError::Spec(SpecError::Id(_)))));
+    }
+}

@@ -1,0 +1,308 @@
+//! `bulkhead exec`: a further process in a container. In the foreground this process stands for it;
+//! detached, one stays behind that does.
+
+use std::collections::HashSet;
+use std::fs;
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::{Context, bail, ensure};
+use containerd_shim_protos::api::{ExecProcessRequest, StartRequest};
+use containerd_shim_protos::shim_async::TaskClient;
+use oci_spec::runtime::{Capabilities, Capability, LinuxCapabilities, Process};
+use protobuf::MessageField;
+use protobuf::well_known_types::any::Any;
+
+use super::args::{Exec, Global};
+use super::client::{self, SocketPath};
+use super::{create, signals};
+use crate::bundle;
+use crate::lifecycle::Status;
+use crate::pod;
+use crate::relay::{Relay, Signals};
+use crate::state::{Home, State};
+
+/// What an error is called, as callers of runc know it.
+const FAILED: &str = "exec failed: unable to start container process";
+/// How containerd calls the `process` object of a specification.
+const PROCESS_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/Process";
+/// The largest process file that is read, in bytes.
+const PROCESS_BYTES_MAX: u64 = 1 << 20;
+
+pub(super) fn exec(global: &Global, exec: &Exec) -> anyhow::Result<ExitCode> {
+    let home = Home::open(&global.root, &exec.id)?;
+    let state = home.read()?;
+    match state.observed() {
+        Status::Created | Status::Running => {}
+        Status::Paused => {
+            let id = &exec.id;
+            bail!("cannot exec in a paused container; let it run first: \"bulkhead resume {id}\"")
+        }
+        status => bail!("cannot exec in a container that is {status}"),
+    }
+    let process = serde_json::to_vec(&process(exec, &state)?)?;
+    let name = name()?;
+    if exec.detach {
+        return detached(global, exec, &home, &name, process);
+    }
+    let signals = Signals::hold()?;
+    let mut relay = None;
+    let up = async {
+        let client = prepare(&home, &name, process).await?;
+        relay = Some(Relay::attach(SocketPath::attach(&home)?.path(), &name)?);
+        if let Some(path) = &exec.pid_file {
+            client::write_pid_file(path, std::process::id())?;
+        }
+        start(&client, &home, &name).await
+    };
+    let early = client::runtime()?.block_on(async {
+        tokio::select! {
+            result = up => result.map(|()| None),
+            signal = signals::fatal(&signals) => signal.map(Some),
+        }
+    })?;
+    if let Some(signal) = early {
+        // When its stand-in goes away, the process is killed.
+        return Ok(ExitCode::from(128 + u8::try_from(signal).unwrap_or(0)));
+    }
+    let ended = relay.context("no stand-in")?.serve(&signals)?;
+    if let Some(reason) = ended.reason {
+        tracing::warn!(reason, "the process was killed");
+    }
+    Ok(ExitCode::from(ended.status))
+}
+
+fn detached(
+    global: &Global,
+    exec: &Exec,
+    home: &Home,
+    name: &str,
+    process: Vec<u8>,
+) -> anyhow::Result<ExitCode> {
+    client::runtime()?.block_on(async {
+        let client = prepare(home, name, process).await?;
+        // It ends by itself when the process is not started.
+        let pid = create::spawn_stand_in(global, home, name)?;
+        start(&client, home, name).await?;
+        if let Some(path) = &exec.pid_file {
+            client::write_pid_file(path, pid)?;
+        }
+        Ok(ExitCode::SUCCESS)
+    })
+}
+
+/// Tells the supervisor what is to be started under this name.
+async fn prepare(home: &Home, name: &str, process: Vec<u8>) -> anyhow::Result<TaskClient> {
+    let client = client::connect(home)?;
+    let mut spec = Any::new();
+    spec.type_url = PROCESS_TYPE.to_owned();
+    spec.value = process;
+    let request = ExecProcessRequest {
+        id: home.id().to_string(),
+        exec_id: name.to_owned(),
+        spec: MessageField::some(spec),
+        ..Default::default()
+    };
+    client.exec(client::unbounded(), &request).await.map_err(client::words)?;
+    Ok(client)
+}
+
+async fn start(client: &TaskClient, home: &Home, name: &str) -> anyhow::Result<()> {
+    let (id, exec_id) = (home.id().to_string(), name.to_owned());
+    let request = StartRequest { id, exec_id, ..Default::default() };
+    let started = client.start(client::unbounded(), &request).await;
+    started.map_err(client::words).context(FAILED)?;
+    Ok(())
+}
+
+/// A name that no other process of the container has.
+fn name() -> anyhow::Result<String> {
+    let mut random = [0; 8];
+    pod::random(&mut random).context("/dev/urandom")?;
+    Ok(format!("{:016x}", u64::from_ne_bytes(random)))
+}
+
+/// The process that is asked for: a file's, or the container's own with what the options change.
+fn process(exec: &Exec, state: &State) -> anyhow::Result<Process> {
+    let mut process = match &exec.process {
+        Some(path) => read(path)?,
+        None => changed(exec, bundle::load(&state.bundle)?.spec.process().clone())?,
+    };
+    ensure!(
+        process.args().as_ref().is_some_and(|args| !args.is_empty()),
+        "no program to execute: name one after the container, or give a file with --process"
+    );
+    ensure!(
+        process.cwd().is_absolute(),
+        "the working directory {:?} is not an absolute path; begin it with '/'",
+        process.cwd()
+    );
+    ensure!(
+        process.terminal() != Some(true) && !exec.tty && exec.console_socket.is_none(),
+        "terminals are not supported yet; use the standard streams, without --tty"
+    );
+    for (option, given) in
+        [("cgroup", exec.cgroup.is_some()), ("preserve-fds", exec.preserve_fds != 0)]
+    {
+        ensure!(!given, "--{option} is not supported; leave it out");
+    }
+    if exec.apparmor.is_some() || exec.process_label.is_some() {
+        tracing::warn!("labels of the host mean nothing inside the machine and are left out");
+    }
+    process.set_apparmor_profile(None).set_selinux_label(None);
+    Ok(process)
+}
+
+fn read(path: &Path) -> anyhow::Result<Process> {
+    let context = || format!("process file {}", path.display());
+    let bytes = fs::metadata(path).with_context(context)?.len();
+    ensure!(
+        bytes <= PROCESS_BYTES_MAX,
+        "process file {} has {bytes} bytes; at most {PROCESS_BYTES_MAX} are read",
+        path.display()
+    );
+    serde_json::from_slice(&fs::read(path).with_context(context)?).with_context(context)
+}
+
+/// The container's own process with the changes that the options ask for, as runc makes them.
+fn changed(exec: &Exec, process: Option<Process>) -> anyhow::Result<Process> {
+    let mut process = process.context("config.json has no process")?;
+    process.set_args(Some(exec.command.clone())).set_terminal(Some(exec.tty));
+    if let Some(cwd) = &exec.cwd {
+        process.set_cwd(cwd.clone());
+    }
+    if exec.no_new_privs {
+        process.set_no_new_privileges(Some(true));
+    }
+    let environment = process.env().clone().unwrap_or_default();
+    process.set_env(Some(merged(environment, &exec.env)));
+    if let Some(user) = &exec.user {
+        let (uid, gid) = match user.split_once(':') {
+            Some((uid, gid)) => (uid, Some(number(gid, "gid", user)?)),
+            None => (user.as_str(), None),
+        };
+        let uid = number(uid, "uid", user)?;
+        process.user_mut().set_uid(uid);
+        if let Some(gid) = gid {
+            process.user_mut().set_gid(gid);
+        }
+    }
+    if !exec.additional_gids.is_empty() {
+        let mut gids = process.user().additional_gids().clone().unwrap_or_default();
+        gids.extend(&exec.additional_gids);
+        process.user_mut().set_additional_gids(Some(gids));
+    }
+    if !exec.cap.is_empty() {
+        let capabilities = process.capabilities().clone();
+        process.set_capabilities(Some(with_more(capabilities, &exec.cap)?));
+    }
+    Ok(process)
+}
+
+fn number(text: &str, what: &str, user: &str) -> anyhow::Result<u32> {
+    text.parse().with_context(|| format!("--user {user:?}: {what} {text:?} is not a number"))
+}
+
+/// The last of several values of a variable counts.
+fn merged(environment: Vec<String>, more: &[String]) -> Vec<String> {
+    let name = |entry: &str| entry.split_once('=').map_or(entry, |(name, _)| name).to_owned();
+    let changed: HashSet<String> = more.iter().map(|entry| name(entry)).collect();
+    let mut merged: Vec<String> =
+        environment.into_iter().filter(|entry| !changed.contains(&name(entry))).collect();
+    for (index, entry) in more.iter().enumerate() {
+        let later = more.get(index + 1..).unwrap_or_default();
+        if !later.iter().any(|other| name(other) == name(entry)) {
+            merged.push(entry.clone());
+        }
+    }
+    merged
+}
+
+/// Adds to what the process may do; what it can pass on only where it could pass on something.
+fn with_more(
+    capabilities: Option<LinuxCapabilities>,
+    names: &[String],
+) -> anyhow::Result<LinuxCapabilities> {
+    let parse = |name: &String| {
+        serde_json::from_value::<Capability>(name.clone().into())
+            .with_context(|| format!("--cap {name:?}: no such capability, write it as CAP_KILL"))
+    };
+    let more = names.iter().map(parse).collect::<anyhow::Result<Capabilities>>()?;
+    let mut capabilities = capabilities.unwrap_or_default();
+    let with =
+        |set: &Option<Capabilities>| Some(set.iter().flatten().chain(&more).copied().collect());
+    let (bounding, effective) = (with(capabilities.bounding()), with(capabilities.effective()));
+    let (permitted, ambient) = (with(capabilities.permitted()), with(capabilities.ambient()));
+    capabilities.set_bounding(bounding).set_effective(effective).set_permitted(permitted);
+    if capabilities.inheritable().is_some() {
+        capabilities.set_ambient(ambient);
+    }
+    Ok(capabilities)
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+    use serde_json::json;
+
+    use super::*;
+    use crate::cli::args::{CommandLine, Verb};
+
+    fn parsed(line: &str) -> Box<Exec> {
+        let words = ["bulkhead", "exec"].into_iter().chain(line.split(' '));
+        match CommandLine::try_parse_from(words).unwrap().verb {
+            Verb::Exec(exec) => exec,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn own() -> Process {
+        serde_json::from_value(json!({
+            "cwd": "/", "args": ["init"], "terminal": true, "env": ["PATH=/bin", "A=1"],
+            "user": {"uid": 1, "gid": 2, "additionalGids": [3]},
+            "capabilities": {"bounding": ["CAP_KILL"], "permitted": ["CAP_KILL"]}
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn options_change_the_containers_own_process() {
+        let line =
+            "-e A=2 -e B=3 -e A=4 -u 7:8 -g 9 --cwd /tmp --no-new-privs --cap CAP_CHOWN one ls -l";
+        let process = changed(&parsed(line), Some(own())).unwrap();
+        let json = serde_json::to_value(&process).unwrap();
+        assert_eq!(json["args"], json!(["ls", "-l"]));
+        assert_eq!(json["env"], json!(["PATH=/bin", "B=3", "A=4"]));
+        assert_eq!(json["user"], json!({"uid": 7, "gid": 8, "additionalGids": [3, 9]}));
+        assert_eq!((json["cwd"].clone(), json["terminal"].clone()), (json!("/tmp"), json!(false)));
+        assert_eq!(json["noNewPrivileges"], json!(true));
+        let capabilities = process.capabilities().as_ref().unwrap();
+        assert_eq!(capabilities.bounding().as_ref().unwrap().len(), 2);
+        assert_eq!(capabilities.ambient(), &None);
+    }
+
+    #[test]
+    fn without_options_only_the_program_changes() {
+        let process = changed(&parsed("one true"), Some(own())).unwrap();
+        let mut expected = own();
+        expected.set_args(Some(vec!["true".to_owned()])).set_terminal(Some(false));
+        assert_eq!(process, expected);
+    }
+
+    #[test]
+    fn what_is_no_number_and_no_capability_is_named() {
+        for (line, words) in [
+            ("-u root one true", "--user \"root\": uid \"root\" is not a number"),
+            ("-u 1:staff one true", "--user \"1:staff\": gid \"staff\" is not a number"),
+            ("--cap FLY one true", "--cap \"FLY\": no such capability, write it as CAP_KILL"),
+        ] {
+            let error = changed(&parsed(line), Some(own())).unwrap_err();
+            assert_eq!(error.to_string(), words);
+        }
+    }
+
+    #[test]
+    fn names_differ() {
+        assert_ne!(name().unwrap(), name().unwrap());
+    }
+}

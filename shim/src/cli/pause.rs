@@ -1,0 +1,38 @@
+//! `bulkhead pause` and `bulkhead resume`: all processes of a container stand still, and go on.
+
+use containerd_shim_protos::api::{PauseRequest, ResumeRequest};
+
+use super::args::Global;
+use super::client;
+use crate::id::ContainerId;
+use crate::lifecycle::{Event, Status};
+use crate::state::Home;
+
+pub(super) fn pause(global: &Global, id: &ContainerId) -> anyhow::Result<()> {
+    let home = may(global, id, Event::Frozen)?;
+    client::runtime()?.block_on(async {
+        let request = PauseRequest { id: id.to_string(), ..Default::default() };
+        let client = client::connect(&home)?;
+        client.pause(client::unbounded(), &request).await.map_err(client::words)?;
+        Ok(())
+    })
+}
+
+pub(super) fn resume(global: &Global, id: &ContainerId) -> anyhow::Result<()> {
+    let home = may(global, id, Event::Thawed)?;
+    client::runtime()?.block_on(async {
+        let request = ResumeRequest { id: id.to_string(), ..Default::default() };
+        let client = client::connect(&home)?;
+        client.resume(client::unbounded(), &request).await.map_err(client::words)?;
+        Ok(())
+    })
+}
+
+/// The container, if `event` can happen to it; one whose processes are gone has no supervisor left
+/// to say that it cannot.
+fn may(global: &Global, id: &ContainerId, event: Event) -> anyhow::Result<Home> {
+    let home = Home::open(&global.root, id)?;
+    let status: Status = home.read()?.observed();
+    status.on(event)?;
+    Ok(home)
+}

@@ -1,0 +1,180 @@
+//! Further processes of a container: each has a name, a stand-in of its own, and ends at the latest
+//! with the container.
+//!
+//! As in containerd's Task service a process is named first ([`Container::prepare_exec`]) and
+//! started later ([`Container::start_exec`]). Once it has ended and its stand-in knows, it is
+//! forgotten.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use thiserror::Error;
+use tokio::sync::RwLock;
+
+use crate::agent::Target;
+use crate::attach::{Attachments, StandIn};
+use crate::container::{Container, ContainerError};
+use crate::lifecycle::Status;
+use crate::pod::Pod;
+use crate::process::Process;
+use crate::proxy;
+
+/// The most processes of a container that are named or run at once.
+const EXECS_MAX: usize = 4096;
+
+/// Why a process is not started.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+pub enum ExecError {
+    /// Its container cannot take one.
+    #[error("cannot exec in a container that is {0}")]
+    Status(Status),
+    /// Its name belongs to another.
+    #[error("process {0:?} exists")]
+    Taken(String),
+    /// Nobody has named it, or it was started before.
+    #[error("process {0:?} does not exist, or was started before")]
+    Unknown(String),
+    /// Too many.
+    #[error("the container has {EXECS_MAX} further processes already")]
+    TooMany,
+}
+
+/// The further processes of one container.
+#[derive(Debug, Default)]
+pub(crate) struct Execs {
+    /// By name: the process object of the specification, until it is started.
+    table: Mutex<HashMap<String, Option<Vec<u8>>>>,
+    /// Shared by those that start a process, exclusive for whoever freezes the container.
+    pub(crate) gate: RwLock<()>,
+}
+
+impl Execs {
+    fn prepare(&self, name: &str, process_json: Vec<u8>) -> Result<(), ExecError> {
+        let mut table = self.table();
+        if table.contains_key(name) {
+            return Err(ExecError::Taken(name.to_owned()));
+        }
+        if table.len() >= EXECS_MAX {
+            return Err(ExecError::TooMany);
+        }
+        table.insert(name.to_owned(), Some(process_json));
+        Ok(())
+    }
+
+    fn start(&self, name: &str) -> Result<Vec<u8>, ExecError> {
+        let process_json = self.table().get_mut(name).and_then(Option::take);
+        process_json.ok_or_else(|| ExecError::Unknown(name.to_owned()))
+    }
+
+    fn forget(&self, name: &str) {
+        self.table().remove(name);
+    }
+
+    fn table(&self) -> MutexGuard<'_, HashMap<String, Option<Vec<u8>>>> {
+        self.table.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Container {
+    /// Names a process that is to be started; `process_json` is the `process` object of an OCI
+    /// specification.
+    ///
+    /// # Errors
+    /// When the container cannot take one, or the name is taken.
+    pub async fn prepare_exec(
+        &self,
+        name: &str,
+        process_json: Vec<u8>,
+    ) -> Result<(), ContainerError> {
+        self.takes_processes().await?;
+        Ok(self.execs.prepare(name, process_json)?)
+    }
+
+    /// Starts a process that was named, and hands its streams to its stand-in.
+    ///
+    /// # Errors
+    /// When the guest cannot, or no stand-in comes; the process is forgotten then.
+    pub async fn start_exec(
+        self: &Arc<Self>,
+        name: &str,
+        attachments: &Attachments,
+    ) -> Result<Process, ContainerError> {
+        let process_json = self.execs.start(name)?;
+        let started = self.start_prepared(name, process_json, attachments).await;
+        match started {
+            Ok((pod, stand_in)) => {
+                let process = stand_in.process;
+                tokio::spawn(self.clone().watch_exec(name.to_owned(), pod, stand_in));
+                Ok(process)
+            }
+            Err(error) => {
+                self.execs.forget(name);
+                Err(error)
+            }
+        }
+    }
+
+    async fn start_prepared(
+        &self,
+        name: &str,
+        process_json: Vec<u8>,
+        attachments: &Attachments,
+    ) -> Result<(Arc<Pod>, StandIn), ContainerError> {
+        let stand_in = attachments.take(name).await.map_err(ContainerError::StandIn)?;
+        let _open = self.execs.gate.read().await;
+        self.takes_processes().await?;
+        let pod = self.pod().await?;
+        let (streams, sockets) = proxy::open_streams(&pod, stand_in.wants).await?;
+        let target = Target { container: self.home().id(), exec: name };
+        pod.agent.exec(target, process_json, streams).await?;
+        if let Err(error) = stand_in.hand_over(&sockets).await {
+            // Nobody is there to stand for it.
+            let _ = pod.agent.kill(target, 9, false).await;
+            return Err(ContainerError::StandIn(error));
+        }
+        Ok((pod, stand_in))
+    }
+
+    async fn takes_processes(&self) -> Result<(), ContainerError> {
+        match self.state().await.status {
+            Status::Created | Status::Running => Ok(()),
+            status => Err(ExecError::Status(status).into()),
+        }
+    }
+
+    /// Waits for the end of a process, whichever it is, and tells its stand-in.
+    async fn watch_exec(self: Arc<Self>, name: String, pod: Arc<Pod>, stand_in: StandIn) {
+        let target = Target { container: self.home().id(), exec: &name };
+        let (exit, reason) = proxy::until_end(&pod, target, &stand_in).await;
+        self.take_leave(&pod, &stand_in, exit, reason).await;
+        self.execs.forget(&name);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_is_named_once_and_started_once() {
+        let execs = Execs::default();
+        execs.prepare("one", b"{}".to_vec()).unwrap();
+        assert_eq!(execs.prepare("one", Vec::new()), Err(ExecError::Taken("one".to_owned())));
+        assert_eq!(execs.start("one").unwrap(), b"{}");
+        assert_eq!(execs.start("one"), Err(ExecError::Unknown("one".to_owned())));
+        // While it runs its name is taken.
+        assert_eq!(execs.prepare("one", Vec::new()), Err(ExecError::Taken("one".to_owned())));
+        execs.forget("one");
+        execs.prepare("one", Vec::new()).unwrap();
+        assert_eq!(execs.start("two"), Err(ExecError::Unknown("two".to_owned())));
+    }
+
+    #[test]
+    fn processes_are_bounded() {
+        let execs = Execs::default();
+        for number in 0..EXECS_MAX {
+            execs.prepare(&number.to_string(), Vec::new()).unwrap();
+        }
+        assert_eq!(execs.prepare("more", Vec::new()), Err(ExecError::TooMany));
+    }
+}

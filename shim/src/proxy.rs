@@ -1,0 +1,94 @@
+//! One process of the guest and its stand-in on the host, tied together: streams, signals, the end.
+
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use bulkhead_protocol::StreamHeader;
+use bulkhead_protocol::agent::Streams;
+use tokio::time::{Instant, sleep, timeout};
+
+use crate::agent::Target;
+use crate::attach::{StandIn, Wants};
+use crate::pod::{Pod, PodError};
+use crate::state::Exit;
+use crate::timestamp;
+
+/// The status of a process whose machine ended under it: as if killed.
+const KILLED: u8 = 137;
+/// How long a process may live on that is killed because nobody stands for it any more.
+const KILL_PATIENCE: Duration = Duration::from_secs(20);
+/// How long the machine's end may take to be known once its agent does not answer.
+const EXPLANATION: Duration = Duration::from_secs(1);
+
+/// Opens the streams that are wanted: their names for the agent, and the sockets for the stand-in.
+///
+/// # Errors
+/// When the agent does not accept one.
+pub(crate) async fn open_streams(
+    pod: &Pod,
+    wants: Wants,
+) -> Result<(Streams, Vec<UnixStream>), PodError> {
+    let open = async |wanted: bool| -> Result<_, PodError> {
+        if wanted { Ok(Some(pod.open_stream().await?)) } else { Ok(None) }
+    };
+    let (stdin, stdout, stderr) =
+        tokio::try_join!(open(wants.stdin), open(wants.stdout), open(wants.stderr))?;
+    let header = |stream: &Option<(StreamHeader, _)>| {
+        stream.as_ref().map_or_else(Vec::new, |(header, _)| header.0.to_vec())
+    };
+    let streams =
+        Streams { stdin: header(&stdin), stdout: header(&stdout), stderr: header(&stderr) };
+    let sockets = [stdin, stdout, stderr].into_iter().flatten().map(|(_, socket)| socket);
+    Ok((streams, sockets.collect()))
+}
+
+/// Passes signals on until the process ends, whichever way; gives its end, and the reason if it did
+/// not end by itself. A process that nobody stands for any more is killed: if it is the init
+/// process, with all others of the container.
+pub(crate) async fn until_end(
+    pod: &Pod,
+    target: Target<'_>,
+    stand_in: &StandIn,
+) -> (Exit, Option<String>) {
+    let ended = |reason| (killed(), Some(reason));
+    let mut present = true;
+    let given_up = sleep(KILL_PATIENCE);
+    tokio::pin!(given_up);
+    let waited = pod.agent.wait(target);
+    tokio::pin!(waited);
+    loop {
+        tokio::select! {
+            answer = &mut waited => return match answer {
+                Ok(reply) => {
+                    let status = u8::try_from(reply.exit_status).unwrap_or(u8::MAX);
+                    (Exit { status, at_ns: reply.exited_at_ns }, None)
+                }
+                Err(error) => {
+                    // The machine's own end explains more than the broken connection.
+                    let words = timeout(EXPLANATION, pod.broken()).await;
+                    ended(words.unwrap_or_else(|_| error.to_string()))
+                }
+            },
+            words = pod.broken() => return ended(words),
+            () = &mut given_up, if !present => {
+                return ended("the guest did not end the process".to_owned());
+            }
+            signal = stand_in.signal(), if present => {
+                present = signal.is_some();
+                if !present {
+                    given_up.as_mut().reset(Instant::now() + KILL_PATIENCE);
+                }
+                let (signal, all) =
+                    signal.map_or((9, target.exec.is_empty()), |signal| (signal, false));
+                if let Err(error) = pod.agent.kill(target, signal, all).await {
+                    tracing::debug!(signal, error = %error, "signal was not passed on");
+                }
+            }
+        }
+    }
+}
+
+/// The end, now, of a process whose machine is gone.
+pub(crate) fn killed() -> Exit {
+    Exit { status: KILLED, at_ns: timestamp::now_ns() }
+}

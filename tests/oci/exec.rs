@@ -1,0 +1,250 @@
+//! Further processes in a container, pausing, and the list of processes, beside runc.
+
+use std::fs;
+use std::io::Write;
+use std::os::unix::process::ExitStatusExt;
+use std::process::{Output, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use bulkhead_tests::bundle::Bundle;
+use bulkhead_tests::runtime::{Runtime, finish};
+use serde_json::json;
+
+const LONG: [&str; 2] = ["/bin/sleep", "1000"];
+
+fn started(runtime: &Runtime, id: &str, bundle: &Bundle) {
+    runtime.create(id, bundle).unwrap();
+    runtime.ok(&["start", id]).unwrap();
+}
+
+/// Status, standard output and standard error.
+fn told(output: &Output) -> (Option<i32>, String, String) {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (output.status.code(), text(&output.stdout), text(&output.stderr))
+}
+
+#[test]
+fn a_process_does_what_it_does_under_runc() {
+    let (ours, runc) = (Runtime::new().unwrap(), Runtime::runc().unwrap());
+    let bundles = [Bundle::new(&LONG).unwrap(), Bundle::new(&LONG).unwrap()];
+    for (runtime, bundle) in [&ours, &runc].into_iter().zip(&bundles) {
+        started(runtime, "peer", bundle);
+    }
+    let capabilities = "grep -E '^(Cap|NoNewPrivs|Seccomp:)' /proc/self/status";
+    let limits = "ulimit -n; cat /proc/self/oom_score_adj; umask";
+    for line in [
+        vec!["peer", "/bin/sh", "-c", "echo out; echo err >&2; exit 7"],
+        vec!["peer", "/bin/sh", "-c", "kill -9 $$"],
+        vec!["peer", "/bin/sh", "-c", "pwd; id; hostname; test -t 0; echo $?; echo $HOME $PATH"],
+        vec!["-e", "A=1", "-e", "A=2", "peer", "/bin/sh", "-c", "echo $A"],
+        vec![
+            "-u",
+            "5:6",
+            "-g",
+            "9",
+            "--cwd",
+            "/tmp",
+            "peer",
+            "/bin/sh",
+            "-c",
+            "pwd; id; echo $HOME",
+        ],
+        vec!["peer", "/bin/sh", "-c", capabilities],
+        vec!["--no-new-privs", "peer", "/bin/sh", "-c", capabilities],
+        vec!["--cap", "CAP_SYS_PTRACE", "peer", "/bin/sh", "-c", capabilities],
+        vec!["-u", "5", "--cap", "CAP_SYS_PTRACE", "peer", "/bin/sh", "-c", capabilities],
+        vec!["peer", "/bin/sh", "-c", limits],
+        vec!["peer", "/bin/sh", "-c", "ls -l /proc/self/fd | wc -l; cat /proc/self/cgroup"],
+        vec!["peer", "sh", "-c", "readlink /proc/self/ns/pid /proc/1/ns/pid | sort -u | wc -l"],
+    ] {
+        let line: Vec<_> = ["exec"].into_iter().chain(line).collect();
+        let (expected, found) = (runc.call(&line).unwrap(), ours.call(&line).unwrap());
+        assert_eq!(told(&found), told(&expected), "{line:?}");
+    }
+    // Where the words are each runtime's own, the status is not, and what callers look for is there.
+    for (line, words) in [
+        (vec!["exec", "peer", "absent"], "executable file not found in $PATH"),
+        (vec!["exec", "peer", "/bin/absent"], "no such file or directory"),
+        (vec!["exec", "peer", "/etc"], "unable to start container process"),
+        (vec!["exec", "nobody", "/bin/true"], "does not exist"),
+        (vec!["exec", "--cwd", "/absent", "peer", "/bin/true"], ""),
+    ] {
+        let (expected, found) = (runc.call(&line).unwrap(), ours.call(&line).unwrap());
+        assert_eq!(found.status.code(), expected.status.code(), "{line:?}");
+        for output in [&expected, &found] {
+            let (_, out, err) = told(output);
+            assert!(err.contains(words) && out.is_empty(), "{line:?}: {err}");
+        }
+    }
+    runc.ok(&["delete", "--force", "peer"]).unwrap();
+    ours.ok(&["delete", "--force", "peer"]).unwrap();
+    ours.assert_clean().unwrap();
+}
+
+#[test]
+fn input_reaches_the_process_and_its_end() {
+    let runtime = Runtime::new().unwrap();
+    let bundle = Bundle::new(&LONG).unwrap();
+    started(&runtime, "input", &bundle);
+    let mut command = runtime.command(&["exec", "input", "/bin/sh", "-c", "cat; echo end"]);
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    let input = vec![b'x'; 1 << 20];
+    let sent = input.clone();
+    let writer = std::thread::spawn(move || stdin.write_all(&sent));
+    let output = finish(child).unwrap();
+    writer.join().unwrap().unwrap();
+    assert_eq!(output.stdout.len(), input.len() + 4);
+    assert!(output.stdout.starts_with(&input) && output.stdout.ends_with(b"end\n"));
+    runtime.ok(&["delete", "--force", "input"]).unwrap();
+    runtime.assert_clean().unwrap();
+}
+
+#[test]
+fn a_detached_process_has_a_file_for_a_process_that_stands_for_it() {
+    let runtime = Runtime::new().unwrap();
+    let bundle = Bundle::new(&LONG).unwrap();
+    started(&runtime, "detached", &bundle);
+    let process = json!({
+        "args": ["/bin/sh", "-c", "trap 'echo got > /root/got; exit 3' TERM; \
+                                   echo up > /root/up; while :; do sleep 0.1; done"],
+        "cwd": "/", "env": ["PATH=/bin"], "user": {"uid": 0, "gid": 0}
+    });
+    let directory = tempfile::tempdir().unwrap();
+    let (file, pid) = (directory.path().join("process.json"), directory.path().join("pid"));
+    fs::write(&file, process.to_string()).unwrap();
+    let path = |path: &std::path::Path| path.to_str().unwrap().to_owned();
+    let (file, pid_file) = (path(&file), path(&pid));
+    let mut command = runtime.command(&[
+        "exec",
+        "--process",
+        &file,
+        "--detach",
+        "--pid-file",
+        &pid_file,
+        "detached",
+    ]);
+    let status = finish(command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
+    assert!(status.unwrap().status.success());
+    let pid: u32 = fs::read_to_string(&pid).unwrap().parse().unwrap();
+    assert!(fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap().contains("stand-in"));
+    wait_until(|| bundle.rootfs().join("root/up").exists(), "the process did not come up");
+    // A signal to it is one to the process, and its end is the process's.
+    std::process::Command::new("kill").arg(pid.to_string()).status().unwrap();
+    wait_until(|| bundle.rootfs().join("root/got").exists(), "the signal did not arrive");
+    wait_until(|| !fs::exists(format!("/proc/{pid}")).unwrap(), "the stand-in stayed");
+    runtime.ok(&["delete", "--force", "detached"]).unwrap();
+    runtime.assert_clean().unwrap();
+}
+
+#[test]
+fn a_process_dies_with_whoever_stands_for_it_and_with_its_container() {
+    let runtime = Runtime::new().unwrap();
+    let bundle = Bundle::new(&LONG).unwrap();
+    started(&runtime, "ends", &bundle);
+    let count = || processes(&runtime, "ends").unwrap();
+    let exec = || runtime.command(&["exec", "ends", "/bin/sleep", "500"]).spawn().unwrap();
+    let mut killed = exec();
+    wait_until(|| count() == 2, "the process did not come up");
+    killed.kill().unwrap();
+    killed.wait().unwrap();
+    wait_until(|| count() == 1, "the process outlived whoever stood for it");
+    let with_container = exec();
+    wait_until(|| count() == 2, "the process did not come up");
+    runtime.ok(&["kill", "ends", "KILL"]).unwrap();
+    let status = finish(with_container).unwrap().status;
+    assert_eq!((status.code(), status.signal()), (Some(137), None));
+    let refusal = runtime.fails(&["exec", "ends", "/bin/true"]).unwrap();
+    assert!(refusal.contains("stopped"), "{refusal}");
+    runtime.ok(&["delete", "ends"]).unwrap();
+    runtime.assert_clean().unwrap();
+}
+
+#[test]
+fn a_paused_container_stands_still() {
+    let (ours, runc) = (Runtime::new().unwrap(), Runtime::runc().unwrap());
+    for runtime in [&ours, &runc] {
+        let bundle = Bundle::script("while :; do echo x >> /root/count; sleep 0.05; done").unwrap();
+        started(runtime, "still", &bundle);
+        let length = || fs::metadata(bundle.rootfs().join("root/count")).map_or(0, |it| it.len());
+        wait_until(|| length() > 0, "the container did not come up");
+        assert!(!runtime.call(&["resume", "still"]).unwrap().status.success());
+        assert_eq!(runtime.ok(&["pause", "still"]).unwrap(), "");
+        assert_eq!(runtime.state("still").unwrap()["status"], "paused");
+        let stood = length();
+        std::thread::sleep(Duration::from_millis(500));
+        assert_eq!(length(), stood);
+        assert!(!runtime.call(&["pause", "still"]).unwrap().status.success());
+        let exec = runtime.call(&["exec", "still", "/bin/true"]).unwrap();
+        let words = String::from_utf8_lossy(&exec.stderr).into_owned();
+        assert!(words.contains("cannot exec in a paused container"), "{words}");
+        assert_eq!(runtime.ok(&["resume", "still"]).unwrap(), "");
+        assert_eq!(runtime.state("still").unwrap()["status"], "running");
+        wait_until(|| length() > stood, "the container did not go on");
+        // One that is paused can be deleted by force.
+        runtime.ok(&["pause", "still"]).unwrap();
+        runtime.ok(&["delete", "--force", "still"]).unwrap();
+    }
+    ours.assert_clean().unwrap();
+}
+
+#[test]
+fn the_list_of_processes_has_those_of_the_container() {
+    let runtime = Runtime::new().unwrap();
+    let bundle = Bundle::script("sleep 400 & sleep 500; true").unwrap();
+    started(&runtime, "listed", &bundle);
+    wait_until(|| processes(&runtime, "listed").unwrap() == 3, "not all came up");
+    let table = runtime.ok(&["ps", "listed"]).unwrap();
+    let lines: Vec<Vec<&str>> =
+        table.lines().map(|line| line.split_whitespace().collect()).collect();
+    assert_eq!(lines[0], ["UID", "PID", "PPID", "C", "STIME", "TTY", "TIME", "CMD"]);
+    assert_eq!(lines[2][7..], ["sleep", "400"], "{table}");
+    // Both are the shell's.
+    assert_eq!((lines[2][2], lines[3][2]), (lines[1][1], lines[1][1]), "{table}");
+    let refusal = runtime.fails(&["ps", "listed", "-o", "pid"]).unwrap();
+    assert!(refusal.contains("-o pid"), "{refusal}");
+    runtime.ok(&["delete", "--force", "listed"]).unwrap();
+    runtime.assert_clean().unwrap();
+}
+
+#[test]
+fn many_processes_leave_nothing_behind() {
+    let runtime = Runtime::new().unwrap();
+    let bundle = Bundle::new(&LONG).unwrap();
+    started(&runtime, "many", &bundle);
+    let supervisor = runtime.processes("supervise").unwrap()[0];
+    let descriptors = || fs::read_dir(format!("/proc/{supervisor}/fd")).unwrap().count();
+    let exec = || {
+        let arguments = ["exec", "many", "/bin/true"];
+        runtime.command(&arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    assert!(finish(exec()).unwrap().status.success());
+    wait_until(|| processes(&runtime, "many").unwrap() == 1, "the first process stayed");
+    let before = descriptors();
+    for _ in 0..4 {
+        let at_once: Vec<_> = (0..5).map(|_| exec()).collect();
+        for child in at_once {
+            let output = finish(child).unwrap();
+            assert!(output.status.success(), "{:?}", told(&output));
+        }
+    }
+    wait_until(|| descriptors() <= before, "descriptors of the supervisor stayed");
+    assert_eq!(processes(&runtime, "many").unwrap(), 1);
+    runtime.ok(&["delete", "--force", "many"]).unwrap();
+    runtime.assert_clean().unwrap();
+}
+
+fn processes(runtime: &Runtime, id: &str) -> Result<usize> {
+    let list = runtime.ok(&["ps", "--format", "json", id])?;
+    let list: Vec<u32> = serde_json::from_str(&list).context("ps")?;
+    Ok(list.len())
+}
+
+fn wait_until(mut reached: impl FnMut() -> bool, otherwise: &str) {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while !reached() {
+        assert!(Instant::now() < deadline, "{otherwise}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}

@@ -17,7 +17,8 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use bulkhead_protocol::agent::ProcessInfo;
+use bulkhead_protocol::agent::{ProcessInfo, Streams};
+use oci_spec::runtime::Process;
 use rustix::fs::{Uid, fchown};
 use rustix::process::Pid;
 use tokio::io::AsyncWriteExt as _;
@@ -34,6 +35,7 @@ use crate::report::{self, Line};
 use crate::share::Share;
 use crate::spec::{self, Prepared, SpecError};
 use crate::table;
+use crate::terminal::{Awaited, Terminal};
 use exec::Execs;
 
 pub(crate) mod exec;
@@ -81,8 +83,7 @@ pub(crate) struct End {
 pub(crate) struct Order {
     pub(crate) container_id: String,
     pub(crate) spec_json: Vec<u8>,
-    /// The headers of standard input, output and error; empty for the null device.
-    pub(crate) headers: [Vec<u8>; 3],
+    pub(crate) streams: Streams,
 }
 
 /// All containers of the guest. Clones share them.
@@ -107,7 +108,15 @@ struct Container {
     started: AtomicBool,
     init: Waiter,
     end: watch::Receiver<Option<End>>,
+    terminal: Option<Terminal>,
     execs: Execs,
+}
+
+/// A process that a creator, or a tenant, has made.
+#[derive(Clone, Debug)]
+struct Made {
+    pid: Pid,
+    end: Waiter,
 }
 
 impl Containers {
@@ -194,6 +203,16 @@ impl Containers {
         Ok(pids.into_iter().filter_map(table::row).collect())
     }
 
+    /// Tells the terminal of a container's init its size.
+    ///
+    /// # Errors
+    /// It has none.
+    pub(crate) fn resize(&self, id: &str, rows: u32, columns: u32) -> Result<(), ContainerError> {
+        let container = self.created(id)?;
+        let terminal = container.terminal.as_ref().ok_or_else(|| state(id, "has no terminal"))?;
+        terminal.resize(rows, columns).map_err(failed("resize the terminal"))
+    }
+
     /// Freezes a container.
     ///
     /// # Errors
@@ -246,15 +265,16 @@ impl Containers {
 
     /// Makes a container whose id is reserved, or leaves nothing of it.
     async fn make(&self, order: Order) -> Result<Container, ContainerError> {
-        let Order { container_id: id, spec_json, headers } = order;
+        let Order { container_id: id, spec_json, streams } = order;
         self.share.mount().await.map_err(failed("mount the share"))?;
-        let (pipes, stdio) = Pipes::new(headers.each_ref().map(Vec::as_slice))?;
         let preparing = id.clone();
+        let terminal = streams.terminal.is_some();
         // It reads the container's user table, which may be slow to come from the host.
-        let prepared = spawn_blocking(move || spec::prepare(&preparing, &spec_json)).await;
+        let prepared =
+            spawn_blocking(move || spec::prepare(&preparing, &spec_json, terminal)).await;
         let prepared = prepared.map_err(|e| failed("read the specification")(e.into()))??;
-        match self.create_connected(&id, prepared, pipes, stdio).await {
-            Ok((pid, init)) => Ok(Container::new(id, pid, init)),
+        match self.create_connected(&id, prepared, streams).await {
+            Ok((made, terminal)) => Ok(Container::new(id, made, terminal)),
             Err(error) => {
                 if let Err(error) = remove(&id).await {
                     tracing::error!(container = id, %error, "a failed container left something");
@@ -269,33 +289,37 @@ impl Containers {
         &self,
         id: &str,
         prepared: Prepared,
-        pipes: Pipes,
-        stdio: streams::Stdio,
-    ) -> Result<(Pid, Waiter), ContainerError> {
+        streams: Streams,
+    ) -> Result<(Made, Option<Terminal>), ContainerError> {
         let place = Place::of(id);
-        let creating = async {
-            let command = {
-                let Prepared { spec, stream_owner } = prepared;
-                let spec = serde_json::to_vec(&spec).map_err(SpecError::from)?;
-                fs::create_dir_all(&place.bundle).map_err(failed("make the bundle"))?;
-                fs::write(place.config(), spec).map_err(failed("write the bundle"))?;
-                command(&[creator::VERB, id], stdio, stream_owner)?
-            };
-            self.run_creator(command, &place.report()).await
-        };
-        let (made, connected) = self.while_connecting(pipes, creating).await?;
-        connected?;
-        Ok(made)
+        let Prepared { spec, stream_owner } = prepared;
+        let streams = spec.process().as_ref().map_or(streams.clone(), |it| sized(streams, it));
+        let spec = serde_json::to_vec(&spec).map_err(SpecError::from)?;
+        fs::create_dir_all(&place.bundle).map_err(failed("make the bundle"))?;
+        fs::write(place.config(), spec).map_err(failed("write the bundle"))?;
+        let arguments = [creator::VERB, id];
+        let (made, connected) =
+            self.make_process(&arguments, stream_owner, &place.bundle, streams).await?;
+        Ok((made, connected?))
     }
 
-    /// Runs `creating` to its end while the streams connect; gives what both came to.
-    async fn while_connecting<T>(
+    /// Runs a creator, or a tenant, that finds its things in `directory`, while the streams of what
+    /// it makes connect; gives what both came to.
+    async fn make_process(
         &self,
-        pipes: Pipes,
-        creating: impl Future<Output = Result<T, ContainerError>>,
-    ) -> Result<(T, Result<(), StreamError>), ContainerError> {
+        arguments: &[&str],
+        stream_owner: u32,
+        directory: &Path,
+        streams: Streams,
+    ) -> Result<(Made, Result<Option<Terminal>, StreamError>), ContainerError> {
+        let Streams { stdin, stdout, stderr, terminal } = streams;
+        let awaited = terminal.map(|asked| Awaited::listen(directory, &asked)).transpose()?;
+        let (pipes, stdio) = Pipes::new([&stdin, &stdout, &stderr])?;
+        let command = command(arguments, stdio, stream_owner)?;
         let connecting = pipes.connect(&self.meeting);
         tokio::pin!(connecting);
+        let report = directory.join(report::FILE);
+        let creating = self.run_creator(command, &report);
         tokio::pin!(creating);
         let mut connected = None;
         // A creator is never left alone: what it made has to be known before it can be removed.
@@ -305,11 +329,17 @@ impl Containers {
                 result = &mut connecting, if connected.is_none() => connected = Some(result),
             }
         };
-        let connected = match connected {
-            Some(connected) => connected,
-            None => connecting.await,
+        let connected = async {
+            match connected {
+                Some(connected) => connected?,
+                None => connecting.await?,
+            }
+            match awaited {
+                Some(awaited) => Ok(Some(awaited.connect(&self.meeting).await?)),
+                None => Ok(None),
+            }
         };
-        Ok((made, connected))
+        Ok((made, connected.await))
     }
 
     /// Runs a creator, or a tenant, and returns the process that it made.
@@ -317,7 +347,7 @@ impl Containers {
         &self,
         mut command: Command,
         report: &Path,
-    ) -> Result<(Pid, Waiter), ContainerError> {
+    ) -> Result<Made, ContainerError> {
         let adoption = self.reaper.adopt();
         let spawned = self.reaper.spawn(&mut command).map_err(failed("start the creator"));
         // With it go the agent's copies of the process's streams.
@@ -325,7 +355,7 @@ impl Containers {
         let exit = spawned?.wait().await;
         let lines = report::read(report).map_err(failed("read the creator's report"))?;
         let pid = outcome(&lines, exit.status)?;
-        Ok((pid, adoption.claim(pid)))
+        Ok(Made { pid, end: adoption.claim(pid) })
     }
 
     fn created(&self, id: &str) -> Result<Arc<Container>, ContainerError> {
@@ -344,7 +374,8 @@ impl Containers {
 
 impl Container {
     /// A created container; notes its end.
-    fn new(id: String, pid: Pid, init: Waiter) -> Self {
+    fn new(id: String, made: Made, terminal: Option<Terminal>) -> Self {
+        let Made { pid, end: init } = made;
         let (sender, end) = watch::channel(None);
         let mut ending = init.clone();
         let cgroup = Cgroup::of(&id);
@@ -354,7 +385,8 @@ impl Container {
             // Kept until the last receiver has gone, so that the end can be asked for again.
             sender.closed().await;
         });
-        Self { id, pid, started: AtomicBool::new(false), init, end, execs: Execs::default() }
+        let (started, execs) = (AtomicBool::new(false), Execs::default());
+        Self { id, pid, started, init, end, terminal, execs }
     }
 
     fn signal_all(&self, signal: i32) -> Result<(), ContainerError> {
@@ -450,6 +482,17 @@ async fn remove(id: &str) -> io::Result<()> {
 
 fn state(id: &str, state: &'static str) -> ContainerError {
     ContainerError::State { what: format!("container {id}"), state }
+}
+
+/// Gives a terminal the size that its process's specification has, unless the host knows better.
+fn sized(mut streams: Streams, process: &Process) -> Streams {
+    if let Some(terminal) = streams.terminal.as_mut().filter(|terminal| terminal.rows == 0)
+        && let Some(size) = process.console_size()
+    {
+        let number = |of: u64| u32::try_from(of).unwrap_or(u32::MAX);
+        (terminal.rows, terminal.columns) = (number(size.height()), number(size.width()));
+    }
+    streams
 }
 
 /// Checks that there is such a signal; 0 only asks whether the process is there.

@@ -15,15 +15,15 @@ use libcontainer::container::ContainerStatus;
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::error::LibcontainerError;
 use libcontainer::syscall::syscall::SyscallType;
-use oci_spec::runtime::Spec;
+use oci_spec::runtime::{Process, Spec};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde_json::{Map, Value};
 use tracing::Level;
 
 use crate::executor::Program;
 use crate::logging;
-use crate::report::{Line, Report};
-use crate::{init, spec};
+use crate::report::{self, Line, Report};
+use crate::{init, spec, terminal};
 
 /// The first argument that makes the agent a creator; the second is the container's id.
 pub(crate) const VERB: &str = "create";
@@ -56,7 +56,7 @@ impl Place {
 
     /// The creator's answer.
     pub(crate) fn report(&self) -> PathBuf {
-        self.bundle.join("report")
+        self.bundle.join(report::FILE)
     }
 
     /// Where a further process of the container has its `process.json` and report while it is made;
@@ -135,9 +135,13 @@ fn sentence(fields: &Map<String, Value>) -> String {
 }
 
 fn create(container_id: &str, place: &Place, report: Rc<Report>) -> Result<i32, CreateError> {
+    let spec = Spec::load(place.config())?;
+    let terminal = spec.process().as_ref().and_then(Process::terminal) == Some(true);
+    let console = place.bundle.join(terminal::SOCKET);
     let mut container = ContainerBuilder::new(container_id.to_owned(), SyscallType::default())
         .with_root_path(Place::STATES)?
         .with_executor(Program::new(report))
+        .with_console_socket(terminal.then_some(console))
         .as_init(&place.bundle)
         .with_systemd(false)
         .build()?;
@@ -146,7 +150,6 @@ fn create(container_id: &str, place: &Place, report: Rc<Report>) -> Result<i32, 
     // it takes for running.
     container.set_status(ContainerStatus::Running);
     container.save()?;
-    let spec = Spec::load(place.config())?;
     if spec::has_new_network(&spec) {
         let path = format!("/proc/{pid}/ns/net");
         let namespace = File::open(path).map_err(CreateError::Loopback)?;

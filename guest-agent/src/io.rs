@@ -47,6 +47,8 @@ pub(crate) enum Kind {
     Stdin,
     Stdout,
     Stderr,
+    /// All three, see [`crate::terminal`].
+    Terminal,
 }
 
 impl fmt::Display for Kind {
@@ -55,6 +57,7 @@ impl fmt::Display for Kind {
             Self::Stdin => "stdin",
             Self::Stdout => "stdout",
             Self::Stderr => "stderr",
+            Self::Terminal => "terminal",
         })
     }
 }
@@ -103,7 +106,7 @@ impl<S> Meeting<S> {
     ///
     /// # Errors
     /// Another call waits for it already, or it does not come in [`PATIENCE`].
-    async fn claim(&self, header: StreamHeader, stream: Kind) -> Result<S, StreamError> {
+    pub(crate) async fn claim(&self, header: StreamHeader, stream: Kind) -> Result<S, StreamError> {
         let receiver = {
             let mut table = self.table();
             match table.remove(&header) {
@@ -225,7 +228,7 @@ impl Pipes {
             let ours = pipe::Receiver::from_owned_fd(ours).map_err(failed(stream))?;
             let (their_end, our_end) = match stream {
                 Kind::Stdout => (&mut stdio.stdout, &mut pipes.stdout),
-                Kind::Stdin | Kind::Stderr => (&mut stdio.stderr, &mut pipes.stderr),
+                _ => (&mut stdio.stderr, &mut pipes.stderr),
             };
             *their_end = Some(theirs);
             *our_end = Some((header, ours));
@@ -312,14 +315,21 @@ async fn drain(stream: Kind, mut pipe: pipe::Receiver, mut connection: VsockStre
     let whole = copied.is_ok();
     log_end(stream, copied);
     drop(pipe);
-    if whole && connection.shutdown(Shutdown::Write).is_ok() {
+    if whole {
+        finish(connection).await;
+    }
+}
+
+/// Ends the direction to the host, and waits until the host has closed the other.
+pub(crate) async fn finish(mut connection: VsockStream) {
+    if connection.shutdown(Shutdown::Write).is_ok() {
         let mut rest = [0; 64];
         while connection.read(&mut rest).await.is_ok_and(|length| length > 0) {}
     }
 }
 
 /// Copies until the end of `from`.
-async fn copy<R, W>(from: &mut R, to: &mut W) -> io::Result<()>
+pub(crate) async fn copy<R, W>(from: &mut R, to: &mut W) -> io::Result<()>
 where
     R: AsyncRead + Unpin,
     W: AsyncWrite + Unpin,
@@ -335,7 +345,7 @@ where
 }
 
 /// The other side may leave at any time; what else ends a stream is worth a line.
-fn log_end(stream: Kind, copied: io::Result<()>) {
+pub(crate) fn log_end(stream: Kind, copied: io::Result<()>) {
     use io::ErrorKind::{BrokenPipe, ConnectionReset, NotConnected};
     match copied {
         Ok(()) => {}

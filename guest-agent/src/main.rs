@@ -25,6 +25,7 @@ mod share;
 mod spec;
 mod table;
 mod tenant;
+mod terminal;
 
 use std::env;
 use std::process::ExitCode;

@@ -10,6 +10,8 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
+/// The name of a report, in the directory of what is being made.
+pub(crate) const FILE: &str = "report";
 /// The most of a report that is read.
 const REPORT_BYTES: u64 = 64 << 10;
 /// The longest reason that is written.

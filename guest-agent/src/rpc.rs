@@ -9,8 +9,8 @@ use bulkhead_protocol::agent::agent_server::{Agent, AgentServer};
 use bulkhead_protocol::agent::{
     CreateReply, CreateRequest, DeleteReply, DeleteRequest, ExecReply, ExecRequest, HelloReply,
     HelloRequest, KillReply, KillRequest, PauseReply, PauseRequest, ProcessesReply,
-    ProcessesRequest, RescanReply, RescanRequest, ResumeReply, ResumeRequest, StartReply,
-    StartRequest, Streams, SyncReply, SyncRequest, WaitReply, WaitRequest,
+    ProcessesRequest, RescanReply, RescanRequest, ResizeReply, ResizeRequest, ResumeReply,
+    ResumeRequest, StartReply, StartRequest, SyncReply, SyncRequest, WaitReply, WaitRequest,
 };
 use bulkhead_protocol::{MAX_MESSAGE_BYTES, VERSION};
 use rustix::system::uname;
@@ -98,8 +98,8 @@ impl Agent for Calls {
         request: Request<CreateRequest>,
     ) -> Result<Response<CreateReply>, Status> {
         let CreateRequest { container_id, spec_json, streams } = request.into_inner();
-        let headers = headers(streams);
-        let pid = self.containers.create(Order { container_id, spec_json, headers }).await?;
+        let streams = streams.unwrap_or_default();
+        let pid = self.containers.create(Order { container_id, spec_json, streams }).await?;
         Ok(Response::new(CreateReply { pid }))
     }
 
@@ -152,10 +152,23 @@ impl Agent for Calls {
 
     async fn exec(&self, request: Request<ExecRequest>) -> Result<Response<ExecReply>, Status> {
         let ExecRequest { container_id, exec_id, process_json, streams } = request.into_inner();
-        let headers = headers(streams);
-        let order = ExecOrder { container_id, exec_id, process_json, headers };
+        let streams = streams.unwrap_or_default();
+        let order = ExecOrder { container_id, exec_id, process_json, streams };
         let pid = self.containers.exec(order).await?;
         Ok(Response::new(ExecReply { pid }))
+    }
+
+    async fn resize(
+        &self,
+        request: Request<ResizeRequest>,
+    ) -> Result<Response<ResizeReply>, Status> {
+        let ResizeRequest { container_id, exec_id, rows, columns } = request.into_inner();
+        if exec_id.is_empty() {
+            self.containers.resize(&container_id, rows, columns)?;
+        } else {
+            self.containers.resize_exec(&container_id, &exec_id, rows, columns)?;
+        }
+        Ok(Response::new(ResizeReply {}))
     }
 
     async fn pause(&self, request: Request<PauseRequest>) -> Result<Response<PauseReply>, Status> {
@@ -188,12 +201,6 @@ impl Agent for Calls {
             .map_err(|error| Status::internal(error.to_string()))?;
         Ok(Response::new(SyncReply {}))
     }
-}
-
-/// The headers of standard input, output and error.
-fn headers(streams: Option<Streams>) -> [Vec<u8>; 3] {
-    let streams = streams.unwrap_or_default();
-    [streams.stdin, streams.stdout, streams.stderr]
 }
 
 impl From<ContainerError> for Status {

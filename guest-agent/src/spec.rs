@@ -29,7 +29,7 @@ pub(crate) enum SpecError {
     Missing(&'static str),
     #[error("root.path {0:?} is not absolute")]
     RelativeRoot(PathBuf),
-    #[error("process.terminal: the guest gives no terminals")]
+    #[error("process.terminal and the stream of a terminal go together")]
     Terminal,
     #[error("hooks.{0} run on the host, not in the guest")]
     HostHooks(&'static str),
@@ -61,7 +61,11 @@ pub(crate) fn check_id(container_id: &str) -> Result<(), SpecError> {
 ///
 /// # Errors
 /// See [`SpecError`].
-pub(crate) fn prepare(container_id: &str, json: &[u8]) -> Result<Prepared, SpecError> {
+pub(crate) fn prepare(
+    container_id: &str,
+    json: &[u8],
+    terminal: bool,
+) -> Result<Prepared, SpecError> {
     let mut spec: Spec = serde_json::from_slice(json)?;
     let root = spec.root().as_ref().ok_or(SpecError::Missing("root"))?.path().clone();
     if !root.is_absolute() {
@@ -73,7 +77,7 @@ pub(crate) fn prepare(container_id: &str, json: &[u8]) -> Result<Prepared, SpecE
     let linux = spec.linux_mut().as_mut().ok_or(SpecError::Missing("linux"))?;
     linux.set_cgroups_path(Some(Path::new("/").join(container_id)));
     let process = spec.process_mut().as_mut().ok_or(SpecError::Missing("process"))?;
-    fit_process(process, &root)?;
+    fit_process(process, &root, terminal)?;
     make_directories(&root, process.cwd());
     let uid = process.user().uid();
     let stream_owner = in_guest(uid, &spec);
@@ -92,7 +96,11 @@ pub(crate) struct PreparedProcess {
 ///
 /// # Errors
 /// See [`SpecError`].
-pub(crate) fn prepare_process(spec: &Spec, json: &[u8]) -> Result<PreparedProcess, SpecError> {
+pub(crate) fn prepare_process(
+    spec: &Spec,
+    json: &[u8],
+    terminal: bool,
+) -> Result<PreparedProcess, SpecError> {
     let mut process: Process = serde_json::from_slice(json)?;
     let root = spec.root().as_ref().ok_or(SpecError::Missing("root"))?.path().clone();
     let of_container = spec.process().as_ref().ok_or(SpecError::Missing("process"))?;
@@ -102,7 +110,7 @@ pub(crate) fn prepare_process(spec: &Spec, json: &[u8]) -> Result<PreparedProces
     if process.rlimits().is_none() {
         process.set_rlimits(of_container.rlimits().clone());
     }
-    fit_process(&mut process, &root)?;
+    fit_process(&mut process, &root, terminal)?;
     let stream_owner = in_guest(process.user().uid(), spec);
     Ok(PreparedProcess { process, stream_owner })
 }
@@ -141,8 +149,8 @@ fn refuse_host_hooks(hooks: &Hooks) -> Result<(), SpecError> {
     Ok(())
 }
 
-fn fit_process(process: &mut Process, root: &Path) -> Result<(), SpecError> {
-    if process.terminal() == Some(true) {
+fn fit_process(process: &mut Process, root: &Path, terminal: bool) -> Result<(), SpecError> {
+    if process.terminal().unwrap_or(false) != terminal {
         return Err(SpecError::Terminal);
     }
     if process.args().as_ref().is_none_or(Vec::is_empty) {

@@ -19,15 +19,17 @@ use oci_spec::runtime::{LinuxCapabilities, LinuxSeccomp, Process, Spec};
 
 use crate::creator::{self, Place};
 use crate::executor::Program;
-use crate::report::Report;
+use crate::report::{self, Report};
+use crate::terminal;
 
 /// The first argument that makes the agent a tenant; the container's and the process's id follow.
 pub(crate) const VERB: &str = "exec";
 
 /// The process as the agent has prepared it.
 pub(crate) const PROCESS: &str = "process.json";
-/// The tenant's answer.
-pub(crate) const REPORT: &str = "report";
+
+/// Libcontainer's state of a container, in its directory.
+const STATE: &str = "state.json";
 
 /// An error of adding a process.
 #[derive(Debug, thiserror::Error)]
@@ -48,7 +50,7 @@ enum TenantError {
 pub(crate) fn main(container_id: &str, exec_id: &str) -> ExitCode {
     let place = Place::of(container_id);
     let directory = place.exec(exec_id);
-    let path = directory.join(REPORT);
+    let path = directory.join(report::FILE);
     let Ok(report) = Report::open(&path) else {
         return ExitCode::FAILURE;
     };
@@ -73,10 +75,19 @@ fn join(
     };
     process.set_capabilities(None);
     fs::write(&path, serde_json::to_vec(&process)?)?;
+    // Libcontainer leaves sockets beside the state that it reads. This copy goes with the rest of the
+    // process's directory.
+    let state = directory.join(container_id);
+    fs::create_dir(&state)?;
+    fs::copy(place.state.join(STATE), state.join(STATE))?;
+    let console = directory.join(terminal::SOCKET);
+    let has_terminal = process.terminal() == Some(true);
     let pid = ContainerBuilder::new(container_id.to_owned(), SyscallType::default())
-        .with_root_path(Place::STATES)?
+        .with_root_path(directory)?
         .with_executor(Program::confined(report, confinement))
+        .with_console_socket(has_terminal.then_some(console))
         .as_tenant()
+        .with_detach(true)
         .with_process(Some(&path))
         .build()?;
     Ok(pid.as_raw())

@@ -11,7 +11,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use bulkhead_protocol::agent::agent_client::AgentClient;
 use bulkhead_protocol::agent::{
     CreateRequest, ExecRequest, HelloRequest, KillRequest, PauseRequest, ProcessInfo,
-    ProcessesRequest, ResumeRequest, StartRequest, Streams, SyncRequest, WaitReply, WaitRequest,
+    ProcessesRequest, ResizeRequest, ResumeRequest, StartRequest, Streams, SyncRequest, WaitReply,
+    WaitRequest,
 };
 use bulkhead_protocol::{MAX_MESSAGE_BYTES, VERSION};
 use hyper_util::rt::TokioIo;
@@ -20,6 +21,7 @@ use tokio::time::timeout;
 use tonic::transport::{Channel, Endpoint, Uri};
 use tonic::{Code, Status};
 
+use crate::attach::TerminalSize;
 use crate::id::ContainerId;
 
 /// For calls that change little.
@@ -174,6 +176,18 @@ impl Agent {
         let (container_id, exec_id) = target.names();
         let request = WaitRequest { container_id, exec_id };
         Ok(self.client.clone().wait(request).await?.into_inner())
+    }
+
+    /// Tells a process's terminal its size.
+    ///
+    /// # Errors
+    /// When it has none.
+    pub async fn resize(&self, target: Target<'_>, size: TerminalSize) -> Result<(), AgentError> {
+        let mut client = self.client.clone();
+        let (container_id, exec_id) = target.names();
+        let (rows, columns) = (size.rows.into(), size.columns.into());
+        let request = ResizeRequest { container_id, exec_id, rows, columns };
+        within(SHORT, "Resize", client.resize(request)).await.map(drop)
     }
 
     /// Freezes a container.

@@ -33,9 +33,21 @@ const WAITING: usize = 256;
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 128;
 
+/// The size of a terminal, in characters.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TerminalSize {
+    /// Lines.
+    pub rows: u16,
+    /// Characters in each.
+    pub columns: u16,
+}
+
 /// Which standard streams there are; the others are `/dev/null`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Wants {
+    /// All three are a terminal, whose one stream carries both directions; the others are not
+    /// looked at then.
+    pub terminal: Option<TerminalSize>,
     /// Standard input.
     pub stdin: bool,
     /// Standard output.
@@ -57,6 +69,17 @@ pub enum FromStandIn {
     },
     /// A signal that it was sent, for the process.
     Signal(u32),
+    /// Its terminal has another size.
+    Resize(TerminalSize),
+}
+
+/// What comes from a stand-in that has attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Said {
+    /// [`FromStandIn::Signal`].
+    Signal(u32),
+    /// [`FromStandIn::Resize`].
+    Resize(TerminalSize),
 }
 
 /// What the supervisor says.
@@ -184,10 +207,11 @@ impl StandIn {
         self.channel.send(&ToStandIn::Exited { status, reason }, &[]).await
     }
 
-    /// Waits for the next signal that it passes on; `None` when it is gone.
-    pub async fn signal(&self) -> Option<u32> {
+    /// Waits for the next thing that it passes on; `None` when it is gone.
+    pub async fn said(&self) -> Option<Said> {
         match self.channel.receive_json().await {
-            Ok(Some(FromStandIn::Signal(signal))) => Some(signal),
+            Ok(Some(FromStandIn::Signal(signal))) => Some(Said::Signal(signal)),
+            Ok(Some(FromStandIn::Resize(size))) => Some(Said::Resize(size)),
             // Whatever else it says, it is not the stand-in that it was.
             _ => None,
         }
@@ -237,9 +261,9 @@ mod tests {
             let exited = ToStandIn::Exited { status: 7, reason: None };
             assert_eq!(serde_json::from_slice::<ToStandIn>(&message.bytes).unwrap(), exited);
             seqpacket::send(&client, br#"{"signal":15}"#, &[]).unwrap();
-            assert_eq!(stand_in.signal().await, Some(15));
+            assert_eq!(stand_in.said().await, Some(Said::Signal(15)));
             drop(client);
-            assert_eq!(stand_in.signal().await, None);
+            assert_eq!(stand_in.said().await, None);
         });
     }
 }

@@ -292,7 +292,7 @@ impl Container {
         let mut hurry = self.hurry.subscribe();
         tokio::select! {
             // It closes its connection when it has read all; it may still be sent signals.
-            () = async { while stand_in.signal().await.is_some() {} } => {}
+            () = async { while stand_in.said().await.is_some() {} } => {}
             _ = hurry.wait_for(|hurry| *hurry) => {}
             _ = pod.broken() => {}
         }

@@ -7,7 +7,7 @@
 //! - [`bundle`]: from an OCI specification to what the pod needs, or a refusal.
 //! - [`pod`], [`vm`], [`file_server`], [`share`], [`agent`]: the pod's processes.
 //! - [`attach`], [`relay`], `proxy`: a process of the host that stands for one of the guest, its
-//!   streams, and the two tied together.
+//!   streams, and the two tied together. [`terminal`]: where the streams are a terminal.
 
 pub mod agent;
 pub mod assets;
@@ -32,6 +32,7 @@ pub mod spawn;
 pub mod state;
 pub mod supervisor;
 pub mod task;
+pub mod terminal;
 pub mod timestamp;
 pub mod trace;
 pub mod vm;

@@ -4,11 +4,11 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use bulkhead_protocol::StreamHeader;
-use bulkhead_protocol::agent::Streams;
+use bulkhead_protocol::agent::{Streams, Terminal};
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::agent::Target;
-use crate::attach::{StandIn, Wants};
+use crate::attach::{Said, StandIn, TerminalSize, Wants};
 use crate::pod::{Pod, PodError};
 use crate::state::Exit;
 use crate::timestamp;
@@ -31,13 +31,23 @@ pub(crate) async fn open_streams(
     let open = async |wanted: bool| -> Result<_, PodError> {
         if wanted { Ok(Some(pod.open_stream().await?)) } else { Ok(None) }
     };
+    if let Some(TerminalSize { rows, columns }) = wants.terminal {
+        let (header, socket) = pod.open_stream().await?;
+        let stream = header.0.to_vec();
+        let terminal = Terminal { stream, rows: rows.into(), columns: columns.into() };
+        return Ok((Streams { terminal: Some(terminal), ..Streams::default() }, vec![socket]));
+    }
     let (stdin, stdout, stderr) =
         tokio::try_join!(open(wants.stdin), open(wants.stdout), open(wants.stderr))?;
     let header = |stream: &Option<(StreamHeader, _)>| {
         stream.as_ref().map_or_else(Vec::new, |(header, _)| header.0.to_vec())
     };
-    let streams =
-        Streams { stdin: header(&stdin), stdout: header(&stdout), stderr: header(&stderr) };
+    let streams = Streams {
+        stdin: header(&stdin),
+        stdout: header(&stdout),
+        stderr: header(&stderr),
+        terminal: None,
+    };
     let sockets = [stdin, stdout, stderr].into_iter().flatten().map(|(_, socket)| socket);
     Ok((streams, sockets.collect()))
 }
@@ -73,15 +83,18 @@ pub(crate) async fn until_end(
             () = &mut given_up, if !present => {
                 return ended("the guest did not end the process".to_owned());
             }
-            signal = stand_in.signal(), if present => {
-                present = signal.is_some();
-                if !present {
-                    given_up.as_mut().reset(Instant::now() + KILL_PATIENCE);
-                }
-                let (signal, all) =
-                    signal.map_or((9, target.exec.is_empty()), |signal| (signal, false));
-                if let Err(error) = pod.agent.kill(target, signal, all).await {
-                    tracing::debug!(signal, error = %error, "signal was not passed on");
+            said = stand_in.said(), if present => {
+                let passed = match said {
+                    Some(Said::Signal(signal)) => pod.agent.kill(target, signal, false).await,
+                    Some(Said::Resize(size)) => pod.agent.resize(target, size).await,
+                    None => {
+                        present = false;
+                        given_up.as_mut().reset(Instant::now() + KILL_PATIENCE);
+                        pod.agent.kill(target, 9, target.exec.is_empty()).await
+                    }
+                };
+                if let Err(error) = passed {
+                    tracing::debug!(?said, error = %error, "not passed on");
                 }
             }
         }

@@ -23,6 +23,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{FileType, fstat, major, minor};
 
 use crate::attach::{FromStandIn, ToStandIn, Wants, connect_to};
+use crate::terminal::Terminal;
 
 /// The most bytes that one step of a copy moves: what a pipe holds.
 const CHUNK: usize = 64 << 10;
@@ -41,6 +42,9 @@ const NOT_FORWARDED: [Signal; 12] = [
     Signal::SIGTTOU,
     Signal::SIGABRT,
 ];
+
+/// The signal that tells of a terminal's new size.
+const WINDOW_CHANGED: u32 = Signal::SIGWINCH as u32;
 
 /// How a container ended, as its stand-in learns it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -89,22 +93,27 @@ impl AsFd for Signals {
 pub struct Relay {
     supervisor: OwnedFd,
     wants: Wants,
+    terminal: Option<Terminal>,
 }
 
 impl Relay {
     /// Attaches this process's standard streams at `socket`; `exec` is as in
-    /// [`FromStandIn::Attach`].
+    /// [`FromStandIn::Attach`]. With a terminal, that is all three of them.
     ///
     /// # Errors
     /// When no supervisor listens there.
-    pub fn attach(socket: &Path, exec: &str) -> io::Result<Self> {
-        let wants = Wants {
-            stdin: !is_null(io::stdin().as_fd()),
-            stdout: !is_null(io::stdout().as_fd()),
-            stderr: !is_null(io::stderr().as_fd()),
+    pub fn attach(socket: &Path, exec: &str, terminal: Option<Terminal>) -> io::Result<Self> {
+        let wants = match &terminal {
+            Some(terminal) => Wants { terminal: Some(terminal.size()), ..Wants::default() },
+            None => Wants {
+                terminal: None,
+                stdin: !is_null(io::stdin().as_fd()),
+                stdout: !is_null(io::stdout().as_fd()),
+                stderr: !is_null(io::stderr().as_fd()),
+            },
         };
         let supervisor = connect_to(socket)?;
-        let relay = Self { supervisor, wants };
+        let relay = Self { supervisor, wants, terminal };
         relay.say(&FromStandIn::Attach { wants, exec: exec.to_owned() })?;
         Ok(relay)
     }
@@ -113,7 +122,7 @@ impl Relay {
     ///
     /// # Errors
     /// When the supervisor goes away before.
-    pub fn serve(self, signals: &Signals) -> io::Result<Ended> {
+    pub fn serve(mut self, signals: &Signals) -> io::Result<Ended> {
         let mut outputs = Vec::new();
         loop {
             let mut ready =
@@ -124,7 +133,12 @@ impl Relay {
             };
             if !ready[1].revents().is_empty() {
                 while let Some(signal) = signals.next()? {
-                    self.say(&FromStandIn::Signal(signal))?;
+                    self.say(&match &self.terminal {
+                        Some(terminal) if signal == WINDOW_CHANGED => {
+                            FromStandIn::Resize(terminal.size())
+                        }
+                        _ => FromStandIn::Signal(signal),
+                    })?;
                 }
             }
             if ready[0].revents().is_empty() {
@@ -152,8 +166,17 @@ impl Relay {
     }
 
     /// Starts copying; gives the threads that copy what the container writes.
-    fn relay(&self, descriptors: Vec<OwnedFd>) -> io::Result<Vec<JoinHandle<()>>> {
+    fn relay(&mut self, descriptors: Vec<OwnedFd>) -> io::Result<Vec<JoinHandle<()>>> {
         let mut streams = descriptors.into_iter().map(UnixStream::from);
+        if let Some(terminal) = &mut self.terminal {
+            let stream = streams.next().ok_or(ErrorKind::InvalidData)?;
+            terminal.make_raw()?;
+            let (source, sink) = (File::from(terminal.descriptor()?), terminal.descriptor()?);
+            let input = stream.try_clone()?;
+            thread::Builder::new().name("stdin".into()).spawn(move || feed(source, &input))?;
+            let output = move || drain(&stream, File::from(sink));
+            return Ok(vec![thread::Builder::new().name("output".into()).spawn(output)?]);
+        }
         let mut next = |wanted: bool| if wanted { streams.next() } else { None };
         let (stdin, stdout, stderr) =
             (next(self.wants.stdin), next(self.wants.stdout), next(self.wants.stderr));
@@ -292,9 +315,9 @@ mod tests {
     fn a_supervisor_that_is_gone_is_an_error() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("attach.sock");
-        assert!(Relay::attach(&path, "").is_err());
+        assert!(Relay::attach(&path, "", None).is_err());
         // A socket of another kind is none either.
         let _listener = UnixListener::bind(&path).unwrap();
-        assert!(Relay::attach(&path, "").is_err());
+        assert!(Relay::attach(&path, "", None).is_err());
     }
 }

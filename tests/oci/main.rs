@@ -23,3 +23,5 @@ mod resources;
 mod storage;
 #[cfg(test)]
 mod streams;
+#[cfg(test)]
+mod terminal;

@@ -8,17 +8,17 @@ use std::collections::HashMap;
 use std::fs;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use bulkhead_protocol::agent::Streams;
 use oci_spec::runtime::Spec;
-use rustix::process::Pid;
 use tokio::task::spawn_blocking;
 
-use super::{ContainerError, Containers, command, failed, signal_number, state};
+use super::{ContainerError, Containers, Made, failed, signal_number, sized, state};
 use crate::cgroup::Cgroup;
 use crate::creator::Place;
-use crate::io::{Pipes, Stdio};
-use crate::process::{Exit, Waiter, send_signal};
+use crate::process::{Exit, send_signal};
 use crate::spec::{self, PreparedProcess, SpecError};
 use crate::tenant;
+use crate::terminal::Terminal;
 
 /// What Exec asks for; the fields are those of its message.
 #[derive(Debug)]
@@ -26,8 +26,7 @@ pub(crate) struct ExecOrder {
     pub(crate) container_id: String,
     pub(crate) exec_id: String,
     pub(crate) process_json: Vec<u8>,
-    /// The headers of standard input, output and error; empty for the null device.
-    pub(crate) headers: [Vec<u8>; 3],
+    pub(crate) streams: Streams,
 }
 
 /// The further processes of one container, by their ids.
@@ -42,8 +41,8 @@ enum Entry {
 
 #[derive(Clone, Debug)]
 struct Exec {
-    pid: Pid,
-    end: Waiter,
+    made: Made,
+    terminal: Option<Terminal>,
 }
 
 impl Execs {
@@ -87,7 +86,7 @@ impl Containers {
             let mut table = container.execs.table();
             match started {
                 Ok(exec) => {
-                    let pid = exec.pid.as_raw_nonzero().get().unsigned_abs();
+                    let pid = exec.made.pid.as_raw_nonzero().get().unsigned_abs();
                     table.insert(exec_id, Entry::Running(exec));
                     Ok(pid)
                 }
@@ -113,10 +112,26 @@ impl Containers {
         let exec = self.created(id)?.execs.running(exec_id)?;
         let number = signal_number(signal)?;
         // The pid is not used again before the reaper has collected it, and then this is known.
-        if exec.end.ended().is_some() {
+        if exec.made.end.ended().is_some() {
             return Err(not_now(exec_id, "has ended"));
         }
-        send_signal(exec.pid, number).map_err(failed("signal the process"))
+        send_signal(exec.made.pid, number).map_err(failed("signal the process"))
+    }
+
+    /// Tells the terminal of a process that Exec started its size.
+    ///
+    /// # Errors
+    /// There is no such process, or it has no terminal.
+    pub(crate) fn resize_exec(
+        &self,
+        id: &str,
+        exec_id: &str,
+        rows: u32,
+        columns: u32,
+    ) -> Result<(), ContainerError> {
+        let exec = self.created(id)?.execs.running(exec_id)?;
+        let terminal = exec.terminal.ok_or_else(|| not_now(exec_id, "has no terminal"))?;
+        terminal.resize(rows, columns).map_err(failed("resize the terminal"))
     }
 
     /// Waits for the end of a process that Exec started, and forgets it.
@@ -126,14 +141,14 @@ impl Containers {
     pub(crate) async fn wait_exec(&self, id: &str, exec_id: &str) -> Result<Exit, ContainerError> {
         let container = self.created(id)?;
         let mut exec = container.execs.running(exec_id)?;
-        let exit = exec.end.wait().await;
+        let exit = exec.made.end.wait().await;
         container.execs.table().remove(exec_id);
         Ok(exit)
     }
 
     /// Starts a process whose id is reserved, or leaves nothing of it.
     async fn start_exec(&self, order: ExecOrder) -> Result<Exec, ContainerError> {
-        let ExecOrder { container_id: id, exec_id, process_json, headers } = order;
+        let ExecOrder { container_id: id, exec_id, process_json, streams } = order;
         if self.created(&id)?.init.ended().is_some() {
             return Err(state(&id, "has ended"));
         }
@@ -141,48 +156,40 @@ impl Containers {
         if Cgroup::of(&id).is_frozen().map_err(failed("look whether it is frozen"))? {
             return Err(state(&id, "is frozen"));
         }
-        let (pipes, stdio) = Pipes::new(headers.each_ref().map(Vec::as_slice))?;
         let place = Place::of(&id);
         let config = place.config();
+        let terminal = streams.terminal.is_some();
         let prepared = spawn_blocking(move || {
             let config = fs::read(config).map_err(failed("read the container's specification"))?;
             let spec: Spec = serde_json::from_slice(&config).map_err(SpecError::from)?;
-            spec::prepare_process(&spec, &process_json).map_err(ContainerError::from)
+            spec::prepare_process(&spec, &process_json, terminal).map_err(ContainerError::from)
         });
         let prepared = prepared.await.map_err(|e| failed("read the process")(e.into()))??;
         let directory = place.exec(&exec_id);
         let started = async {
             fs::create_dir_all(&directory).map_err(failed("make the process's directory"))?;
-            let command = prepare_tenant(&id, &exec_id, prepared, stdio)?;
-            let report = directory.join(tenant::REPORT);
-            self.while_connecting(pipes, self.run_creator(command, &report)).await
+            let PreparedProcess { process, stream_owner } = prepared;
+            let streams = sized(streams, &process);
+            let process = serde_json::to_vec(&process).map_err(SpecError::from)?;
+            fs::write(directory.join(tenant::PROCESS), process)
+                .map_err(failed("write the process"))?;
+            let arguments = [tenant::VERB, &id, &exec_id];
+            self.make_process(&arguments, stream_owner, &directory, streams).await
         }
         .await;
         if let Err(error) = fs::remove_dir_all(&directory) {
             tracing::error!(process = exec_id, %error, "a process left its files");
         }
-        let ((pid, end), connected) = started?;
-        if let Err(error) = connected {
-            // It may have ended by itself.
-            let _ = send_signal(pid, libc::SIGKILL);
-            return Err(error.into());
+        let (made, connected) = started?;
+        match connected {
+            Ok(terminal) => Ok(Exec { made, terminal }),
+            Err(error) => {
+                // It may have ended by itself.
+                let _ = send_signal(made.pid, libc::SIGKILL);
+                Err(error.into())
+            }
         }
-        Ok(Exec { pid, end })
     }
-}
-
-/// Writes what the tenant reads, and gives its command line.
-fn prepare_tenant(
-    id: &str,
-    exec_id: &str,
-    prepared: PreparedProcess,
-    stdio: Stdio,
-) -> Result<std::process::Command, ContainerError> {
-    let PreparedProcess { process, stream_owner } = prepared;
-    let process = serde_json::to_vec(&process).map_err(SpecError::from)?;
-    let path = Place::of(id).exec(exec_id).join(tenant::PROCESS);
-    fs::write(path, process).map_err(failed("write the process"))?;
-    command(&[tenant::VERB, id, exec_id], stdio, stream_owner)
 }
 
 fn not_now(exec_id: &str, state: &'static str) -> ContainerError {

@@ -16,7 +16,7 @@ fn minimal() -> Value {
 }
 
 fn prepared(spec: &Value) -> Result<Prepared, SpecError> {
-    prepare("one", &serde_json::to_vec(spec).unwrap())
+    prepare("one", &serde_json::to_vec(spec).unwrap(), false)
 }
 
 #[test]
@@ -40,7 +40,7 @@ fn a_process_without_capabilities_has_none_and_a_further_one_has_the_containers(
     let spec = prepared(&with_one).unwrap().spec;
     let further = json!({"cwd": "/", "args": ["true"], "user": {"uid": 7, "gid": 7}});
     let further = serde_json::to_vec(&further).unwrap();
-    let further = prepare_process(&spec, &further).unwrap();
+    let further = prepare_process(&spec, &further, false).unwrap();
     let of_container = spec.process().as_ref().unwrap();
     assert_eq!(further.process.capabilities(), of_container.capabilities());
     assert_eq!(further.process.rlimits(), of_container.rlimits());

@@ -3,11 +3,12 @@
 use std::time::Duration;
 
 use bulkhead_protocol::agent::{
-    ExecRequest, KillRequest, PauseRequest, ProcessesRequest, ResumeRequest, Streams, WaitReply,
-    WaitRequest,
+    ExecRequest, KillRequest, PauseRequest, ProcessesRequest, ResizeRequest, ResumeRequest,
+    Streams, Terminal, WaitReply, WaitRequest,
 };
 use serde_json::{Value, json};
-use tokio::io::AsyncReadExt as _;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio_vsock::VsockStream;
 use tonic::{Code, Status};
 
 use crate::guest::{Guest, header, open};
@@ -187,6 +188,65 @@ fn a_frozen_container_stands_still_takes_no_process_and_can_be_killed() {
         // The cgroup is the test host's, and the next test's container would be frozen.
         guest.delete("one").await.unwrap();
     });
+}
+
+#[test]
+#[ignore = "needs the test host"]
+fn a_terminal_is_one_and_takes_keys_and_sizes() {
+    Guest::run(async |mut guest| {
+        let terminal = |number, rows| Streams {
+            terminal: Some(Terminal { stream: header(number).to_vec(), rows, columns: 80 }),
+            ..Streams::default()
+        };
+        let line = "stty size; test -t 0 && test -t 2 && tty; read line; echo \"got $line\"; \
+                    stty size; trap 'echo hung up; exit 3' INT; while :; do sleep 0.1; done";
+        let mut spec = guest.shell(line);
+        spec["process"]["terminal"] = json!(true);
+        let mut screen = open(7).await;
+        let error = guest.create_with("one", &spec, Streams::default()).await.unwrap_err();
+        assert_eq!(error.message(), "process.terminal and the stream of a terminal go together");
+        guest.create_with("one", &spec, terminal(7, 33)).await.unwrap();
+        guest.start_container("one").await.unwrap();
+        see(&mut screen, "33 80\r\n/dev/pts/0\r\n").await;
+        let size = |rows| ResizeRequest {
+            container_id: "one".to_owned(),
+            exec_id: String::new(),
+            rows,
+            columns: 99,
+        };
+        guest.agent.resize(size(44)).await.unwrap();
+        screen.write_all(b"word\r").await.unwrap();
+        see(&mut screen, "word\r\ngot word\r\n44 99\r\n").await;
+        // A further process has a terminal of its own.
+        let mut process = shell(&spec, "tty; exit 4");
+        process["terminal"] = json!(true);
+        let mut second = open(8).await;
+        let request = ExecRequest {
+            container_id: "one".to_owned(),
+            exec_id: "second".to_owned(),
+            process_json: serde_json::to_vec(&process).unwrap(),
+            streams: Some(terminal(8, 0)),
+        };
+        guest.agent.exec(request).await.unwrap();
+        let mut text = String::new();
+        second.read_to_string(&mut text).await.unwrap();
+        assert_eq!(text, "/dev/pts/1\r\n");
+        assert_eq!(wait(&mut guest, "second").await.unwrap().exit_status, 4);
+        // Ctrl-C.
+        screen.write_all(b"\x03").await.unwrap();
+        let mut text = String::new();
+        screen.read_to_string(&mut text).await.unwrap();
+        assert_eq!(text, "^Chung up\r\n");
+        assert_eq!(guest.wait("one").await.exit_status, 3);
+        guest.delete("one").await.unwrap();
+    });
+}
+
+/// Reads exactly this.
+async fn see(screen: &mut VsockStream, expected: &str) {
+    let mut text = vec![0; expected.len()];
+    screen.read_exact(&mut text).await.unwrap();
+    assert_eq!(String::from_utf8_lossy(&text), expected);
 }
 
 async fn pause(guest: &mut Guest) -> Result<(), Status> {

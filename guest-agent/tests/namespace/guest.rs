@@ -147,6 +147,7 @@ impl Guest {
             stdin: header(1).to_vec(),
             stdout: header(2).to_vec(),
             stderr: header(3).to_vec(),
+            terminal: None,
         };
         self.create_with("ran", spec, streams).await.unwrap();
         self.start_container("ran").await.unwrap();

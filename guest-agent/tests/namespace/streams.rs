@@ -77,6 +77,7 @@ fn streams_end_with_the_last_process_that_holds_them() {
             stdin: header(1).to_vec(),
             stdout: header(2).to_vec(),
             stderr: header(3).to_vec(),
+            terminal: None,
         };
         let [mut stdin, mut stdout, mut stderr] = [open(1).await, open(2).await, open(3).await];
         guest.create_with("one", &spec, streams).await.unwrap();

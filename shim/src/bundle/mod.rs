@@ -165,6 +165,12 @@ impl Bundle {
         })
     }
 
+    /// Whether the container's program gets a terminal.
+    #[must_use]
+    pub fn terminal(&self) -> bool {
+        self.spec.process().as_ref().and_then(oci_spec::runtime::Process::terminal) == Some(true)
+    }
+
     fn rootfs(&self) -> Result<PathBuf, BundleError> {
         let path = self.spec.root().as_ref().map(|root| root.path().clone()).unwrap_or_default();
         let path = self.dir.join(path);

@@ -71,12 +71,6 @@ fn process(spec: &Spec) -> Result<(), Refusal> {
         let what = format!("process.cwd {:?} is not an absolute path", process.cwd());
         return Err(refuse(what, "begin it with '/'"));
     }
-    if process.terminal() == Some(true) {
-        return Err(refuse(
-            "process.terminal is true and terminals are not supported yet",
-            "set it to false and use the standard streams",
-        ));
-    }
     Ok(())
 }
 

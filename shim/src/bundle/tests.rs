@@ -102,7 +102,6 @@ fn what_cannot_be_kept_is_refused_in_words() {
         ("/process", Value::Null, "config.json has no process"),
         ("/process/args", json!([]), "process.args is empty"),
         ("/process/cwd", json!("tmp"), "not an absolute path"),
-        ("/process/terminal", json!(true), "not supported yet"),
         ("/root", Value::Null, "config.json has no root"),
         ("/linux", Value::Null, "no linux section"),
         ("/linux/namespaces", json!([]), "no \"network\" entry"),
@@ -196,8 +195,7 @@ fn a_rootfs_behind_a_link_is_found() {
 }
 
 #[test]
-fn the_specification_that_runc_writes_is_taken_without_its_terminal() {
-    let mut config = serde_json::to_value(crate::cli::spec::default_spec()).unwrap();
-    config["process"]["terminal"] = json!(false);
+fn the_specification_that_runc_writes_is_taken() {
+    let config = serde_json::to_value(crate::cli::spec::default_spec()).unwrap();
     TestBundle::with(&config).plan().unwrap();
 }

@@ -130,6 +130,9 @@ pub struct StandIn {
     /// The name of a process that is executed in it; empty for its init process.
     #[arg(long, default_value = "")]
     pub exec: String,
+    /// Its standard streams are a terminal, which becomes its controlling terminal.
+    #[arg(long)]
+    pub terminal: bool,
 }
 
 /// Options of `exec`.
@@ -150,10 +153,10 @@ pub struct Exec {
     /// A variable of the environment; may be repeated.
     #[arg(short, long, value_name = "NAME=VALUE")]
     pub env: Vec<String>,
-    /// Give the process a terminal; not supported yet.
+    /// Give the process a terminal.
     #[arg(short, long)]
     pub tty: bool,
-    /// Socket for the terminal's master; terminals are not supported yet.
+    /// Socket for the terminal's master, if this process does not stay.
     #[arg(long, value_name = "SOCKET")]
     pub console_socket: Option<PathBuf>,
     /// User and group, as numbers.
@@ -226,7 +229,7 @@ pub struct Create {
     /// File that gets the number of the process that stands for the container.
     #[arg(long, value_name = "FILE")]
     pub pid_file: Option<PathBuf>,
-    /// Socket for the terminal's master; terminals are not supported yet.
+    /// Socket for the terminal's master, if this process does not stay.
     #[arg(long, value_name = "SOCKET")]
     pub console_socket: Option<PathBuf>,
     /// Descriptors to pass beyond the standard streams; only 0.

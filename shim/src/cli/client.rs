@@ -64,6 +64,8 @@ impl SocketPath {
 /// back.
 pub(super) struct Creation {
     pub(super) home: Home,
+    /// Whether the container's program gets a terminal.
+    pub(super) terminal: bool,
     supervisor: Child,
     /// Open until the creator is done.
     link: Option<OwnedFd>,
@@ -71,7 +73,13 @@ pub(super) struct Creation {
 
 impl Creation {
     /// Checks what can be checked at once, claims the id and starts the supervisor.
-    pub(super) fn begin(global: &Global, create: &Create, ephemeral: bool) -> anyhow::Result<Self> {
+    /// In the foreground this process stands for the container.
+    pub(super) fn begin(
+        global: &Global,
+        create: &Create,
+        foreground: bool,
+        ephemeral: bool,
+    ) -> anyhow::Result<Self> {
         if !rustix::process::geteuid().is_root() {
             bail!("mounts, namespaces and {} need root; run as root", global.root.display());
         }
@@ -82,12 +90,8 @@ impl Creation {
             );
         }
         let bundle = bundle::load(&create.bundle)?;
-        if create.console_socket.is_some() {
-            bail!(
-                "--console-socket is of no use with process.terminal false, and terminals are not \
-                 supported yet; leave it out"
-            );
-        }
+        let terminal = bundle.terminal();
+        check_console(terminal, foreground, create.console_socket.as_deref())?;
         let root = std::path::absolute(&global.root)?;
         let home = Home::claim(&root, &create.id, &bundle.dir)?;
         let started = start_supervisor(global, &home, ephemeral);
@@ -98,7 +102,7 @@ impl Creation {
                 return Err(error);
             }
         };
-        Ok(Self { home, supervisor, link: Some(link) })
+        Ok(Self { home, terminal, supervisor, link: Some(link) })
     }
 
     /// Has the container created.
@@ -141,6 +145,25 @@ impl Drop for Creation {
                 tracing::warn!(error = %error, "not everything was removed");
             }
         }
+    }
+}
+
+/// Checks that a terminal has somebody at the other end: this process's own in the foreground, a
+/// console socket otherwise.
+pub(super) fn check_console(
+    terminal: bool,
+    foreground: bool,
+    socket: Option<&Path>,
+) -> anyhow::Result<()> {
+    match (terminal, socket) {
+        (true, None) if !foreground => bail!(
+            "cannot allocate tty if runc will detach without setting console socket; name one with \
+             --console-socket"
+        ),
+        (_, Some(_)) if foreground || !terminal => {
+            bail!("cannot use console socket if runc will not detach or allocate tty; leave it out")
+        }
+        _ => Ok(()),
     }
 }
 

@@ -21,6 +21,7 @@ use crate::lifecycle::Status;
 use crate::pod;
 use crate::relay::{Relay, Signals};
 use crate::state::{Home, State};
+use crate::terminal::Terminal;
 
 /// What an error is called, as callers of runc know it.
 const FAILED: &str = "exec failed: unable to start container process";
@@ -40,16 +41,20 @@ pub(super) fn exec(global: &Global, exec: &Exec) -> anyhow::Result<ExitCode> {
         }
         status => bail!("cannot exec in a container that is {status}"),
     }
-    let process = serde_json::to_vec(&process(exec, &state)?)?;
+    let process = process(exec, &state)?;
+    let terminal = process.terminal() == Some(true);
+    client::check_console(terminal, !exec.detach, exec.console_socket.as_deref())?;
+    let process = serde_json::to_vec(&process)?;
     let name = name()?;
     if exec.detach {
         return detached(global, exec, &home, &name, process);
     }
     let signals = Signals::hold()?;
+    let terminal = if terminal { Some(Terminal::own()?) } else { None };
     let mut relay = None;
     let up = async {
         let client = prepare(&home, &name, process).await?;
-        relay = Some(Relay::attach(SocketPath::attach(&home)?.path(), &name)?);
+        relay = Some(Relay::attach(SocketPath::attach(&home)?.path(), &name, terminal)?);
         if let Some(path) = &exec.pid_file {
             client::write_pid_file(path, std::process::id())?;
         }
@@ -82,7 +87,7 @@ fn detached(
     client::runtime()?.block_on(async {
         let client = prepare(home, name, process).await?;
         // It ends by itself when the process is not started.
-        let pid = create::spawn_stand_in(global, home, name)?;
+        let pid = create::spawn_stand_in(global, home, name, exec.console_socket.as_deref())?;
         start(&client, home, name).await?;
         if let Some(path) = &exec.pid_file {
             client::write_pid_file(path, pid)?;
@@ -125,7 +130,13 @@ fn name() -> anyhow::Result<String> {
 /// The process that is asked for: a file's, or the container's own with what the options change.
 fn process(exec: &Exec, state: &State) -> anyhow::Result<Process> {
     let mut process = match &exec.process {
-        Some(path) => read(path)?,
+        Some(path) => {
+            let mut process = read(path)?;
+            if exec.tty {
+                process.set_terminal(Some(true));
+            }
+            process
+        }
         None => changed(exec, bundle::load(&state.bundle)?.spec.process().clone())?,
     };
     ensure!(
@@ -136,10 +147,6 @@ fn process(exec: &Exec, state: &State) -> anyhow::Result<Process> {
         process.cwd().is_absolute(),
         "the working directory {:?} is not an absolute path; begin it with '/'",
         process.cwd()
-    );
-    ensure!(
-        process.terminal() != Some(true) && !exec.tty && exec.console_socket.is_none(),
-        "terminals are not supported yet; use the standard streams, without --tty"
     );
     for (option, given) in
         [("cgroup", exec.cgroup.is_some()), ("preserve-fds", exec.preserve_fds != 0)]

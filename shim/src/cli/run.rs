@@ -10,12 +10,13 @@ use super::args::{Global, Run};
 use super::client::{self, Creation, GOODBYE, SocketPath};
 use super::{create, signals};
 use crate::relay::{Relay, Signals};
+use crate::terminal::Terminal;
 use crate::trace::Phase;
 
 pub(super) fn run(global: &Global, run: &Run) -> anyhow::Result<ExitCode> {
     let whole = Phase::begin("whole run");
     let ephemeral = !run.detach && !run.keep;
-    let creation = Creation::begin(global, &run.create, ephemeral)?;
+    let creation = Creation::begin(global, &run.create, !run.detach, ephemeral)?;
     if run.detach {
         create::detached(global, &run.create, &creation, async |task| {
             client::start(task, &creation.home).await
@@ -31,8 +32,9 @@ pub(super) fn run(global: &Global, run: &Run) -> anyhow::Result<ExitCode> {
 fn foreground(run: &Run, mut creation: Creation) -> anyhow::Result<ExitCode> {
     // After the supervisor was started, which would inherit it.
     let signals = Signals::hold()?;
-    let relay =
-        Relay::attach(SocketPath::attach(&creation.home)?.path(), "").context("attach.sock")?;
+    let terminal = if creation.terminal { Some(Terminal::own()?) } else { None };
+    let socket = SocketPath::attach(&creation.home)?;
+    let relay = Relay::attach(socket.path(), "", terminal).context("attach.sock")?;
     if let Some(signal) = bring_up(run, &creation, &signals)? {
         // Dropping the creation takes everything back.
         drop(relay);

@@ -1,4 +1,4 @@
-//! `bulkhead spec`: a config.json to begin with, like runc's but without a terminal.
+//! `bulkhead spec`: a config.json to begin with, like runc's.
 
 use std::fs::File;
 use std::io::{ErrorKind, Write};
@@ -51,6 +51,6 @@ mod tests {
         let spec = default_spec();
         let process = spec.process().as_ref().unwrap();
         assert_eq!(process.args().as_deref(), Some(&["sh".to_owned()][..]));
-        assert_eq!(process.terminal(), Some(false));
+        assert_eq!(process.terminal(), Some(true));
     }
 }

@@ -7,11 +7,16 @@ use super::args::{Global, StandIn};
 use super::client::SocketPath;
 use crate::relay::{Relay, Signals};
 use crate::state::Home;
+use crate::terminal::Terminal;
 
 pub(super) fn stand_in(global: &Global, stand_in: &StandIn) -> anyhow::Result<ExitCode> {
     let signals = Signals::hold()?;
     let home = Home::open(&global.root, &stand_in.id)?;
-    let relay = Relay::attach(SocketPath::attach(&home)?.path(), &stand_in.exec)?;
+    let terminal = if stand_in.terminal { Some(Terminal::own()?) } else { None };
+    if let Some(terminal) = &terminal {
+        terminal.control()?;
+    }
+    let relay = Relay::attach(SocketPath::attach(&home)?.path(), &stand_in.exec, terminal)?;
     // Nobody reads what it could say: a supervisor that is gone is a container that was killed.
     Ok(relay.serve(&signals).map_or(ExitCode::from(137), |ended| ExitCode::from(ended.status)))
 }

@@ -65,6 +65,8 @@ pub(crate) enum ContainerError {
     ProgramNotFound(String),
     #[error("{0}")]
     ProgramNotExecutable(String),
+    #[error("linux.sysctl: {0}: {1}")]
+    Setting(String, io::Error),
     #[error("container cannot be created: {0}")]
     Create(String),
     #[error("{step}")]
@@ -292,7 +294,11 @@ impl Containers {
         streams: Streams,
     ) -> Result<(Made, Option<Terminal>), ContainerError> {
         let place = Place::of(id);
-        let Prepared { spec, stream_owner } = prepared;
+        let Prepared { spec, stream_owner, network_settings } = prepared;
+        for (path, value) in network_settings {
+            let set = fs::write(Path::new("/proc/sys").join(&path), value);
+            set.map_err(|error| ContainerError::Setting(path.display().to_string(), error))?;
+        }
         let streams = spec.process().as_ref().map_or(streams.clone(), |it| sized(streams, it));
         let spec = serde_json::to_vec(&spec).map_err(SpecError::from)?;
         fs::create_dir_all(&place.bundle).map_err(failed("make the bundle"))?;

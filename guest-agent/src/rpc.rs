@@ -225,9 +225,9 @@ impl From<ContainerError> for Status {
             | ContainerError::ProgramNotFound(_) => Self::not_found(reason),
             ContainerError::Freeze => Self::deadline_exceeded(reason),
             ContainerError::ProgramNotExecutable(_) => Self::permission_denied(reason),
-            ContainerError::State { .. } | ContainerError::Create(_) => {
-                Self::failed_precondition(reason)
-            }
+            ContainerError::State { .. }
+            | ContainerError::Setting(..)
+            | ContainerError::Create(_) => Self::failed_precondition(reason),
             ContainerError::Step { .. } => Self::internal(reason),
         }
     }

@@ -31,6 +31,8 @@ pub(crate) enum SpecError {
     RelativeRoot(PathBuf),
     #[error("process.terminal and the stream of a terminal go together")]
     Terminal,
+    #[error("linux.sysctl: {0:?} is no setting")]
+    Setting(String),
     #[error("hooks.{0} run on the host, not in the guest")]
     HostHooks(&'static str),
 }
@@ -41,6 +43,8 @@ pub(crate) struct Prepared {
     pub(crate) spec: Spec,
     /// The user that owns the standard streams, as the guest numbers it.
     pub(crate) stream_owner: u32,
+    /// Settings of the network that is the guest's own, by their paths below `/proc/sys`.
+    pub(crate) network_settings: Vec<(PathBuf, String)>,
 }
 
 /// Checks an id: it becomes a file name and a cgroup's.
@@ -76,12 +80,14 @@ pub(crate) fn prepare(
     }
     let linux = spec.linux_mut().as_mut().ok_or(SpecError::Missing("linux"))?;
     linux.set_cgroups_path(Some(Path::new("/").join(container_id)));
+    let network_settings =
+        if has_new_network(&spec) { Vec::new() } else { take_network_settings(&mut spec)? };
     let process = spec.process_mut().as_mut().ok_or(SpecError::Missing("process"))?;
     fit_process(process, &root, terminal)?;
     make_directories(&root, process.cwd());
     let uid = process.user().uid();
     let stream_owner = in_guest(uid, &spec);
-    Ok(Prepared { spec, stream_owner })
+    Ok(Prepared { spec, stream_owner, network_settings })
 }
 
 /// A process as a container gets it, and the user that owns its standard streams.
@@ -131,6 +137,24 @@ pub(crate) fn has_new_network(spec: &Spec) -> bool {
     namespaces.unwrap_or_default().iter().any(|namespace| {
         namespace.typ() == LinuxNamespaceType::Network && namespace.path().is_none()
     })
+}
+
+/// Takes the settings of the network out, which libcontainer only makes in one of the container's own.
+fn take_network_settings(spec: &mut Spec) -> Result<Vec<(PathBuf, String)>, SpecError> {
+    let mut taken = Vec::new();
+    let linux = spec.linux_mut().as_mut();
+    let Some(settings) = linux.and_then(|linux| linux.sysctl_mut().as_mut()) else {
+        return Ok(taken);
+    };
+    for (name, value) in settings.extract_if(|name, _| name.starts_with("net.")) {
+        let path = PathBuf::from(name.replace('.', "/"));
+        // A name has no slash of its own, and so leads nowhere else.
+        if name.contains('/') || name.ends_with('.') {
+            return Err(SpecError::Setting(name));
+        }
+        taken.push((path, value));
+    }
+    Ok(taken)
 }
 
 fn refuse_host_hooks(hooks: &Hooks) -> Result<(), SpecError> {

@@ -6,13 +6,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bulkhead_protocol::agent::ProcessInfo;
-use oci_spec::runtime::Hook;
+use oci_spec::runtime::{Hook, Hooks};
 use thiserror::Error;
 use tokio::sync::{Mutex, MutexGuard, watch};
 
 use crate::agent::{AgentError, Target};
 use crate::attach::{Attachments, StandIn};
-use crate::bundle::{self, BundleError, HostSize, Plan};
+use crate::bundle::{self, BundleError, HostSize, Plan, refuse};
 use crate::exec::{ExecError, Execs};
 use crate::hooks;
 use crate::lifecycle::{Event, InvalidTransition, Status};
@@ -47,6 +47,9 @@ pub enum ContainerError {
     /// A further process of it.
     #[error(transparent)]
     Exec(#[from] ExecError),
+    /// A hook that has a say.
+    #[error(transparent)]
+    Hook(std::io::Error),
     /// Its stand-in.
     #[error("no process attached to the container's streams")]
     StandIn(#[source] std::io::Error),
@@ -119,7 +122,11 @@ impl Container {
         for field in &plan.dropped {
             tracing::warn!(field, "means nothing inside the machine and is left out");
         }
-        let attached = async { attachments.take("").await.map_err(ContainerError::StandIn) };
+        let attached = async {
+            let stand_in = attachments.take("").await.map_err(ContainerError::StandIn)?;
+            self.run_early_hooks(&plan.hooks, &stand_in, life.state.clone()).await?;
+            Ok(stand_in)
+        };
         let started = async { Ok::<_, ContainerError>(Pod::start(&self.home, &plan).await?) };
         let (stand_in, pod) = tokio::try_join!(attached, started)?;
         let phase = Phase::begin("container create");
@@ -138,6 +145,35 @@ impl Container {
         let process = stand_in.process;
         tokio::spawn(self.clone().watch_over(pod, stand_in));
         Ok(process)
+    }
+
+    /// Runs the hooks that look at the container before it is created, and looks at what they did.
+    async fn run_early_hooks(
+        &self,
+        hooks: &Hooks,
+        stand_in: &StandIn,
+        mut state: State,
+    ) -> Result<(), ContainerError> {
+        state.stand_in = Some(stand_in.process);
+        let view = self.home.view(state);
+        let kinds = [("prestart", hooks.prestart()), ("createRuntime", hooks.create_runtime())];
+        let mut any = false;
+        for (kind, list) in kinds {
+            let list = list.clone().unwrap_or_default();
+            if list.is_empty() {
+                continue;
+            }
+            any = true;
+            let view = view.clone();
+            let ran = move || hooks::run_or_fail(kind, &list, &view);
+            let ran = tokio::task::spawn_blocking(ran).await.map_err(std::io::Error::from);
+            ran.flatten().map_err(ContainerError::Hook)?;
+        }
+        if any {
+            let network = format!("/proc/{}/ns/net", stand_in.process.pid);
+            refuse::network(network.as_ref()).map_err(BundleError::from)?;
+        }
+        Ok(())
     }
 
     async fn create_in_guest(

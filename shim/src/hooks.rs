@@ -1,21 +1,26 @@
 //! Hooks that run on the host: OCI runtime-spec, "POSIX-platform Hooks".
 //!
-//! Only poststart and poststop; the others belong to the guest or are refused
-//! ([`crate::bundle::refuse`]). By the specification a hook that fails is reported and changes
-//! nothing.
+//! By the specification a container is not created when one of prestart or createRuntime fails
+//! ([`run_or_fail`]); one of poststart or poststop that fails is reported and changes nothing
+//! ([`run`]). startContainer belongs to the guest, and createContainer is refused
+//! ([`crate::bundle::refuse`]).
 
-use std::io::{self, Write};
+use std::fs::File;
+use std::io::{self, Read, Seek, Write};
 use std::os::unix::process::CommandExt;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use oci_spec::runtime::Hook;
+use rustix::fs::{MemfdFlags, memfd_create};
 
 use crate::process::Process;
 use crate::state::View;
 
 /// For hooks without a timeout of their own.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// As much of a failed hook's standard error becomes part of the error, in bytes.
+const WORDS_MAX: u64 = 1024;
 
 /// Runs hooks one after the other; each reads the container's state.
 pub fn run(kind: &'static str, hooks: &[Hook], state: &View) {
@@ -27,9 +32,25 @@ pub fn run(kind: &'static str, hooks: &[Hook], state: &View) {
     }
 }
 
+/// Runs hooks one after the other until one fails.
+///
+/// # Errors
+/// Says which, and what it said on standard error.
+pub fn run_or_fail(kind: &'static str, hooks: &[Hook], state: &View) -> io::Result<()> {
+    for (number, hook) in hooks.iter().enumerate() {
+        run_one(hook, state).map_err(|error| {
+            let path = hook.path().display();
+            io::Error::other(format!("error running {kind} hook #{number}, {path}: {error}"))
+        })?;
+    }
+    Ok(())
+}
+
 fn run_one(hook: &Hook, state: &View) -> io::Result<()> {
     let mut command = Command::new(hook.path());
-    command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(Stdio::null()).env_clear();
+    // A file, which never fills up as a pipe would.
+    let mut words = File::from(memfd_create("hook", MemfdFlags::CLOEXEC)?);
+    command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(words.try_clone()?).env_clear();
     // The first argument is the name that the hook is called by.
     if let Some((name, args)) = hook.args().as_deref().and_then(<[String]>::split_first) {
         command.arg0(name).args(args);
@@ -50,7 +71,13 @@ fn run_one(hook: &Hook, state: &View) -> io::Result<()> {
     let status = child.wait()?;
     match written {
         _ if !ended => Err(io::Error::other(format!("not done within {patience:?}"))),
-        _ if !status.success() => Err(io::Error::other(status.to_string())),
+        _ if !status.success() => {
+            let mut said = Vec::new();
+            words.rewind()?;
+            words.take(WORDS_MAX).read_to_end(&mut said)?;
+            let said = String::from_utf8_lossy(&said);
+            Err(io::Error::other(format!("{status}, stderr: {}", said.trim())))
+        }
         // A hook need not read its input.
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error),
         _ => Ok(()),
@@ -93,7 +120,10 @@ mod tests {
     #[test]
     fn a_hook_that_fails_or_takes_too_long_is_an_error() {
         let (_root, view) = view();
-        assert!(run_one(&shell("exit 3", 10), &view).unwrap_err().to_string().contains('3'));
+        let hooks = [shell("true", 10), shell("echo broken >&2; exit 3", 10)];
+        let error = run_or_fail("prestart", &hooks, &view).unwrap_err();
+        let words = "error running prestart hook #1, /bin/sh: exit status: 3, stderr: broken";
+        assert_eq!(error.to_string(), words);
         let error = run_one(&shell("sleep 60", 0), &view).unwrap_err();
         assert!(error.to_string().contains("not done within"), "{error}");
         run_one(&shell("exec <&-", 10), &view).unwrap();

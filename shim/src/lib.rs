@@ -6,7 +6,7 @@
 //!   that join it, and what is written down.
 //! - [`bundle`]: from an OCI specification to what the pod needs, or a refusal.
 //! - [`pod`], [`vm`], [`file_server`], [`share`], [`agent`]: the pod's processes.
-//! - [`attach`], [`relay`], `proxy`: a process of the host that stands for one of the guest, its
+//! - [`attach`], [`relay`], [`network`], `proxy`: a process of the host that stands for one of the guest, its
 //!   streams, and the two tied together. [`terminal`]: where the streams are a terminal.
 
 pub mod agent;
@@ -23,6 +23,7 @@ pub mod id;
 pub mod kvm;
 pub mod lifecycle;
 pub mod logging;
+pub mod network;
 pub mod pod;
 pub mod process;
 mod proxy;

@@ -49,6 +49,21 @@ fn a_process_without_capabilities_has_none_and_a_further_one_has_the_containers(
 }
 
 #[test]
+fn settings_of_the_guests_network_are_taken_out() {
+    let mut spec = minimal();
+    spec["linux"]["sysctl"] = json!({"net.ipv4.ip_forward": "1", "kernel.shmmax": "5"});
+    assert!(prepared(&spec).unwrap().network_settings.is_empty(), "the container has its own");
+    spec["linux"]["namespaces"] = json!([]);
+    let taken = prepared(&spec).unwrap();
+    let expected = (PathBuf::from("net/ipv4/ip_forward"), "1".to_owned());
+    assert_eq!(taken.network_settings, [expected]);
+    let left = taken.spec.linux().as_ref().unwrap().sysctl().clone().unwrap();
+    assert_eq!(left.keys().collect::<Vec<_>>(), ["kernel.shmmax"]);
+    spec["linux"]["sysctl"] = json!({"net.//../x": "1"});
+    assert!(matches!(prepared(&spec), Err(SpecError::Setting(_))));
+}
+
+#[test]
 fn the_cgroup_is_named_by_the_id() {
     let spec = prepared(&minimal()).unwrap().spec;
     let linux = spec.linux().as_ref().unwrap();
@@ -102,7 +117,7 @@ fn what_cannot_be_kept_is_refused_in_words() {
     };
     refused(
         |spec| spec["process"]["terminal"] = json!(true),
-        "process.terminal: the guest gives no terminals",
+        "process.terminal and the stream of a terminal go together",
     );
     refused(
         |spec| spec["hooks"] = json!({"poststop": [{"path": "/bin/x"}]}),

@@ -13,13 +13,14 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{Hooks, Spec};
+use oci_spec::runtime::{Hooks, LinuxNamespaceType, Spec};
 use thiserror::Error;
 
 pub use self::guest::{Kind, Shared};
 use self::refuse::Refusal;
 pub use self::size::{HostSize, MachineSize};
 use crate::id::ContainerId;
+use crate::network::Network;
 
 /// The file that makes a directory a bundle.
 const CONFIG: &str = "config.json";
@@ -169,6 +170,24 @@ impl Bundle {
     #[must_use]
     pub fn terminal(&self) -> bool {
         self.spec.process().as_ref().and_then(oci_spec::runtime::Process::terminal) == Some(true)
+    }
+
+    /// The network namespace of the host that is the container's.
+    #[must_use]
+    pub fn network(&self) -> Network {
+        let linux = self.spec.linux().as_ref();
+        let namespaces = linux.and_then(|linux| linux.namespaces().as_deref()).unwrap_or_default();
+        let entry = namespaces.iter().find(|entry| entry.typ() == LinuxNamespaceType::Network);
+        entry.and_then(|entry| entry.path().clone()).map_or(Network::New, Network::Join)
+    }
+
+    /// Whether hooks look at the container before its program runs.
+    #[must_use]
+    pub fn has_early_hooks(&self) -> bool {
+        self.spec.hooks().as_ref().is_some_and(|hooks| {
+            let lists = [hooks.prestart(), hooks.create_runtime()];
+            lists.into_iter().flatten().any(|list| !list.is_empty())
+        })
     }
 
     fn rootfs(&self) -> Result<PathBuf, BundleError> {

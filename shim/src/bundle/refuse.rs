@@ -75,19 +75,13 @@ fn process(spec: &Spec) -> Result<(), Refusal> {
 }
 
 fn hooks(spec: &Spec) -> Result<(), Refusal> {
-    let Some(hooks) = spec.hooks() else { return Ok(()) };
-    let lists = [
-        ("prestart", hooks.prestart()),
-        ("createRuntime", hooks.create_runtime()),
-        ("createContainer", hooks.create_container()),
-    ];
-    for (name, list) in lists {
-        if list.as_ref().is_some_and(|list| !list.is_empty()) {
-            return Err(refuse(
-                format!("hooks.{name} would run inside namespaces that only exist in the guest"),
-                "use startContainer (in the guest), poststart or poststop (on the host) instead",
-            ));
-        }
+    let list = spec.hooks().as_ref().and_then(|hooks| hooks.create_container().clone());
+    if list.is_some_and(|list| !list.is_empty()) {
+        return Err(refuse(
+            "hooks.createContainer would run a program of the host inside namespaces that only exist \
+             in the guest",
+            "use startContainer (in the guest), or createRuntime (on the host) instead",
+        ));
     }
     Ok(())
 }
@@ -141,6 +135,14 @@ fn namespaces(
     Ok(())
 }
 
+/// Checks that a network namespace has nothing that would have to be passed into the machine.
+///
+/// # Errors
+/// Names the interface.
+pub fn network(path: &Path) -> Result<(), Refusal> {
+    empty_network(path, &interfaces)
+}
+
 fn empty_network(
     path: &Path,
     interfaces: impl Fn(&Path) -> io::Result<Vec<String>>,
@@ -155,8 +157,8 @@ fn empty_network(
         None => Ok(()),
         Some(name) => Err(refuse(
             format!("network namespace {} has the interface {name:?}", path.display()),
-            "interfaces are not passed into the machine yet: leave the path out to get loopback \
-             only",
+            "interfaces are not passed into the machine yet: ask for a network with loopback only \
+             (--network none)",
         )),
     }
 }

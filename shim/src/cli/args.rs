@@ -133,6 +133,12 @@ pub struct StandIn {
     /// Its standard streams are a terminal, which becomes its controlling terminal.
     #[arg(long)]
     pub terminal: bool,
+    /// It moves to a new network namespace.
+    #[arg(long)]
+    pub new_network: bool,
+    /// It moves to this network namespace.
+    #[arg(long, value_name = "PATH")]
+    pub join_network: Option<PathBuf>,
 }
 
 /// Options of `exec`.

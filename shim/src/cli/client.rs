@@ -21,6 +21,7 @@ use ttrpc::context::{self, Context as CallContext};
 use super::args::{Create, Global};
 use crate::attach;
 use crate::bundle;
+use crate::network::Network;
 use crate::process::Process;
 use crate::state::Home;
 use crate::supervisor::Orders;
@@ -66,6 +67,8 @@ pub(super) struct Creation {
     pub(super) home: Home,
     /// Whether the container's program gets a terminal.
     pub(super) terminal: bool,
+    /// The network namespace that its stand-in has to be in.
+    pub(super) network: Option<Network>,
     supervisor: Child,
     /// Open until the creator is done.
     link: Option<OwnedFd>,
@@ -102,7 +105,9 @@ impl Creation {
                 return Err(error);
             }
         };
-        Ok(Self { home, terminal, supervisor, link: Some(link) })
+        // In the foreground only hooks ever look at it.
+        let network = (!foreground || bundle.has_early_hooks()).then(|| bundle.network());
+        Ok(Self { home, terminal, network, supervisor, link: Some(link) })
     }
 
     /// Has the container created.

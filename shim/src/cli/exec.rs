@@ -15,7 +15,8 @@ use protobuf::well_known_types::any::Any;
 
 use super::args::{Exec, Global};
 use super::client::{self, SocketPath};
-use super::{create, signals};
+use super::create::{self, StandInPlace};
+use super::signals;
 use crate::bundle;
 use crate::lifecycle::Status;
 use crate::pod;
@@ -87,7 +88,9 @@ fn detached(
     client::runtime()?.block_on(async {
         let client = prepare(home, name, process).await?;
         // It ends by itself when the process is not started.
-        let pid = create::spawn_stand_in(global, home, name, exec.console_socket.as_deref())?;
+        let console_socket = exec.console_socket.as_deref();
+        let place = StandInPlace { exec: name, console_socket, network: None };
+        let pid = create::spawn_stand_in(global, home, place)?;
         start(&client, home, name).await?;
         if let Some(path) = &exec.pid_file {
             client::write_pid_file(path, pid)?;

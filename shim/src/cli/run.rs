@@ -32,6 +32,9 @@ pub(super) fn run(global: &Global, run: &Run) -> anyhow::Result<ExitCode> {
 fn foreground(run: &Run, mut creation: Creation) -> anyhow::Result<ExitCode> {
     // After the supervisor was started, which would inherit it.
     let signals = Signals::hold()?;
+    if let Some(network) = &creation.network {
+        network.enter().context("network namespace")?;
+    }
     let terminal = if creation.terminal { Some(Terminal::own()?) } else { None };
     let socket = SocketPath::attach(&creation.home)?;
     let relay = Relay::attach(socket.path(), "", terminal).context("attach.sock")?;

@@ -3,8 +3,11 @@
 
 use std::process::ExitCode;
 
+use anyhow::Context;
+
 use super::args::{Global, StandIn};
 use super::client::SocketPath;
+use crate::network::Network;
 use crate::relay::{Relay, Signals};
 use crate::state::Home;
 use crate::terminal::Terminal;
@@ -12,6 +15,10 @@ use crate::terminal::Terminal;
 pub(super) fn stand_in(global: &Global, stand_in: &StandIn) -> anyhow::Result<ExitCode> {
     let signals = Signals::hold()?;
     let home = Home::open(&global.root, &stand_in.id)?;
+    let network = stand_in.join_network.clone().map(Network::Join);
+    if let Some(network) = network.or(stand_in.new_network.then_some(Network::New)) {
+        network.enter().context("network namespace")?;
+    }
     let terminal = if stand_in.terminal { Some(Terminal::own()?) } else { None };
     if let Some(terminal) = &terminal {
         terminal.control()?;

@@ -1,0 +1,37 @@
+//! The network namespace of a container as the host sees it: the one that its stand-in is in.
+//!
+//! What creates containers looks there by the stand-in's pid, in hooks or afterwards, and puts
+//! interfaces into it. The machine itself has a network of its own.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+
+use nix::sched::{CloneFlags, unshare};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+
+/// Which one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Network {
+    /// A new one.
+    New,
+    /// One that exists.
+    Join(PathBuf),
+}
+
+impl Network {
+    /// Moves the calling thread there; threads that it starts later are there too.
+    ///
+    /// # Errors
+    /// When it does not exist, or the kernel has no memory for one.
+    pub fn enter(&self) -> io::Result<()> {
+        match self {
+            Self::New => Ok(unshare(CloneFlags::CLONE_NEWNET)?),
+            Self::Join(path) => {
+                let namespace = File::open(path)?;
+                Ok(move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?)
+            }
+        }
+    }
+}

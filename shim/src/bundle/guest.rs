@@ -6,10 +6,34 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use bulkhead_protocol::SHARE_DIR;
-use oci_spec::runtime::{Hooks, Linux, LinuxNamespaceType, Mount, Spec};
+use oci_spec::runtime::{
+    Hooks, Linux, LinuxNamespaceType, Mount, PosixRlimitBuilder, PosixRlimitType, Process, Spec,
+};
+use rustix::process::{Resource, Rlimit, getrlimit};
 
-use super::BundleError;
+use super::{BundleError, refuse};
 use crate::id::ContainerId;
+
+/// The limits that a process inherits. Of locked memory the guest has its own (`guest-agent`).
+const LIMITS: [(PosixRlimitType, Resource); 15] = [
+    (PosixRlimitType::RlimitAs, Resource::As),
+    (PosixRlimitType::RlimitCore, Resource::Core),
+    (PosixRlimitType::RlimitCpu, Resource::Cpu),
+    (PosixRlimitType::RlimitData, Resource::Data),
+    (PosixRlimitType::RlimitFsize, Resource::Fsize),
+    (PosixRlimitType::RlimitLocks, Resource::Locks),
+    (PosixRlimitType::RlimitMsgqueue, Resource::Msgqueue),
+    (PosixRlimitType::RlimitNice, Resource::Nice),
+    (PosixRlimitType::RlimitNofile, Resource::Nofile),
+    (PosixRlimitType::RlimitNproc, Resource::Nproc),
+    (PosixRlimitType::RlimitRss, Resource::Rss),
+    (PosixRlimitType::RlimitRtprio, Resource::Rtprio),
+    (PosixRlimitType::RlimitRttime, Resource::Rttime),
+    (PosixRlimitType::RlimitSigpending, Resource::Sigpending),
+    (PosixRlimitType::RlimitStack, Resource::Stack),
+];
+/// What `fs.nr_open` is in the guest: no limit of open files can be higher there.
+const OPEN_FILES_MAX: u64 = 1 << 20;
 
 /// What a mount point in the share is, because it is made before it is covered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -133,11 +157,43 @@ fn adapt(spec: &mut Spec, id: &ContainerId) -> Vec<&'static str> {
         let label = process.selinux_label().as_ref().is_some_and(|name| !name.is_empty());
         note(&mut dropped, label, "process.selinuxLabel");
         process.set_selinux_label(None);
+        inherit_limits(process);
     }
     if let Some(linux) = spec.linux_mut() {
+        drop_host_devices(linux, &mut dropped);
         adapt_linux(linux, id, &mut dropped);
     }
     dropped
+}
+
+/// Gives a process the limits of this one where its specification has none, as it would inherit them
+/// on the host.
+fn inherit_limits(process: &mut Process) {
+    let mut limits = process.rlimits().clone().unwrap_or_default();
+    for (kind, resource) in LIMITS {
+        if limits.iter().any(|limit| limit.typ() == kind) {
+            continue;
+        }
+        let Rlimit { current, maximum } = getrlimit(resource);
+        let most = if kind == PosixRlimitType::RlimitNofile { OPEN_FILES_MAX } else { u64::MAX };
+        let number = |limit: Option<u64>| limit.unwrap_or(u64::MAX).min(most);
+        let limit = PosixRlimitBuilder::default()
+            .typ(kind)
+            .soft(number(current))
+            .hard(number(maximum))
+            .build();
+        // Complete, so that it is one.
+        limits.extend(limit);
+    }
+    process.set_rlimits(Some(limits));
+}
+
+/// Leaves out devices of the host that the guest does not have.
+fn drop_host_devices(linux: &mut Linux, dropped: &mut Vec<&'static str>) {
+    let Some(devices) = linux.devices_mut() else { return };
+    let listed = devices.len();
+    devices.retain(|device| refuse::guest_has(device).is_ok());
+    note(dropped, devices.len() < listed, "linux.devices of the host");
 }
 
 fn adapt_linux(linux: &mut Linux, id: &ContainerId, dropped: &mut Vec<&'static str>) {

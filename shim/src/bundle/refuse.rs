@@ -54,8 +54,11 @@ pub fn check(spec: &Spec) -> Result<(), Refusal> {
         return Err(refuse("config.json has no linux section", "only Linux containers are run"));
     };
     namespaces(linux.namespaces().as_deref().unwrap_or_default(), interfaces)?;
-    for device in linux.devices().iter().flatten() {
-        guest_has(device)?;
+    // A caller that allows every device lists those of the host without asking for any.
+    if !every_device_allowed(linux) {
+        for device in linux.devices().iter().flatten() {
+            guest_has(device)?;
+        }
     }
     host_features(linux)
 }
@@ -176,7 +179,20 @@ fn interfaces(path: &Path) -> io::Result<Vec<String>> {
     Ok(names.collect())
 }
 
-fn guest_has(device: &LinuxDevice) -> Result<(), Refusal> {
+/// Whether the container may use any device there is, which is what a privileged one is given.
+pub(super) fn every_device_allowed(linux: &Linux) -> bool {
+    let resources = linux.resources().as_ref();
+    let rules = resources.and_then(|resources| resources.devices().as_deref()).unwrap_or_default();
+    rules.iter().any(|rule| {
+        let any_kind = rule.typ().is_none_or(|kind| kind == LinuxDeviceType::A);
+        let any_number =
+            [rule.major(), rule.minor()].into_iter().all(|it| it.is_none_or(|n| n < 0));
+        let all = rule.access().as_deref().is_none_or(|access| access == "rwm");
+        rule.allow() && any_kind && any_number && all
+    })
+}
+
+pub(super) fn guest_has(device: &LinuxDevice) -> Result<(), Refusal> {
     let same = device.typ() == LinuxDeviceType::P
         || device.typ() != LinuxDeviceType::B
             && GUEST_DEVICES.contains(&(device.major(), device.minor()));
@@ -268,6 +284,14 @@ mod tests {
         let device = |json: Value| serde_json::from_value::<LinuxDevice>(json).unwrap();
         let fuse = json!({"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229});
         assert_eq!(guest_has(&device(fuse)), Ok(()));
+        let privileged = json!({"resources": {"devices": [{"allow": true, "access": "rwm"}]}});
+        assert!(every_device_allowed(&serde_json::from_value(privileged).unwrap()));
+        let ordinary = json!({"resources": {"devices": [
+            {"allow": false, "access": "rwm"},
+            {"allow": true, "type": "c", "major": 5, "access": "rwm"},
+            {"allow": true, "type": "a", "access": "m"}
+        ]}});
+        assert!(!every_device_allowed(&serde_json::from_value(ordinary).unwrap()));
         let disk = json!({"path": "/dev/sda", "type": "b", "major": 8, "minor": 0});
         let words = guest_has(&device(disk)).unwrap_err().to_string();
         assert!(words.contains("/dev/sda (8:0)"), "{words}");

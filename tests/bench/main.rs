@@ -6,12 +6,13 @@
 //! where the host counts instructions (`test-host --count`) they say how much is executed. Memory
 //! figures are real.
 //!
-//! `bench [--rounds N] [--json FILE] [--only start,memory,files]`
+//! `bench [--rounds N] [--json FILE] [--only start,verbs,memory,files]`
 
 mod files;
 mod memory;
 mod start;
 mod table;
+mod verbs;
 
 use std::path::PathBuf;
 
@@ -22,8 +23,12 @@ use serde_json::{Map, Value};
 const ROUNDS: usize = 7;
 
 /// The parts, in the order in which they run.
-const PARTS: [(&str, Measure); 3] =
-    [("start", start::measure), ("memory", memory::measure), ("files", files::measure)];
+const PARTS: [(&str, Measure); 4] = [
+    ("start", start::measure),
+    ("verbs", verbs::measure),
+    ("memory", memory::measure),
+    ("files", files::measure),
+];
 
 /// Measures in so many rounds, prints its tables and gives its figures.
 type Measure = fn(usize) -> Result<Value>;
@@ -49,7 +54,7 @@ impl Arguments {
         }
         for part in &arguments.only {
             let known = PARTS.iter().any(|(name, _)| name == part);
-            anyhow::ensure!(known, "--only is of start, memory and files, not {part}");
+            anyhow::ensure!(known, "--only is of start, verbs, memory and files, not {part}");
         }
         anyhow::ensure!(arguments.rounds > 0, "--rounds must be at least 1");
         Ok(arguments)

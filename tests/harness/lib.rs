@@ -1,5 +1,6 @@
 //! What the suites share: machines, bundles and the programs under test.
 
 pub mod bundle;
+pub mod docker;
 pub mod runtime;
 pub mod vm;

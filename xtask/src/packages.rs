@@ -7,12 +7,13 @@ use anyhow::{Context, Result, bail};
 
 use crate::cargo::succeed;
 
-const NEEDED: [&str; 25] = [
+const NEEDED: [&str; 26] = [
     "bc",
     "binutils",
     "bison",
     "busybox-static",
     "crun",
+    "docker.io",
     "flex",
     "gcc",
     "iproute2",

@@ -79,12 +79,13 @@ pub(crate) fn load(
 /// The kernel's command line: what this machine needs, then what the pod adds.
 ///
 /// Mounting, and making and removing namespaces and cgroups, waits for many grace periods of RCU; few
-/// processors make the hasty ones cheap, and the kernel's own start has them anyway.
+/// processors make the hasty ones cheap, and the kernel's own start has them anyway. A network begins
+/// with its loopback and nothing else, as on a host whose drivers are modules.
 pub(crate) fn cmdline(config: &VmConfig) -> String {
     let mut text = String::from(
         "console=ttyS0 quiet panic=-1 reboot=k no_timer_check tsc=reliable \
          8250.nr_uarts=1 cryptomgr.notests random.trust_cpu=on maxcpus=1 rcupdate.rcu_expedited=1 \
-         rdinit=/init",
+         dummy.numdummies=0 rdinit=/init",
     );
     for slot in 0..SLOT_COUNT {
         let address = layout::slot_address(slot).0;

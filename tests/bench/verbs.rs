@@ -1,0 +1,61 @@
+//! Each verb of a container's life, and `exec true` in it, against runc.
+
+use std::time::Instant;
+
+use anyhow::Result;
+use bulkhead_tests::bundle::Bundle;
+use bulkhead_tests::runtime::Runtime;
+use serde_json::{Map, Value, json};
+
+use crate::table::{self, median};
+
+/// What is timed, in the order in which it happens.
+const VERBS: [&str; 4] = ["create", "start", "exec true", "delete"];
+
+/// Walks both runtimes through a container's life, prints the table, gives the medians in
+/// milliseconds.
+pub(crate) fn measure(rounds: usize) -> Result<Value> {
+    let bundle = Bundle::new(&["/bin/sleep", "1000"])?;
+    let (ours, runc) = (Runtime::new()?, Runtime::runc()?);
+    let mut times: [[Vec<f64>; 4]; 2] = Default::default();
+    for _ in 0..rounds {
+        for (runtime, times) in [&ours, &runc].into_iter().zip(&mut times) {
+            for (time, verb) in live(runtime, &bundle)?.into_iter().zip(times) {
+                verb.push(time);
+            }
+        }
+    }
+    let [ours, runc] = &times;
+    let mut rows = Vec::new();
+    let mut results = Map::new();
+    for ((verb, ours), runc) in VERBS.into_iter().zip(ours).zip(runc) {
+        let (ours, runc) = (median(ours), median(runc));
+        let ratio = ours / runc;
+        rows.push(vec![
+            verb.into(),
+            format!("{ours:.0}"),
+            format!("{runc:.0}"),
+            format!("{ratio:.2}"),
+        ]);
+        results.insert(verb.into(), json!({"bulkhead": ours, "runc": runc}));
+    }
+    table::print("Verbs, median ms", &["", "bulkhead", "runc", "bulkhead / runc"], &rows);
+    Ok(json!({"unit": "ms", "verbs": results}))
+}
+
+/// One life; the times in milliseconds.
+fn live(runtime: &Runtime, bundle: &Bundle) -> Result<[f64; 4]> {
+    let create = timed(|| runtime.create("bench", bundle))?;
+    let start = timed(|| runtime.ok(&["start", "bench"]).map(drop))?;
+    let exec = timed(|| runtime.ok(&["exec", "bench", "/bin/true"]).map(drop))?;
+    runtime.ok(&["kill", "bench", "KILL"])?;
+    runtime.wait_for_status("bench", "stopped")?;
+    let delete = timed(|| runtime.ok(&["delete", "bench"]).map(drop))?;
+    Ok([create, start, exec, delete])
+}
+
+fn timed(work: impl FnOnce() -> Result<()>) -> Result<f64> {
+    let begun = Instant::now();
+    work()?;
+    Ok(begun.elapsed().as_secs_f64() * 1e3)
+}

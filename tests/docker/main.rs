@@ -1,0 +1,225 @@
+//! Debian's Docker with Bulkhead as its runtime, beside the same Docker with runc. Runs in the test
+//! host.
+
+#![cfg(test)]
+#![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
+
+use std::fs;
+use std::io::Write;
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use bulkhead_tests::docker::Docker;
+use bulkhead_tests::runtime::{finish, output};
+
+/// Options of every container of ours.
+const OURS: [&str; 4] = ["--runtime", "bulkhead", "--network", "none"];
+/// What a container sees of itself. Mounts are compared but for those of files, which say by their
+/// nature where they come from.
+const PROBE: &str = "id; pwd; hostname; echo $A $HOME $PATH; \
+    grep -E '^(Cap|Seccomp|NoNew)' /proc/self/status; ulimit -n -c -u -s; \
+    cat /proc/self/oom_score_adj; ls /dev; touch /file; \
+    mount | grep -vE ' (/|/etc/[a-z.]*) ' | cut -d' ' -f1-5; df -P /dev/shm | cut -c1-30; \
+    cat /proc/1/comm /proc/sys/net/ipv4/ip_unprivileged_port_start /etc/hostname /etc/hosts; \
+    cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/pids.max /sys/fs/cgroup/cpu.max; \
+    grep -c . /proc/net/dev; exit 7";
+
+/// Status, standard output and standard error.
+fn told(output: &Output) -> (Option<i32>, String, String) {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (output.status.code(), text(&output.stdout), text(&output.stderr))
+}
+
+/// A line of `docker run` with these options, in the words of a shell.
+fn run(options: &str, rest: &[&'static str]) -> Vec<String> {
+    let options = options.split_whitespace();
+    let line = ["run", "--network", "none"].into_iter().chain(options).chain(rest.iter().copied());
+    line.map(str::to_owned).collect()
+}
+
+fn call(docker: &Docker, runtime: &str, line: &[String]) -> Output {
+    let (verb, rest) = line.split_first().unwrap();
+    let rest = rest.iter().map(String::as_str);
+    let line: Vec<&str> = [verb.as_str(), "--runtime", runtime].into_iter().chain(rest).collect();
+    docker.call(&line).unwrap()
+}
+
+#[test]
+fn a_container_is_as_under_runc() {
+    let docker = Docker::start().unwrap();
+    let many = "--rm -e A=1 --user 5:6 -w /tmp --read-only --tmpfs /t:size=1m --cap-drop ALL \
+                --cap-add CHOWN --ulimit nofile=100:200 --memory 64m --pids-limit 50 --cpus 0.5 \
+                --init --hostname named --security-opt no-new-privileges --shm-size 32m";
+    for line in [
+        run("--rm --hostname plain", &["box", "sh", "-c", PROBE]),
+        run(many, &["box", "sh", "-c", PROBE]),
+    ] {
+        let (expected, found) = (call(&docker, "runc", &line), call(&docker, "bulkhead", &line));
+        assert_eq!(told(&found), told(&expected), "{line:?}");
+        assert_eq!(found.status.code(), Some(7));
+    }
+    for (program, words) in [
+        ("absent", "exec: \"absent\": executable file not found in $PATH"),
+        ("/etc/hosts", "exec: \"/etc/hosts\": permission denied"),
+    ] {
+        let line = run("--rm", &["box", program]);
+        let (expected, found) = (call(&docker, "runc", &line), call(&docker, "bulkhead", &line));
+        assert_eq!(found.status.code(), expected.status.code(), "{program}");
+        assert!(told(&found).2.contains(words), "{found:?}");
+    }
+    // Privileged is privileged inside, with the guest's devices and none of the host's.
+    let line = run("--rm --privileged", &["box", "sh", "-c", "grep CapEff /proc/self/status"]);
+    let (expected, found) = (call(&docker, "runc", &line), call(&docker, "bulkhead", &line));
+    assert_eq!(told(&found), told(&expected));
+    assert_nothing_is_left(&docker);
+}
+
+#[test]
+fn a_running_container_does_what_docker_asks() {
+    let docker = Docker::start().unwrap();
+    let shared = docker.directory().join("shared");
+    fs::create_dir(&shared).unwrap();
+    fs::write(shared.join("from-host"), "host\n").unwrap();
+    let script = "trap 'exit 5' TERM; echo data > /volume/file; cat /shared/from-host; \
+                  touch /shared/no; while :; do sleep 0.1; done";
+    let bind = format!("{}:/shared:ro", shared.display());
+    let run: Vec<&str> = ["run", "-d", "--name", "one", "-v", "vol:/volume", "-v", &bind]
+        .into_iter()
+        .chain(OURS)
+        .chain(["box", "sh", "-c", script])
+        .collect();
+    docker.ok(&run).unwrap();
+    wait_until(|| docker.ok(&["exec", "one", "cat", "/volume/file"]).is_ok_and(|it| it == "data"));
+
+    let logs = docker.call(&["logs", "one"]).unwrap();
+    let read_only = "touch: /shared/no: Read-only file system\n";
+    assert_eq!(told(&logs), (Some(0), "host\n".to_owned(), read_only.to_owned()));
+
+    let exec = docker.call(&["exec", "one", "sh", "-c", "echo out; echo err >&2; exit 3"]).unwrap();
+    assert_eq!(told(&exec), (Some(3), "out\n".to_owned(), "err\n".to_owned()));
+    let exec = docker
+        .call(&[
+            "exec",
+            "-u",
+            "5",
+            "-w",
+            "/bin",
+            "-e",
+            "B=2",
+            "one",
+            "sh",
+            "-c",
+            "id -u; pwd; echo $B",
+        ])
+        .unwrap();
+    assert_eq!(told(&exec).1, "5\n/bin\n2\n");
+    let mut command = docker.command(&["exec", "-i", "one", "cat"]);
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(b"typed\n").unwrap();
+    assert_eq!(finish(child).unwrap().stdout, b"typed\n");
+
+    let copied = docker.directory().join("copied");
+    let copied = copied.to_str().unwrap();
+    docker.ok(&["cp", "one:/volume/file", copied]).unwrap();
+    assert_eq!(fs::read_to_string(copied).unwrap(), "data\n");
+    docker.ok(&["cp", copied, "one:/back"]).unwrap();
+    assert_eq!(docker.ok(&["exec", "one", "cat", "/back"]).unwrap(), "data");
+    assert!(docker.ok(&["diff", "one"]).unwrap().contains("A /back"));
+    docker.ok(&["commit", "one", "more"]).unwrap();
+
+    docker.ok(&["pause", "one"]).unwrap();
+    assert_eq!(inspect(&docker, "one", "{{.State.Status}}"), "paused");
+    docker.ok(&["unpause", "one"]).unwrap();
+    assert_eq!(inspect(&docker, "one", "{{.State.Status}}"), "running");
+
+    docker.ok(&["stop", "--time", "60", "one"]).unwrap();
+    assert_eq!(inspect(&docker, "one", "{{.State.ExitCode}}"), "5");
+    docker.ok(&["start", "one"]).unwrap();
+    docker.ok(&["kill", "--signal", "KILL", "one"]).unwrap();
+    assert_eq!(docker.ok(&["wait", "one"]).unwrap(), "137");
+    let run: Vec<&str> =
+        ["run", "--rm"].into_iter().chain(OURS).chain(["more", "cat", "/back"]).collect();
+    assert_eq!(docker.ok(&run).unwrap(), "data");
+    docker.ok(&["start", "one"]).unwrap();
+    docker.ok(&["rm", "--force", "one"]).unwrap();
+    assert_nothing_is_left(&docker);
+}
+
+#[test]
+fn terminals_and_input_reach_the_container() {
+    let docker = Docker::start().unwrap();
+    let piped: Vec<&str> =
+        ["run", "--rm", "-i"].into_iter().chain(OURS).chain(["box", "cat"]).collect();
+    let mut command = docker.command(&piped);
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(b"through and through\n").unwrap();
+    assert_eq!(finish(child).unwrap().stdout, b"through and through\n");
+
+    let socket = docker.directory().join("socket");
+    let line = format!(
+        "docker --host unix://{} run --rm -it {} box sh -c 'test -t 0 && echo a terminal; exit 4'",
+        socket.display(),
+        OURS.join(" ")
+    );
+    // `script` is the terminal, and exits as the command does.
+    let mut script = Command::new("script");
+    script.args(["--quiet", "--return", "--command", &line, "/dev/null"]).stdin(Stdio::null());
+    let (status, out, _) = told(&output(&mut script).unwrap());
+    assert_eq!(status, Some(4), "{out}");
+    assert!(out.contains("a terminal\r\n"), "{out}");
+    assert_nothing_is_left(&docker);
+}
+
+#[test]
+fn health_is_checked_and_failures_are_started_again() {
+    let docker = Docker::start().unwrap();
+    let healthy: Vec<&str> =
+        ["run", "-d", "--name", "well", "--health-cmd", "true", "--health-interval", "1s"]
+            .into_iter()
+            .chain(OURS)
+            .chain(["box", "sleep", "1000"])
+            .collect();
+    docker.ok(&healthy).unwrap();
+    let failing: Vec<&str> = ["run", "-d", "--name", "ill", "--restart", "on-failure:1"]
+        .into_iter()
+        .chain(OURS)
+        .chain(["box", "sh", "-c", "exit 3"])
+        .collect();
+    docker.ok(&failing).unwrap();
+    wait_until(|| inspect(&docker, "well", "{{.State.Health.Status}}") == "healthy");
+    let over = "{{.RestartCount}} {{.State.Status}} {{.State.ExitCode}}";
+    wait_until(|| inspect(&docker, "ill", over) == "1 exited 3");
+    docker.ok(&["rm", "--force", "well", "ill"]).unwrap();
+    assert_nothing_is_left(&docker);
+}
+
+fn inspect(docker: &Docker, name: &str, what: &str) -> String {
+    docker.ok(&["inspect", "--format", what, name]).unwrap()
+}
+
+/// No process of ours, and no state of a container.
+fn assert_nothing_is_left(docker: &Docker) {
+    let daemon = docker.directory().display().to_string();
+    let left = || {
+        let processes = output(Command::new("ps").args(["-e", "-o", "args="])).unwrap();
+        let processes = String::from_utf8(processes.stdout).unwrap();
+        let ours = |line: &&str| line.contains("bin/bulkhead") && !line.contains("add-runtime");
+        let mut left: Vec<String> = processes.lines().filter(ours).map(str::to_owned).collect();
+        let found = output(Command::new("find").args(["/run", &daemon, "-name", "task.sock"]));
+        left.extend(String::from_utf8(found.unwrap().stdout).unwrap().lines().map(str::to_owned));
+        left
+    };
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !left().is_empty() {
+        assert!(Instant::now() < deadline, "left behind: {:#?}", left());
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+fn wait_until(mut reached: impl FnMut() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(90);
+    while !reached() {
+        assert!(Instant::now() < deadline, "did not come to that");
+        std::thread::sleep(Duration::from_millis(200));
+    }
+}

@@ -1,0 +1,136 @@
+//! Debian's Docker with Bulkhead as one of its runtimes, in a directory of its own.
+
+use std::fs::{self, File};
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
+
+use crate::runtime::output;
+use crate::vm::dist;
+
+/// How long the daemon may take to come up, and to go.
+const PATIENCE: Duration = Duration::from_secs(120);
+/// What the image has beside a shell.
+const APPLETS: [&str; 14] = [
+    "cat", "chmod", "cut", "df", "echo", "grep", "hostname", "id", "ls", "mount", "sh", "sleep",
+    "touch", "true",
+];
+
+/// A daemon; dropping it ends it.
+#[derive(Debug)]
+pub struct Docker {
+    directory: TempDir,
+    daemon: Child,
+}
+
+impl Docker {
+    /// Starts a daemon and gives it the image `box`, made from Debian's busybox.
+    ///
+    /// # Errors
+    /// With the daemon's log when it does not come up.
+    pub fn start() -> Result<Self> {
+        let directory = TempDir::with_prefix("docker-")?;
+        let path = |name: &str| directory.path().join(name).display().to_string();
+        let log = File::create(directory.path().join("log"))?;
+        let runtime = format!("bulkhead={}", dist().join("bin/bulkhead").display());
+        let daemon = Command::new("/usr/sbin/dockerd")
+            .args(["--add-runtime", &runtime, "--host", &format!("unix://{}", path("socket"))])
+            .args(["--data-root", &path("data"), "--exec-root", &path("exec")])
+            .args(["--pidfile", &path("pid"), "--bridge", "none"])
+            .args(["--iptables=false", "--ip6tables=false"])
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn()
+            .context("/usr/sbin/dockerd")?;
+        let docker = Self { directory, daemon };
+        let deadline = Instant::now() + PATIENCE;
+        while !docker.call(&["version"])?.status.success() {
+            ensure!(Instant::now() < deadline, "dockerd did not come up: {}", docker.log());
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        docker.import()?;
+        Ok(docker)
+    }
+
+    /// A command of this daemon's client.
+    #[must_use]
+    pub fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new("/usr/bin/docker");
+        let socket = self.directory.path().join("socket");
+        command.arg("--host").arg(format!("unix://{}", socket.display()));
+        // Nothing of the caller's own configuration.
+        command.env("DOCKER_CONFIG", self.directory.path()).args(args).stdin(Stdio::null());
+        command
+    }
+
+    /// Runs a command to its end.
+    ///
+    /// # Errors
+    /// When it does not end in time.
+    pub fn call(&self, args: &[&str]) -> Result<Output> {
+        output(&mut self.command(args))
+    }
+
+    /// Runs a command that must succeed; gives its standard output without the last line feed.
+    ///
+    /// # Errors
+    /// With its standard error and the end of the daemon's log when it fails.
+    pub fn ok(&self, args: &[&str]) -> Result<String> {
+        let output = self.call(args)?;
+        if !output.status.success() {
+            let error = String::from_utf8_lossy(&output.stderr).into_owned();
+            bail!("{args:?}: {}: {error}\n{}", output.status, self.log());
+        }
+        Ok(String::from_utf8(output.stdout)?.trim_end_matches('\n').to_owned())
+    }
+
+    /// Where the daemon keeps what it has to.
+    #[must_use]
+    pub fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    fn import(&self) -> Result<()> {
+        let root = self.directory.path().join("image");
+        fs::create_dir_all(root.join("bin"))?;
+        fs::copy("/bin/busybox", root.join("bin/busybox"))?;
+        for applet in APPLETS {
+            std::os::unix::fs::symlink("busybox", root.join("bin").join(applet))?;
+        }
+        let archive = self.directory.path().join("image.tar");
+        let mut tar = Command::new("tar");
+        tar.arg("-cf").arg(&archive).arg("-C").arg(&root).arg(".");
+        ensure!(tar.status()?.success(), "tar failed");
+        self.ok(&["import", &archive.display().to_string(), "box"])?;
+        Ok(())
+    }
+
+    /// The end of the daemon's log.
+    fn log(&self) -> String {
+        let log = fs::read_to_string(self.directory.path().join("log")).unwrap_or_default();
+        let lines: Vec<_> = log.lines().collect();
+        lines.get(lines.len().saturating_sub(20)..).unwrap_or_default().join("\n")
+    }
+}
+
+impl Drop for Docker {
+    fn drop(&mut self) {
+        // It takes what still runs with it.
+        let asked = Pid::from_raw(self.daemon.id().cast_signed())
+            .is_some_and(|pid| kill_process(pid, Signal::TERM).is_ok());
+        let deadline = Instant::now() + PATIENCE;
+        while asked && Instant::now() < deadline {
+            if self.daemon.try_wait().is_ok_and(|status| status.is_some()) {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        let _ = self.daemon.kill();
+        let _ = self.daemon.wait();
+    }
+}

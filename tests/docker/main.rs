@@ -2,7 +2,6 @@
 //! host.
 
 #![cfg(test)]
-#![expect(clippy::unwrap_used, reason = "a test stops at the first surprise")]
 
 use std::fs;
 use std::io::Write;
@@ -19,7 +18,7 @@ const OURS: [&str; 4] = ["--runtime", "bulkhead", "--network", "none"];
 const PROBE: &str = "id; pwd; hostname; echo $A $HOME $PATH; \
     grep -E '^(Cap|Seccomp|NoNew)' /proc/self/status; ulimit -n -c -u -s; \
     cat /proc/self/oom_score_adj; ls /dev; touch /file; \
-    mount | grep -vE ' (/|/etc/[a-z.]*) ' | cut -d' ' -f1-5; df -P /dev/shm | cut -c1-30; \
+    mount | grep -vE ' (/|/etc/[a-z.]*|/sbin/docker-init) ' | cut -d' ' -f1-5; df -P /dev/shm | cut -c1-30; \
     cat /proc/1/comm /proc/sys/net/ipv4/ip_unprivileged_port_start /etc/hostname /etc/hosts; \
     cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/pids.max /sys/fs/cgroup/cpu.max; \
     grep -c . /proc/net/dev; exit 7";
@@ -118,14 +117,7 @@ fn a_running_container_does_what_docker_asks() {
     child.stdin.take().unwrap().write_all(b"typed\n").unwrap();
     assert_eq!(finish(child).unwrap().stdout, b"typed\n");
 
-    let copied = docker.directory().join("copied");
-    let copied = copied.to_str().unwrap();
-    docker.ok(&["cp", "one:/volume/file", copied]).unwrap();
-    assert_eq!(fs::read_to_string(copied).unwrap(), "data\n");
-    docker.ok(&["cp", copied, "one:/back"]).unwrap();
-    assert_eq!(docker.ok(&["exec", "one", "cat", "/back"]).unwrap(), "data");
-    assert!(docker.ok(&["diff", "one"]).unwrap().contains("A /back"));
-    docker.ok(&["commit", "one", "more"]).unwrap();
+    copies_of_files(&docker);
 
     docker.ok(&["pause", "one"]).unwrap();
     assert_eq!(inspect(&docker, "one", "{{.State.Status}}"), "paused");
@@ -143,6 +135,18 @@ fn a_running_container_does_what_docker_asks() {
     docker.ok(&["start", "one"]).unwrap();
     docker.ok(&["rm", "--force", "one"]).unwrap();
     assert_nothing_is_left(&docker);
+}
+
+/// In and out of the container `one`, which has a volume with a file.
+fn copies_of_files(docker: &Docker) {
+    let copied = docker.directory().join("copied");
+    let copied = copied.to_str().unwrap();
+    docker.ok(&["cp", "one:/volume/file", copied]).unwrap();
+    assert_eq!(fs::read_to_string(copied).unwrap(), "data\n");
+    docker.ok(&["cp", copied, "one:/back"]).unwrap();
+    assert_eq!(docker.ok(&["exec", "one", "cat", "/back"]).unwrap(), "data");
+    assert!(docker.ok(&["diff", "one"]).unwrap().contains("A /back"));
+    docker.ok(&["commit", "one", "more"]).unwrap();
 }
 
 #[test]

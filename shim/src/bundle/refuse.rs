@@ -143,7 +143,7 @@ fn namespaces(
 /// # Errors
 /// Names the interface.
 pub fn network(path: &Path) -> Result<(), Refusal> {
-    empty_network(path, &interfaces)
+    empty_network(path, interfaces)
 }
 
 fn empty_network(

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::cargo::succeed;
 
-const NEEDED: [&str; 26] = [
+const NEEDED: [&str; 27] = [
     "bc",
     "binutils",
     "bison",
@@ -25,6 +25,7 @@ const NEEDED: [&str; 26] = [
     "linux-source-6.12",
     "make",
     "pkgconf",
+    "podman",
     "procps",
     "python3",
     "qemu-system-x86",

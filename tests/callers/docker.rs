@@ -1,15 +1,13 @@
-//! Debian's Docker with Bulkhead as its runtime, beside the same Docker with runc. Runs in the test
-//! host.
-
-#![cfg(test)]
+//! Debian's Docker, beside itself with runc.
 
 use std::fs;
 use std::io::Write;
 use std::process::{Command, Output, Stdio};
-use std::time::{Duration, Instant};
 
 use bulkhead_tests::docker::Docker;
 use bulkhead_tests::runtime::{finish, output};
+
+use super::{told, wait_for_nothing, wait_until};
 
 /// Options of every container of ours.
 const OURS: [&str; 4] = ["--runtime", "bulkhead", "--network", "none"];
@@ -22,12 +20,6 @@ const PROBE: &str = "id; pwd; hostname; echo $A $HOME $PATH; \
     cat /proc/1/comm /proc/sys/net/ipv4/ip_unprivileged_port_start /etc/hostname /etc/hosts; \
     cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/pids.max /sys/fs/cgroup/cpu.max; \
     grep -c . /proc/net/dev; exit 7";
-
-/// Status, standard output and standard error.
-fn told(output: &Output) -> (Option<i32>, String, String) {
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    (output.status.code(), text(&output.stdout), text(&output.stderr))
-}
 
 /// A line of `docker run` with these options, in the words of a shell.
 fn run(options: &str, rest: &[&'static str]) -> Vec<String> {
@@ -70,7 +62,7 @@ fn a_container_is_as_under_runc() {
     let line = run("--rm --privileged", &["box", "sh", "-c", "grep CapEff /proc/self/status"]);
     let (expected, found) = (call(&docker, "runc", &line), call(&docker, "bulkhead", &line));
     assert_eq!(told(&found), told(&expected));
-    assert_nothing_is_left(&docker);
+    wait_for_nothing(docker.directory());
 }
 
 #[test]
@@ -134,7 +126,7 @@ fn a_running_container_does_what_docker_asks() {
     assert_eq!(docker.ok(&run).unwrap(), "data");
     docker.ok(&["start", "one"]).unwrap();
     docker.ok(&["rm", "--force", "one"]).unwrap();
-    assert_nothing_is_left(&docker);
+    wait_for_nothing(docker.directory());
 }
 
 /// In and out of the container `one`, which has a volume with a file.
@@ -171,7 +163,7 @@ fn terminals_and_input_reach_the_container() {
     let (status, out, _) = told(&output(&mut script).unwrap());
     assert_eq!(status, Some(4), "{out}");
     assert!(out.contains("a terminal\r\n"), "{out}");
-    assert_nothing_is_left(&docker);
+    wait_for_nothing(docker.directory());
 }
 
 #[test]
@@ -194,36 +186,9 @@ fn health_is_checked_and_failures_are_started_again() {
     let over = "{{.RestartCount}} {{.State.Status}} {{.State.ExitCode}}";
     wait_until(|| inspect(&docker, "ill", over) == "1 exited 3");
     docker.ok(&["rm", "--force", "well", "ill"]).unwrap();
-    assert_nothing_is_left(&docker);
+    wait_for_nothing(docker.directory());
 }
 
 fn inspect(docker: &Docker, name: &str, what: &str) -> String {
     docker.ok(&["inspect", "--format", what, name]).unwrap()
-}
-
-/// No process of ours, and no state of a container.
-fn assert_nothing_is_left(docker: &Docker) {
-    let daemon = docker.directory().display().to_string();
-    let left = || {
-        let processes = output(Command::new("ps").args(["-e", "-o", "args="])).unwrap();
-        let processes = String::from_utf8(processes.stdout).unwrap();
-        let ours = |line: &&str| line.contains("bin/bulkhead") && !line.contains("add-runtime");
-        let mut left: Vec<String> = processes.lines().filter(ours).map(str::to_owned).collect();
-        let found = output(Command::new("find").args(["/run", &daemon, "-name", "task.sock"]));
-        left.extend(String::from_utf8(found.unwrap().stdout).unwrap().lines().map(str::to_owned));
-        left
-    };
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while !left().is_empty() {
-        assert!(Instant::now() < deadline, "left behind: {:#?}", left());
-        std::thread::sleep(Duration::from_millis(100));
-    }
-}
-
-fn wait_until(mut reached: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(90);
-    while !reached() {
-        assert!(Instant::now() < deadline, "did not come to that");
-        std::thread::sleep(Duration::from_millis(200));
-    }
 }

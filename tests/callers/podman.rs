@@ -1,0 +1,101 @@
+//! Debian's Podman, whose containers are watched by conmon.
+
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use bulkhead_tests::runtime::{finish, output};
+use bulkhead_tests::vm::dist;
+use tempfile::TempDir;
+
+use super::{told, wait_for_nothing, wait_until};
+
+/// Podman with its storage in a directory of its own, and the image `box`.
+struct Podman {
+    directory: TempDir,
+}
+
+impl Podman {
+    fn new() -> Self {
+        let podman = Self { directory: TempDir::with_prefix("podman-").unwrap() };
+        let root = podman.directory().join("image");
+        fs::create_dir_all(root.join("bin")).unwrap();
+        fs::copy("/bin/busybox", root.join("bin/busybox")).unwrap();
+        for applet in ["cat", "echo", "sh", "sleep", "true"] {
+            std::os::unix::fs::symlink("busybox", root.join("bin").join(applet)).unwrap();
+        }
+        let archive = podman.directory().join("image.tar");
+        let mut tar = Command::new("tar");
+        tar.arg("-cf").arg(&archive).arg("-C").arg(&root).arg(".");
+        assert!(tar.status().unwrap().success());
+        podman.ok(&["import", archive.to_str().unwrap(), "box"]);
+        podman
+    }
+
+    fn directory(&self) -> &Path {
+        self.directory.path()
+    }
+
+    /// What comes before every verb.
+    fn line(&self) -> Vec<String> {
+        let path = |name: &str| self.directory().join(name).display().to_string();
+        let runtime = dist().join("bin/bulkhead").display().to_string();
+        let options = ["--root", &path("root"), "--runroot", &path("run"), "--runtime", &runtime]
+            .map(str::to_owned);
+        let fixed = ["--storage-driver", "vfs", "--cgroup-manager", "cgroupfs", "--events-backend"];
+        let fixed = fixed.into_iter().chain(["file"]).map(str::to_owned);
+        ["podman".to_owned()].into_iter().chain(options).chain(fixed).collect()
+    }
+
+    fn command(&self, args: &[&str]) -> Command {
+        let line = self.line();
+        let mut command = Command::new(&line[0]);
+        command.args(&line[1..]).args(args).stdin(Stdio::null());
+        command
+    }
+
+    fn ok(&self, args: &[&str]) -> String {
+        let output = output(&mut self.command(args)).unwrap();
+        let (status, out, err) = told(&output);
+        assert_eq!(status, Some(0), "{args:?}: {err}");
+        out.trim_end_matches('\n').to_owned()
+    }
+}
+
+#[test]
+fn a_container_does_what_podman_asks() {
+    let podman = Podman::new();
+    let run = ["run", "--rm", "--network", "none", "box", "sh", "-c", "echo out; exit 7"];
+    let ran = output(&mut podman.command(&run)).unwrap();
+    assert_eq!(told(&ran), (Some(7), "out\n".to_owned(), String::new()));
+
+    let script = "echo log; trap 'exit 5' TERM; while :; do sleep 0.1; done";
+    podman.ok(&["run", "-d", "--name", "one", "--network", "none", "box", "sh", "-c", script]);
+    wait_until(|| podman.ok(&["logs", "one"]) == "log");
+    let exec =
+        output(&mut podman.command(&["exec", "one", "sh", "-c", "echo in; exit 3"])).unwrap();
+    assert_eq!(told(&exec), (Some(3), "in\n".to_owned(), String::new()));
+    let mut command = podman.command(&["exec", "-i", "one", "cat"]);
+    let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(b"typed\n").unwrap();
+    assert_eq!(finish(child).unwrap().stdout, b"typed\n");
+
+    let line = podman.line().join(" ");
+    let line = format!("{line} exec -it one sh -c 'test -t 0 && echo a terminal; exit 4'");
+    let mut script = Command::new("script");
+    script.args(["--quiet", "--return", "--command", &line, "/dev/null"]).stdin(Stdio::null());
+    let (status, out, _) = told(&output(&mut script).unwrap());
+    assert_eq!(status, Some(4), "{out}");
+    assert!(out.contains("a terminal\r\n"), "{out}");
+
+    podman.ok(&["pause", "one"]);
+    let status = ["inspect", "--format", "{{.State.Status}}", "one"];
+    assert_eq!(podman.ok(&status), "paused");
+    podman.ok(&["unpause", "one"]);
+    podman.ok(&["stop", "--time", "60", "one"]);
+    assert_eq!(podman.ok(&["inspect", "--format", "{{.State.ExitCode}}", "one"]), "5");
+    podman.ok(&["start", "one"]);
+    podman.ok(&["rm", "--force", "--time", "0", "one"]);
+    wait_for_nothing(podman.directory());
+}

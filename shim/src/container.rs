@@ -251,6 +251,12 @@ impl Container {
         ended.unwrap_or_else(proxy::killed)
     }
 
+    /// The processes of the host that stand for it and for those that joined it.
+    pub async fn stand_ins(&self) -> Vec<Process> {
+        let own = self.life.lock().await.state.stand_in;
+        own.into_iter().chain(self.execs.stand_ins()).collect()
+    }
+
     /// Its processes, as the guest numbers them.
     ///
     /// # Errors

@@ -42,13 +42,32 @@ pub enum ExecError {
 /// The further processes of one container.
 #[derive(Debug, Default)]
 pub(crate) struct Execs {
-    /// By name: the process object of the specification, until it is started.
-    table: Mutex<HashMap<String, Option<Vec<u8>>>>,
+    table: Mutex<HashMap<String, Entry>>,
     /// Shared by those that start a process, exclusive for whoever freezes the container.
     pub(crate) gate: RwLock<()>,
 }
 
+/// One of them.
+#[derive(Debug)]
+enum Entry {
+    /// Its `process` object.
+    Named(Vec<u8>),
+    /// The guest is about to have it.
+    Starting,
+    /// Its stand-in.
+    Running(Process),
+}
+
 impl Execs {
+    /// The stand-ins of those that run.
+    pub(crate) fn stand_ins(&self) -> Vec<Process> {
+        let of = |entry: &Entry| match entry {
+            Entry::Running(process) => Some(*process),
+            Entry::Named(_) | Entry::Starting => None,
+        };
+        self.table().values().filter_map(of).collect()
+    }
+
     fn prepare(&self, name: &str, process_json: Vec<u8>) -> Result<(), ExecError> {
         let mut table = self.table();
         if table.contains_key(name) {
@@ -57,20 +76,29 @@ impl Execs {
         if table.len() >= EXECS_MAX {
             return Err(ExecError::TooMany);
         }
-        table.insert(name.to_owned(), Some(process_json));
+        table.insert(name.to_owned(), Entry::Named(process_json));
         Ok(())
     }
 
     fn start(&self, name: &str) -> Result<Vec<u8>, ExecError> {
-        let process_json = self.table().get_mut(name).and_then(Option::take);
-        process_json.ok_or_else(|| ExecError::Unknown(name.to_owned()))
+        let mut table = self.table();
+        let unknown = || ExecError::Unknown(name.to_owned());
+        let entry = table.get_mut(name).filter(|entry| matches!(entry, Entry::Named(_)));
+        match std::mem::replace(entry.ok_or_else(unknown)?, Entry::Starting) {
+            Entry::Named(process_json) => Ok(process_json),
+            Entry::Starting | Entry::Running(_) => Err(unknown()),
+        }
+    }
+
+    fn running(&self, name: &str, stand_in: Process) {
+        self.table().insert(name.to_owned(), Entry::Running(stand_in));
     }
 
     fn forget(&self, name: &str) {
         self.table().remove(name);
     }
 
-    fn table(&self) -> MutexGuard<'_, HashMap<String, Option<Vec<u8>>>> {
+    fn table(&self) -> MutexGuard<'_, HashMap<String, Entry>> {
         self.table.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -104,6 +132,7 @@ impl Container {
         match started {
             Ok((pod, stand_in)) => {
                 let process = stand_in.process;
+                self.execs.running(name, process);
                 tokio::spawn(self.clone().watch_exec(name.to_owned(), pod, stand_in));
                 Ok(process)
             }
@@ -162,6 +191,10 @@ mod tests {
         assert_eq!(execs.prepare("one", Vec::new()), Err(ExecError::Taken("one".to_owned())));
         assert_eq!(execs.start("one").unwrap(), b"{}");
         assert_eq!(execs.start("one"), Err(ExecError::Unknown("one".to_owned())));
+        assert!(execs.stand_ins().is_empty());
+        let stand_in = Process::current().unwrap();
+        execs.running("one", stand_in);
+        assert_eq!(execs.stand_ins(), [stand_in]);
         // While it runs its name is taken.
         assert_eq!(execs.prepare("one", Vec::new()), Err(ExecError::Taken("one".to_owned())));
         execs.forget("one");

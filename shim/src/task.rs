@@ -29,8 +29,9 @@ use crate::exec::ExecError;
 use crate::lifecycle::Status;
 use crate::state::Exit;
 
-/// What [`ProcessInfo`] carries.
-pub const PROCESS_INFO: &str = "bulkhead.agent.v1.ProcessInfo";
+/// What the first [`ProcessInfo`] carries. Numbers of processes are the host's, so they name
+/// stand-ins; this is what runs in the guest.
+pub const PROCESSES: &str = "bulkhead.agent.v1.ProcessesReply";
 
 /// The service of one pod.
 #[derive(Debug)]
@@ -67,11 +68,11 @@ impl Service {
     }
 }
 
-/// The agent's message about a process, whole.
-fn details(process: &agent::ProcessInfo) -> Any {
+/// What the agent says about processes, whole.
+fn details(processes: Vec<agent::ProcessInfo>) -> Any {
     let mut details = Any::new();
-    details.type_url = PROCESS_INFO.to_owned();
-    details.value = process.encode_to_vec();
+    details.type_url = PROCESSES.to_owned();
+    details.value = agent::ProcessesReply { processes }.encode_to_vec();
     details
 }
 
@@ -167,9 +168,11 @@ impl Task for Service {
     async fn pids(&self, _: &TtrpcContext, request: PidsRequest) -> ttrpc::Result<PidsResponse> {
         let container = self.container(&request.id, "")?;
         let processes = container.processes().await.map_err(status)?;
-        let processes = processes.iter().map(|process| ProcessInfo {
-            pid: process.pid,
-            info: MessageField::some(details(process)),
+        let stand_ins = container.stand_ins().await.into_iter();
+        let mut details = MessageField::some(details(processes));
+        let processes = stand_ins.map(|stand_in| ProcessInfo {
+            pid: stand_in.pid,
+            info: details.take().into(),
             ..Default::default()
         });
         let processes = processes.collect();

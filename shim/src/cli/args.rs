@@ -91,7 +91,7 @@ pub enum Verb {
     Pause(Named),
     /// Let the processes of a paused container go on.
     Resume(Named),
-    /// List the processes of a container, as its machine numbers them.
+    /// List the processes of a container.
     Ps(Ps),
     /// Remove a container that does not run.
     Delete(Delete),
@@ -217,9 +217,9 @@ pub struct Ps {
 /// The forms of a list of processes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum PsFormat {
-    /// Columns.
+    /// What runs in the machine, in columns, as the machine numbers it.
     Table,
-    /// An array of numbers.
+    /// The numbers of the host's processes that stand for it, as an array.
     Json,
 }
 

@@ -1,9 +1,10 @@
-//! `bulkhead ps`: the processes of a container, as its machine numbers them.
+//! `bulkhead ps`: the processes of a container. For a person, those that run in the machine, as it
+//! numbers them; for a caller who looks for them on the host (JSON), those that stand for them there.
 
 use std::io::Write;
 
 use anyhow::{Context, bail, ensure};
-use bulkhead_protocol::agent::ProcessInfo;
+use bulkhead_protocol::agent::{ProcessInfo, ProcessesReply};
 use containerd_shim_protos::api::PidsRequest;
 use prost::Message;
 
@@ -11,7 +12,7 @@ use super::args::{Global, Ps, PsFormat};
 use super::client;
 use crate::lifecycle::Status;
 use crate::state::Home;
-use crate::task::PROCESS_INFO;
+use crate::task::PROCESSES;
 use crate::timestamp;
 
 pub(super) fn ps(global: &Global, ps: &Ps) -> anyhow::Result<()> {
@@ -26,23 +27,24 @@ pub(super) fn ps(global: &Global, ps: &Ps) -> anyhow::Result<()> {
     if home.read()?.observed() == Status::Stopped {
         bail!("container not running");
     }
-    let processes = client::runtime()?.block_on(async {
+    let mut told = client::runtime()?.block_on(async {
         let request = PidsRequest { id: ps.id.to_string(), ..Default::default() };
         let client = client::connect(&home)?;
         client.pids(client::unbounded(), &request).await.map_err(client::words)
     })?;
     let mut out = std::io::stdout().lock();
     if ps.format == PsFormat::Json {
-        let pids: Vec<u32> = processes.processes.iter().map(|process| process.pid).collect();
+        let pids: Vec<u32> = told.processes.iter().map(|process| process.pid).collect();
         writeln!(out, "{}", serde_json::to_string(&pids)?)?;
         return Ok(());
     }
     let now = timestamp::now_ns();
     writeln!(out, "{}", line(["UID", "PID", "PPID", "C", "STIME", "TTY", "TIME", "CMD"]))?;
-    for process in processes.processes {
-        let info = process.info.into_option().filter(|info| info.type_url == PROCESS_INFO);
-        let info = info.context("the supervisor tells nothing of a process")?;
-        writeln!(out, "{}", row(&ProcessInfo::decode(info.value.as_slice())?, now))?;
+    let info = told.processes.first_mut().and_then(|first| first.info.take());
+    let info = info.filter(|info| info.type_url == PROCESSES);
+    let info = info.context("the supervisor tells nothing of the processes")?;
+    for process in ProcessesReply::decode(info.value.as_slice())?.processes {
+        writeln!(out, "{}", row(&process, now))?;
     }
     Ok(())
 }

@@ -122,6 +122,9 @@ impl Container {
         for field in &plan.dropped {
             tracing::warn!(field, "means nothing inside the machine and is left out");
         }
+        // On disk before a hook runs: those at the end run even when this fails.
+        life.state.poststop = plan.hooks.poststop().clone().unwrap_or_default();
+        self.home.write(&life.state)?;
         let attached = async {
             let stand_in = attachments.take("").await.map_err(ContainerError::StandIn)?;
             self.run_early_hooks(&plan.hooks, &stand_in, life.state.clone()).await?;
@@ -138,7 +141,6 @@ impl Container {
         life.state.helpers = pod.processes();
         life.state.rootfs = plan.rootfs;
         life.state.annotations = plan.annotations;
-        life.state.poststop = plan.hooks.poststop().clone().unwrap_or_default();
         life.poststart = plan.hooks.poststart().clone().unwrap_or_default();
         life.pod = Some(pod.clone());
         self.advance(&mut life, Event::Prepared)?;

@@ -96,10 +96,11 @@ async fn serve(
     // Callers that wait are being answered.
     let _ = timeout(GOODBYE, server.shutdown()).await;
     let home = container.home();
-    if !created {
-        home.remove()?;
-    } else if orders.ephemeral {
-        hooks::run("poststop", &home.read()?.poststop, &home.view(home.read()?));
+    if !created || orders.ephemeral {
+        let mut state = home.read()?;
+        state.status = Status::Stopped;
+        let poststop = std::mem::take(&mut state.poststop);
+        hooks::run("poststop", &poststop, &home.view(state));
         home.remove()?;
     }
     Ok(())

@@ -8,6 +8,8 @@ mod exec;
 #[cfg(test)]
 mod files;
 #[cfg(test)]
+mod hooks;
+#[cfg(test)]
 mod isolation;
 #[cfg(test)]
 mod kill;

@@ -37,7 +37,7 @@ pub const PROCESSES: &str = "bulkhead.agent.v1.ProcessesReply";
 #[derive(Debug)]
 pub struct Service {
     container: Arc<Container>,
-    attachments: Attachments,
+    attachments: Arc<Attachments>,
     /// Told when the pod's creator has gone away or wants the supervisor to end.
     leave: Arc<Notify>,
 }
@@ -45,12 +45,8 @@ pub struct Service {
 impl Service {
     /// A service for one container.
     #[must_use]
-    pub const fn new(
-        container: Arc<Container>,
-        attachments: Attachments,
-        leave: Arc<Notify>,
-    ) -> Self {
-        Self { container, attachments, leave }
+    pub fn new(container: Arc<Container>, attachments: Attachments, leave: Arc<Notify>) -> Self {
+        Self { container, attachments: Arc::new(attachments), leave }
     }
 
     /// The container of that name, for a call about its init process.
@@ -93,6 +89,17 @@ fn status(error: ContainerError) -> Error {
     get_rpc_status(code, format!("{:#}", anyhow::Error::from(error)))
 }
 
+/// Does something whole: a call ends where it stands when its caller goes away, and a process that is
+/// half started then would have nobody who knows of it. (A container that is half created is known:
+/// [`crate::supervisor`] takes everything down.)
+async fn to_its_end<T: Send + 'static>(
+    work: impl Future<Output = Result<T, ContainerError>> + Send + 'static,
+) -> ttrpc::Result<T> {
+    let done = tokio::spawn(work).await;
+    let done = done.map_err(|error| get_rpc_status(Code::INTERNAL, error.to_string()))?;
+    done.map_err(status)
+}
+
 fn time(exit: Option<Exit>) -> MessageField<Timestamp> {
     let Some(exit) = exit else { return MessageField::none() };
     let mut time = Timestamp::new();
@@ -114,12 +121,15 @@ impl Task for Service {
     }
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
-        let container = self.container(&request.id, "")?;
-        let started = match request.exec_id.as_str() {
-            "" => container.start().await,
-            exec => container.start_exec(exec, &self.attachments).await,
-        };
-        let pid = started.map_err(status)?.pid;
+        let container = self.container(&request.id, "")?.clone();
+        let attachments = self.attachments.clone();
+        let started = to_its_end(async move {
+            match request.exec_id.as_str() {
+                "" => container.start().await,
+                exec => container.start_exec(exec, &attachments).await,
+            }
+        });
+        let pid = started.await?.pid;
         Ok(StartResponse { pid, ..Default::default() })
     }
 
@@ -206,12 +216,14 @@ impl Task for Service {
     }
 
     async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
-        self.container(&request.id, "")?.pause().await.map_err(status)?;
+        let container = self.container(&request.id, "")?.clone();
+        to_its_end(async move { container.pause().await }).await?;
         Ok(Empty::new())
     }
 
     async fn resume(&self, _: &TtrpcContext, request: ResumeRequest) -> ttrpc::Result<Empty> {
-        self.container(&request.id, "")?.resume().await.map_err(status)?;
+        let container = self.container(&request.id, "")?.clone();
+        to_its_end(async move { container.resume().await }).await?;
         Ok(Empty::new())
     }
 }

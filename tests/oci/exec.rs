@@ -150,6 +150,15 @@ fn a_process_dies_with_whoever_stands_for_it_and_with_its_container() {
     killed.kill().unwrap();
     killed.wait().unwrap();
     wait_until(|| count() == 1, "the process outlived whoever stood for it");
+    // However far it has come.
+    for delay in [50, 150, 250, 350, 450, 600] {
+        let mut killed = exec();
+        std::thread::sleep(Duration::from_millis(delay));
+        killed.kill().unwrap();
+        killed.wait().unwrap();
+        std::thread::sleep(Duration::from_millis(600));
+        wait_until(|| count() == 1, "a process outlived whoever was about to stand for it");
+    }
     let with_container = exec();
     wait_until(|| count() == 2, "the process did not come up");
     runtime.ok(&["kill", "ends", "KILL"]).unwrap();

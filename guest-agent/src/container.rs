@@ -291,7 +291,7 @@ impl Containers {
         &self,
         id: &str,
         prepared: Prepared,
-        streams: Streams,
+        mut streams: Streams,
     ) -> Result<(Made, Option<Terminal>), ContainerError> {
         let place = Place::of(id);
         let Prepared { spec, stream_owner, network_settings } = prepared;
@@ -299,7 +299,9 @@ impl Containers {
             let set = fs::write(Path::new("/proc/sys").join(&path), value);
             set.map_err(|error| ContainerError::Setting(path.display().to_string(), error))?;
         }
-        let streams = spec.process().as_ref().map_or(streams.clone(), |it| sized(streams, it));
+        if let Some(process) = spec.process() {
+            size_terminal(&mut streams, process);
+        }
         let spec = serde_json::to_vec(&spec).map_err(SpecError::from)?;
         fs::create_dir_all(&place.bundle).map_err(failed("make the bundle"))?;
         fs::write(place.config(), spec).map_err(failed("write the bundle"))?;
@@ -491,14 +493,13 @@ fn state(id: &str, state: &'static str) -> ContainerError {
 }
 
 /// Gives a terminal the size that its process's specification has, unless the host knows better.
-fn sized(mut streams: Streams, process: &Process) -> Streams {
+fn size_terminal(streams: &mut Streams, process: &Process) {
     if let Some(terminal) = streams.terminal.as_mut().filter(|terminal| terminal.rows == 0)
         && let Some(size) = process.console_size()
     {
         let number = |of: u64| u32::try_from(of).unwrap_or(u32::MAX);
         (terminal.rows, terminal.columns) = (number(size.height()), number(size.width()));
     }
-    streams
 }
 
 /// Checks that there is such a signal; 0 only asks whether the process is there.

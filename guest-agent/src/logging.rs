@@ -95,10 +95,7 @@ struct Fields(Map<String, Value>);
 
 impl Fields {
     fn insert_text(&mut self, field: &Field, mut text: String) {
-        if text.len() > VALUE_BYTES {
-            let end = (0..=VALUE_BYTES).rev().find(|&end| text.is_char_boundary(end));
-            text.truncate(end.unwrap_or(0));
-        }
+        text.truncate(text.floor_char_boundary(VALUE_BYTES));
         self.0.insert(field.name().to_owned(), Value::String(text));
     }
 }

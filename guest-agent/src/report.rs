@@ -56,9 +56,7 @@ impl Report {
         else {
             return self.append(&line);
         };
-        let end =
-            (0..=REASON_BYTES.min(reason.len())).rev().find(|&end| reason.is_char_boundary(end));
-        reason.truncate(end.unwrap_or(0));
+        reason.truncate(reason.floor_char_boundary(REASON_BYTES));
         self.append(&line);
     }
 

@@ -16,8 +16,7 @@ pub(crate) fn row(pid: u32) -> Option<ProcessInfo> {
     let arguments = process.cmdline().unwrap_or_default();
     let mut command =
         if arguments.is_empty() { format!("[{}]", stat.comm) } else { arguments.join(" ") };
-    let end = (0..=COMMAND_BYTES.min(command.len())).rev().find(|&at| command.is_char_boundary(at));
-    command.truncate(end.unwrap_or(0));
+    command.truncate(command.floor_char_boundary(COMMAND_BYTES));
     Some(ProcessInfo {
         pid,
         parent: u32::try_from(stat.ppid).unwrap_or(0),

@@ -230,7 +230,13 @@ impl Agent {
     }
 }
 
-impl Target<'_> {
+impl<'a> Target<'a> {
+    /// A container's init process.
+    #[must_use]
+    pub const fn init(container: &'a ContainerId) -> Self {
+        Self { container, exec: "" }
+    }
+
     fn names(self) -> (String, String) {
         (self.container.to_string(), self.exec.to_owned())
     }

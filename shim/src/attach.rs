@@ -67,18 +67,18 @@ pub enum FromStandIn {
         /// The process executed in the container that it stands for; empty for the init process.
         exec: String,
     },
+    /// From then on.
+    #[serde(untagged)]
+    Said(Said),
+}
+
+/// What a stand-in says that has attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Said {
     /// A signal that it was sent, for the process.
     Signal(u32),
     /// Its terminal has another size.
-    Resize(TerminalSize),
-}
-
-/// What comes from a stand-in that has attached.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Said {
-    /// [`FromStandIn::Signal`].
-    Signal(u32),
-    /// [`FromStandIn::Resize`].
     Resize(TerminalSize),
 }
 
@@ -210,8 +210,7 @@ impl StandIn {
     /// Waits for the next thing that it passes on; `None` when it is gone.
     pub async fn said(&self) -> Option<Said> {
         match self.channel.receive_json().await {
-            Ok(Some(FromStandIn::Signal(signal))) => Some(Said::Signal(signal)),
-            Ok(Some(FromStandIn::Resize(size))) => Some(Said::Resize(size)),
+            Ok(Some(FromStandIn::Said(said))) => Some(said),
             // Whatever else it says, it is not the stand-in that it was.
             _ => None,
         }

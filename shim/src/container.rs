@@ -127,7 +127,9 @@ impl Container {
         self.home.write(&life.state)?;
         let attached = async {
             let stand_in = attachments.take("").await.map_err(ContainerError::StandIn)?;
-            self.run_early_hooks(&plan.hooks, &stand_in, life.state.clone()).await?;
+            if bundle.has_early_hooks() {
+                self.run_early_hooks(&plan.hooks, &stand_in, life.state.clone()).await?;
+            }
             Ok(stand_in)
         };
         let started = async { Ok::<_, ContainerError>(Pod::start(&self.home, &plan).await?) };
@@ -159,23 +161,14 @@ impl Container {
         state.stand_in = Some(stand_in.process);
         let view = self.home.view(state);
         let kinds = [("prestart", hooks.prestart()), ("createRuntime", hooks.create_runtime())];
-        let mut any = false;
         for (kind, list) in kinds {
-            let list = list.clone().unwrap_or_default();
-            if list.is_empty() {
-                continue;
-            }
-            any = true;
-            let view = view.clone();
+            let (list, view) = (list.clone().unwrap_or_default(), view.clone());
             let ran = move || hooks::run_or_fail(kind, &list, &view);
             let ran = tokio::task::spawn_blocking(ran).await.map_err(std::io::Error::from);
             ran.flatten().map_err(ContainerError::Hook)?;
         }
-        if any {
-            let network = format!("/proc/{}/ns/net", stand_in.process.pid);
-            refuse::network(network.as_ref()).map_err(BundleError::from)?;
-        }
-        Ok(())
+        let network = format!("/proc/{}/ns/net", stand_in.process.pid);
+        Ok(refuse::network(network.as_ref()).map_err(BundleError::from)?)
     }
 
     async fn create_in_guest(
@@ -217,7 +210,7 @@ impl Container {
     /// When it has ended.
     pub async fn kill(&self, signal: u32, all: bool) -> Result<(), ContainerError> {
         let pod = self.pod().await?;
-        let target = Target { container: self.home.id(), exec: "" };
+        let target = Target::init(self.home.id());
         Ok(pod.agent.kill(target, signal, all).await?)
     }
 
@@ -294,7 +287,7 @@ impl Container {
 
     /// Waits for the end, whichever it is, tells everybody, and takes the pod down.
     async fn watch_over(self: Arc<Self>, pod: Arc<Pod>, stand_in: StandIn) {
-        let target = Target { container: self.home.id(), exec: "" };
+        let target = Target::init(self.home.id());
         let (exit, reason) = proxy::until_end(&pod, target, &stand_in).await;
         {
             let mut life = self.life.lock().await;

@@ -2,7 +2,7 @@
 //!
 //! By the specification a container is not created when one of prestart or createRuntime fails
 //! ([`run_or_fail`]); one of poststart or poststop that fails is reported and changes nothing
-//! ([`run`]). startContainer belongs to the guest, and createContainer is refused
+//! ([`run`], [`poststop`]). startContainer belongs to the guest, and createContainer is refused
 //! ([`crate::bundle::refuse`]).
 
 use std::fs::File;
@@ -14,8 +14,9 @@ use std::time::Duration;
 use oci_spec::runtime::Hook;
 use rustix::fs::{MemfdFlags, memfd_create};
 
+use crate::lifecycle::Status;
 use crate::process::Process;
-use crate::state::View;
+use crate::state::{Home, State, View};
 
 /// For hooks without a timeout of their own.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -30,6 +31,13 @@ pub fn run(kind: &'static str, hooks: &[Hook], state: &View) {
             tracing::warn!(kind, path, error = %error, "hook failed");
         }
     }
+}
+
+/// Runs a container's poststop hooks, the last thing that happens to it.
+pub fn poststop(home: &Home, mut state: State) {
+    state.status = Status::Stopped;
+    let hooks = std::mem::take(&mut state.poststop);
+    run("poststop", &hooks, &home.view(state));
 }
 
 /// Runs hooks one after the other until one fails.
@@ -87,7 +95,6 @@ fn run_one(hook: &Hook, state: &View) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::state::Home;
     use serde_json::json;
     use std::fs;
     use std::path::Path;

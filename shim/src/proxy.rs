@@ -28,15 +28,15 @@ pub(crate) async fn open_streams(
     pod: &Pod,
     wants: Wants,
 ) -> Result<(Streams, Vec<UnixStream>), PodError> {
-    let open = async |wanted: bool| -> Result<_, PodError> {
-        if wanted { Ok(Some(pod.open_stream().await?)) } else { Ok(None) }
-    };
     if let Some(TerminalSize { rows, columns }) = wants.terminal {
         let (header, socket) = pod.open_stream().await?;
         let stream = header.0.to_vec();
         let terminal = Terminal { stream, rows: rows.into(), columns: columns.into() };
         return Ok((Streams { terminal: Some(terminal), ..Streams::default() }, vec![socket]));
     }
+    let open = async |wanted: bool| -> Result<_, PodError> {
+        if wanted { Ok(Some(pod.open_stream().await?)) } else { Ok(None) }
+    };
     let (stdin, stdout, stderr) =
         tokio::try_join!(open(wants.stdin), open(wants.stdout), open(wants.stderr))?;
     let header = |stream: &Option<(StreamHeader, _)>| {

@@ -22,7 +22,7 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{FileType, fstat, major, minor};
 
-use crate::attach::{FromStandIn, ToStandIn, Wants, connect_to};
+use crate::attach::{FromStandIn, Said, ToStandIn, Wants, connect_to};
 use crate::terminal::Terminal;
 
 /// The most bytes that one step of a copy moves: what a pipe holds.
@@ -133,12 +133,10 @@ impl Relay {
             };
             if !ready[1].revents().is_empty() {
                 while let Some(signal) = signals.next()? {
-                    self.say(&match &self.terminal {
-                        Some(terminal) if signal == WINDOW_CHANGED => {
-                            FromStandIn::Resize(terminal.size())
-                        }
-                        _ => FromStandIn::Signal(signal),
-                    })?;
+                    self.say(&FromStandIn::Said(match &self.terminal {
+                        Some(terminal) if signal == WINDOW_CHANGED => Said::Resize(terminal.size()),
+                        _ => Said::Signal(signal),
+                    }))?;
                 }
             }
             if ready[0].revents().is_empty() {
@@ -171,29 +169,32 @@ impl Relay {
         if let Some(terminal) = &mut self.terminal {
             let stream = streams.next().ok_or(ErrorKind::InvalidData)?;
             terminal.make_raw()?;
-            let (source, sink) = (File::from(terminal.descriptor()?), terminal.descriptor()?);
-            let input = stream.try_clone()?;
-            thread::Builder::new().name("stdin".into()).spawn(move || feed(source, &input))?;
-            let output = move || drain(&stream, File::from(sink));
-            return Ok(vec![thread::Builder::new().name("output".into()).spawn(output)?]);
+            start_feeding(terminal.descriptor()?, stream.try_clone()?)?;
+            return Ok(vec![start_draining(stream, terminal.descriptor()?)?]);
         }
         let mut next = |wanted: bool| if wanted { streams.next() } else { None };
         let (stdin, stdout, stderr) =
             (next(self.wants.stdin), next(self.wants.stdout), next(self.wants.stderr));
         if let Some(stream) = stdin {
-            let source = File::from(io::stdin().as_fd().try_clone_to_owned()?);
-            thread::Builder::new().name("stdin".into()).spawn(move || feed(source, &stream))?;
+            start_feeding(io::stdin().as_fd().try_clone_to_owned()?, stream)?;
         }
         let mut outputs = Vec::new();
         for (stream, own) in [(stdout, io::stdout().as_fd()), (stderr, io::stderr().as_fd())] {
             let Some(stream) = stream else { continue };
-            let sink = File::from(own.try_clone_to_owned()?);
-            outputs.push(
-                thread::Builder::new().name("output".into()).spawn(move || drain(&stream, sink))?,
-            );
+            outputs.push(start_draining(stream, own.try_clone_to_owned()?)?);
         }
         Ok(outputs)
     }
+}
+
+fn start_feeding(source: OwnedFd, stream: UnixStream) -> io::Result<()> {
+    let feed = move || feed(File::from(source), &stream);
+    thread::Builder::new().name("stdin".into()).spawn(feed).map(drop)
+}
+
+fn start_draining(stream: UnixStream, sink: OwnedFd) -> io::Result<JoinHandle<()>> {
+    let drain = move || drain(&stream, File::from(sink));
+    thread::Builder::new().name("output".into()).spawn(drain)
 }
 
 /// Copies standard input to the container, and its end.

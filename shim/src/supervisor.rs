@@ -97,10 +97,7 @@ async fn serve(
     let _ = timeout(GOODBYE, server.shutdown()).await;
     let home = container.home();
     if !created || orders.ephemeral {
-        let mut state = home.read()?;
-        state.status = Status::Stopped;
-        let poststop = std::mem::take(&mut state.poststop);
-        hooks::run("poststop", &poststop, &home.view(state));
+        hooks::poststop(home, home.read()?);
         home.remove()?;
     }
     Ok(())

@@ -4,13 +4,12 @@
 //! The real terminal is in the guest, and it is the one that echoes, edits lines and makes signals of
 //! keys. So the one here is raw: it passes bytes on.
 
-use std::io::{self, IoSlice};
-use std::mem::MaybeUninit;
+use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use bulkhead_vmm::seqpacket;
 use rustix::process::ioctl_tiocsctty;
 use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, ptsname, unlockpt};
 use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr};
@@ -103,21 +102,15 @@ pub fn send_master(socket: &Path) -> io::Result<OwnedFd> {
     unlockpt(&master)?;
     let slave = ioctl_tiocgptpeer(&master, flags)?;
     let name = ptsname(&master, Vec::new())?;
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut ancillary = SendAncillaryBuffer::new(&mut space);
-    let descriptors = [master.as_fd()];
-    // The space is for one.
-    ancillary.push(SendAncillaryMessage::ScmRights(&descriptors));
-    sendmsg(&caller, &[IoSlice::new(name.to_bytes())], &mut ancillary, SendFlags::NOSIGNAL)?;
+    // One message on a stream that carries nothing else.
+    seqpacket::send(&caller, name.to_bytes(), &[master.as_fd()])?;
     Ok(slave)
 }
 
 #[cfg(test)]
 mod tests {
-    use std::io::IoSliceMut;
     use std::os::unix::net::UnixListener;
 
-    use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
     use rustix::termios::{InputModes, LocalModes};
 
     use super::*;
@@ -130,15 +123,9 @@ mod tests {
         let listener = UnixListener::bind(&path).unwrap();
         let slave = send_master(&path).unwrap();
         let (caller, _) = listener.accept().unwrap();
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-        let mut name = [0; 64];
-        let mut vectors = [IoSliceMut::new(&mut name)];
-        recvmsg(&caller, &mut vectors, &mut ancillary, RecvFlags::CMSG_CLOEXEC).unwrap();
-        let message = ancillary.drain().next().unwrap();
-        let RecvAncillaryMessage::ScmRights(mut descriptors) = message else { panic!() };
-        let master = descriptors.next().unwrap();
-        assert!(name.starts_with(b"/dev/pts/"));
+        let message = seqpacket::receive(&caller).unwrap().unwrap();
+        let master = message.descriptors.into_iter().next().unwrap();
+        assert!(message.bytes.starts_with(b"/dev/pts/"));
         let mut terminal = Terminal { fd: slave.try_clone().unwrap(), saved: None };
         terminal.make_raw().unwrap();
         rustix::io::write(&slave, b"a\n").unwrap();

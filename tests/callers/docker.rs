@@ -5,9 +5,9 @@ use std::io::Write;
 use std::process::{Command, Output, Stdio};
 
 use bulkhead_tests::docker::Docker;
-use bulkhead_tests::runtime::{finish, output};
+use bulkhead_tests::runtime::{finish, output, told};
 
-use super::{told, wait_for_nothing, wait_until};
+use super::{wait_for_nothing, wait_until};
 
 /// Options of every container of ours.
 const OURS: [&str; 4] = ["--runtime", "bulkhead", "--network", "none"];
@@ -20,6 +20,11 @@ const PROBE: &str = "id; pwd; hostname; echo $A $HOME $PATH; \
     cat /proc/1/comm /proc/sys/net/ipv4/ip_unprivileged_port_start /etc/hostname /etc/hosts; \
     cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/pids.max /sys/fs/cgroup/cpu.max; \
     grep -c . /proc/net/dev; exit 7";
+
+/// A line of `docker run` for a container of ours.
+fn ours<'a>(options: &[&'a str], rest: &[&'a str]) -> Vec<&'a str> {
+    [options, &OURS, rest].concat()
+}
 
 /// A line of `docker run` with these options, in the words of a shell.
 fn run(options: &str, rest: &[&'static str]) -> Vec<String> {
@@ -74,12 +79,8 @@ fn a_running_container_does_what_docker_asks() {
     let script = "trap 'exit 5' TERM; echo data > /volume/file; cat /shared/from-host; \
                   touch /shared/no; while :; do sleep 0.1; done";
     let bind = format!("{}:/shared:ro", shared.display());
-    let run: Vec<&str> = ["run", "-d", "--name", "one", "-v", "vol:/volume", "-v", &bind]
-        .into_iter()
-        .chain(OURS)
-        .chain(["box", "sh", "-c", script])
-        .collect();
-    docker.ok(&run).unwrap();
+    let options = ["run", "-d", "--name", "one", "-v", "vol:/volume", "-v", &bind];
+    docker.ok(&ours(&options, &["box", "sh", "-c", script])).unwrap();
     wait_until(|| docker.ok(&["exec", "one", "cat", "/volume/file"]).is_ok_and(|it| it == "data"));
 
     let logs = docker.call(&["logs", "one"]).unwrap();
@@ -123,9 +124,8 @@ fn a_running_container_does_what_docker_asks() {
     docker.ok(&["start", "one"]).unwrap();
     docker.ok(&["kill", "--signal", "KILL", "one"]).unwrap();
     assert_eq!(docker.ok(&["wait", "one"]).unwrap(), "137");
-    let run: Vec<&str> =
-        ["run", "--rm"].into_iter().chain(OURS).chain(["more", "cat", "/back"]).collect();
-    assert_eq!(docker.ok(&run).unwrap(), "data");
+    let back = ours(&["run", "--rm"], &["more", "cat", "/back"]);
+    assert_eq!(docker.ok(&back).unwrap(), "data");
     docker.ok(&["start", "one"]).unwrap();
     docker.ok(&["rm", "--force", "one"]).unwrap();
     wait_for_nothing(docker.directory());
@@ -146,9 +146,7 @@ fn copies_of_files(docker: &Docker) {
 #[test]
 fn terminals_and_input_reach_the_container() {
     let docker = Docker::start().unwrap();
-    let piped: Vec<&str> =
-        ["run", "--rm", "-i"].into_iter().chain(OURS).chain(["box", "cat"]).collect();
-    let mut command = docker.command(&piped);
+    let mut command = docker.command(&ours(&["run", "--rm", "-i"], &["box", "cat"]));
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
     child.stdin.take().unwrap().write_all(b"through and through\n").unwrap();
     assert_eq!(finish(child).unwrap().stdout, b"through and through\n");
@@ -171,19 +169,11 @@ fn terminals_and_input_reach_the_container() {
 #[test]
 fn health_is_checked_and_failures_are_started_again() {
     let docker = Docker::start().unwrap();
-    let healthy: Vec<&str> =
-        ["run", "-d", "--name", "well", "--health-cmd", "true", "--health-interval", "1s"]
-            .into_iter()
-            .chain(OURS)
-            .chain(["box", "sleep", "1000"])
-            .collect();
-    docker.ok(&healthy).unwrap();
-    let failing: Vec<&str> = ["run", "-d", "--name", "ill", "--restart", "on-failure:1"]
-        .into_iter()
-        .chain(OURS)
-        .chain(["box", "sh", "-c", "exit 3"])
-        .collect();
-    docker.ok(&failing).unwrap();
+    let options =
+        ["run", "-d", "--name", "well", "--health-cmd", "true", "--health-interval", "1s"];
+    docker.ok(&ours(&options, &["box", "sleep", "1000"])).unwrap();
+    let options = ["run", "-d", "--name", "ill", "--restart", "on-failure:1"];
+    docker.ok(&ours(&options, &["box", "sh", "-c", "exit 3"])).unwrap();
     wait_until(|| inspect(&docker, "well", "{{.State.Health.Status}}") == "healthy");
     let over = "{{.RestartCount}} {{.State.Status}} {{.State.ExitCode}}";
     wait_until(|| inspect(&docker, "ill", over) == "1 exited 3");

@@ -7,23 +7,13 @@ mod docker;
 mod podman;
 
 use std::path::Path;
-use std::process::{Command, Output};
-use std::time::{Duration, Instant};
+use std::process::Command;
+use std::time::Duration;
 
-use bulkhead_tests::runtime::output;
+use bulkhead_tests::runtime::{comes_true, output};
 
-/// Status, standard output and standard error.
-fn told(output: &Output) -> (Option<i32>, String, String) {
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    (output.status.code(), text(&output.stdout), text(&output.stderr))
-}
-
-fn wait_until(mut reached: impl FnMut() -> bool) {
-    let deadline = Instant::now() + Duration::from_secs(90);
-    while !reached() {
-        assert!(Instant::now() < deadline, "did not come to that");
-        std::thread::sleep(Duration::from_millis(200));
-    }
+fn wait_until(reached: impl FnMut() -> bool) {
+    assert!(comes_true(Duration::from_secs(90), reached), "did not come to that");
 }
 
 /// Waits until no process of ours is left, and no state of a container below `/run` or `directory`.
@@ -38,9 +28,6 @@ fn wait_for_nothing(directory: &Path) {
         left.extend(String::from_utf8(found.stdout).unwrap().lines().map(str::to_owned));
         left
     };
-    let deadline = Instant::now() + Duration::from_secs(20);
-    while !left().is_empty() {
-        assert!(Instant::now() < deadline, "left behind: {:#?}", left());
-        std::thread::sleep(Duration::from_millis(100));
-    }
+    let none = comes_true(Duration::from_secs(20), || left().is_empty());
+    assert!(none, "left behind: {:#?}", left());
 }

@@ -1,15 +1,15 @@
 //! Debian's Podman, whose containers are watched by conmon.
 
-use std::fs;
 use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use bulkhead_tests::runtime::{finish, output};
+use bulkhead_tests::bundle;
+use bulkhead_tests::runtime::{finish, output, told};
 use bulkhead_tests::vm::dist;
 use tempfile::TempDir;
 
-use super::{told, wait_for_nothing, wait_until};
+use super::{wait_for_nothing, wait_until};
 
 /// Podman with its storage in a directory of its own, and the image `box`.
 struct Podman {
@@ -19,16 +19,8 @@ struct Podman {
 impl Podman {
     fn new() -> Self {
         let podman = Self { directory: TempDir::with_prefix("podman-").unwrap() };
-        let root = podman.directory().join("image");
-        fs::create_dir_all(root.join("bin")).unwrap();
-        fs::copy("/bin/busybox", root.join("bin/busybox")).unwrap();
-        for applet in ["cat", "echo", "sh", "sleep", "true"] {
-            std::os::unix::fs::symlink("busybox", root.join("bin").join(applet)).unwrap();
-        }
-        let archive = podman.directory().join("image.tar");
-        let mut tar = Command::new("tar");
-        tar.arg("-cf").arg(&archive).arg("-C").arg(&root).arg(".");
-        assert!(tar.status().unwrap().success());
+        let applets = ["cat", "echo", "sh", "sleep", "true"];
+        let archive = bundle::image(podman.directory(), &applets).unwrap();
         podman.ok(&["import", archive.to_str().unwrap(), "box"]);
         podman
     }

@@ -3,8 +3,9 @@
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -100,10 +101,7 @@ impl Bundle {
             fs::create_dir_all(rootfs.join(name))?;
         }
         fs::set_permissions(rootfs.join("tmp"), fs::Permissions::from_mode(0o1777))?;
-        fs::copy(BUSYBOX, rootfs.join("bin/busybox")).context(BUSYBOX)?;
-        for applet in APPLETS {
-            symlink("busybox", rootfs.join("bin").join(applet))?;
-        }
+        install_busybox(&rootfs, APPLETS)?;
         fs::write(rootfs.join("etc/passwd"), "root:x:0:0::/root:/bin/sh\n")?;
         let bundle = Self { directory, spec: spec(args) };
         bundle.write()?;
@@ -160,6 +158,30 @@ impl Bundle {
     pub fn rootfs(&self) -> PathBuf {
         self.path().join("rootfs")
     }
+}
+
+/// Puts Debian's busybox into a root file system, under these names too.
+fn install_busybox(root: &Path, applets: &[&str]) -> Result<()> {
+    fs::create_dir_all(root.join("bin"))?;
+    fs::copy(BUSYBOX, root.join("bin/busybox")).context(BUSYBOX)?;
+    for applet in applets {
+        symlink("busybox", root.join("bin").join(applet))?;
+    }
+    Ok(())
+}
+
+/// Makes an archive in `directory` that engines import as an image: busybox under these names.
+///
+/// # Errors
+/// When it cannot be written, or busybox-static is not installed.
+pub fn image(directory: &Path, applets: &[&str]) -> Result<PathBuf> {
+    let root = directory.join("image");
+    install_busybox(&root, applets)?;
+    let archive = directory.join("image.tar");
+    let mut tar = Command::new("tar");
+    tar.arg("-cf").arg(&archive).arg("-C").arg(&root).arg(".");
+    ensure!(tar.status()?.success(), "tar failed");
+    Ok(archive)
 }
 
 /// A bind mount of a host path.

@@ -9,7 +9,8 @@ use anyhow::{Context, Result, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
-use crate::runtime::output;
+use crate::bundle;
+use crate::runtime::{comes_true, output};
 use crate::vm::dist;
 
 /// How long the daemon may take to come up, and to go.
@@ -53,7 +54,8 @@ impl Docker {
             ensure!(Instant::now() < deadline, "dockerd did not come up: {}", docker.log());
             std::thread::sleep(Duration::from_millis(100));
         }
-        docker.import()?;
+        let archive = bundle::image(docker.directory(), &APPLETS)?;
+        docker.ok(&["import", &archive.display().to_string(), "box"])?;
         Ok(docker)
     }
 
@@ -95,21 +97,6 @@ impl Docker {
         self.directory.path()
     }
 
-    fn import(&self) -> Result<()> {
-        let root = self.directory.path().join("image");
-        fs::create_dir_all(root.join("bin"))?;
-        fs::copy("/bin/busybox", root.join("bin/busybox"))?;
-        for applet in APPLETS {
-            std::os::unix::fs::symlink("busybox", root.join("bin").join(applet))?;
-        }
-        let archive = self.directory.path().join("image.tar");
-        let mut tar = Command::new("tar");
-        tar.arg("-cf").arg(&archive).arg("-C").arg(&root).arg(".");
-        ensure!(tar.status()?.success(), "tar failed");
-        self.ok(&["import", &archive.display().to_string(), "box"])?;
-        Ok(())
-    }
-
     /// The end of the daemon's log.
     fn log(&self) -> String {
         let log = fs::read_to_string(self.directory.path().join("log")).unwrap_or_default();
@@ -123,14 +110,11 @@ impl Drop for Docker {
         // It takes what still runs with it.
         let asked = Pid::from_raw(self.daemon.id().cast_signed())
             .is_some_and(|pid| kill_process(pid, Signal::TERM).is_ok());
-        let deadline = Instant::now() + PATIENCE;
-        while asked && Instant::now() < deadline {
-            if self.daemon.try_wait().is_ok_and(|status| status.is_some()) {
-                return;
-            }
-            std::thread::sleep(Duration::from_millis(50));
+        let daemon = &mut self.daemon;
+        let gone = || daemon.try_wait().is_ok_and(|status| status.is_some());
+        if !(asked && comes_true(PATIENCE, gone)) {
+            let _ = self.daemon.kill();
+            let _ = self.daemon.wait();
         }
-        let _ = self.daemon.kill();
-        let _ = self.daemon.wait();
     }
 }

@@ -271,6 +271,25 @@ pub fn expect_output(child: &mut Child, first: &str) -> Result<()> {
     Ok(())
 }
 
+/// Status, standard output and standard error of what has ended.
+#[must_use]
+pub fn told(output: &Output) -> (Option<i32>, String, String) {
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    (output.status.code(), text(&output.stdout), text(&output.stderr))
+}
+
+/// Asks again and again until it is so; false when the time is up.
+pub fn comes_true(patience: Duration, mut so: impl FnMut() -> bool) -> bool {
+    let deadline = Instant::now() + patience;
+    while !so() {
+        if Instant::now() >= deadline {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    true
+}
+
 /// Runs a command to its end and collects what it wrote.
 ///
 /// # Errors

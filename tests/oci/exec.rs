@@ -3,12 +3,12 @@
 use std::fs;
 use std::io::Write;
 use std::os::unix::process::ExitStatusExt;
-use std::process::{Output, Stdio};
-use std::time::{Duration, Instant};
+use std::process::Stdio;
+use std::time::Duration;
 
 use anyhow::Result;
 use bulkhead_tests::bundle::Bundle;
-use bulkhead_tests::runtime::{Runtime, finish};
+use bulkhead_tests::runtime::{Runtime, comes_true, finish, told};
 use serde_json::json;
 
 const LONG: [&str; 2] = ["/bin/sleep", "1000"];
@@ -16,12 +16,6 @@ const LONG: [&str; 2] = ["/bin/sleep", "1000"];
 fn started(runtime: &Runtime, id: &str, bundle: &Bundle) {
     runtime.create(id, bundle).unwrap();
     runtime.ok(&["start", id]).unwrap();
-}
-
-/// Status, standard output and standard error.
-fn told(output: &Output) -> (Option<i32>, String, String) {
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    (output.status.code(), text(&output.stdout), text(&output.stderr))
 }
 
 #[test]
@@ -252,10 +246,6 @@ fn processes(runtime: &Runtime, id: &str) -> Result<usize> {
     Ok(runtime.ok(&["ps", id])?.lines().count() - 1)
 }
 
-fn wait_until(mut reached: impl FnMut() -> bool, otherwise: &str) {
-    let deadline = Instant::now() + Duration::from_secs(60);
-    while !reached() {
-        assert!(Instant::now() < deadline, "{otherwise}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
+fn wait_until(reached: impl FnMut() -> bool, otherwise: &str) {
+    assert!(comes_true(Duration::from_secs(60), reached), "{otherwise}");
 }

@@ -1,19 +1,18 @@
 //! Terminals, beside runc: a console socket, a terminal of the caller's own, sizes, keys and the end.
 
 use std::fs::File;
-use std::io::{IoSliceMut, Read, Write};
-use std::mem::MaybeUninit;
+use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use bulkhead_tests::bundle::Bundle;
 use bulkhead_tests::runtime::{Runtime, finish};
+use bulkhead_vmm::seqpacket;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{LocalModes, Winsize, tcgetattr, tcgetwinsize, tcsetwinsize};
 use serde_json::json;
@@ -84,15 +83,9 @@ fn receive(listener: &UnixListener) -> Result<Screen> {
     let limit = Timespec::try_from(PATIENCE)?;
     ensure!(poll(&mut [PollFd::new(listener, PollFlags::IN)], Some(&limit))? > 0, "nobody came");
     let (connection, _) = listener.accept()?;
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-    let mut name = [0; 64];
-    let mut vectors = [IoSliceMut::new(&mut name)];
-    recvmsg(&connection, &mut vectors, &mut ancillary, RecvFlags::CMSG_CLOEXEC)?;
-    let Some(RecvAncillaryMessage::ScmRights(mut descriptors)) = ancillary.drain().next() else {
-        bail!("no terminal was sent");
-    };
-    Ok(Screen::new(descriptors.next().context("no terminal was sent")?))
+    let message = seqpacket::receive(&connection)?.context("the connection was closed")?;
+    let master = message.descriptors.into_iter().next().context("no terminal was sent")?;
+    Ok(Screen::new(master))
 }
 
 /// A terminal whose slave a program is started on.

@@ -12,7 +12,7 @@ use bulkhead_protocol::agent::Streams;
 use oci_spec::runtime::Spec;
 use tokio::task::spawn_blocking;
 
-use super::{ContainerError, Containers, Made, failed, signal_number, sized, state};
+use super::{ContainerError, Containers, Made, failed, signal_number, size_terminal, state};
 use crate::cgroup::Cgroup;
 use crate::creator::Place;
 use crate::process::{Exit, send_signal};
@@ -148,7 +148,7 @@ impl Containers {
 
     /// Starts a process whose id is reserved, or leaves nothing of it.
     async fn start_exec(&self, order: ExecOrder) -> Result<Exec, ContainerError> {
-        let ExecOrder { container_id: id, exec_id, process_json, streams } = order;
+        let ExecOrder { container_id: id, exec_id, process_json, mut streams } = order;
         if self.created(&id)?.init.ended().is_some() {
             return Err(state(&id, "has ended"));
         }
@@ -169,7 +169,7 @@ impl Containers {
         let started = async {
             fs::create_dir_all(&directory).map_err(failed("make the process's directory"))?;
             let PreparedProcess { process, stream_owner } = prepared;
-            let streams = sized(streams, &process);
+            size_terminal(&mut streams, &process);
             let process = serde_json::to_vec(&process).map_err(SpecError::from)?;
             fs::write(directory.join(tenant::PROCESS), process)
                 .map_err(failed("write the process"))?;

@@ -4,17 +4,17 @@
 //! uts, mount, cgroup, user and time namespaces of its own, seccomp, capabilities, resources,
 //! mounts) passes and is not looked at here.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io;
-use std::os::fd::AsFd;
 use std::path::Path;
 use std::thread;
 
 use oci_spec::runtime::{
     Linux, LinuxDevice, LinuxDeviceType, LinuxNamespace, LinuxNamespaceType, Spec,
 };
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use thiserror::Error;
+
+use crate::network::Network;
 
 /// Something that is asked for and cannot be kept.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -168,9 +168,9 @@ fn empty_network(
 
 /// The interfaces of a network namespace, as a thread sees them that has joined it.
 fn interfaces(path: &Path) -> io::Result<Vec<String>> {
-    let namespace = File::open(path)?;
+    let network = Network::Join(path.to_owned());
     let read = move || -> io::Result<String> {
-        move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?;
+        network.enter()?;
         fs::read_to_string("/proc/thread-self/net/dev")
     };
     let table = thread::Builder::new().spawn(read)?.join();

@@ -241,9 +241,11 @@ pub(super) fn words(error: ttrpc::Error) -> anyhow::Error {
     }
 }
 
-/// Lets a created container's program run.
-pub(super) async fn start(client: &TaskClient, home: &Home) -> anyhow::Result<()> {
-    let request = StartRequest { id: home.id().to_string(), ..Default::default() };
+/// Lets a created container's program run, or one that was named to join it; `exec` is empty for the
+/// first.
+pub(super) async fn start(client: &TaskClient, home: &Home, exec: &str) -> anyhow::Result<()> {
+    let (id, exec_id) = (home.id().to_string(), exec.to_owned());
+    let request = StartRequest { id, exec_id, ..Default::default() };
     client.start(unbounded(), &request).await.map_err(words)?;
     Ok(())
 }

@@ -10,7 +10,7 @@ use super::args::{Delete, Global};
 use super::client::{self, GOODBYE};
 use crate::hooks;
 use crate::lifecycle::Status;
-use crate::state::{Home, State, StateError};
+use crate::state::{Home, StateError};
 
 /// How long a supervisor may take to end a container that is deleted by force; then it is killed
 /// with everything else.
@@ -38,7 +38,7 @@ pub(super) fn delete(global: &Global, delete: &Delete) -> anyhow::Result<()> {
         let _ = state.keeper.wait(deadline.saturating_duration_since(Instant::now()));
     }
     client::clean_up(&home)?;
-    poststop(&home, state);
+    hooks::poststop(&home, state);
     Ok(())
 }
 
@@ -68,10 +68,4 @@ fn end(home: &Home, status: Status, deadline: Instant) -> anyhow::Result<bool> {
             Err(_) => Ok(false),
         }
     })
-}
-
-fn poststop(home: &Home, mut state: State) {
-    state.status = Status::Stopped;
-    let hooks = std::mem::take(&mut state.poststop);
-    hooks::run("poststop", &hooks, &home.view(state));
 }

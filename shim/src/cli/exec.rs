@@ -1,13 +1,12 @@
 //! `bulkhead exec`: a further process in a container. In the foreground this process stands for it;
 //! detached, one stays behind that does.
 
-use std::collections::HashSet;
 use std::fs;
 use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::{Context, bail, ensure};
-use containerd_shim_protos::api::{ExecProcessRequest, StartRequest};
+use containerd_shim_protos::api::ExecProcessRequest;
 use containerd_shim_protos::shim_async::TaskClient;
 use oci_spec::runtime::{Capabilities, Capability, LinuxCapabilities, Process};
 use protobuf::MessageField;
@@ -59,7 +58,7 @@ pub(super) fn exec(global: &Global, exec: &Exec) -> anyhow::Result<ExitCode> {
         if let Some(path) = &exec.pid_file {
             client::write_pid_file(path, std::process::id())?;
         }
-        start(&client, &home, &name).await
+        client::start(&client, &home, &name).await.context(FAILED)
     };
     let early = client::runtime()?.block_on(async {
         tokio::select! {
@@ -91,7 +90,7 @@ fn detached(
         let console_socket = exec.console_socket.as_deref();
         let place = StandInPlace { exec: name, console_socket, network: None };
         let pid = create::spawn_stand_in(global, home, place)?;
-        start(&client, home, name).await?;
+        client::start(&client, home, name).await.context(FAILED)?;
         if let Some(path) = &exec.pid_file {
             client::write_pid_file(path, pid)?;
         }
@@ -113,14 +112,6 @@ async fn prepare(home: &Home, name: &str, process: Vec<u8>) -> anyhow::Result<Ta
     };
     client.exec(client::unbounded(), &request).await.map_err(client::words)?;
     Ok(client)
-}
-
-async fn start(client: &TaskClient, home: &Home, name: &str) -> anyhow::Result<()> {
-    let (id, exec_id) = (home.id().to_string(), name.to_owned());
-    let request = StartRequest { id, exec_id, ..Default::default() };
-    let started = client.start(client::unbounded(), &request).await;
-    started.map_err(client::words).context(FAILED)?;
-    Ok(())
 }
 
 /// A name that no other process of the container has.
@@ -214,18 +205,15 @@ fn number(text: &str, what: &str, user: &str) -> anyhow::Result<u32> {
 }
 
 /// The last of several values of a variable counts.
-fn merged(environment: Vec<String>, more: &[String]) -> Vec<String> {
-    let name = |entry: &str| entry.split_once('=').map_or(entry, |(name, _)| name).to_owned();
-    let changed: HashSet<String> = more.iter().map(|entry| name(entry)).collect();
-    let mut merged: Vec<String> =
-        environment.into_iter().filter(|entry| !changed.contains(&name(entry))).collect();
-    for (index, entry) in more.iter().enumerate() {
-        let later = more.get(index + 1..).unwrap_or_default();
-        if !later.iter().any(|other| name(other) == name(entry)) {
-            merged.push(entry.clone());
-        }
+fn merged(mut environment: Vec<String>, more: &[String]) -> Vec<String> {
+    fn name(entry: &str) -> &str {
+        entry.split_once('=').map_or(entry, |(name, _)| name)
     }
-    merged
+    for entry in more {
+        environment.retain(|other| name(other) != name(entry));
+        environment.push(entry.clone());
+    }
+    environment
 }
 
 /// Adds to what the process may do; what it can pass on only where it could pass on something.

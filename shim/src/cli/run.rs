@@ -19,7 +19,7 @@ pub(super) fn run(global: &Global, run: &Run) -> anyhow::Result<ExitCode> {
     let creation = Creation::begin(global, &run.create, !run.detach, ephemeral)?;
     if run.detach {
         create::detached(global, &run.create, &creation, async |task| {
-            client::start(task, &creation.home).await
+            client::start(task, &creation.home, "").await
         })?;
         creation.done();
         return Ok(ExitCode::SUCCESS);
@@ -71,7 +71,7 @@ fn bring_up(run: &Run, creation: &Creation, signals: &Signals) -> anyhow::Result
         if let Some(path) = &run.create.pid_file {
             client::write_pid_file(path, std::process::id())?;
         }
-        client::start(&task, &creation.home).await
+        client::start(&task, &creation.home, "").await
     };
     client::runtime()?.block_on(async {
         tokio::select! {

@@ -13,5 +13,5 @@ pub(super) fn start(global: &Global, id: &ContainerId) -> anyhow::Result<()> {
     if home.read()?.observed() == Status::Stopped {
         bail!("cannot start a container that has stopped");
     }
-    client::runtime()?.block_on(async { client::start(&client::connect(&home)?, &home).await })
+    client::runtime()?.block_on(async { client::start(&client::connect(&home)?, &home, "").await })
 }

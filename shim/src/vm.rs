@@ -32,7 +32,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// How Linux introduces the reason of a panic.
 const PANIC_MARK: &str = "Kernel panic - not syncing:";
 /// Lines of the console that an error quotes.
-const QUOTED_LINES: usize = 8;
+const QUOTED_LINES: usize = 12;
 
 /// Why there is no machine, or no answer from it.
 #[derive(Clone, Debug, Error)]
@@ -221,7 +221,13 @@ fn reason(ending: &Ending, console: &[String]) -> String {
         }
         Ending::Fault { reason } => format!("KVM cannot go on: {reason}"),
     };
-    words + &quote(console)
+    // Where the kernel begins to say what it ran into; registers and stack come after it.
+    let fault = console.iter().position(|line| line.contains("BUG: ") || line.contains("Oops: "));
+    let shown = match (ending, fault) {
+        (Ending::Panic, Some(first)) => &console[..console.len().min(first + QUOTED_LINES)],
+        _ => console,
+    };
+    words + &quote(shown)
 }
 
 /// The last lines of a console for a message of one line: empty when there are none.
@@ -293,9 +299,13 @@ mod tests {
         let mut lines: Vec<String> = (0..20).map(|n| format!("line {n}\r")).collect();
         lines[2] = "[ 1.0] Kernel panic - not syncing: no init".to_owned();
         let words = reason(&Ending::Panic, &lines);
-        let start = "the guest's kernel panicked: no init; console: line 12 ";
+        let start = "the guest's kernel panicked: no init; console: line 8 ";
         assert!(words.starts_with(start), "{words}");
-        assert!(words.contains("line 19") && !words.contains('\r') && !words.contains("line 11"));
+        assert!(words.contains("line 19") && !words.contains('\r') && !words.contains("line 7"));
+        lines[3] = "[ 0.9] Oops: invalid opcode: 0000 [#1] SMP".to_owned();
+        let words = reason(&Ending::Panic, &lines);
+        let start = "the guest's kernel panicked: no init; console: [ 0.9] Oops: invalid opcode";
+        assert!(words.starts_with(start) && words.ends_with("line 14 "), "{words}");
         assert_eq!(quote(&[]), "");
         assert_eq!(quote(&["\n".to_owned()]), "");
     }

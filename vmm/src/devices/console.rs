@@ -17,8 +17,9 @@ pub(crate) const PORT_BASE: u16 = 0x3f8;
 pub(crate) const PORT_COUNT: u16 = 8;
 /// The most that is written to the log.
 const LOG_BYTES_MAX: u64 = 4 << 20;
-/// Lines kept for the report of an ending.
-const TAIL_LINES: usize = 40;
+/// Bytes of the last lines, kept for the report of an ending: room for two dumps of registers and
+/// stack, and in JSON, which writes a byte as six at worst, for one message.
+const TAIL_BYTES: usize = 8 << 10;
 /// Where a line is cut.
 const LINE_BYTES_MAX: usize = 512;
 /// How Linux introduces the reason of a panic.
@@ -96,13 +97,14 @@ struct Log {
     logged: u64,
     line: Vec<u8>,
     tail: VecDeque<String>,
+    tail_bytes: usize,
     panicked: bool,
 }
 
 impl Log {
     fn new(file: File) -> Self {
         let (line, tail) = (Vec::new(), VecDeque::new());
-        Self { file, bytes: 0, logged: 0, line, tail, panicked: false }
+        Self { file, bytes: 0, logged: 0, line, tail, tail_bytes: 0, panicked: false }
     }
 
     fn push(&mut self, byte: u8) {
@@ -136,10 +138,11 @@ impl Log {
             }
         }
         self.line.clear();
-        if self.tail.len() == TAIL_LINES {
-            self.tail.pop_front();
-        }
+        self.tail_bytes += text.len();
         self.tail.push_back(text);
+        while self.tail_bytes > TAIL_BYTES {
+            self.tail_bytes -= self.tail.pop_front().map_or(self.tail_bytes, |line| line.len());
+        }
     }
 }
 
@@ -163,12 +166,13 @@ mod tests {
     #[test]
     fn the_tail_keeps_the_last_lines_and_notices_a_panic() {
         let mut log = Log::new(tempfile::tempfile().unwrap());
-        for number in 0..100 {
+        for number in 0..10_000 {
             writeln!(log, "line {number}").unwrap();
         }
         write!(log, "[    0.1] Kernel panic - not syncing: no init\r\nend").unwrap();
         log.end_line();
-        assert_eq!(log.tail.len(), TAIL_LINES);
+        let bytes: usize = log.tail.iter().map(String::len).sum();
+        assert!(bytes == log.tail_bytes && bytes <= TAIL_BYTES && bytes > TAIL_BYTES / 2);
         assert_eq!(log.tail.back().unwrap(), "end");
         assert!(log.panicked);
     }

@@ -1,6 +1,6 @@
 //! A container's cgroup (cgroup v2, Documentation/admin-guide/cgroup-v2.rst): who is in it, freezing
-//! and killing them all, removing it, and whether its memory limit killed anybody. Limits are
-//! libcontainer's.
+//! and killing them all, its limits, removing it, and whether its memory limit killed anybody. Its
+//! first limits are libcontainer's.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -8,6 +8,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use libcgroups::common::{CgroupManager as _, ControllerOpt};
+use libcgroups::v2::manager::{Manager, V2ManagerError};
+use oci_spec::runtime::LinuxResources;
 use tokio::time::{Instant, sleep};
 
 /// Where the cgroup file system is.
@@ -104,6 +107,22 @@ impl Cgroup {
 
     fn set_frozen(&self, frozen: bool) -> io::Result<()> {
         fs::write(self.0.join("cgroup.freeze"), if frozen { "1" } else { "0" })
+    }
+
+    /// Sets limits, and which devices may be used; what is left out stays as it is, but for devices,
+    /// of which then only those of every container may be used.
+    ///
+    /// # Errors
+    /// It does not exist, or the kernel refuses one.
+    pub(crate) fn limit(&self, resources: &LinuxResources) -> Result<(), V2ManagerError> {
+        let path = self.0.strip_prefix(ROOT).unwrap_or(&self.0);
+        let options = ControllerOpt {
+            resources,
+            disable_oom_killer: false,
+            oom_score_adj: None,
+            freezer_state: None,
+        };
+        Manager::new(ROOT.into(), path.to_owned())?.apply(&options)
     }
 
     /// Whether the kernel has killed a process of it for want of memory.

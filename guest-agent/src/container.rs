@@ -67,6 +67,8 @@ pub(crate) enum ContainerError {
     ProgramNotExecutable(String),
     #[error("linux.sysctl: {0}: {1}")]
     Setting(String, io::Error),
+    #[error("limits cannot be set: {0}")]
+    Limits(String),
     #[error("container cannot be created: {0}")]
     Create(String),
     #[error("{step}")]
@@ -237,6 +239,23 @@ impl Containers {
     pub(crate) fn resume(&self, id: &str) -> Result<(), ContainerError> {
         let container = self.created(id)?;
         Cgroup::of(&container.id).thaw().map_err(failed("thaw the processes"))
+    }
+
+    /// Sets the limits of a container.
+    ///
+    /// # Errors
+    /// It has ended, or the kernel refuses one.
+    pub(crate) async fn update(&self, id: &str, resources: &[u8]) -> Result<(), ContainerError> {
+        let container = self.created(id)?;
+        if container.init.ended().is_some() {
+            return Err(state(id, "has ended"));
+        }
+        let resources = serde_json::from_slice(resources).map_err(SpecError::from)?;
+        let cgroup = Cgroup::of(&container.id);
+        // A limit below what is used takes as long as it takes to give that back.
+        let limited = spawn_blocking(move || cgroup.limit(&resources)).await;
+        let limited = limited.map_err(|error| failed("set limits")(error.into()))?;
+        limited.map_err(|error| ContainerError::Limits(error.to_string()))
     }
 
     /// Removes a container that was not started or has ended.

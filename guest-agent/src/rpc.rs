@@ -10,7 +10,8 @@ use bulkhead_protocol::agent::{
     CreateReply, CreateRequest, DeleteReply, DeleteRequest, ExecReply, ExecRequest, HelloReply,
     HelloRequest, KillReply, KillRequest, PauseReply, PauseRequest, ProcessesReply,
     ProcessesRequest, RescanReply, RescanRequest, ResizeReply, ResizeRequest, ResumeReply,
-    ResumeRequest, StartReply, StartRequest, SyncReply, SyncRequest, WaitReply, WaitRequest,
+    ResumeRequest, StartReply, StartRequest, SyncReply, SyncRequest, UpdateReply, UpdateRequest,
+    WaitReply, WaitRequest,
 };
 use bulkhead_protocol::{MAX_MESSAGE_BYTES, VERSION};
 use rustix::system::uname;
@@ -184,6 +185,15 @@ impl Agent for Calls {
         Ok(Response::new(ResumeReply {}))
     }
 
+    async fn update(
+        &self,
+        request: Request<UpdateRequest>,
+    ) -> Result<Response<UpdateReply>, Status> {
+        let UpdateRequest { container_id, resources_json } = request.into_inner();
+        self.containers.update(&container_id, &resources_json).await?;
+        Ok(Response::new(UpdateReply {}))
+    }
+
     async fn rescan(&self, _: Request<RescanRequest>) -> Result<Response<RescanReply>, Status> {
         let bound = spawn_blocking(|| hotplug::rescan(Path::new(hotplug::PLATFORM_BUS)))
             .await
@@ -227,6 +237,7 @@ impl From<ContainerError> for Status {
             ContainerError::ProgramNotExecutable(_) => Self::permission_denied(reason),
             ContainerError::State { .. }
             | ContainerError::Setting(..)
+            | ContainerError::Limits(_)
             | ContainerError::Create(_) => Self::failed_precondition(reason),
             ContainerError::Step { .. } => Self::internal(reason),
         }

@@ -11,8 +11,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use bulkhead_protocol::agent::agent_client::AgentClient;
 use bulkhead_protocol::agent::{
     CreateRequest, ExecRequest, HelloRequest, KillRequest, PauseRequest, ProcessInfo,
-    ProcessesRequest, ResizeRequest, ResumeRequest, StartRequest, Streams, SyncRequest, WaitReply,
-    WaitRequest,
+    ProcessesRequest, ResizeRequest, ResumeRequest, StartRequest, Streams, SyncRequest,
+    UpdateRequest, WaitReply, WaitRequest,
 };
 use bulkhead_protocol::{MAX_MESSAGE_BYTES, VERSION};
 use hyper_util::rt::TokioIo;
@@ -208,6 +208,20 @@ impl Agent {
         let mut client = self.client.clone();
         let request = ResumeRequest { container_id: id.to_string() };
         within(SHORT, "Resume", client.resume(request)).await.map(drop)
+    }
+
+    /// Sets the limits of a container; `resources_json` has all of them.
+    ///
+    /// # Errors
+    /// When the guest's kernel refuses one.
+    pub async fn update(
+        &self,
+        id: &ContainerId,
+        resources_json: Vec<u8>,
+    ) -> Result<(), AgentError> {
+        let mut client = self.client.clone();
+        let request = UpdateRequest { container_id: id.to_string(), resources_json };
+        within(SHORT, "Update", client.update(request)).await.map(drop)
     }
 
     /// The processes of a container, as the guest numbers them.

@@ -66,6 +66,8 @@ pub enum FromStandIn {
         wants: Wants,
         /// The process executed in the container that it stands for; empty for the init process.
         exec: String,
+        /// It was started to stay behind, and is no caller's own process.
+        detached: bool,
     },
     /// From then on.
     #[serde(untagged)]
@@ -131,6 +133,8 @@ pub struct StandIn {
     pub process: Process,
     /// What it has.
     pub wants: Wants,
+    /// It belongs to the pod, not to a caller.
+    pub detached: bool,
 }
 
 /// Where stand-ins connect: each is kept until the process that it stands for is asked for.
@@ -183,8 +187,8 @@ impl StandIn {
         let process = Process::find(peer)?;
         let channel = Channel::new(socket)?;
         match channel.receive_json().await? {
-            Some(FromStandIn::Attach { wants, exec }) => {
-                Ok((exec, Self { channel, process, wants }))
+            Some(FromStandIn::Attach { wants, exec, detached }) => {
+                Ok((exec, Self { channel, process, wants, detached }))
             }
             _ => Err(io::ErrorKind::InvalidData.into()),
         }
@@ -233,8 +237,9 @@ mod tests {
         let other = connect_to(&path).unwrap();
         let greet = |client: &OwnedFd, exec: &str| {
             let wants = Wants { stdout: true, ..Wants::default() };
-            let hello = serde_json::to_vec(&FromStandIn::Attach { wants, exec: exec.to_owned() });
-            seqpacket::send(client, &hello.unwrap(), &[]).unwrap();
+            let exec = exec.to_owned();
+            let hello = FromStandIn::Attach { wants, exec, detached: false };
+            seqpacket::send(client, &serde_json::to_vec(&hello).unwrap(), &[]).unwrap();
         };
         greet(&other, "other");
         drop(silent);

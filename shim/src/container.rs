@@ -1,18 +1,20 @@
 //! One container and what happens to it. The only caller of the state machine
 //! ([`crate::lifecycle`]); whatever it decides is written to disk before anybody is answered.
 
+use std::fs;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bulkhead_protocol::agent::ProcessInfo;
-use oci_spec::runtime::{Hook, Hooks};
+use oci_spec::runtime::{Hook, Hooks, LinuxResources};
 use thiserror::Error;
 use tokio::sync::{Mutex, MutexGuard, watch};
 
 use crate::agent::{AgentError, Target};
 use crate::attach::{Attachments, StandIn};
-use crate::bundle::{self, BundleError, HostSize, Plan, refuse};
+use crate::bundle::{self, Bundle, BundleError, HostSize, MachineSize, Plan, TooSmall, refuse};
+use crate::cgroup::{Cgroup, CgroupError, Limits};
 use crate::exec::{ExecError, Execs};
 use crate::hooks;
 use crate::lifecycle::{Event, InvalidTransition, Status};
@@ -50,6 +52,15 @@ pub enum ContainerError {
     /// A hook that has a say.
     #[error(transparent)]
     Hook(std::io::Error),
+    /// The pod's cgroup on the host.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+    /// Limits beyond its machine.
+    #[error(transparent)]
+    TooSmall(#[from] TooSmall),
+    /// How the host weighs the pod.
+    #[error("oomScoreAdj {0} cannot be set")]
+    OomScore(i32, #[source] std::io::Error),
     /// Its stand-in.
     #[error("no process attached to the container's streams")]
     StandIn(#[source] std::io::Error),
@@ -59,6 +70,8 @@ pub enum ContainerError {
 #[derive(Debug)]
 pub struct Container {
     home: Home,
+    /// Cgroups are units of systemd.
+    systemd_cgroup: bool,
     life: Mutex<Life>,
     exit: watch::Sender<Option<Exit>>,
     /// True once nothing of the pod runs any more.
@@ -73,6 +86,7 @@ pub struct Container {
 struct Life {
     state: State,
     pod: Option<Arc<Pod>>,
+    host: Option<OnHost>,
     poststart: Vec<Hook>,
 }
 
@@ -81,13 +95,14 @@ impl Container {
     ///
     /// # Errors
     /// When its directory cannot be written.
-    pub fn adopt(home: Home) -> Result<Arc<Self>, ContainerError> {
+    pub fn take_over(home: Home, systemd_cgroup: bool) -> Result<Arc<Self>, ContainerError> {
         let mut state = home.read()?;
         state.keeper = Process::current().map_err(ContainerError::StandIn)?;
         home.write(&state)?;
         Ok(Arc::new(Self {
             home,
-            life: Mutex::new(Life { state, pod: None, poststart: Vec::new() }),
+            systemd_cgroup,
+            life: Mutex::new(Life { state, pod: None, host: None, poststart: Vec::new() }),
             exit: watch::channel(None).0,
             over: watch::channel(false).0,
             hurry: watch::channel(false).0,
@@ -124,9 +139,10 @@ impl Container {
         }
         // On disk before a hook runs: those at the end run even when this fails.
         life.state.poststop = plan.hooks.poststop().clone().unwrap_or_default();
-        self.home.write(&life.state)?;
+        let host = self.enter_cgroup(&mut life.state, &bundle, &plan)?;
         let attached = async {
             let stand_in = attachments.take("").await.map_err(ContainerError::StandIn)?;
+            host.adopt(&stand_in)?;
             if bundle.has_early_hooks() {
                 self.run_early_hooks(&plan.hooks, &stand_in, life.state.clone()).await?;
             }
@@ -136,6 +152,7 @@ impl Container {
         let (stand_in, pod) = tokio::try_join!(attached, started)?;
         let phase = Phase::begin("container create");
         let streams = self.create_in_guest(&pod, &stand_in, &plan).await?;
+        host.cgroup.limit(Limits::of(&host.resources).whole())?;
         stand_in.hand_over(&streams).await.map_err(ContainerError::StandIn)?;
         phase.end();
         let pod = Arc::new(pod);
@@ -145,10 +162,34 @@ impl Container {
         life.state.annotations = plan.annotations;
         life.poststart = plan.hooks.poststart().clone().unwrap_or_default();
         life.pod = Some(pod.clone());
+        life.host = Some(host);
         self.advance(&mut life, Event::Prepared)?;
         let process = stand_in.process;
         tokio::spawn(self.clone().watch_over(pod, stand_in));
         Ok(process)
+    }
+
+    /// Makes the pod's cgroup and enters it: whatever this process starts from now on is in it.
+    fn enter_cgroup(
+        &self,
+        state: &mut State,
+        bundle: &Bundle,
+        plan: &Plan,
+    ) -> Result<OnHost, ContainerError> {
+        let cgroup = Cgroup::of(self.home.id(), bundle.cgroups_path(), self.systemd_cgroup)?;
+        cgroup.check_free()?;
+        // On disk before it exists: whoever cleans up removes it.
+        state.cgroup = Some(cgroup.clone());
+        self.home.write(state)?;
+        let host = OnHost {
+            cgroup,
+            resources: plan.resources.clone(),
+            size: plan.size,
+            score: plan.oom_score_adj,
+        };
+        host.take(std::process::id())?;
+        host.cgroup.limit(&Limits::of(&host.resources).while_it_boots())?;
+        Ok(host)
     }
 
     /// Runs the hooks that look at the container before it is created, and looks at what they did.
@@ -236,6 +277,24 @@ impl Container {
         life.state.status.on(Event::Thawed)?;
         running(&life)?.0.agent.resume(self.home.id()).await?;
         self.advance(&mut life, Event::Thawed)
+    }
+
+    /// Changes limits, inside and on the host.
+    ///
+    /// # Errors
+    /// When it has ended, its machine is too small, or a kernel refuses one.
+    pub async fn update(&self, change: &LinuxResources) -> Result<(), ContainerError> {
+        let mut life = self.life.lock().await;
+        let (pod, _) = running(&life)?;
+        let host = life.host.as_mut().ok_or(ContainerError::NotRunning)?;
+        let mut resources = host.resources.clone();
+        bundle::merge(&mut resources, change);
+        host.size.check(&host.resources, &resources)?;
+        let inside = bundle::resources_for_guest(&resources)?;
+        pod.agent.update(self.home.id(), inside).await?;
+        host.cgroup.limit(Limits::of(&resources).whole())?;
+        host.resources = resources;
+        Ok(())
     }
 
     /// Waits for the end.
@@ -335,6 +394,11 @@ impl Container {
         }
     }
 
+    /// Makes the stand-in of a further process one of the pod's processes.
+    pub(crate) async fn adopt(&self, stand_in: &StandIn) -> Result<(), ContainerError> {
+        self.life.lock().await.host.as_ref().map_or(Ok(()), |host| host.adopt(stand_in))
+    }
+
     /// The pod, while the container has not ended.
     pub(crate) async fn pod(&self) -> Result<Arc<Pod>, ContainerError> {
         Ok(running(&*self.life.lock().await)?.0)
@@ -343,6 +407,31 @@ impl Container {
     fn advance(&self, life: &mut MutexGuard<'_, Life>, event: Event) -> Result<(), ContainerError> {
         life.state.status = life.state.status.on(event)?;
         Ok(self.home.write(&life.state)?)
+    }
+}
+
+/// What the pod is to the host's kernel.
+#[derive(Debug)]
+struct OnHost {
+    cgroup: Cgroup,
+    /// What the container may use.
+    resources: LinuxResources,
+    size: MachineSize,
+    score: Option<i32>,
+}
+
+impl OnHost {
+    /// Makes a process one of the pod's.
+    fn take(&self, pid: u32) -> Result<(), ContainerError> {
+        self.cgroup.add(pid)?;
+        let Some(score) = self.score else { return Ok(()) };
+        let set = fs::write(format!("/proc/{pid}/oom_score_adj"), score.to_string());
+        set.map_err(|error| ContainerError::OomScore(score, error))
+    }
+
+    /// Makes a stand-in one of the pod's processes, if it is not a caller's own.
+    fn adopt(&self, stand_in: &StandIn) -> Result<(), ContainerError> {
+        if stand_in.detached { self.take(stand_in.process.pid) } else { Ok(()) }
     }
 }
 

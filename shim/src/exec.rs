@@ -153,6 +153,7 @@ impl Container {
         let _open = self.execs.gate.read().await;
         self.takes_processes().await?;
         let pod = self.pod().await?;
+        self.adopt(&stand_in).await?;
         let (streams, sockets) = proxy::open_streams(&pod, stand_in.wants).await?;
         let target = Target { container: self.home().id(), exec: name };
         pod.agent.exec(target, process_json, streams).await?;

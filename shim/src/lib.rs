@@ -13,6 +13,7 @@ pub mod agent;
 pub mod assets;
 pub mod attach;
 pub mod bundle;
+pub mod cgroup;
 pub mod channel;
 pub mod cli;
 pub mod container;

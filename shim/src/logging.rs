@@ -11,9 +11,11 @@ use anyhow::Context as _;
 use serde::{Deserialize, Serialize};
 use tracing::field::{Field, Visit};
 use tracing::{Event, Level, Subscriber};
+use tracing_subscriber::filter::Targets;
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::writer::BoxMakeWriter;
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
+use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::registry::LookupSpan;
 
 use crate::timestamp;
@@ -43,11 +45,15 @@ pub fn start(target: &LogTarget) -> anyhow::Result<()> {
         }
     };
     let level = if target.debug { Level::DEBUG } else { Level::WARN };
+    // It warns of each controller that it does not know, at each cgroup.
+    let cgroups = if target.debug { Level::DEBUG } else { Level::ERROR };
+    let levels = Targets::new().with_default(level).with_target("libcgroups", cgroups);
     let subscriber = tracing_subscriber::fmt()
         .with_max_level(level)
         .with_writer(writer)
         .event_format(Lines { json: target.json })
-        .finish();
+        .finish()
+        .with(levels);
     tracing::subscriber::set_global_default(subscriber).context("log is set already")
 }
 

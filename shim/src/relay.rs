@@ -97,12 +97,17 @@ pub struct Relay {
 }
 
 impl Relay {
-    /// Attaches this process's standard streams at `socket`; `exec` is as in
+    /// Attaches this process's standard streams at `socket`; `exec` and `detached` are as in
     /// [`FromStandIn::Attach`]. With a terminal, that is all three of them.
     ///
     /// # Errors
     /// When no supervisor listens there.
-    pub fn attach(socket: &Path, exec: &str, terminal: Option<Terminal>) -> io::Result<Self> {
+    pub fn attach(
+        socket: &Path,
+        exec: &str,
+        detached: bool,
+        terminal: Option<Terminal>,
+    ) -> io::Result<Self> {
         let wants = match &terminal {
             Some(terminal) => Wants { terminal: Some(terminal.size()), ..Wants::default() },
             None => Wants {
@@ -114,7 +119,7 @@ impl Relay {
         };
         let supervisor = connect_to(socket)?;
         let relay = Self { supervisor, wants, terminal };
-        relay.say(&FromStandIn::Attach { wants, exec: exec.to_owned() })?;
+        relay.say(&FromStandIn::Attach { wants, exec: exec.to_owned(), detached })?;
         Ok(relay)
     }
 
@@ -316,9 +321,9 @@ mod tests {
     fn a_supervisor_that_is_gone_is_an_error() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("attach.sock");
-        assert!(Relay::attach(&path, "", None).is_err());
+        assert!(Relay::attach(&path, "", false, None).is_err());
         // A socket of another kind is none either.
         let _listener = UnixListener::bind(&path).unwrap();
-        assert!(Relay::attach(&path, "", None).is_err());
+        assert!(Relay::attach(&path, "", false, None).is_err());
     }
 }

@@ -14,6 +14,7 @@ use oci_spec::runtime::Hook;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use crate::cgroup::Cgroup;
 use crate::id::ContainerId;
 use crate::lifecycle::Status;
 use crate::process::Process;
@@ -101,6 +102,8 @@ pub struct State {
     pub exit: Option<Exit>,
     /// The user who claimed the id.
     pub owner: u32,
+    /// The pod's cgroup on the host, once it is the container's to remove.
+    pub cgroup: Option<Cgroup>,
     /// What to run on the host once the container has been deleted.
     pub poststop: Vec<Hook>,
 }
@@ -184,6 +187,7 @@ impl Home {
             annotations: HashMap::new(),
             exit: None,
             owner: rustix::process::geteuid().as_raw(),
+            cgroup: None,
             poststop: Vec::new(),
         })
     }

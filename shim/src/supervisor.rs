@@ -22,6 +22,7 @@ use ttrpc::asynchronous::Server;
 use ttrpc::asynchronous::transport::Listener;
 
 use crate::attach::Attachments;
+use crate::cgroup;
 use crate::channel::Channel;
 use crate::container::Container;
 use crate::hooks;
@@ -44,6 +45,8 @@ pub struct Orders {
     pub id: ContainerId,
     /// Nobody will delete the container: its directory goes when it ends.
     pub ephemeral: bool,
+    /// The pod's cgroup is a unit of systemd.
+    pub systemd_cgroup: bool,
     /// Where warnings go.
     pub log: LogTarget,
     /// When the creator began to start this process.
@@ -77,7 +80,8 @@ async fn serve(
     task: OwnedFd,
     attach: OwnedFd,
 ) -> anyhow::Result<()> {
-    let container = Container::adopt(Home::open(&orders.root, &orders.id)?)?;
+    let container =
+        Container::take_over(Home::open(&orders.root, &orders.id)?, orders.systemd_cgroup)?;
     let leave = Arc::new(Notify::new());
     let service =
         Service::new(container.clone(), Attachments::new(Channel::new(attach)?), leave.clone());
@@ -97,7 +101,13 @@ async fn serve(
     let _ = timeout(GOODBYE, server.shutdown()).await;
     let home = container.home();
     if !created || orders.ephemeral {
-        hooks::poststop(home, home.read()?);
+        let state = home.read()?;
+        if let Some(cgroup) = &state.cgroup {
+            // This process is in it.
+            cgroup::leave(home.id())?;
+            cgroup.remove()?;
+        }
+        hooks::poststop(home, state);
         home.remove()?;
     }
     Ok(())

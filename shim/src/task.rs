@@ -11,9 +11,11 @@ use containerd_shim_protos::api::{
     ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse, DeleteRequest,
     DeleteResponse, Empty, ExecProcessRequest, KillRequest, PauseRequest, PidsRequest,
     PidsResponse, ProcessInfo, ResumeRequest, ShutdownRequest, StartRequest, StartResponse,
-    StateRequest, StateResponse, Status as TaskStatus, WaitRequest, WaitResponse,
+    StateRequest, StateResponse, Status as TaskStatus, UpdateTaskRequest, WaitRequest,
+    WaitResponse,
 };
 use containerd_shim_protos::shim_async::Task;
+use oci_spec::runtime::LinuxResources;
 use prost::Message;
 use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
@@ -32,6 +34,9 @@ use crate::state::Exit;
 /// What the first [`ProcessInfo`] carries. Numbers of processes are the host's, so they name
 /// stand-ins; this is what runs in the guest.
 pub const PROCESSES: &str = "bulkhead.agent.v1.ProcessesReply";
+
+/// What limits are called in an update; containerd's name for them.
+pub const RESOURCES: &str = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources";
 
 /// The service of one pod.
 #[derive(Debug)]
@@ -82,8 +87,10 @@ fn status(error: ContainerError) -> Error {
         E::Exec(ExecError::Taken(_)) => Code::ALREADY_EXISTS,
         E::Exec(ExecError::Unknown(_)) => Code::NOT_FOUND,
         E::Exec(ExecError::TooMany) => Code::RESOURCE_EXHAUSTED,
-        E::Bundle(_) => Code::INVALID_ARGUMENT,
-        E::Pod(_) | E::State(_) | E::Hook(_) | E::StandIn(_) => Code::INTERNAL,
+        E::Bundle(_) | E::TooSmall(_) => Code::INVALID_ARGUMENT,
+        E::Pod(_) | E::State(_) | E::Hook(_) | E::StandIn(_) | E::Cgroup(_) | E::OomScore(..) => {
+            Code::INTERNAL
+        }
         E::Agent(_) => Code::UNKNOWN,
     };
     get_rpc_status(code, format!("{:#}", anyhow::Error::from(error)))
@@ -218,6 +225,16 @@ impl Task for Service {
     async fn pause(&self, _: &TtrpcContext, request: PauseRequest) -> ttrpc::Result<Empty> {
         let container = self.container(&request.id, "")?.clone();
         to_its_end(async move { container.pause().await }).await?;
+        Ok(Empty::new())
+    }
+
+    async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
+        let container = self.container(&request.id, "")?.clone();
+        let resources = request.resources.into_option().unwrap_or_default().value;
+        let resources: LinuxResources = serde_json::from_slice(&resources).map_err(|error| {
+            get_rpc_status(Code::INVALID_ARGUMENT, format!("resources: {error}"))
+        })?;
+        to_its_end(async move { container.update(&resources).await }).await?;
         Ok(Empty::new())
     }
 

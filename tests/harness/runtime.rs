@@ -1,5 +1,6 @@
 //! The `bulkhead` command, called as a person or Docker would, and what it must not leave behind.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -23,6 +24,8 @@ const PATIENCE: Duration = Duration::from_secs(120);
 #[derive(Debug)]
 pub struct Runtime {
     root: TempDir,
+    /// Those of the host before anything was run.
+    cgroups: BTreeSet<PathBuf>,
     program: PathBuf,
 }
 
@@ -44,7 +47,7 @@ impl Runtime {
     }
 
     fn of(program: PathBuf) -> Result<Self> {
-        Ok(Self { root: TempDir::with_prefix("root-")?, program })
+        Ok(Self { root: TempDir::with_prefix("root-")?, cgroups: cgroups()?, program })
     }
 
     /// The state directory.
@@ -207,6 +210,8 @@ impl Runtime {
         for entry in fs::read_dir(self.root())? {
             left.push(format!("file {}", entry?.path().display()));
         }
+        let cgroups = cgroups()?;
+        left.extend(cgroups.difference(&self.cgroups).map(|it| format!("cgroup {}", it.display())));
         for line in fs::read_to_string("/proc/self/mountinfo")?.lines() {
             if line.contains(&root) {
                 left.push(format!("mount {line}"));
@@ -214,6 +219,26 @@ impl Runtime {
         }
         Ok(left)
     }
+}
+
+/// The cgroups of the host.
+///
+/// # Errors
+/// When they cannot be listed.
+pub fn cgroups() -> Result<BTreeSet<PathBuf>> {
+    let mut found = BTreeSet::new();
+    let mut next = vec![PathBuf::from("/sys/fs/cgroup")];
+    while let Some(directory) = next.pop() {
+        // One may be removed meanwhile.
+        for entry in fs::read_dir(&directory).into_iter().flatten() {
+            let entry = entry?;
+            if entry.file_type()?.is_dir() {
+                next.push(entry.path());
+            }
+        }
+        found.insert(directory);
+    }
+    Ok(found)
 }
 
 /// Kills a process at once and reports when it cannot be.

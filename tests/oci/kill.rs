@@ -6,12 +6,13 @@ use bulkhead_tests::bundle::Bundle;
 use bulkhead_tests::runtime::{Runtime, expect_output, kill_9};
 
 fn killing(program: &str) {
-    let runtime = Runtime::new().unwrap();
     let neighbours = Runtime::new().unwrap();
     let bundle = Bundle::new(&["/bin/sleep", "1000"]).unwrap();
     let other = Bundle::new(&["/bin/sleep", "1000"]).unwrap();
     neighbours.create("neighbour", &other).unwrap();
     neighbours.ok(&["start", "neighbour"]).unwrap();
+    // What was there before it is none of its own.
+    let runtime = Runtime::new().unwrap();
     runtime.create("victim", &bundle).unwrap();
     runtime.ok(&["start", "victim"]).unwrap();
 

@@ -2,6 +2,8 @@
 //! the test host.
 
 #[cfg(test)]
+mod cgroup;
+#[cfg(test)]
 mod errors;
 #[cfg(test)]
 mod exec;

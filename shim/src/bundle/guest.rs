@@ -11,7 +11,7 @@ use oci_spec::runtime::{
 };
 use rustix::process::{Resource, Rlimit, getrlimit};
 
-use super::{BundleError, refuse};
+use super::{BundleError, refuse, resources};
 use crate::id::ContainerId;
 
 /// The limits that a process inherits. Of locked memory the guest has its own (`guest-agent`).
@@ -205,12 +205,8 @@ fn adapt_linux(linux: &mut Linux, id: &ContainerId, dropped: &mut Vec<&'static s
     let label = linux.mount_label().as_ref().is_some_and(|label| !label.is_empty());
     note(dropped, label, "linux.mountLabel");
     linux.set_mount_label(None);
-    // Processors and memory nodes are numbered by the host; the machine has as many as were named.
-    let cpu = linux.resources_mut().as_mut().and_then(|resources| resources.cpu_mut().as_mut());
-    if let Some(cpu) = cpu {
-        let set = |list: &Option<String>| list.as_ref().is_some_and(|list| !list.is_empty());
-        note(dropped, set(cpu.cpus()) || set(cpu.mems()), "linux.resources.cpu.cpus and mems");
-        cpu.set_cpus(None).set_mems(None);
+    if let Some(resources) = linux.resources_mut() {
+        resources::for_guest(resources);
     }
 }
 

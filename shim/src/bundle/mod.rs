@@ -6,6 +6,7 @@
 
 mod guest;
 pub mod refuse;
+mod resources;
 mod size;
 
 use std::collections::HashMap;
@@ -13,12 +14,13 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{Hooks, LinuxNamespaceType, Spec};
+use oci_spec::runtime::{Hooks, LinuxNamespaceType, LinuxResources, Spec};
 use thiserror::Error;
 
 pub use self::guest::{Kind, Shared};
 use self::refuse::Refusal;
-pub use self::size::{HostSize, MachineSize};
+pub use self::resources::merge;
+pub use self::size::{HostSize, MACHINE_OVERHEAD_MIB, MachineSize, TooSmall};
 use crate::id::ContainerId;
 use crate::network::Network;
 
@@ -111,6 +113,10 @@ pub struct Plan {
     pub shared: Vec<Shared>,
     /// vCPUs and memory.
     pub size: MachineSize,
+    /// What the container may use.
+    pub resources: LinuxResources,
+    /// How the kernel of the host weighs the pod when memory is short; none leaves the caller's.
+    pub oom_score_adj: Option<i32>,
     /// For the state.
     pub annotations: HashMap<String, String>,
     /// Hooks that run on the host.
@@ -146,6 +152,16 @@ fn read_config(dir: &Path, path: &Path) -> Result<Vec<u8>, BundleError> {
     fs::read(path).map_err(unreadable)
 }
 
+/// What of a container's resources the guest keeps, JSON.
+///
+/// # Errors
+/// When they cannot be written.
+pub fn resources_for_guest(resources: &LinuxResources) -> Result<Vec<u8>, BundleError> {
+    let mut resources = resources.clone();
+    resources::for_guest(&mut resources);
+    serde_json::to_vec(&resources).map_err(BundleError::Rewrite)
+}
+
 impl Bundle {
     /// Turns the specification into what the pod needs.
     ///
@@ -160,6 +176,8 @@ impl Bundle {
             rootfs,
             shared: guest.shared,
             size: size::of(self.spec.linux().as_ref(), host),
+            resources: self.resources(),
+            oom_score_adj: self.spec.process().as_ref().and_then(|it| it.oom_score_adj()),
             annotations: self.spec.annotations().clone().unwrap_or_default(),
             hooks: self.spec.hooks().clone().unwrap_or_default(),
             dropped: guest.dropped,
@@ -179,6 +197,17 @@ impl Bundle {
         let namespaces = linux.and_then(|linux| linux.namespaces().as_deref()).unwrap_or_default();
         let entry = namespaces.iter().find(|entry| entry.typ() == LinuxNamespaceType::Network);
         entry.and_then(|entry| entry.path().clone()).map_or(Network::New, Network::Join)
+    }
+
+    /// The cgroup of the host that is the pod's.
+    #[must_use]
+    pub fn cgroups_path(&self) -> Option<&Path> {
+        self.spec.linux().as_ref().and_then(|linux| linux.cgroups_path().as_deref())
+    }
+
+    fn resources(&self) -> LinuxResources {
+        let linux = self.spec.linux().as_ref();
+        linux.and_then(|linux| linux.resources().clone()).unwrap_or_default()
     }
 
     /// Whether hooks look at the container before its program runs.

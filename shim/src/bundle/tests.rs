@@ -172,7 +172,7 @@ fn what_only_means_something_on_the_host_is_dropped_and_reported() {
     config["hooks"] = json!({"poststop": [{"path": "/p"}], "startContainer": [{"path": "/s"}]});
     let bundle = TestBundle::with(&config);
     let plan = bundle.plan().unwrap();
-    assert_eq!(plan.dropped.len(), 3, "{:?}", plan.dropped);
+    assert_eq!(plan.dropped.len(), 2, "{:?}", plan.dropped);
     assert_eq!(plan.size.vcpus, 2);
     assert!(plan.hooks.poststop().is_some());
     let spec = bundle.guest_spec();

@@ -39,7 +39,7 @@ pub struct Global {
     /// Log everything.
     #[arg(long)]
     pub debug: bool,
-    /// Taken and ignored: cgroups are the guest's own.
+    /// The pod's cgroup is a unit of systemd; cgroupsPath is "slice:prefix:name" then.
     #[arg(long)]
     pub systemd_cgroup: bool,
     /// Taken and ignored.
@@ -91,6 +91,8 @@ pub enum Verb {
     Pause(Named),
     /// Let the processes of a paused container go on.
     Resume(Named),
+    /// Change the limits of a container.
+    Update(Box<Update>),
     /// List the processes of a container.
     Ps(Ps),
     /// Remove a container that does not run.
@@ -119,6 +121,66 @@ pub struct Named {
     /// The container's name.
     #[arg(value_name = "CONTAINER")]
     pub id: ContainerId,
+}
+
+/// Options of `update`. A size is a number of bytes, or one with a unit such as 64m.
+#[derive(Debug, Args)]
+pub struct Update {
+    /// The container's name.
+    #[arg(value_name = "CONTAINER")]
+    pub id: ContainerId,
+    /// File with the limits as a "linux.resources" object, - for standard input; other flags then
+    /// mean nothing.
+    #[arg(long, short, value_name = "FILE")]
+    pub resources: Option<PathBuf>,
+    /// Memory.
+    #[arg(long, value_name = "SIZE", allow_hyphen_values = true)]
+    pub memory: Option<String>,
+    /// Memory and swap together; -1 for no limit.
+    #[arg(long, value_name = "SIZE", allow_hyphen_values = true)]
+    pub memory_swap: Option<String>,
+    /// Memory that is kept when others want it.
+    #[arg(long, value_name = "SIZE", allow_hyphen_values = true)]
+    pub memory_reservation: Option<String>,
+    /// Taken and ignored: the kernel's memory has no limit of its own.
+    #[arg(long, value_name = "SIZE", hide = true, allow_hyphen_values = true)]
+    pub kernel_memory: Option<String>,
+    /// Taken and ignored, as that.
+    #[arg(long, value_name = "SIZE", hide = true, allow_hyphen_values = true)]
+    pub kernel_memory_tcp: Option<String>,
+    /// Microseconds of processor time in each period; -1 for no limit.
+    #[arg(long, value_name = "US", allow_hyphen_values = true)]
+    pub cpu_quota: Option<i64>,
+    /// Length of a period, in microseconds.
+    #[arg(long, value_name = "US")]
+    pub cpu_period: Option<u64>,
+    /// Weight against others.
+    #[arg(long, value_name = "SHARES")]
+    pub cpu_share: Option<u64>,
+    /// Realtime microseconds in each period.
+    #[arg(long, value_name = "US", allow_hyphen_values = true)]
+    pub cpu_rt_runtime: Option<i64>,
+    /// Length of a realtime period, in microseconds.
+    #[arg(long, value_name = "US")]
+    pub cpu_rt_period: Option<u64>,
+    /// Processors of the host.
+    #[arg(long, value_name = "LIST")]
+    pub cpuset_cpus: Option<String>,
+    /// Memory nodes of the host.
+    #[arg(long, value_name = "LIST")]
+    pub cpuset_mems: Option<String>,
+    /// Processes and threads; -1 for no limit.
+    #[arg(long, value_name = "NUMBER", allow_hyphen_values = true)]
+    pub pids_limit: Option<i64>,
+    /// Weight of block I/O, 10 to 1000.
+    #[arg(long, value_name = "WEIGHT")]
+    pub blkio_weight: Option<u16>,
+    /// Refused.
+    #[arg(long, value_name = "SCHEMA", hide = true)]
+    pub l3_cache_schema: Option<String>,
+    /// Refused.
+    #[arg(long, value_name = "SCHEMA", hide = true)]
+    pub mem_bw_schema: Option<String>,
 }
 
 /// Options of `stand-in`.

@@ -195,6 +195,7 @@ fn start_supervisor(
         root: home.root().to_owned(),
         id: home.id().clone(),
         ephemeral,
+        systemd_cgroup: global.systemd_cgroup,
         log: global.log_target(),
         spawned,
     };
@@ -211,6 +212,9 @@ pub(super) fn clean_up(home: &Home) -> anyhow::Result<()> {
             if process.pid != std::process::id() && !process.kill_and_wait(KILLED) {
                 bail!("process {} cannot be ended", process.pid);
             }
+        }
+        if let Some(cgroup) = &state.cgroup {
+            cgroup.remove()?;
         }
     }
     Ok(home.remove()?)

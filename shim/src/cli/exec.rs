@@ -54,7 +54,7 @@ pub(super) fn exec(global: &Global, exec: &Exec) -> anyhow::Result<ExitCode> {
     let mut relay = None;
     let up = async {
         let client = prepare(&home, &name, process).await?;
-        relay = Some(Relay::attach(SocketPath::attach(&home)?.path(), &name, terminal)?);
+        relay = Some(Relay::attach(SocketPath::attach(&home)?.path(), &name, false, terminal)?);
         if let Some(path) = &exec.pid_file {
             client::write_pid_file(path, std::process::id())?;
         }

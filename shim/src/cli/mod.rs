@@ -18,6 +18,7 @@ pub mod spec;
 mod stand_in;
 mod start;
 mod state;
+mod update;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -76,6 +77,7 @@ fn dispatch(line: &CommandLine) -> anyhow::Result<ExitCode> {
         Verb::Pause(named) => pause::pause(global, &named.id)?,
         Verb::Resume(named) => pause::resume(global, &named.id)?,
         Verb::Ps(ps) => ps::ps(global, ps)?,
+        Verb::Update(update) => update::update(global, update)?,
         Verb::Delete(delete) => delete::delete(global, delete)?,
         Verb::List(list) => list::list(global, list)?,
         Verb::Spec(spec) => spec::spec(spec)?,

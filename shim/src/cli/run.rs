@@ -37,7 +37,7 @@ fn foreground(run: &Run, mut creation: Creation) -> anyhow::Result<ExitCode> {
     }
     let terminal = if creation.terminal { Some(Terminal::own()?) } else { None };
     let socket = SocketPath::attach(&creation.home)?;
-    let relay = Relay::attach(socket.path(), "", terminal).context("attach.sock")?;
+    let relay = Relay::attach(socket.path(), "", false, terminal).context("attach.sock")?;
     if let Some(signal) = bring_up(run, &creation, &signals)? {
         // Dropping the creation takes everything back.
         drop(relay);

@@ -23,7 +23,7 @@ pub(super) fn stand_in(global: &Global, stand_in: &StandIn) -> anyhow::Result<Ex
     if let Some(terminal) = &terminal {
         terminal.control()?;
     }
-    let relay = Relay::attach(SocketPath::attach(&home)?.path(), &stand_in.exec, terminal)?;
+    let relay = Relay::attach(SocketPath::attach(&home)?.path(), &stand_in.exec, true, terminal)?;
     // Nobody reads what it could say: a supervisor that is gone is a container that was killed.
     Ok(relay.serve(&signals).map_or(ExitCode::from(137), |ended| ExitCode::from(ended.status)))
 }

@@ -1,0 +1,124 @@
+//! `linux.resources` while a container lives: what changes, and what of it is the guest's.
+//!
+//! The host keeps all of it, and hands on what the machine can keep.
+
+use oci_spec::runtime::LinuxResources;
+
+/// Takes over what an update sets. As under runc, 0 and an empty list leave a limit as it is, and -1
+/// takes it away.
+pub fn merge(current: &mut LinuxResources, update: &LinuxResources) {
+    if let Some(new) = update.memory() {
+        let mut memory = current.memory().unwrap_or_default();
+        let (limit, swap, reservation) = (memory.limit(), memory.swap(), memory.reservation());
+        memory
+            .set_limit(set(new.limit()).or(limit))
+            .set_swap(set(new.swap()).or(swap))
+            .set_reservation(set(new.reservation()).or(reservation));
+        current.set_memory(Some(memory));
+    }
+    if let Some(new) = update.cpu() {
+        let mut cpu = current.cpu().clone().unwrap_or_default();
+        let old = cpu.clone();
+        cpu.set_shares(set(new.shares()).or(old.shares()))
+            .set_quota(set(new.quota()).or(old.quota()))
+            .set_burst(new.burst().or(old.burst()))
+            .set_period(set(new.period()).or(old.period()))
+            .set_realtime_runtime(set(new.realtime_runtime()).or(old.realtime_runtime()))
+            .set_realtime_period(set(new.realtime_period()).or(old.realtime_period()))
+            .set_cpus(listed(new.cpus()).or(old.cpus().clone()))
+            .set_mems(listed(new.mems()).or(old.mems().clone()))
+            .set_idle(new.idle().or(old.idle()));
+        current.set_cpu(Some(cpu));
+    }
+    if let Some(pids) = update.pids().filter(|pids| pids.limit() != 0) {
+        current.set_pids(Some(pids));
+    }
+    if let Some(weight) = update.block_io().as_ref().and_then(|it| set(it.weight())) {
+        let mut block_io = current.block_io().clone().unwrap_or_default();
+        block_io.set_weight(Some(weight));
+        current.set_block_io(Some(block_io));
+    }
+    if let Some(files) = update.unified() {
+        let mut unified = current.unified().clone().unwrap_or_default();
+        unified.extend(files.clone());
+        current.set_unified(Some(unified));
+    }
+}
+
+/// What the guest keeps. Processors, memory nodes and disks are numbered by the host, whose cgroup
+/// keeps them.
+pub(super) fn for_guest(resources: &mut LinuxResources) {
+    resources.set_block_io(None);
+    if let Some(cpu) = resources.cpu_mut() {
+        cpu.set_cpus(None).set_mems(None);
+    }
+}
+
+fn set<T: Default + PartialEq>(value: Option<T>) -> Option<T> {
+    value.filter(|value| *value != T::default())
+}
+
+fn listed(list: &Option<String>) -> Option<String> {
+    list.clone().filter(|list| !list.is_empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn merged(current: &Value, update: &Value) -> Value {
+        let read = |json: &Value| serde_json::from_value(json.clone()).unwrap();
+        let mut current: LinuxResources = read(current);
+        merge(&mut current, &read(update));
+        serde_json::to_value(current).unwrap()
+    }
+
+    #[test]
+    fn what_is_not_named_stays() {
+        let before = json!({
+            "memory": {"limit": 5, "swap": 7},
+            "cpu": {"quota": 5, "period": 6, "cpus": "0"},
+            "pids": {"limit": 9},
+            "unified": {"memory.high": "1"},
+        });
+        assert_eq!(merged(&before, &json!({})), before);
+        let nothing = json!({
+            "memory": {"limit": 0, "swap": 0},
+            "cpu": {"quota": 0, "period": 0, "cpus": "", "shares": 0},
+            "pids": {"limit": 0},
+            "blockIO": {"weight": 0},
+        });
+        assert_eq!(merged(&before, &nothing), before);
+    }
+
+    #[test]
+    fn what_is_named_changes() {
+        let before = json!({"memory": {"limit": 5, "swap": 7}, "unified": {"a.b": "1"}});
+        let update = json!({
+            "memory": {"limit": 6},
+            "cpu": {"quota": -1},
+            "pids": {"limit": -1},
+            "blockIO": {"weight": 10},
+            "unified": {"c.d": "2"},
+        });
+        let after = json!({
+            "memory": {"limit": 6, "swap": 7},
+            "cpu": {"quota": -1},
+            "pids": {"limit": -1},
+            "blockIO": {"weight": 10},
+            "unified": {"a.b": "1", "c.d": "2"},
+        });
+        assert_eq!(merged(&before, &update), after);
+    }
+
+    #[test]
+    fn the_guest_has_no_numbers_of_the_host() {
+        let mut resources = serde_json::from_value(json!({
+            "cpu": {"cpus": "3", "mems": "0", "quota": 7}, "blockIO": {"weight": 5},
+        }))
+        .unwrap();
+        for_guest(&mut resources);
+        assert_eq!(serde_json::to_value(resources).unwrap(), json!({"cpu": {"quota": 7}}));
+    }
+}

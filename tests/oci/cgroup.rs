@@ -1,0 +1,219 @@
+//! The pod's cgroup on the host: who is in it, what limits it has, and that nothing of it stays.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
+
+use bulkhead_tests::bundle::Bundle;
+use bulkhead_tests::runtime::{Runtime, comes_true, expect_output, finish, kill_9};
+use serde_json::{Value, json};
+
+const PATH: &str = "/bulkhead-suite/pod";
+
+/// A cgroup of the host that a container is to have; gone with this, and its parent.
+struct Place;
+
+impl Place {
+    fn dir() -> PathBuf {
+        Path::new("/sys/fs/cgroup").join(PATH.trim_start_matches('/'))
+    }
+
+    fn read(file: &str) -> String {
+        fs::read_to_string(Self::dir().join(file)).unwrap().trim().to_owned()
+    }
+
+    fn processes() -> BTreeSet<u32> {
+        Self::read("cgroup.procs").lines().map(|pid| pid.parse().unwrap()).collect()
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        // They are there when a container had them.
+        let _ = fs::remove_dir(Self::dir());
+        let _ = fs::remove_dir(Self::dir().parent().unwrap());
+    }
+}
+
+fn bundle(resources: &Value) -> Bundle {
+    let bundle = Bundle::script("echo up; exec sleep 1000").unwrap();
+    bundle
+        .with(|spec| {
+            spec["linux"]["cgroupsPath"] = json!(PATH);
+            spec["linux"]["resources"] = resources.clone();
+            spec["process"]["oomScoreAdj"] = json!(77);
+        })
+        .unwrap()
+}
+
+#[test]
+fn the_whole_pod_is_in_it_with_its_limits() {
+    let (_place, runtime) = (Place, Runtime::new().unwrap());
+    let bundle = bundle(&json!({
+        "memory": {"limit": 64 << 20, "reservation": 32 << 20},
+        "cpu": {"quota": 300_000, "period": 100_000, "shares": 2048},
+        "pids": {"limit": 20},
+    }));
+    runtime.create("c", &bundle).unwrap();
+    let root = runtime.root().to_string_lossy().into_owned();
+    let all: BTreeSet<u32> = runtime.processes(&root).unwrap().into_iter().collect();
+    assert_eq!(all.len(), 4, "supervisor, monitor, file server, stand-in");
+    assert_eq!(Place::processes(), all);
+    for pid in all {
+        assert_eq!(fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).unwrap(), "77\n");
+    }
+    // Beside the container's 64: 128 for the machine, 64 for its processes.
+    assert_eq!(Place::read("memory.max"), (256 << 20).to_string());
+    assert_eq!(Place::read("memory.low"), (32 << 20).to_string());
+    assert_eq!(Place::read("cpu.max"), "300000 100000");
+    assert_ne!(Place::read("cpu.weight"), "100");
+    assert_eq!(Place::read("pids.max"), (20 + 256).to_string());
+    let used: u64 = Place::read("memory.current").parse().unwrap();
+    assert!(used > 16 << 20, "the guest's memory is not counted: {used}");
+    runtime.ok(&["delete", "--force", "c"]).unwrap();
+    assert!(!Place::dir().exists());
+    assert!(Place::dir().parent().unwrap().exists(), "parents stay, as under runc");
+}
+
+#[test]
+fn stand_ins_that_stay_are_in_it_and_callers_are_not() {
+    let (_place, runtime) = (Place, Runtime::new().unwrap());
+    let bundle = bundle(&json!({}));
+    let mut child = runtime.spawn_run("c", &bundle).unwrap();
+    expect_output(&mut child, "up\n").unwrap();
+    assert!(!Place::processes().contains(&child.id()), "a caller's own process was moved");
+    let before = Place::processes().len();
+    let mut detached = runtime.command(&["exec", "--detach", "c", "sleep", "1000"]);
+    // Not a pipe, which the process that stays would keep open.
+    assert!(detached.stdout(Stdio::null()).stderr(Stdio::null()).status().unwrap().success());
+    assert_eq!(Place::processes().len(), before + 1);
+    let own = exec_sleep(&runtime);
+    assert!(comes_true(Duration::from_secs(20), || {
+        runtime.ok(&["ps", "c"]).unwrap().matches("sleep 1000").count() == 3
+    }));
+    assert_eq!(Place::processes().len(), before + 1);
+    kill_9(child.id()).unwrap();
+    child.wait().unwrap();
+    finish(own).unwrap();
+    assert!(comes_true(Duration::from_secs(20), || !Place::dir().exists()));
+}
+
+fn exec_sleep(runtime: &Runtime) -> Child {
+    let mut command: Command = runtime.command(&["exec", "c", "sleep", "1000"]);
+    command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+}
+
+#[test]
+fn limits_change_inside_and_outside_while_it_runs() {
+    let (_place, runtime) = (Place, Runtime::new().unwrap());
+    let limits = json!({
+        "memory": {"limit": 100 << 20},
+        "cpu": {"quota": 100_000, "period": 100_000},
+        "pids": {"limit": 20},
+        "devices": [{"allow": false, "access": "rwm"}],
+    });
+    let bundle = bundle(&limits);
+    runtime.create("c", &bundle).unwrap();
+    runtime.ok(&["start", "c"]).unwrap();
+    let inside =
+        |file: &str| runtime.ok(&["exec", "c", "cat", &format!("/sys/fs/cgroup/{file}")]).unwrap();
+    let outside = |mib: u64| ((mib + 128 + 64) << 20).to_string();
+    runtime.ok(&["update", "--memory", "64m", "--pids-limit", "30", "c"]).unwrap();
+    assert_eq!(inside("memory.max"), format!("{}\n", 64 << 20));
+    assert_eq!(Place::read("memory.max"), outside(64));
+    assert_eq!((inside("pids.max").as_str(), Place::read("pids.max").as_str()), ("30\n", "286"));
+    // As a file from Docker: what is 0 or empty there stays.
+    let update = json!({
+        "memory": {"limit": 0, "reservation": 16 << 20},
+        "cpu": {"quota": 50_000, "period": 0, "cpus": "", "shares": 0},
+    });
+    let mut command = runtime.command(&["update", "--resources", "-", "c"]);
+    let mut child = command.stdin(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    child.stdin.take().unwrap().write_all(update.to_string().as_bytes()).unwrap();
+    let output = finish(child).unwrap();
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(inside("memory.max"), format!("{}\n", 64 << 20));
+    assert_eq!(
+        (inside("cpu.max").as_str(), Place::read("cpu.max").as_str()),
+        ("50000 100000\n", "50000 100000")
+    );
+    assert_eq!(Place::read("memory.low"), (16 << 20).to_string());
+    // Which devices may be used has not changed with it.
+    runtime.ok(&["exec", "c", "sh", "-c", "echo > /dev/null"]).unwrap();
+
+    // What the machine cannot keep is refused, and changes nothing.
+    let errors = runtime.fails(&["update", "--memory", "101m", "c"]).unwrap();
+    assert!(errors.contains("101 MiB") && errors.contains("100 MiB at most"), "{errors}");
+    let errors = runtime.fails(&["update", "--cpu-quota", "200000", "c"]).unwrap();
+    assert!(errors.contains("2 processors"), "{errors}");
+    let errors = runtime.fails(&["update", "--memory", "abc", "c"]).unwrap();
+    assert!(errors.contains("invalid value for memory: invalid size: 'abc'"), "{errors}");
+    assert_eq!(inside("memory.max"), format!("{}\n", 64 << 20));
+    assert_eq!(Place::read("memory.max"), outside(64));
+
+    runtime.ok(&["pause", "c"]).unwrap();
+    runtime.ok(&["update", "--memory", "-1", "c"]).unwrap();
+    assert_eq!(Place::read("memory.max"), "max");
+    runtime.ok(&["resume", "c"]).unwrap();
+    assert_eq!(inside("memory.max"), "max\n");
+    runtime.ok(&["kill", "c", "KILL"]).unwrap();
+    runtime.wait_for_status("c", "stopped").unwrap();
+    let errors = runtime.fails(&["update", "--memory", "64m", "c"]).unwrap();
+    assert!(errors.contains("container not running"), "{errors}");
+    runtime.ok(&["delete", "c"]).unwrap();
+    assert!(!Place::dir().exists());
+}
+
+#[test]
+fn it_goes_with_the_container_whoever_was_killed() {
+    let (_place, runtime) = (Place, Runtime::new().unwrap());
+    for victim in ["supervise", "stand-in", "bulkhead-vmm", "bulkhead-fs"] {
+        runtime.create("c", &bundle(&json!({"memory": {"limit": 64 << 20}}))).unwrap();
+        let [pid] = runtime.processes(victim).unwrap()[..] else { panic!("one {victim}") };
+        kill_9(pid).unwrap();
+        runtime.ok(&["delete", "--force", "c"]).unwrap();
+        assert!(!Place::dir().exists(), "after {victim}");
+    }
+    let refused = bundle(&json!({})).with(|spec| spec["process"]["args"] = json!(["/none"]));
+    runtime.run("c", &refused.unwrap()).unwrap();
+    assert!(!Place::dir().exists(), "after a container that could not be created");
+}
+
+#[test]
+fn one_that_others_use_is_refused_and_left_alone() {
+    let (_place, runtime) = (Place, Runtime::new().unwrap());
+    fs::create_dir_all(Place::dir()).unwrap();
+    let mut stranger = Command::new("sleep").arg("1000").spawn().unwrap();
+    fs::write(Place::dir().join("cgroup.procs"), stranger.id().to_string()).unwrap();
+    for path in [PATH, "/bulkhead-suite", "/"] {
+        let bundle = bundle(&json!({})).with(|spec| spec["linux"]["cgroupsPath"] = json!(path));
+        let output = runtime.run("c", &bundle.unwrap()).unwrap();
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(errors.contains("cgroup is not empty") && errors.contains(path), "{errors}");
+        assert_eq!(output.status.code(), Some(1));
+    }
+    assert!(stranger.try_wait().unwrap().is_none(), "a stranger was killed");
+    stranger.kill().unwrap();
+    stranger.wait().unwrap();
+}
+
+#[test]
+fn a_unit_of_systemd_needs_its_form_and_systemd() {
+    let (_place, runtime) = (Place, Runtime::new().unwrap());
+    let run = |path: &str| {
+        let bundle = bundle(&json!({})).with(|spec| spec["linux"]["cgroupsPath"] = json!(path));
+        let bundle = bundle.unwrap();
+        let mut command = runtime.command(&["--systemd-cgroup", "run", "--bundle"]);
+        command.arg(bundle.path()).arg("c").stderr(Stdio::piped());
+        String::from_utf8(finish(command.spawn().unwrap()).unwrap().stderr).unwrap()
+    };
+    let errors = run(PATH);
+    assert!(errors.contains("slice:prefix:name") && errors.contains(PATH), "{errors}");
+    // The test host runs no systemd.
+    let errors = run("system.slice:suite:c");
+    assert!(errors.contains("systemd"), "{errors}");
+    runtime.assert_clean().unwrap();
+}

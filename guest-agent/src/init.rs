@@ -13,7 +13,7 @@ use bulkhead_protocol::{AGENT_PORT, STREAM_PORT};
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount, mount_bind_recursive, mount_move};
 use rustix::net::{self, AddressFamily, SendFlags, SocketFlags, SocketType, netlink};
-use rustix::process::{Resource, Rlimit, chdir, chroot, getpid, setrlimit};
+use rustix::process::{Resource, Rlimit, chdir, chroot, getpid, getrlimit, setrlimit};
 use rustix::system::{RebootCommand, reboot};
 use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VMADDR_CID_LOCAL, VsockAddr, VsockListener};
 
@@ -34,7 +34,7 @@ enum InitError {
     Prepare { path: &'static str, source: io::Error },
     #[error("loopback cannot be brought up")]
     Loopback(#[source] io::Error),
-    #[error("limit of open files cannot be raised")]
+    #[error("limits cannot be raised")]
     Limit(#[source] io::Error),
     #[error("runtime cannot be started")]
     Runtime(#[source] io::Error),
@@ -84,6 +84,16 @@ const MOUNTS: [Mount; 9] = {
 /// Open files that a container's processes may raise their own limit to.
 const OPEN_FILES: u64 = 1 << 20;
 
+/// What else the kernel gives PID 1 a limit of. Of locked memory it keeps that one (`crate::spec`).
+const UNLIMITED: [Resource; 6] = [
+    Resource::Nproc,
+    Resource::Sigpending,
+    Resource::Msgqueue,
+    Resource::Nice,
+    Resource::Rtprio,
+    Resource::Core,
+];
+
 /// Prepares the guest and serves it. Returns only if this is not PID 1.
 pub(crate) fn main() -> ExitCode {
     logging::install();
@@ -128,8 +138,17 @@ fn prepare() -> Result<(), InitError> {
     let prepared = |path| move |source| InitError::Prepare { path, source };
     enable_controllers().map_err(prepared(cgroup::ROOT))?;
     raise_loopback().map_err(|error| InitError::Loopback(error.into()))?;
-    let limit = Rlimit { current: Some(1024), maximum: Some(OPEN_FILES) };
-    setrlimit(Resource::Nofile, limit).map_err(|error| InitError::Limit(error.into()))
+    raise_limits().map_err(|error| InitError::Limit(error.into()))
+}
+
+/// Lets every process that this one starts have any limits. In a user namespace of its own a
+/// container's init, which sets them, could not raise them.
+fn raise_limits() -> rustix::io::Result<()> {
+    setrlimit(Resource::Nofile, Rlimit { current: Some(1024), maximum: Some(OPEN_FILES) })?;
+    for resource in UNLIMITED {
+        setrlimit(resource, Rlimit { maximum: None, ..getrlimit(resource) })?;
+    }
+    Ok(())
 }
 
 /// Moves from the initial ramfs, which no process can leave by `pivot_root` (it is attached

@@ -22,7 +22,7 @@ use tokio::time::{sleep, timeout};
 use tokio_vsock::{VsockListener, VsockStream};
 
 /// How long a connection waits for its call, and a call for its connection.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 /// How many connections may be open that no call has claimed.
 const UNCLAIMED: usize = 64;
 /// The most bytes that one step of a copy moves: what a pipe holds.

@@ -82,6 +82,9 @@ pub(crate) fn prepare(
     linux.set_cgroups_path(Some(Path::new("/").join(container_id)));
     let network_settings =
         if has_new_network(&spec) { Vec::new() } else { take_network_settings(&mut spec)? };
+    if has_new(&spec, LinuxNamespaceType::User) && !has_new_network(&spec) {
+        share_sysfs(&mut spec);
+    }
     let process = spec.process_mut().as_mut().ok_or(SpecError::Missing("process"))?;
     fit_process(process, &root, terminal)?;
     make_directories(&root, process.cwd());
@@ -133,10 +136,13 @@ fn in_guest(uid: u32, spec: &Spec) -> u32 {
 
 /// Whether the container gets a network of its own, which then has only a loopback.
 pub(crate) fn has_new_network(spec: &Spec) -> bool {
+    has_new(spec, LinuxNamespaceType::Network)
+}
+
+fn has_new(spec: &Spec, kind: LinuxNamespaceType) -> bool {
     let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_deref());
-    namespaces.unwrap_or_default().iter().any(|namespace| {
-        namespace.typ() == LinuxNamespaceType::Network && namespace.path().is_none()
-    })
+    let mut namespaces = namespaces.unwrap_or_default().iter();
+    namespaces.any(|namespace| namespace.typ() == kind && namespace.path().is_none())
 }
 
 /// Takes the settings of the network out, which libcontainer only makes in one of the container's own.
@@ -155,6 +161,22 @@ fn take_network_settings(spec: &mut Spec) -> Result<Vec<(PathBuf, String)>, Spec
         taken.push((path, value));
     }
     Ok(taken)
+}
+
+/// Gives a container in a user namespace the guest's own sysfs: the kernel lets nobody mount one who
+/// does not own the network that it shows, and that is the machine's.
+fn share_sysfs(spec: &mut Spec) {
+    for mount in spec.mounts_mut().iter_mut().flatten() {
+        if mount.typ().as_deref() != Some("sysfs") {
+            continue;
+        }
+        let mut options = mount.options().clone().unwrap_or_default();
+        // What the guest's has cannot be taken from it either.
+        options.extend(["rbind", "nosuid", "nodev", "noexec"].map(str::to_owned));
+        mount.set_typ(Some("bind".to_owned()));
+        mount.set_source(Some("/sys".into()));
+        mount.set_options(Some(options));
+    }
 }
 
 fn refuse_host_hooks(hooks: &Hooks) -> Result<(), SpecError> {

@@ -18,6 +18,7 @@ use crate::cgroup::{Cgroup, CgroupError, Limits};
 use crate::exec::{ExecError, Execs};
 use crate::hooks;
 use crate::lifecycle::{Event, InvalidTransition, Status};
+use crate::oom;
 use crate::pod::{Pod, PodError};
 use crate::process::Process;
 use crate::proxy;
@@ -348,6 +349,13 @@ impl Container {
     async fn watch_over(self: Arc<Self>, pod: Arc<Pod>, stand_in: StandIn) {
         let target = Target::init(self.home.id());
         let (exit, reason) = proxy::until_end(&pod, target, &stand_in).await;
+        if exit.oom_killed {
+            // Before anybody sees the end, so that it is known why.
+            let reported = tokio::task::spawn_blocking(oom::report).await;
+            if let Err(error) = reported.map_err(std::io::Error::from).flatten() {
+                tracing::warn!(error = %error, "host was not told that memory ran out");
+            }
+        }
         {
             let mut life = self.life.lock().await;
             life.state.exit = Some(exit);

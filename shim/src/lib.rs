@@ -25,6 +25,7 @@ pub mod kvm;
 pub mod lifecycle;
 pub mod logging;
 pub mod network;
+pub mod oom;
 pub mod pod;
 pub mod process;
 mod proxy;

@@ -34,7 +34,7 @@ const BOOT_PATIENCE: Duration = Duration::from_secs(30);
 /// The environment variable with another patience, in seconds, for hosts that are emulated.
 const BOOT_SECONDS: &str = "BULKHEAD_BOOT_TIMEOUT";
 /// How long the agent may take to accept a standard stream.
-const STREAM_PATIENCE: Duration = Duration::from_secs(10);
+const STREAM_PATIENCE: Duration = Duration::from_secs(30);
 /// The first of the ids that jailed processes run under: no user of a host has one of these, and the
 /// supervisor's pid makes it unique while it lives.
 const JAIL_IDS: u32 = 0x7000_0000;

@@ -71,7 +71,8 @@ pub(crate) async fn until_end(
             answer = &mut waited => return match answer {
                 Ok(reply) => {
                     let status = u8::try_from(reply.exit_status).unwrap_or(u8::MAX);
-                    (Exit { status, at_ns: reply.exited_at_ns }, None)
+                    let (at_ns, oom_killed) = (reply.exited_at_ns, reply.oom_killed);
+                    (Exit { status, at_ns, oom_killed }, None)
                 }
                 Err(error) => {
                     // The machine's own end explains more than the broken connection.
@@ -103,5 +104,5 @@ pub(crate) async fn until_end(
 
 /// The end, now, of a process whose machine is gone.
 pub(crate) fn killed() -> Exit {
-    Exit { status: KILLED, at_ns: timestamp::now_ns() }
+    Exit { status: KILLED, at_ns: timestamp::now_ns(), oom_killed: false }
 }

@@ -75,6 +75,8 @@ pub struct Exit {
     pub status: u8,
     /// When, in nanoseconds since the epoch.
     pub at_ns: u64,
+    /// The guest's kernel has killed a process of the container for want of memory.
+    pub oom_killed: bool,
 }
 
 /// One container, as `state.json` has it.

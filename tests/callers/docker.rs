@@ -112,6 +112,14 @@ fn a_running_container_does_what_docker_asks() {
 
     copies_of_files(&docker);
 
+    let stats = docker.ok(&["stats", "--no-stream", "--format", "{{.MemUsage}}", "one"]).unwrap();
+    // The guest's memory is that of the pod: not some MiB, but some tens.
+    let used: f64 = stats.split("MiB").next().unwrap().parse().unwrap();
+    assert!(used > 16.0, "{stats}");
+    docker.ok(&["update", "--memory", "48m", "--memory-swap", "48m", "one"]).unwrap();
+    let limit = docker.ok(&["exec", "one", "cat", "/sys/fs/cgroup/memory.max"]).unwrap();
+    assert_eq!(limit, (48 << 20).to_string());
+
     docker.ok(&["pause", "one"]).unwrap();
     assert_eq!(inspect(&docker, "one", "{{.State.Status}}"), "paused");
     let top = docker.ok(&["top", "one"]).unwrap();
@@ -163,6 +171,24 @@ fn terminals_and_input_reach_the_container() {
     let (status, out, _) = told(&output(&mut script).unwrap());
     assert_eq!(status, Some(4), "{out}");
     assert!(out.contains("a terminal\r\n"), "{out}");
+    wait_for_nothing(docker.directory());
+}
+
+#[test]
+fn docker_knows_that_memory_ran_out() {
+    let docker = Docker::start().unwrap();
+    let holds = "x=a; while :; do x=$x$x; done";
+    let told = |runtime: &str, name: &str| {
+        let options = ["run", "--runtime", runtime, "--network", "none", "--memory", "32m"];
+        let rest = ["--name", name, "box", "sh", "-c", holds];
+        let status = docker.call(&[&options[..], &rest].concat()).unwrap().status.code();
+        let told = || inspect(&docker, name, "{{.State.OOMKilled}} {{.State.ExitCode}}");
+        wait_until(|| told() == "true 137");
+        status
+    };
+    assert_eq!(told("runc", "theirs"), Some(137));
+    assert_eq!(told("bulkhead", "ours"), Some(137));
+    docker.ok(&["rm", "ours", "theirs"]).unwrap();
     wait_for_nothing(docker.directory());
 }
 

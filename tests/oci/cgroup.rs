@@ -168,6 +168,43 @@ fn limits_change_inside_and_outside_while_it_runs() {
 }
 
 #[test]
+fn events_tell_what_is_used_and_when_memory_ran_out() {
+    let (_place, runtime) = (Place, Runtime::new().unwrap());
+    let script = "echo up; read go; tail -c 100000000 /dev/zero; echo \"tail: $?\"; exit 3";
+    let bundle = bundle(&json!({"memory": {"limit": 32 << 20}, "pids": {"limit": 20}}));
+    let bundle = bundle.with(|spec| spec["process"]["args"] = json!(["sh", "-c", script])).unwrap();
+    let mut child = runtime.spawn_run("c", &bundle).unwrap();
+    expect_output(&mut child, "up\n").unwrap();
+    let stats: Value =
+        serde_json::from_str(&runtime.ok(&["events", "--stats", "c"]).unwrap()).unwrap();
+    assert_eq!((&stats["type"], &stats["id"]), (&json!("stats"), &json!("c")));
+    let (memory, cpu) = (&stats["data"]["memory"]["usage"], &stats["data"]["cpu"]["usage"]);
+    assert_eq!(memory["limit"], (32 + 128 + 64) << 20);
+    let used = memory["usage"].as_u64().unwrap();
+    let really: u64 = Place::read("memory.current").parse().unwrap();
+    assert!(used.abs_diff(really) < 8 << 20, "{used} is not {really}");
+    assert!(cpu["total"].as_u64().unwrap() > 10_000_000, "{cpu}");
+    assert_eq!(stats["data"]["pids"]["limit"], 20 + 256);
+
+    let mut command = runtime.command(&["events", "--interval", "1s", "c"]);
+    let mut watcher = command.stdout(Stdio::piped()).spawn().unwrap();
+    expect_output(&mut watcher, r#"{"#).unwrap();
+    child.stdin.take().unwrap().write_all(b"go\n").unwrap();
+    // Not the init process was killed, and nothing of the pod on the host.
+    let output = finish(child).unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(output.status.code(), Some(3), "{output:?}");
+    assert!(text.contains("tail: 137"), "{output:?}");
+    let watched = String::from_utf8(finish(watcher).unwrap().stdout).unwrap();
+    let oom = watched.lines().filter(|line| *line == r#"{"id":"c","type":"oom"}"#).count();
+    assert_eq!(oom, 1, "{watched}");
+    assert!(watched.contains(r#""type":"stats""#), "{watched}");
+    assert!(!Place::dir().exists());
+    let errors = runtime.fails(&["events", "--interval", "0s", "c"]).unwrap();
+    assert!(errors.contains("interval must be greater than 0"), "{errors}");
+}
+
+#[test]
 fn it_goes_with_the_container_whoever_was_killed() {
     let (_place, runtime) = (Place, Runtime::new().unwrap());
     for victim in ["supervise", "stand-in", "bulkhead-vmm", "bulkhead-fs"] {

@@ -8,6 +8,8 @@ mod errors;
 #[cfg(test)]
 mod exec;
 #[cfg(test)]
+mod features;
+#[cfg(test)]
 mod files;
 #[cfg(test)]
 mod hooks;

@@ -18,13 +18,14 @@ pub(crate) struct Tally {
 }
 
 impl Tally {
-    /// Reads the output of one binary, showing every line as it comes.
+    /// Reads the output of one binary, showing every line as it comes, with the name of
+    /// its suite: another may run beside it.
     pub(crate) fn read(suite: &str, output: impl Read) -> Result<Self> {
         let mut tally = Self::default();
         for line in BufReader::new(output).split(b'\n') {
             let line = line.with_context(|| format!("read the output of {suite}"))?;
             let line = String::from_utf8_lossy(&line);
-            say(&line);
+            say(&format!("{suite}: {line}"));
             tally.line(suite, line.trim_end());
         }
         Ok(tally)

@@ -4,8 +4,11 @@
 use std::io::{self, Write};
 use std::path::Path;
 use std::process::{Command, ExitCode, Stdio};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 use guest_image::progress::say;
 
 use crate::cargo::{self, Artifact};
@@ -18,6 +21,8 @@ use crate::libtest::Tally;
 const SUITES: &str = "bulkhead-tests";
 /// The reason to ignore that sends a test of another package to the test host.
 const NEEDS_HOST: &str = "needs the test host";
+/// Test hosts that run at once.
+const AT_ONCE: usize = 2;
 /// Options of every run in the test host; the time is a bound on hangs.
 const HOST: [&str; 4] = ["--memory", "8192", "--timeout", "2400"];
 
@@ -35,21 +40,20 @@ pub(crate) fn run(clock: &mut Clock) -> Result<ExitCode> {
     let mut total = Tally::default();
     let (suites, units): (Vec<Artifact>, Vec<Artifact>) =
         artifacts.into_iter().partition(|artifact| artifact.package == SUITES);
+    let mut guests: Vec<Guest<'_>> =
+        suites.iter().map(|test| Guest { test, ignored: false }).collect();
     for unit in &units {
-        let name = name(unit);
-        let mut tally = clock.step(&name, || here(unit))?;
+        let mut tally = clock.step(&name(unit), || here(unit))?;
         let before = tally.skipped.len();
         tally.skipped.retain(|(_, reason)| reason != NEEDS_HOST);
         if tally.skipped.len() < before {
-            let name = format!("{name} in the test host");
-            let ignored = ["--ignored", "--test-threads=1"];
-            let more = clock.step(&name, || inside(&host, unit, &ignored))?;
-            total.add(more);
+            guests.push(Guest { test: unit, ignored: true });
         }
         total.add(tally);
     }
-    for suite in &suites {
-        total.add(clock.step(&name(suite), || inside(&host, suite, &["--test-threads=1"]))?);
+    for (name, took, tally) in all_inside(&host, guests)? {
+        clock.took(&name, took);
+        total.add(tally);
     }
     clock.report();
     conclude(&total)
@@ -87,10 +91,47 @@ fn here(test: &Artifact) -> Result<Tally> {
     tally(test, command.current_dir(&test.directory))
 }
 
-fn inside(host: &Path, test: &Artifact, arguments: &[&str]) -> Result<Tally> {
+/// A test program that runs in a test host of its own.
+#[derive(Clone, Copy, Debug)]
+struct Guest<'a> {
+    test: &'a Artifact,
+    /// Only those of its tests that say so.
+    ignored: bool,
+}
+
+/// Runs them all, [`AT_ONCE`] at a time: an emulated host keeps one processor busy.
+fn all_inside(host: &Path, guests: Vec<Guest<'_>>) -> Result<Vec<(String, Duration, Tally)>> {
+    let waiting = Mutex::new(guests.into_iter());
+    let next = || waiting.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let work = || {
+        let mut done = Vec::new();
+        while let Some(guest) = next() {
+            let started = Instant::now();
+            let tally = inside(host, guest)?;
+            done.push((format!("{} in the test host", name(guest.test)), started.elapsed(), tally));
+        }
+        Ok(done)
+    };
+    thread::scope(|scope| {
+        let workers: Vec<_> = (0..AT_ONCE).map(|_| scope.spawn(work)).collect();
+        let mut done = Vec::new();
+        for worker in workers {
+            let result: Result<Vec<_>> =
+                worker.join().unwrap_or_else(|_| Err(anyhow!("a thread of the tests panicked")));
+            done.extend(result?);
+        }
+        Ok(done)
+    })
+}
+
+fn inside(host: &Path, guest: Guest<'_>) -> Result<Tally> {
+    say(&format!("==> {} in the test host", name(guest.test)));
     let mut command = Command::new(host);
-    command.args(HOST).arg("--").arg(&test.executable).args(arguments);
-    tally(test, command.current_dir(&test.directory))
+    command.args(HOST).arg("--").arg(&guest.test.executable).arg("--test-threads=1");
+    if guest.ignored {
+        command.arg("--ignored");
+    }
+    tally(guest.test, command.current_dir(&guest.test.directory))
 }
 
 /// Runs a test program; one that ends without its result line counts as one failure.

@@ -165,3 +165,25 @@ fn the_limit_of_locked_memory_stays_what_it_is() {
     let spec = prepared(&limited).unwrap().spec;
     assert_eq!(spec.process().as_ref().unwrap().rlimits().as_ref().unwrap()[0].soft(), 1);
 }
+
+#[test]
+fn a_user_namespace_shares_the_sysfs_of_the_machine() {
+    let mut spec = minimal();
+    spec["mounts"] = json!([
+        {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["ro"]},
+        {"destination": "/proc", "type": "proc", "source": "proc"},
+    ]);
+    spec["linux"]["namespaces"] = json!([{"type": "user"}]);
+    let mounts = prepared(&spec).unwrap().spec.mounts().clone().unwrap();
+    assert_eq!(
+        (mounts[0].typ().as_deref(), mounts[1].typ().as_deref()),
+        (Some("bind"), Some("proc"))
+    );
+    assert_eq!(mounts[0].source().as_deref(), Some(Path::new("/sys")));
+    let options = mounts[0].options().clone().unwrap();
+    assert_eq!(options, ["ro", "rbind", "nosuid", "nodev", "noexec"]);
+    // One that owns its network mounts its own.
+    spec["linux"]["namespaces"] = json!([{"type": "user"}, {"type": "network"}]);
+    let mounts = prepared(&spec).unwrap().spec.mounts().clone().unwrap();
+    assert_eq!(mounts[0].typ().as_deref(), Some("sysfs"));
+}

@@ -13,8 +13,10 @@ use std::path::{Component, Path, PathBuf};
 
 use libcgroups::common::{
     AnyCgroupManager, AnyManagerError, CgroupConfig, CgroupManager, CgroupSetup, ControllerOpt,
-    CreateCgroupSetupError, GetCgroupSetupError, create_cgroup_manager, get_cgroup_setup,
+    CreateCgroupSetupError, DEFAULT_CGROUP_ROOT, GetCgroupSetupError, create_cgroup_manager,
+    get_cgroup_setup,
 };
+use libcgroups::stats::Stats;
 use libcgroups_nix::unistd::Pid;
 use oci_spec::runtime::LinuxResources;
 use serde::{Deserialize, Serialize};
@@ -144,6 +146,14 @@ impl Cgroup {
         self.open()?.apply(&options).map_err(self.failed())
     }
 
+    /// What is used.
+    ///
+    /// # Errors
+    /// When it is not there.
+    pub fn stats(&self) -> Result<Stats, CgroupError> {
+        self.open()?.stats().map_err(self.failed())
+    }
+
     /// Removes it, and kills what is still in it; one that is gone already is no error.
     ///
     /// # Errors
@@ -177,6 +187,23 @@ pub fn leave(container: &ContainerId) -> Result<(), CgroupError> {
     root.add(std::process::id())
 }
 
+/// The directory of a process's cgroup of version 2.
+///
+/// # Errors
+/// When there is no such process, or no such cgroup.
+pub fn unified(pid: u32) -> io::Result<PathBuf> {
+    let listed = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+    let path = listed.lines().find_map(|line| line.strip_prefix("0::/"));
+    Ok(Path::new(DEFAULT_CGROUP_ROOT).join(path.ok_or(io::ErrorKind::NotFound)?))
+}
+
+/// The number behind a name in a file such as `memory.events`; 0 when it is not there.
+#[must_use]
+pub fn flat(text: &str, name: &str) -> u64 {
+    let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    value.and_then(|value| value.trim().parse().ok()).unwrap_or(0)
+}
+
 /// The unit of systemd: `slice:prefix:name`.
 fn unit(container: &ContainerId, given: Option<&Path>) -> Result<PathBuf, CgroupError> {
     let Some(given) = given else {
@@ -191,9 +218,9 @@ fn unit(container: &ContainerId, given: Option<&Path>) -> Result<PathBuf, Cgroup
 /// Where a relative path of cgroup v2 begins: the parent of this process's own cgroup, as processes
 /// in it keep it from having limited ones below.
 fn beside_own() -> Result<PathBuf, CgroupError> {
-    let own = fs::read_to_string("/proc/self/cgroup").map_err(CgroupError::Own)?;
-    let unified = own.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or("/");
-    Ok(Path::new(unified).parent().unwrap_or(Path::new("/")).to_owned())
+    let own = unified(std::process::id()).map_err(CgroupError::Own)?;
+    let own = own.strip_prefix(DEFAULT_CGROUP_ROOT).unwrap_or(&own);
+    Ok(Path::new("/").join(own.parent().unwrap_or(Path::new(""))))
 }
 
 /// An absolute path without `.` and `..`, never above the root.
@@ -225,6 +252,13 @@ mod tests {
         ] {
             assert_eq!(clean(Path::new(path)), Path::new(expected));
         }
+    }
+
+    #[test]
+    fn numbers_are_found_by_their_whole_name() {
+        let events = "oom 2\noom_kill 3\noom_group_kill 4\n";
+        assert_eq!((flat(events, "oom"), flat(events, "oom_kill")), (2, 3));
+        assert_eq!((flat(events, "max"), flat("", "oom")), (0, 0));
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! Flags that mean something to runc only are taken and change nothing; each says so.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
@@ -95,6 +96,10 @@ pub enum Verb {
     Update(Box<Update>),
     /// List the processes of a container.
     Ps(Ps),
+    /// Show what a container uses, and when memory ran out.
+    Events(Events),
+    /// Show what this runtime can do.
+    Features,
     /// Remove a container that does not run.
     Delete(Delete),
     /// List all containers.
@@ -107,6 +112,9 @@ pub enum Verb {
         /// The pod's state directory, for `ps` to show: the orders come over a socket.
         pod: PathBuf,
     },
+    /// The process that is killed so that the host counts a kill.
+    #[command(hide = true)]
+    OomVictim,
     /// The process that stands for one of a container.
     #[command(hide = true)]
     StandIn(StandIn),
@@ -121,6 +129,36 @@ pub struct Named {
     /// The container's name.
     #[arg(value_name = "CONTAINER")]
     pub id: ContainerId,
+}
+
+/// Options of `events`.
+#[derive(Debug, Args)]
+pub struct Events {
+    /// The container's name.
+    #[arg(value_name = "CONTAINER")]
+    pub id: ContainerId,
+    /// What it uses now, and nothing more.
+    #[arg(long)]
+    pub stats: bool,
+    /// How often to say what it uses, such as 500ms, 5s or 1m.
+    #[arg(long, value_name = "TIME", default_value = "5s", value_parser = interval)]
+    pub interval: Duration,
+}
+
+/// A time as Go writes it, of one unit.
+fn interval(text: &str) -> Result<Duration, String> {
+    let end = text.find(|letter: char| !letter.is_ascii_digit()).unwrap_or(text.len());
+    let (number, unit) = text.split_at(end);
+    let milliseconds = match unit {
+        "" if number == "0" => 0,
+        "ms" => 1,
+        "s" => 1000,
+        "m" => 60_000,
+        "h" => 3_600_000,
+        _ => return Err("write a number with ms, s, m or h".to_owned()),
+    };
+    let number: u64 = number.parse().map_err(|_| "write a number with ms, s, m or h".to_owned())?;
+    Ok(Duration::from_millis(number.saturating_mul(milliseconds)))
 }
 
 /// Options of `update`. A size is a number of bytes, or one with a unit such as 64m.

@@ -7,7 +7,9 @@ pub mod args;
 pub mod client;
 mod create;
 mod delete;
+mod events;
 mod exec;
+mod features;
 mod kill;
 mod list;
 mod pause;
@@ -27,7 +29,7 @@ use anyhow::bail;
 use clap::Parser;
 
 use self::args::{CommandLine, Verb};
-use crate::{logging, spawn, supervisor};
+use crate::{logging, oom, spawn, supervisor};
 
 /// Reads the command line and does what it says.
 #[must_use]
@@ -81,6 +83,9 @@ fn dispatch(line: &CommandLine) -> anyhow::Result<ExitCode> {
         Verb::Delete(delete) => delete::delete(global, delete)?,
         Verb::List(list) => list::list(global, list)?,
         Verb::Spec(spec) => spec::spec(spec)?,
+        Verb::Events(events) => events::events(global, events)?,
+        Verb::Features => features::features()?,
+        Verb::OomVictim => oom::victim()?,
         Verb::Supervise { .. } => {}
         Verb::Other(words) => {
             let verb = words.first().map_or("", String::as_str);

@@ -1,0 +1,151 @@
+//! Tells the host that the guest's kernel has killed for want of memory.
+//!
+//! Callers learn of such a kill from the cgroup that they know: containerd's shim for runc and
+//! "bulkhead events" watch `memory.events` of cgroup v2 there. But the kill was the guest's, and the
+//! host has counted nothing. So the host is made to count one: a child of this process, whose only
+//! purpose it is, takes more memory than the cgroup may have for that moment, and is killed. It is
+//! the first in the kernel's choice, so nothing else of the pod is hurt.
+
+use std::fs;
+use std::io::{self, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
+
+use rustix::mm::{MlockAllFlags, mlockall};
+
+use crate::cgroup;
+
+/// What the pod may have beside what it has, while its victim is being killed, in bytes.
+const HEADROOM: u64 = 16 << 20;
+/// What the victim asks for, in bytes; it is never given.
+const DEMAND: usize = 64 << 20;
+/// How long the kernel may take to kill it.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// What makes a process the first to be killed: proc(5).
+const FIRST: &str = "1000";
+
+/// Has the host count a kill in this process's cgroup. Blocks for some milliseconds.
+///
+/// # Errors
+/// When the host has no cgroup v2, or did not kill.
+pub fn report() -> io::Result<()> {
+    let cgroup = Memory(cgroup::unified(std::process::id())?);
+    let before = cgroup.kills()?;
+    let mut victim = Victim::spawn()?;
+    let limits = cgroup.hold()?;
+    let killed = victim.demand();
+    cgroup.restore(&limits)?;
+    killed?;
+    if cgroup.kills()? == before {
+        return Err(io::Error::other("the host has counted no kill"));
+    }
+    Ok(())
+}
+
+/// The life of the victim: it waits for the word, and then takes memory that cannot be swapped.
+///
+/// # Errors
+/// When it cannot lock memory or be first; nobody gives the word then.
+pub fn victim() -> io::Result<()> {
+    fs::write("/proc/self/oom_score_adj", FIRST)?;
+    mlockall(MlockAllFlags::CURRENT | MlockAllFlags::FUTURE)?;
+    io::stdout().write_all(b"r")?;
+    io::stdout().flush()?;
+    if io::stdin().read(&mut [0])? == 1 {
+        std::hint::black_box(vec![1_u8; DEMAND]);
+    }
+    Ok(())
+}
+
+/// The process that is to be killed; dropping it ends it.
+struct Victim(Child);
+
+impl Victim {
+    /// Starts it, in this process's cgroup, and waits until it is ready.
+    fn spawn() -> io::Result<Self> {
+        let mut command = Command::new(std::env::current_exe()?);
+        command.arg("oom-victim").stderr(Stdio::null());
+        let mut victim = Self(command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?);
+        let output = victim.0.stdout.as_mut().ok_or(io::ErrorKind::BrokenPipe)?;
+        output.read_exact(&mut [0])?;
+        Ok(victim)
+    }
+
+    /// Gives it the word, and waits for its end.
+    fn demand(&mut self) -> io::Result<()> {
+        self.0.stdin.take().ok_or(io::ErrorKind::BrokenPipe)?.write_all(b"g")?;
+        let deadline = Instant::now() + PATIENCE;
+        while self.0.try_wait()?.is_none() {
+            if Instant::now() >= deadline {
+                return Err(io::ErrorKind::TimedOut.into());
+            }
+            sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Victim {
+    fn drop(&mut self) {
+        // Both fail only when it has been waited for.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The memory controller's files of a cgroup: Documentation/admin-guide/cgroup-v2.rst, "Memory".
+struct Memory(PathBuf);
+
+/// What was in `memory.max` and `memory.swap.max`.
+struct Limits {
+    memory: String,
+    swap: Option<String>,
+}
+
+impl Memory {
+    fn kills(&self) -> io::Result<u64> {
+        Ok(cgroup::flat(&self.read("memory.events")?, "oom_kill"))
+    }
+
+    /// Limits the cgroup to little more than what cannot be taken from it.
+    fn hold(&self) -> io::Result<Limits> {
+        let stat = self.read("memory.stat")?;
+        let files = cgroup::flat(&stat, "active_file") + cgroup::flat(&stat, "inactive_file");
+        let current: u64 = self.read("memory.current")?.trim().parse().map_err(io::Error::other)?;
+        let limits = Limits {
+            memory: self.read("memory.max")?,
+            // A kernel without swap has no such file.
+            swap: self.read("memory.swap.max").ok(),
+        };
+        if limits.swap.is_some() {
+            self.write("memory.swap.max", self.read("memory.swap.current")?.trim())?;
+        }
+        let most = current.saturating_sub(files) + HEADROOM;
+        let most = limits.memory.trim().parse().map_or(most, |limit: u64| limit.min(most));
+        match self.write("memory.max", &most.to_string()) {
+            Ok(()) => Ok(limits),
+            Err(error) => self.restore(&limits).and(Err(error)),
+        }
+    }
+
+    fn restore(&self, limits: &Limits) -> io::Result<()> {
+        if let Some(swap) = &limits.swap {
+            self.write("memory.swap.max", swap.trim())?;
+        }
+        self.write("memory.max", limits.memory.trim())
+    }
+
+    fn read(&self, file: &str) -> io::Result<String> {
+        fs::read_to_string(self.path(file))
+    }
+
+    fn write(&self, file: &str, value: &str) -> io::Result<()> {
+        fs::write(self.path(file), value)
+    }
+
+    fn path(&self, file: &str) -> PathBuf {
+        Path::new(&self.0).join(file)
+    }
+}

@@ -1,8 +1,8 @@
-//! The files that a pod is started from: two programs beside this one, the guest's kernel and its
+//! The files that a pod is started from: three programs beside this one, the guest's kernel and its
 //! initial root file system in `../share/bulkhead/`. Environment variables name others.
 
 use std::env;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -41,9 +41,7 @@ impl Assets {
     /// # Errors
     /// Names the first file that is missing and what makes it.
     pub fn find() -> Result<Self, AssetError> {
-        let exe = env::current_exe().unwrap_or_default();
-        let bin = exe.parent().unwrap_or(Path::new("/"));
-        Self::find_beside(bin, |variable| env::var_os(variable).map(PathBuf::from))
+        Self::find_beside(&beside(), |variable| env::var_os(variable).map(PathBuf::from))
     }
 
     fn find_beside(
@@ -67,10 +65,28 @@ impl Assets {
     }
 }
 
+/// The program of a process that stands for one of a container.
+///
+/// # Errors
+/// When it is missing.
+pub fn stand_in() -> Result<PathBuf, AssetError> {
+    let (what, variable) = ("program of the stand-in", "BULKHEAD_STAND_IN");
+    let path = env::var_os(variable).map_or_else(|| beside().join("bulkhead-stand-in"), Into::into);
+    match fs::metadata(&path) {
+        Ok(_) => Ok(path),
+        Err(source) => Err(AssetError { what, path, variable, source }),
+    }
+}
+
+/// The directory of this program.
+fn beside() -> PathBuf {
+    let exe = env::current_exe().unwrap_or_default();
+    exe.parent().unwrap_or(Path::new("/")).to_owned()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::fs;
 
     #[test]
     fn each_missing_file_is_named_with_what_makes_it() {

@@ -6,8 +6,8 @@
 //!   that join it, and what is written down.
 //! - [`bundle`]: from an OCI specification to what the pod needs, or a refusal.
 //! - [`pod`], [`vm`], [`file_server`], [`share`], [`agent`]: the pod's processes.
-//! - [`attach`], [`relay`], [`network`], `proxy`: a process of the host that stands for one of the guest, its
-//!   streams, and the two tied together. [`terminal`]: where the streams are a terminal.
+//! - [`attach`], [`relay`], [`network`], `proxy`, [`stand_in`]: a process of the host that stands for one of the
+//!   guest, its streams, and the two tied together. [`terminal`]: where the streams are a terminal.
 
 pub mod agent;
 pub mod assets;
@@ -31,7 +31,9 @@ pub mod process;
 mod proxy;
 pub mod relay;
 pub mod share;
+pub mod socket_path;
 pub mod spawn;
+pub mod stand_in;
 pub mod state;
 pub mod supervisor;
 pub mod task;

@@ -14,7 +14,7 @@ const PROCESSES: [(&str, &str); 4] = [
     ("monitor", "bulkhead-vmm"),
     ("file server", "bulkhead-fs"),
     ("supervisor", " supervise"),
-    ("stand-in", " stand-in"),
+    ("stand-in", "bulkhead-stand-in"),
 ];
 
 /// Starts an idle pod for each round, prints the table, gives the medians in KiB.

@@ -175,6 +175,28 @@ fn terminals_and_input_reach_the_container() {
 }
 
 #[test]
+fn an_image_is_built_by_the_default_runtime() {
+    let docker = Docker::start_with(&["--default-runtime", "bulkhead"]).unwrap();
+    let context = docker.directory().join("context");
+    fs::create_dir(&context).unwrap();
+    fs::write(context.join("copied"), "from the context\n").unwrap();
+    let steps = "FROM box\nCOPY copied /copied\nENV WHO=builder\n\
+        RUN cat /copied > /made && echo $WHO >> /made && chmod 640 /made\n\
+        USER 5\nWORKDIR /work\nRUN id -u > /tmp-of-5 || true\nCMD [\"cat\", \"/made\"]\n";
+    fs::write(context.join("Dockerfile"), steps).unwrap();
+    let place = context.to_str().unwrap();
+    docker.ok(&["build", "--network", "none", "--tag", "built", place]).unwrap();
+    let run = ["run", "--rm", "--network", "none", "--user", "0", "built"];
+    assert_eq!(docker.ok(&run).unwrap(), "from the context\nbuilder");
+    // A step that fails is the build's failure, with its status.
+    fs::write(context.join("Dockerfile"), "FROM box\nRUN exit 9\n").unwrap();
+    let failed = docker.call(&["build", "--network", "none", place]).unwrap();
+    assert!(told(&failed).2.contains("returned a non-zero code: 9"), "{failed:?}");
+    docker.ok(&["container", "prune", "--force"]).unwrap();
+    wait_for_nothing(docker.directory());
+}
+
+#[test]
 fn docker_knows_that_memory_ran_out() {
     let docker = Docker::start().unwrap();
     let holds = "x=a; while :; do x=$x$x; done";

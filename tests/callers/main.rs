@@ -3,6 +3,7 @@
 
 #![cfg(test)]
 
+mod containerd;
 mod docker;
 mod podman;
 
@@ -12,8 +13,11 @@ use std::time::Duration;
 
 use bulkhead_tests::runtime::{comes_true, output};
 
+/// A bound on hangs under emulation, not a measure.
+const PATIENCE: Duration = Duration::from_secs(90);
+
 fn wait_until(reached: impl FnMut() -> bool) {
-    assert!(comes_true(Duration::from_secs(90), reached), "did not come to that");
+    assert!(comes_true(PATIENCE, reached), "did not come to that");
 }
 
 /// Waits until no process of ours is left, and no state of a container below `/run` or `directory`.

@@ -34,6 +34,14 @@ impl Docker {
     /// # Errors
     /// With the daemon's log when it does not come up.
     pub fn start() -> Result<Self> {
+        Self::start_with(&[])
+    }
+
+    /// Starts one with further options.
+    ///
+    /// # Errors
+    /// As [`Docker::start`].
+    pub fn start_with(options: &[&str]) -> Result<Self> {
         let directory = TempDir::with_prefix("docker-")?;
         let path = |name: &str| directory.path().join(name).display().to_string();
         let log = File::create(directory.path().join("log"))?;
@@ -43,6 +51,7 @@ impl Docker {
             .args(["--data-root", &path("data"), "--exec-root", &path("exec")])
             .args(["--pidfile", &path("pid"), "--bridge", "none"])
             .args(["--iptables=false", "--ip6tables=false"])
+            .args(options)
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)

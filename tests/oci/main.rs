@@ -4,6 +4,8 @@
 #[cfg(test)]
 mod cgroup;
 #[cfg(test)]
+mod differential;
+#[cfg(test)]
 mod errors;
 #[cfg(test)]
 mod exec;

@@ -13,7 +13,7 @@ use crate::clock::Clock;
 use crate::packages;
 
 const AGENT: &str = "bulkhead-agent";
-const PROGRAMS: [&str; 3] = ["bulkhead", "bulkhead-vmm", "bulkhead-fs"];
+const PROGRAMS: [&str; 4] = ["bulkhead", "bulkhead-stand-in", "bulkhead-vmm", "bulkhead-fs"];
 
 /// Where everything is laid out.
 pub(crate) fn dist() -> PathBuf {

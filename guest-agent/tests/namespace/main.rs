@@ -22,7 +22,10 @@ fn hello_with_another_version_is_refused_and_names_both() {
         let request = HelloRequest { version: VERSION + 1, ..HelloRequest::default() };
         let status = guest.agent.hello(request).await.unwrap_err();
         assert_eq!(status.code(), Code::FailedPrecondition);
-        let words = "host speaks version 3 of the protocol, this guest version 2";
+        let words = format!(
+            "host speaks version {} of the protocol, this guest version {VERSION}",
+            VERSION + 1
+        );
         assert_eq!(status.message(), words);
     });
 }

@@ -10,7 +10,8 @@ use std::path::Path;
 use std::thread;
 
 use oci_spec::runtime::{
-    Linux, LinuxDevice, LinuxDeviceType, LinuxNamespace, LinuxNamespaceType, Spec,
+    Linux, LinuxDevice, LinuxDeviceType, LinuxNamespace, LinuxNamespaceType, LinuxSeccompAction,
+    Spec,
 };
 use thiserror::Error;
 
@@ -50,6 +51,7 @@ pub fn check(spec: &Spec) -> Result<(), Refusal> {
         return Err(refuse("config.json has no root", "add \"root\": {\"path\": \"rootfs\"}"));
     }
     hooks(spec)?;
+    mounts(spec)?;
     let Some(linux) = spec.linux() else {
         return Err(refuse("config.json has no linux section", "only Linux containers are run"));
     };
@@ -67,6 +69,12 @@ fn process(spec: &Spec) -> Result<(), Refusal> {
     let Some(process) = spec.process() else {
         return Err(refuse("config.json has no process", "say what to run in process.args"));
     };
+    if process.exec_cpu_affinity().is_some() {
+        return Err(refuse(
+            "process.execCPUAffinity numbers the processors of the host",
+            "choose them for the whole pod, with linux.resources.cpu.cpus",
+        ));
+    }
     if process.args().as_ref().is_none_or(Vec::is_empty) {
         return Err(refuse("process.args is empty", "name the program to run"));
     }
@@ -87,6 +95,21 @@ fn hooks(spec: &Spec) -> Result<(), Refusal> {
         ));
     }
     Ok(())
+}
+
+fn mounts(spec: &Spec) -> Result<(), Refusal> {
+    let mapped = spec.mounts().iter().flatten().find(|mount| {
+        let own = mount.uid_mappings().is_some() || mount.gid_mappings().is_some();
+        let options = mount.options().iter().flatten();
+        own || options.into_iter().any(|option| option == "idmap" || option == "ridmap")
+    });
+    match mapped {
+        None => Ok(()),
+        Some(mount) => Err(refuse(
+            format!("the mount at {} maps users", mount.destination().display()),
+            "give the files the users that they have inside",
+        )),
+    }
 }
 
 fn namespaces(
@@ -211,6 +234,28 @@ pub(super) fn guest_has(device: &LinuxDevice) -> Result<(), Refusal> {
 fn host_features(linux: &Linux) -> Result<(), Refusal> {
     if linux.intel_rdt().is_some() {
         return Err(refuse("linux.intelRdt divides the host's caches", "leave it out"));
+    }
+    if let Some(seccomp) = linux.seccomp() {
+        let notifies = |action| action == LinuxSeccompAction::ScmpActNotify;
+        let mut rules = seccomp.syscalls().iter().flatten();
+        if notifies(seccomp.default_action()) || rules.any(|rule| notifies(rule.action())) {
+            return Err(refuse(
+                "linux.seccomp asks with SCMP_ACT_NOTIFY a process of the host, which cannot look \
+                 into the machine",
+                "decide with SCMP_ACT_ALLOW or SCMP_ACT_ERRNO",
+            ));
+        }
+    }
+    let resources = linux.resources().as_ref();
+    if resources.and_then(|it| it.rdma().as_ref()).is_some_and(|rdma| !rdma.is_empty()) {
+        return Err(refuse(
+            "linux.resources.rdma limits adapters of the host, which are not passed",
+            "leave it out",
+        ));
+    }
+    let flags = linux.personality().as_ref().and_then(|it| it.flags().as_ref());
+    if flags.is_some_and(|flags| !flags.is_empty()) {
+        return Err(refuse("linux.personality.flags are not known", "name a domain only"));
     }
     if linux.net_devices().as_ref().is_some_and(|devices| !devices.is_empty()) {
         return Err(refuse(

@@ -106,6 +106,19 @@ fn what_cannot_be_kept_is_refused_in_words() {
         ("/linux", Value::Null, "no linux section"),
         ("/linux/namespaces", json!([]), "no \"network\" entry"),
         ("/linux/intelRdt", json!({"closID": "a"}), "linux.intelRdt"),
+        ("/linux/seccomp", json!({"defaultAction": "SCMP_ACT_NOTIFY"}), "SCMP_ACT_NOTIFY"),
+        ("/linux/resources", json!({"rdma": {"mlx": {"hcaHandles": 1}}}), "rdma"),
+        (
+            "/linux/personality",
+            json!({"domain": "LINUX32", "flags": ["ADDR_NO_RANDOMIZE"]}),
+            "linux.personality.flags",
+        ),
+        ("/process/execCPUAffinity", json!({"initial": "0"}), "execCPUAffinity"),
+        (
+            "/mounts",
+            json!([{"destination": "/m", "type": "bind", "source": "/", "options": ["idmap"]}]),
+            "the mount at /m maps users",
+        ),
         ("/hooks", json!({"createContainer": [{"path": "/x"}]}), "hooks.createContainer"),
     ] {
         let mut config = good();

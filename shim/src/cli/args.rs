@@ -115,9 +115,6 @@ pub enum Verb {
     /// The process that is killed so that the host counts a kill.
     #[command(hide = true)]
     OomVictim,
-    /// The process that stands for one of a container.
-    #[command(hide = true)]
-    StandIn(StandIn),
     /// Verbs of runc that are not there yet.
     #[command(external_subcommand)]
     Other(Vec<String>),
@@ -219,26 +216,6 @@ pub struct Update {
     /// Refused.
     #[arg(long, value_name = "SCHEMA", hide = true)]
     pub mem_bw_schema: Option<String>,
-}
-
-/// Options of `stand-in`.
-#[derive(Debug, Args)]
-pub struct StandIn {
-    /// The container's name.
-    #[arg(value_name = "CONTAINER")]
-    pub id: ContainerId,
-    /// The name of a process that is executed in it; empty for its init process.
-    #[arg(long, default_value = "")]
-    pub exec: String,
-    /// Its standard streams are a terminal, which becomes its controlling terminal.
-    #[arg(long)]
-    pub terminal: bool,
-    /// It moves to a new network namespace.
-    #[arg(long)]
-    pub new_network: bool,
-    /// It moves to this network namespace.
-    #[arg(long, value_name = "PATH")]
-    pub join_network: Option<PathBuf>,
 }
 
 /// Options of `exec`.

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
@@ -12,7 +12,6 @@ use anyhow::{Context, anyhow, bail};
 use bulkhead_vmm::seqpacket;
 use containerd_shim_protos::api::{CreateTaskRequest, KillRequest, StartRequest};
 use containerd_shim_protos::shim_async::TaskClient;
-use rustix::fs::{Mode, OFlags};
 use tokio::runtime::{Builder, Runtime};
 use ttrpc::asynchronous::Client;
 use ttrpc::asynchronous::transport::Socket;
@@ -23,43 +22,15 @@ use crate::attach;
 use crate::bundle;
 use crate::network::Network;
 use crate::process::Process;
+use crate::socket_path::SocketPath;
 use crate::state::Home;
 use crate::supervisor::Orders;
 use crate::trace::Phase;
 
-/// The Task service in a container's directory.
-const TASK_SOCKET: &str = "task.sock";
-/// The attach socket in a container's directory.
-const ATTACH_SOCKET: &str = "attach.sock";
 /// How long a supervisor may take to end once everything is over.
 pub(super) const GOODBYE: Duration = Duration::from_secs(60);
 /// How long a process that was killed may take to go.
 const KILLED: Duration = Duration::from_secs(10);
-
-/// A socket's path however long the directory's is: `sun_path` holds 107 bytes, so the directory is
-/// named by a descriptor. The path is good as long as the descriptor is open.
-pub(super) struct SocketPath {
-    path: PathBuf,
-    _dir: OwnedFd,
-}
-
-impl SocketPath {
-    pub(super) fn attach(home: &Home) -> anyhow::Result<Self> {
-        Self::new(home, ATTACH_SOCKET)
-    }
-
-    fn new(home: &Home, name: &str) -> anyhow::Result<Self> {
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let dir = rustix::fs::open(home.dir(), flags, Mode::empty())
-            .with_context(|| home.dir().display().to_string())?;
-        let number = std::os::fd::AsRawFd::as_raw_fd(&dir);
-        Ok(Self { path: format!("/proc/self/fd/{number}/{name}").into(), _dir: dir })
-    }
-
-    pub(super) fn path(&self) -> &Path {
-        &self.path
-    }
-}
 
 /// A claimed id and its supervisor. Dropping it before the container is created takes everything
 /// back.
@@ -178,8 +149,7 @@ fn start_supervisor(
     ephemeral: bool,
 ) -> anyhow::Result<(Child, OwnedFd)> {
     let spawned = Phase::begin("supervisor up");
-    let task =
-        UnixListener::bind(SocketPath::new(home, TASK_SOCKET)?.path()).context("task.sock")?;
+    let task = UnixListener::bind(SocketPath::task(home)?.path()).context("task.sock")?;
     let attach = attach::listen_at(SocketPath::attach(home)?.path()).context("attach.sock")?;
     let (link, theirs) = seqpacket::pair()?;
     let log = File::create(home.path("supervisor.log")).context("supervisor.log")?;
@@ -227,7 +197,7 @@ pub(super) fn runtime() -> anyhow::Result<Runtime> {
 
 /// A client of a container's supervisor; inside a runtime.
 pub(super) fn connect(home: &Home) -> anyhow::Result<TaskClient> {
-    let path = SocketPath::new(home, TASK_SOCKET)?;
+    let path = SocketPath::task(home)?;
     let stream = UnixStream::connect(path.path()).map_err(|_| anyhow!("container not running"))?;
     Ok(TaskClient::new(Client::new(Socket::try_from(stream)?)))
 }

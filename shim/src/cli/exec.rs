@@ -13,13 +13,15 @@ use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
 
 use super::args::{Exec, Global};
-use super::client::{self, SocketPath};
-use super::create::{self, StandInPlace};
+use super::client;
+use super::create;
 use super::signals;
 use crate::bundle;
 use crate::lifecycle::Status;
 use crate::pod;
 use crate::relay::{Relay, Signals};
+use crate::socket_path::SocketPath;
+use crate::stand_in::Orders;
 use crate::state::{Home, State};
 use crate::terminal::Terminal;
 
@@ -47,7 +49,7 @@ pub(super) fn exec(global: &Global, exec: &Exec) -> anyhow::Result<ExitCode> {
     let process = serde_json::to_vec(&process)?;
     let name = name()?;
     if exec.detach {
-        return detached(global, exec, &home, &name, process);
+        return detached(exec, &home, &name, process);
     }
     let signals = Signals::hold()?;
     let terminal = if terminal { Some(Terminal::own()?) } else { None };
@@ -77,19 +79,19 @@ pub(super) fn exec(global: &Global, exec: &Exec) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::from(ended.status))
 }
 
-fn detached(
-    global: &Global,
-    exec: &Exec,
-    home: &Home,
-    name: &str,
-    process: Vec<u8>,
-) -> anyhow::Result<ExitCode> {
+fn detached(exec: &Exec, home: &Home, name: &str, process: Vec<u8>) -> anyhow::Result<ExitCode> {
     client::runtime()?.block_on(async {
         let client = prepare(home, name, process).await?;
         // It ends by itself when the process is not started.
         let console_socket = exec.console_socket.as_deref();
-        let place = StandInPlace { exec: name, console_socket, network: None };
-        let pid = create::spawn_stand_in(global, home, place)?;
+        let orders = Orders {
+            root: home.root().to_owned(),
+            id: home.id().clone(),
+            exec: name.to_owned(),
+            terminal: console_socket.is_some(),
+            network: None,
+        };
+        let pid = create::spawn_stand_in(&orders, console_socket)?;
         client::start(&client, home, name).await.context(FAILED)?;
         if let Some(path) = &exec.pid_file {
             client::write_pid_file(path, pid)?;

@@ -17,7 +17,6 @@ mod ps;
 mod run;
 mod signals;
 pub mod spec;
-mod stand_in;
 mod start;
 mod state;
 mod update;
@@ -70,7 +69,6 @@ fn dispatch(line: &CommandLine) -> anyhow::Result<ExitCode> {
     }
     match &line.verb {
         Verb::Run(run) => return run::run(global, run),
-        Verb::StandIn(stand_in) => return stand_in::stand_in(global, stand_in),
         Verb::Exec(exec) => return exec::exec(global, exec),
         Verb::Create(create) => create::create(global, create)?,
         Verb::Start(named) => start::start(global, &named.id)?,

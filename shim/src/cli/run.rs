@@ -7,9 +7,10 @@ use std::process::ExitCode;
 use anyhow::Context;
 
 use super::args::{Global, Run};
-use super::client::{self, Creation, GOODBYE, SocketPath};
+use super::client::{self, Creation, GOODBYE};
 use super::{create, signals};
 use crate::relay::{Relay, Signals};
+use crate::socket_path::SocketPath;
 use crate::terminal::Terminal;
 use crate::trace::Phase;
 
@@ -18,7 +19,7 @@ pub(super) fn run(global: &Global, run: &Run) -> anyhow::Result<ExitCode> {
     let ephemeral = !run.detach && !run.keep;
     let creation = Creation::begin(global, &run.create, !run.detach, ephemeral)?;
     if run.detach {
-        create::detached(global, &run.create, &creation, async |task| {
+        create::detached(&run.create, &creation, async |task| {
             client::start(task, &creation.home, "").await
         })?;
         creation.done();

@@ -1,0 +1,7 @@
+//! `bulkhead-stand-in`: the process of the host that stands for one of a container.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    bulkhead::stand_in::main()
+}

@@ -1,0 +1,53 @@
+//! The sockets in a container's directory.
+
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{Mode, OFlags};
+
+use crate::state::{Home, StateError};
+
+/// The Task service.
+const TASK: &str = "task.sock";
+/// Where stand-ins attach.
+const ATTACH: &str = "attach.sock";
+
+/// A socket's path however long the directory's is: `sun_path` holds 107 bytes, so the directory is
+/// named by a descriptor. The path is good as long as this lives.
+#[derive(Debug)]
+pub struct SocketPath {
+    path: PathBuf,
+    _dir: OwnedFd,
+}
+
+impl SocketPath {
+    /// Where stand-ins attach.
+    ///
+    /// # Errors
+    /// When the directory is gone.
+    pub fn attach(home: &Home) -> Result<Self, StateError> {
+        Self::new(home, ATTACH)
+    }
+
+    /// The Task service.
+    ///
+    /// # Errors
+    /// When the directory is gone.
+    pub fn task(home: &Home) -> Result<Self, StateError> {
+        Self::new(home, TASK)
+    }
+
+    fn new(home: &Home, name: &str) -> Result<Self, StateError> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let dir = rustix::fs::open(home.dir(), flags, Mode::empty())
+            .map_err(|error| StateError::Io { path: home.dir(), source: error.into() })?;
+        let number = dir.as_raw_fd();
+        Ok(Self { path: format!("/proc/self/fd/{number}/{name}").into(), _dir: dir })
+    }
+
+    /// The path.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}

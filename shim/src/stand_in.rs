@@ -1,0 +1,131 @@
+//! The process that stays behind `create`, `run --detach` and `exec --detach` and stands for one of
+//! the container. A program of its own, because there is one for each container, for as long as it
+//! lives: it has nothing in it but the [`Relay`].
+//!
+//! Both sides of its command line are here.
+
+use std::env;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
+
+use anyhow::Context;
+use lexopt::{Arg, Parser, ValueExt};
+
+use crate::id::ContainerId;
+use crate::network::Network;
+use crate::relay::{Relay, Signals};
+use crate::socket_path::SocketPath;
+use crate::state::Home;
+use crate::terminal::Terminal;
+
+/// What a stand-in is started for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Orders {
+    /// The directory of all containers.
+    pub root: PathBuf,
+    /// The container.
+    pub id: ContainerId,
+    /// The name of a process that is executed in it; empty for its init process.
+    pub exec: String,
+    /// Its standard streams are a terminal, which becomes its controlling terminal.
+    pub terminal: bool,
+    /// The network namespace that it moves to.
+    pub network: Option<Network>,
+}
+
+impl Orders {
+    /// The command that runs `program` with them.
+    #[must_use]
+    pub fn command(&self, program: &Path) -> Command {
+        let mut command = Command::new(program);
+        command.arg("--root").arg(&self.root);
+        if !self.exec.is_empty() {
+            command.arg("--exec").arg(&self.exec);
+        }
+        if self.terminal {
+            command.arg("--terminal");
+        }
+        match &self.network {
+            Some(Network::New) => {
+                command.arg("--new-network");
+            }
+            Some(Network::Join(path)) => {
+                command.arg("--join-network").arg(path);
+            }
+            None => {}
+        }
+        command.arg(self.id.as_str());
+        command
+    }
+
+    fn parse(arguments: impl IntoIterator<Item = OsString>) -> anyhow::Result<Self> {
+        let (mut root, mut id) = (None, None);
+        let (mut exec, mut terminal, mut network) = (String::new(), false, None);
+        let mut parser = Parser::from_args(arguments);
+        while let Some(argument) = parser.next()? {
+            match argument {
+                Arg::Long("root") => root = Some(parser.value()?.into()),
+                Arg::Long("exec") => exec = parser.value()?.string()?,
+                Arg::Long("terminal") => terminal = true,
+                Arg::Long("new-network") => network = Some(Network::New),
+                Arg::Long("join-network") => network = Some(Network::Join(parser.value()?.into())),
+                Arg::Value(name) => id = Some(name.parse()?),
+                other => return Err(other.unexpected().into()),
+            }
+        }
+        let (root, id) = (root.context("no --root")?, id.context("no container")?);
+        Ok(Self { root, id, exec, terminal, network })
+    }
+}
+
+/// The whole program; exits as the process does that it stands for.
+#[must_use]
+pub fn main() -> ExitCode {
+    let ended = Orders::parse(env::args_os().skip(1)).and_then(|orders| stand(&orders));
+    // Nobody reads what it could say: a supervisor that is gone is a container that was killed.
+    ended.unwrap_or(ExitCode::from(137))
+}
+
+fn stand(orders: &Orders) -> anyhow::Result<ExitCode> {
+    let signals = Signals::hold()?;
+    let home = Home::open(&orders.root, &orders.id)?;
+    if let Some(network) = &orders.network {
+        network.enter().context("network namespace")?;
+    }
+    let terminal = if orders.terminal { Some(Terminal::own()?) } else { None };
+    if let Some(terminal) = &terminal {
+        terminal.control()?;
+    }
+    let relay = Relay::attach(SocketPath::attach(&home)?.path(), &orders.exec, true, terminal)?;
+    Ok(ExitCode::from(relay.serve(&signals)?.status))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn orders_arrive_as_they_were_given() {
+        let plain = Orders {
+            root: "/run/x".into(),
+            id: "c".parse().unwrap(),
+            exec: String::new(),
+            terminal: false,
+            network: None,
+        };
+        for orders in [
+            plain.clone(),
+            Orders { exec: "0f".to_owned(), terminal: true, ..plain.clone() },
+            Orders { network: Some(Network::New), ..plain.clone() },
+            Orders { network: Some(Network::Join("/n et".into())), ..plain.clone() },
+        ] {
+            let command = orders.command(Path::new("/bin/x"));
+            let arguments = command.get_args().map(ToOwned::to_owned);
+            assert_eq!(Orders::parse(arguments).unwrap(), orders);
+        }
+        for wrong in [vec![], vec!["--root", "/x"], vec!["--root", "/x", "--other", "c"]] {
+            assert!(Orders::parse(wrong.into_iter().map(OsString::from)).is_err());
+        }
+    }
+}

@@ -1,0 +1,104 @@
+//! Debian's containerd: its shim for runc calls Bulkhead.
+
+use std::fs::{self, File};
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+
+use bulkhead_tests::bundle::Bundle;
+use bulkhead_tests::runtime::{comes_true, output, told};
+use bulkhead_tests::vm::dist;
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
+
+use super::{PATIENCE, wait_for_nothing, wait_until};
+
+/// A daemon in a directory of its own; dropping it ends it.
+struct Containerd {
+    directory: TempDir,
+    daemon: Child,
+}
+
+impl Containerd {
+    fn start() -> Self {
+        let directory = TempDir::with_prefix("containerd-").unwrap();
+        let path = |name: &str| directory.path().join(name);
+        // Kubernetes is not asked here.
+        let config = "version = 2\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n";
+        fs::write(path("config.toml"), config).unwrap();
+        let log = File::create(path("log")).unwrap();
+        let mut command = Command::new("/usr/bin/containerd");
+        command.arg("--config").arg(path("config.toml")).arg("--root").arg(path("root"));
+        command.arg("--state").arg(path("state")).arg("--address").arg(path("socket"));
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+        let daemon = command.spawn().unwrap();
+        let containerd = Self { directory, daemon };
+        wait_until(|| containerd.ctr(&["version"]).status.success());
+        containerd
+    }
+
+    fn ctr(&self, line: &[&str]) -> Output {
+        let mut command = Command::new("/usr/bin/ctr");
+        command.arg("--address").arg(self.directory.path().join("socket"));
+        output(command.args(line).stdin(Stdio::null())).unwrap()
+    }
+
+    /// The standard output of a call that must succeed.
+    fn ok(&self, line: &[&str]) -> String {
+        let output = self.ctr(line);
+        let log = || fs::read_to_string(self.directory.path().join("log")).unwrap_or_default();
+        assert!(output.status.success(), "{line:?}: {output:?}\n{}", log());
+        told(&output).1
+    }
+
+    /// `ctr run` with Bulkhead, of a root file system that is not containerd's.
+    fn run(&self, options: &[&str], rootfs: &Path, rest: &[&str]) -> Output {
+        let runtime = dist().join("bin/bulkhead");
+        let fixed = ["run", "--runc-binary", runtime.to_str().unwrap(), "--rootfs"];
+        let rootfs = rootfs.to_str().unwrap();
+        self.ctr(&[&fixed[..], options, &[rootfs], rest].concat())
+    }
+}
+
+impl Drop for Containerd {
+    fn drop(&mut self) {
+        let asked = Pid::from_raw(self.daemon.id().cast_signed())
+            .is_some_and(|pid| kill_process(pid, Signal::TERM).is_ok());
+        let daemon = &mut self.daemon;
+        if !(asked && comes_true(PATIENCE, || daemon.try_wait().is_ok_and(|it| it.is_some()))) {
+            let _ = self.daemon.kill();
+            let _ = self.daemon.wait();
+        }
+    }
+}
+
+#[test]
+fn a_task_does_what_containerd_asks() {
+    let containerd = Containerd::start();
+    let bundle = Bundle::new(&["true"]).unwrap();
+    let script = ["short", "/bin/sh", "-c", "uname -r; echo err >&2; exit 7"];
+    let (status, out, errors) = told(&containerd.run(&["--rm"], &bundle.rootfs(), &script));
+    assert_eq!(status, Some(7), "{errors}");
+    assert!(out.contains("-bulkhead") && errors.contains("err"), "{out} {errors}");
+
+    let script = "trap 'exit 5' TERM; echo up > /root/up; while :; do sleep 0.1; done";
+    let rest = ["long", "/bin/sh", "-c", script];
+    let started =
+        containerd.run(&["--detach", "--memory-limit", "67108864"], &bundle.rootfs(), &rest);
+    assert!(started.status.success(), "{started:?}");
+    wait_until(|| bundle.rootfs().join("root/up").exists());
+    let exec = ["tasks", "exec", "--exec-id", "one", "long", "/bin/sh", "-c", "echo in; exit 3"];
+    let (status, out, errors) = told(&containerd.ctr(&exec));
+    assert_eq!((status, out.as_str()), (Some(3), "in\n"), "{errors}");
+    assert!(containerd.ok(&["tasks", "metrics", "long"]).contains("memory.usage"));
+    containerd.ok(&["tasks", "pause", "long"]);
+    assert!(containerd.ok(&["tasks", "list"]).contains("PAUSED"));
+    containerd.ok(&["tasks", "resume", "long"]);
+    assert!(containerd.ok(&["tasks", "list"]).contains("RUNNING"));
+    assert!(containerd.ok(&["tasks", "ps", "long"]).lines().count() > 1);
+    containerd.ok(&["tasks", "kill", "long"]);
+    wait_until(|| containerd.ok(&["tasks", "list"]).contains("STOPPED"));
+    let deleted = containerd.ctr(&["tasks", "delete", "long"]);
+    assert!(told(&deleted).2.contains("exit code 5"), "{deleted:?}");
+    containerd.ok(&["containers", "delete", "long"]);
+    wait_for_nothing(containerd.directory.path());
+}

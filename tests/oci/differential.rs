@@ -1,0 +1,344 @@
+//! The same bundle under runc and under Bulkhead: what a probe reads inside, how it ends, and which
+//! files it leaves. Each accepted difference has a name here and its reason in
+//! `docs/COMPATIBILITY.md`; any other fails.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::Write as _;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use bulkhead_tests::bundle::{Bundle, bind};
+use bulkhead_tests::runtime::{Runtime, told};
+use serde_json::{Value, json};
+
+/// What is read inside, by section. What a line means is compared, not what it is called inside.
+const PROBE: &str = r#"
+section() { echo "== $1"; }
+section status; grep -E '^(Uid|Gid|Groups|Cap|NoNewPrivs|Seccomp:|Umask)' /proc/self/status
+section limits; cat /proc/self/limits
+section mounts; cat /proc/self/mountinfo
+section environment; env | sort
+section place; pwd; hostname; cat /proc/self/oom_score_adj /proc/self/cgroup /proc/1/comm
+section cgroup; for file in memory.max memory.low memory.swap.max pids.max cpu.max cpu.weight; do
+    echo $file $(cat /sys/fs/cgroup/$file); done
+section devices; stat -c '%n %A %u %g %t:%T' /dev /dev/* /dev/pts/*
+section links; for name in fd stdin stdout stderr core ptmx; do readlink /dev/$name; done
+section descriptors; ls /proc/self/fd
+section settings; cat /proc/sys/kernel/msgmax /proc/sys/kernel/shm_rmid_forced \
+    /proc/sys/net/ipv4/ip_forward /proc/sys/net/ipv4/ping_group_range
+section root; stat -c '%n %A %u %g' / /* /root/* /mnt/* 2>&1
+section attempts
+try() { "$@" > /dev/null 2>&1; echo "$* $?"; }
+try touch /file; try chmod 4755 /file; try mkdir /run/dir; try mknod /tmp/null c 1 3
+try mknod /tmp/disk b 8 0; try mount -t tmpfs none /mnt; try hostname other; try chown 7 /file
+try cat /proc/kcore; try cat /proc/keys; try cat /proc/timer_list; try ls /sys/firmware
+for file in /proc/sys/kernel/msgmax /proc/sysrq-trigger /proc/irq/0/smp_affinity; do
+    (echo 1 > $file) 2> /dev/null; echo "write $file $?"; done
+try sh -c 'echo > /dev/null'; try head -c 1 /dev/zero; try head -c 1 /dev/urandom
+try sh -c 'kill -0 1'; try dd if=/dev/zero of=/dev/shm/f bs=1M count=1
+exit 42
+"#;
+
+/// The differences that are accepted; `docs/COMPATIBILITY.md` has each with its reason, and
+/// [`meaning`] leaves it out.
+const ACCEPTED: [&str; 7] = [
+    "file system of the host",
+    "peer group of the host",
+    "flags of read-only paths",
+    "superblock of sysfs and cgroup2",
+    "directories above a device",
+    "cpu.weight",
+    "mode of a file that is made to mount on",
+];
+
+/// What one runtime made of a bundle.
+#[derive(Debug)]
+struct Told {
+    status: Option<i32>,
+    errors: String,
+    sections: BTreeMap<String, BTreeSet<String>>,
+    left: BTreeSet<String>,
+}
+
+fn told_by(runtime: &Runtime, bundle: &Bundle) -> Told {
+    let (status, output, errors) = told(&runtime.run("probe", bundle).unwrap());
+    let mut sections: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    let mut section = String::new();
+    let host = host(&output);
+    for line in output.lines() {
+        if let Some(name) = line.strip_prefix("== ") {
+            section = name.to_owned();
+            sections.entry(section.clone()).or_default();
+        } else if let Some(line) = meaning(&section, line, &host) {
+            sections.entry(section.clone()).or_default().insert(line);
+        }
+    }
+    runtime.assert_clean().unwrap();
+    Told { status, errors, sections, left: files(&bundle.rootfs()) }
+}
+
+/// A line without what is numbered anew in every run, and without what is accepted. `host` is the
+/// number of the file system that the bundle is on.
+fn meaning(section: &str, line: &str, host: &str) -> Option<String> {
+    match section {
+        "mounts" => Some(mount(line, host)),
+        "devices" if line.contains(" d") && line.matches('/').count() > 1 => {
+            // "directories above a device"
+            let name = line.split(' ').next()?;
+            let made = !["/dev/pts", "/dev/shm", "/dev/mqueue"].contains(&name);
+            Some(if made { format!("{name} is a directory") } else { line.to_owned() })
+        }
+        // The formula is another: "cpu.weight".
+        "cgroup" if line.starts_with("cpu.weight") => None,
+        _ => Some(line.to_owned()),
+    }
+}
+
+/// A line of `/proc/self/mountinfo`, proc(5).
+fn mount(line: &str, host: &str) -> String {
+    let (own, file_system) = line.split_once(" - ").unwrap();
+    let own: Vec<&str> = own.split(' ').collect();
+    let [_, _, number, _, point, options, tags @ ..] = &own[..] else { panic!("{line}") };
+    let [kind, source, superblock] = file_system.splitn(3, ' ').collect::<Vec<_>>()[..] else {
+        panic!("{line}")
+    };
+    // "peer group of the host"
+    let tags = tags.iter().map(|tag| tag.split(':').next().unwrap_or(tag));
+    let tags: Vec<_> = tags.filter(|tag| *tag != "master").collect();
+    // "flags of read-only paths"
+    let closed = ["/proc/", "/run"].iter().any(|path| point.starts_with(path));
+    let flags =
+        options.split(',').filter(|flag| !(closed && ["nosuid", "nodev", "noexec"].contains(flag)));
+    let flags: Vec<_> = flags.collect();
+    let mut about: Vec<&str> = superblock.split(',').collect();
+    about.sort_unstable();
+    let about = match kind {
+        // "file system of the host"
+        _ if *number == host => "of the host".to_owned(),
+        // "superblock of sysfs and cgroup2"
+        "sysfs" | "cgroup2" => format!("{kind} {source}"),
+        _ => format!("{kind} {source} {}", about.join(",")),
+    };
+    format!("{point} {} {} {about}", flags.join(","), tags.join(" "))
+}
+
+/// The number of the file system at the root.
+fn host(output: &str) -> String {
+    let root = output.lines().filter(|line| line.contains(" - ")).find_map(|line| {
+        let words: Vec<&str> = line.split(' ').collect();
+        (words.get(4) == Some(&"/")).then(|| words[2].to_owned())
+    });
+    root.unwrap_or_default()
+}
+
+/// Everything below a directory, with what is known of it but its times.
+fn files(directory: &Path) -> BTreeSet<String> {
+    let mut found = BTreeSet::new();
+    let mut next = vec![directory.to_owned()];
+    while let Some(directory_now) = next.pop() {
+        for entry in fs::read_dir(&directory_now).unwrap() {
+            let path = entry.unwrap().path();
+            let data = fs::symlink_metadata(&path).unwrap();
+            let (mode, uid, gid) = (data.mode(), data.uid(), data.gid());
+            let size = if data.is_dir() { 0 } else { data.len() };
+            let name = path.strip_prefix(directory).unwrap().display();
+            // "mode of a file that is made to mount on"
+            let made = name.to_string().starts_with("mnt/") && data.is_file() && size == 0;
+            let mode = if made { 0 } else { mode };
+            found.insert(format!("{name} {mode:o} {uid} {gid} {size} {:x}", data.rdev()));
+            if data.is_dir() {
+                next.push(path);
+            }
+        }
+    }
+    found
+}
+
+/// Everything that the two have not in common.
+fn differences(ours: &Told, theirs: &Told) -> String {
+    let mut words = String::new();
+    if ours.status != theirs.status || ours.errors != theirs.errors {
+        writeln!(words, "status {:?}, runc {:?}", ours.status, theirs.status).unwrap();
+        writeln!(words, "errors {:?}, runc {:?}", ours.errors, theirs.errors).unwrap();
+    }
+    let names: BTreeSet<_> = ours.sections.keys().chain(theirs.sections.keys()).collect();
+    let none = BTreeSet::new();
+    let section = |told: &Told, name: &str| told.sections.get(name).unwrap_or(&none).clone();
+    let lists =
+        names.into_iter().map(|name| (name.as_str(), section(ours, name), section(theirs, name)));
+    let left = ("files left", ours.left.clone(), theirs.left.clone());
+    for (name, ours, theirs) in lists.chain([left]) {
+        for line in theirs.difference(&ours) {
+            writeln!(words, "{name}: runc has   {line}").unwrap();
+        }
+        for line in ours.difference(&theirs) {
+            writeln!(words, "{name}: we have    {line}").unwrap();
+        }
+    }
+    words
+}
+
+/// Runs the probe under both after `change`, and fails on what differs.
+fn same(change: impl Fn(&Bundle, &mut Value)) {
+    let [ours, theirs] = [Runtime::new().unwrap(), Runtime::runc().unwrap()].map(|runtime| {
+        let mut bundle = Bundle::script(PROBE).unwrap();
+        fs::create_dir(bundle.path().join("given")).unwrap();
+        fs::write(bundle.path().join("given/file"), "given\n").unwrap();
+        let mut spec = bundle.spec.clone();
+        change(&bundle, &mut spec);
+        bundle.spec = spec;
+        bundle.write().unwrap();
+        told_by(&runtime, &bundle)
+    });
+    let words = differences(&ours, &theirs);
+    assert!(words.is_empty(), "\n{words}");
+    assert_eq!(ours.status, Some(42), "{ours:?}");
+}
+
+#[test]
+fn accepted_differences_have_their_reasons() {
+    let document = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/COMPATIBILITY.md");
+    let document = fs::read_to_string(document).unwrap();
+    for name in ACCEPTED {
+        assert!(document.contains(&format!("| {name} |")), "{name}");
+    }
+}
+
+#[test]
+fn a_plain_container() {
+    same(|_, _| {});
+}
+
+#[test]
+fn identity_and_rights() {
+    same(|_, spec| {
+        let some = json!(["CAP_KILL", "CAP_NET_RAW", "CAP_CHOWN"]);
+        spec["process"]["user"] =
+            json!({"uid": 5, "gid": 6, "additionalGids": [7, 8, 6], "umask": 0o27});
+        spec["process"]["capabilities"] = json!({
+            "bounding": some, "effective": ["CAP_KILL"], "permitted": some, "inheritable": some,
+            "ambient": ["CAP_KILL"],
+        });
+        spec["process"]["noNewPrivileges"] = json!(false);
+        spec["process"]["oomScoreAdj"] = json!(321);
+    });
+}
+
+#[test]
+fn environment_place_and_limits() {
+    same(|_, spec| {
+        spec["process"]["env"] = json!(["PATH=/bin", "A=1", "B=two words", "A=2", "EMPTY="]);
+        spec["process"]["cwd"] = json!("/made/by/runtime");
+        spec["hostname"] = json!("a-name");
+        spec["process"]["rlimits"] = json!([
+            {"type": "RLIMIT_NOFILE", "soft": 100, "hard": 200},
+            {"type": "RLIMIT_CORE", "soft": 0, "hard": 0},
+            {"type": "RLIMIT_NPROC", "soft": 500, "hard": 600},
+            {"type": "RLIMIT_STACK", "soft": 4 << 20, "hard": 8 << 20},
+            {"type": "RLIMIT_MEMLOCK", "soft": 65536, "hard": 65536},
+            {"type": "RLIMIT_FSIZE", "soft": 8 << 20, "hard": 8 << 20},
+        ]);
+    });
+}
+
+#[test]
+fn resources_inside() {
+    same(|_, spec| {
+        spec["linux"]["resources"] = json!({
+            "devices": [
+                {"allow": false, "access": "rwm"},
+                {"allow": true, "type": "c", "major": 10, "minor": 200, "access": "rw"},
+            ],
+            "memory": {"limit": 64 << 20, "reservation": 32 << 20, "swap": 96 << 20},
+            "cpu": {"shares": 512, "quota": 50_000, "period": 100_000},
+            "pids": {"limit": 77},
+        });
+    });
+}
+
+#[test]
+fn paths_that_are_closed() {
+    same(|_, spec| {
+        spec["root"]["readonly"] = json!(true);
+        spec["linux"]["maskedPaths"] =
+            json!(["/proc/kcore", "/proc/keys", "/sys/firmware", "/nosuch"]);
+        spec["linux"]["readonlyPaths"] = json!(["/proc/sys", "/proc/irq", "/run", "/nosuch"]);
+    });
+}
+
+#[test]
+fn mounts_of_all_kinds() {
+    same(|bundle, spec| {
+        let given = bundle.path().join("given");
+        let mounts = spec["mounts"].as_array_mut().unwrap();
+        mounts.extend([
+            json!({"destination": "/mnt/small", "type": "tmpfs", "source": "tmpfs",
+                "options": ["size=1m", "mode=1700", "uid=5", "gid=6", "noexec", "nosuid"]}),
+            json!({"destination": "/mnt/ro", "type": "tmpfs", "source": "tmpfs",
+                "options": ["ro", "nodev", "noatime"]}),
+            bind(&given, "/mnt/host", &["ro"]),
+            bind(&given, "/mnt/host-rw", &["rw", "nosuid", "nodev", "noexec"]),
+            bind(&given.join("file"), "/mnt/host-file", &["ro"]),
+            json!({"destination": "/mnt/host-deep/er", "type": "bind", "source": given,
+                "options": ["rbind", "rslave"]}),
+        ]);
+    });
+}
+
+#[test]
+fn settings_of_the_kernel() {
+    same(|_, spec| {
+        spec["linux"]["sysctl"] = json!({
+            "kernel.msgmax": "9000",
+            "kernel.shm_rmid_forced": "1",
+            "net.ipv4.ip_forward": "1",
+            "net.ipv4.ping_group_range": "0 5",
+        });
+    });
+}
+
+#[test]
+fn devices_that_are_named() {
+    same(|_, spec| {
+        spec["linux"]["devices"] = json!([
+            {"path": "/dev/also-null", "type": "c", "major": 1, "minor": 3, "fileMode": 0o600,
+             "uid": 5, "gid": 6},
+            {"path": "/dev/deep/zero", "type": "c", "major": 1, "minor": 5, "fileMode": 0o666},
+            {"path": "/dev/pipe", "type": "p", "fileMode": 0o622},
+        ]);
+    });
+}
+
+#[test]
+fn propagation_of_the_root() {
+    same(|_, spec| spec["linux"]["rootfsPropagation"] = json!("private"));
+    same(|_, spec| spec["linux"]["rootfsPropagation"] = json!("slave"));
+}
+
+#[test]
+fn a_filter_of_system_calls() {
+    same(|_, spec| {
+        spec["linux"]["seccomp"] = json!({
+            "defaultAction": "SCMP_ACT_ALLOW",
+            "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"],
+            "syscalls": [
+                {"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO"},
+                {"names": ["chmod", "fchmodat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 38},
+                {"names": ["kill"], "action": "SCMP_ACT_ERRNO", "args": [
+                    {"index": 1, "value": 0, "op": "SCMP_CMP_EQ"},
+                ]},
+            ],
+        });
+    });
+}
+
+#[test]
+fn namespaces_that_are_left_out() {
+    same(|_, spec| {
+        let namespaces = spec["linux"]["namespaces"].as_array_mut().unwrap();
+        namespaces.retain(|entry| entry["type"] != "cgroup");
+        // Where runc is in the cgroup's path, the container is in another.
+        spec["linux"]["cgroupsPath"] = json!("/probe");
+    });
+}

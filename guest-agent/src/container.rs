@@ -17,7 +17,7 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use bulkhead_protocol::agent::{ProcessInfo, Streams};
+use bulkhead_protocol::agent::{Disk, ProcessInfo, Streams};
 use oci_spec::runtime::Process;
 use rustix::fs::{Uid, fchown};
 use rustix::process::Pid;
@@ -29,6 +29,7 @@ use tokio_vsock::VsockStream;
 
 use crate::cgroup::Cgroup;
 use crate::creator::{self, Place};
+use crate::disks::{self, DiskError};
 use crate::io::{self as streams, Meeting, Pipes, StreamError};
 use crate::process::{Exit, Reaper, Waiter, send_signal};
 use crate::report::{self, Line};
@@ -45,6 +46,8 @@ pub(crate) mod exec;
 pub(crate) enum ContainerError {
     #[error(transparent)]
     Spec(#[from] SpecError),
+    #[error(transparent)]
+    Disk(#[from] DiskError),
     #[error(transparent)]
     Stream(#[from] StreamError),
     #[error("container {0} exists")]
@@ -88,6 +91,7 @@ pub(crate) struct Order {
     pub(crate) container_id: String,
     pub(crate) spec_json: Vec<u8>,
     pub(crate) streams: Streams,
+    pub(crate) disks: Vec<Disk>,
 }
 
 /// All containers of the guest. Clones share them.
@@ -286,13 +290,16 @@ impl Containers {
 
     /// Makes a container whose id is reserved, or leaves nothing of it.
     async fn make(&self, order: Order) -> Result<Container, ContainerError> {
-        let Order { container_id: id, spec_json, streams } = order;
+        let Order { container_id: id, spec_json, streams, disks } = order;
         self.share.mount().await.map_err(failed("mount the share"))?;
         let preparing = id.clone();
         let terminal = streams.terminal.is_some();
         // It reads the container's user table, which may be slow to come from the host.
-        let prepared =
-            spawn_blocking(move || spec::prepare(&preparing, &spec_json, terminal)).await;
+        let prepared = spawn_blocking(move || {
+            let disks = disks::bind(disks)?;
+            Ok::<_, ContainerError>(spec::prepare(&preparing, &spec_json, terminal, &disks)?)
+        });
+        let prepared = prepared.await;
         let prepared = prepared.map_err(|e| failed("read the specification")(e.into()))??;
         match self.create_connected(&id, prepared, streams).await {
             Ok((made, terminal)) => Ok(Container::new(id, made, terminal)),

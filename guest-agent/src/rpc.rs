@@ -98,9 +98,9 @@ impl Agent for Calls {
         &self,
         request: Request<CreateRequest>,
     ) -> Result<Response<CreateReply>, Status> {
-        let CreateRequest { container_id, spec_json, streams } = request.into_inner();
+        let CreateRequest { container_id, spec_json, streams, disks } = request.into_inner();
         let streams = streams.unwrap_or_default();
-        let pid = self.containers.create(Order { container_id, spec_json, streams }).await?;
+        let pid = self.containers.create(Order { container_id, spec_json, streams, disks }).await?;
         Ok(Response::new(CreateReply { pid }))
     }
 
@@ -238,6 +238,7 @@ impl From<ContainerError> for Status {
             ContainerError::State { .. }
             | ContainerError::Setting(..)
             | ContainerError::Limits(_)
+            | ContainerError::Disk(_)
             | ContainerError::Create(_) => Self::failed_precondition(reason),
             ContainerError::Step { .. } => Self::internal(reason),
         }

@@ -15,6 +15,8 @@ use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, mkdirat, openat, openat2};
 use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
 
+use crate::disks::BoundDisk;
+
 /// The most of the container's user table that is read.
 const PASSWD_BYTES: u64 = 1 << 20;
 
@@ -69,6 +71,7 @@ pub(crate) fn prepare(
     container_id: &str,
     json: &[u8],
     terminal: bool,
+    disks: &[BoundDisk],
 ) -> Result<Prepared, SpecError> {
     let mut spec: Spec = serde_json::from_slice(json)?;
     let root = spec.root().as_ref().ok_or(SpecError::Missing("root"))?.path().clone();
@@ -80,6 +83,9 @@ pub(crate) fn prepare(
     }
     let linux = spec.linux_mut().as_mut().ok_or(SpecError::Missing("linux"))?;
     linux.set_cgroups_path(Some(Path::new("/").join(container_id)));
+    for disk in disks {
+        disk.renumber(linux);
+    }
     let network_settings =
         if has_new_network(&spec) { Vec::new() } else { take_network_settings(&mut spec)? };
     if has_new(&spec, LinuxNamespaceType::User) && !has_new_network(&spec) {

@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bulkhead_protocol::agent::agent_client::AgentClient;
 use bulkhead_protocol::agent::{
-    CreateRequest, ExecRequest, HelloRequest, KillRequest, PauseRequest, ProcessInfo,
+    CreateRequest, Disk, ExecRequest, HelloRequest, KillRequest, PauseRequest, ProcessInfo,
     ProcessesRequest, ResizeRequest, ResumeRequest, StartRequest, Streams, SyncRequest,
     UpdateRequest, WaitReply, WaitRequest,
 };
@@ -115,7 +115,7 @@ impl Agent {
         Ok(within(SHORT, "Hello", client.hello(request)).await?.kernel_release)
     }
 
-    /// Creates a container.
+    /// Creates a container; `disks` were attached to its machine.
     ///
     /// # Errors
     /// When the guest cannot.
@@ -124,9 +124,10 @@ impl Agent {
         id: &ContainerId,
         spec_json: Vec<u8>,
         streams: Streams,
+        disks: Vec<Disk>,
     ) -> Result<u32, AgentError> {
         let container_id = id.to_string();
-        let request = CreateRequest { container_id, spec_json, streams: Some(streams) };
+        let request = CreateRequest { container_id, spec_json, streams: Some(streams), disks };
         let mut client = self.client.clone();
         Ok(within(CREATE, "Create", client.create(request)).await?.pid)
     }

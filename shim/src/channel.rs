@@ -122,12 +122,12 @@ impl Control {
         Ok(Self(watch(Socket(client))?))
     }
 
-    /// Sends one call.
+    /// Sends one call, and the descriptors that it names.
     ///
     /// # Errors
     /// When the monitor is gone, or has not read for so long that the socket is full.
-    pub fn call(&self, call: &Call) -> Result<(), ClientError> {
-        self.0.get_ref().0.call(call, &[])
+    pub fn call(&self, call: &Call, descriptors: &[BorrowedFd<'_>]) -> Result<(), ClientError> {
+        self.0.get_ref().0.call(call, descriptors)
     }
 
     /// Waits for what the monitor says next.

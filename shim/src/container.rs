@@ -219,9 +219,11 @@ impl Container {
         stand_in: &StandIn,
         plan: &Plan,
     ) -> Result<Vec<UnixStream>, ContainerError> {
+        let disks = pod.attach_disks(&plan.disks).await?;
         let (streams, sockets) = proxy::open_streams(pod, stand_in.wants).await?;
+        let spec = plan.spec_json.clone();
         tokio::select! {
-            created = pod.agent.create(self.home.id(), plan.spec_json.clone(), streams) => created?,
+            created = pod.agent.create(self.home.id(), spec, streams, disks) => created?,
             words = pod.broken() => {
                 return Err(PodError::Machine(MachineError::Ended(words)).into());
             }

@@ -8,8 +8,10 @@ use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::time::Duration;
 
+use bulkhead_protocol::agent;
 use bulkhead_protocol::{AGENT_PORT, STREAM_PORT, StreamHeader};
 use bulkhead_vmm::config::JailConfig;
 use bulkhead_vmm::seqpacket;
@@ -19,7 +21,7 @@ use tokio::time::timeout;
 
 use crate::agent::{Agent, AgentError};
 use crate::assets::{AssetError, Assets};
-use crate::bundle::Plan;
+use crate::bundle::{Disk, Plan};
 use crate::file_server::{FileServer, FileServerError};
 use crate::kvm::{self, KvmError};
 use crate::process::Process;
@@ -72,6 +74,9 @@ pub enum PodError {
     /// The agent.
     #[error(transparent)]
     Agent(#[from] AgentError),
+    /// A block device of the host.
+    #[error("device {} cannot be used", .0.display())]
+    Disk(PathBuf, #[source] io::Error),
     /// A log, a socket.
     #[error("{0}")]
     Io(&'static str, #[source] io::Error),
@@ -146,6 +151,21 @@ impl Pod {
         let sent = random(&mut header).and_then(|()| io::Write::write_all(&mut stream, &header));
         sent.map_err(|error| PodError::Io("standard stream", error))?;
         Ok((StreamHeader(header), stream))
+    }
+
+    /// Gives the machine disks; their names for the agent.
+    ///
+    /// # Errors
+    /// When the host or the monitor cannot use one.
+    pub async fn attach_disks(&self, disks: &[Disk]) -> Result<Vec<agent::Disk>, PodError> {
+        let mut named = Vec::new();
+        for (index, disk) in (0..).zip(disks) {
+            let file = disk.open().map_err(|error| PodError::Disk(disk.source.clone(), error))?;
+            let serial = format!("bulkhead-{index}");
+            self.machine.attach_disk(index, &file, disk.read_only, serial.clone()).await?;
+            named.push(agent::Disk { path: disk.path.display().to_string(), serial });
+        }
+        Ok(named)
     }
 
     /// Waits until the machine or the file server has ended by itself; says which.

@@ -140,7 +140,7 @@ impl Machine {
     ) -> Result<UnixStream, MachineError> {
         let timeout_ms = u32::try_from(patience.as_millis()).unwrap_or(u32::MAX);
         let request = Request::OpenStream { port, timeout_ms };
-        match self.call(request, patience + PATIENCE).await? {
+        match self.call(request, &[], patience + PATIENCE).await? {
             (Reply::Stream, mut descriptors) if descriptors.len() == 1 => {
                 Ok(UnixStream::from(descriptors.remove(0)))
             }
@@ -148,10 +148,29 @@ impl Machine {
         }
     }
 
+    /// Gives the machine a disk; the guest has to bind it.
+    ///
+    /// # Errors
+    /// When the monitor cannot use it.
+    pub async fn attach_disk(
+        &self,
+        index: u8,
+        disk: &File,
+        read_only: bool,
+        serial: String,
+    ) -> Result<(), MachineError> {
+        let device = DeviceConfig::Blk { disk: Fd(0), read_only, serial };
+        let request = Request::Attach { slot: FIRST_FREE_SLOT + index, device };
+        match self.call(request, &[disk.as_fd()], PATIENCE).await? {
+            (Reply::Done, _) => Ok(()),
+            (reply, _) => Err(MachineError::Confused(format!("{reply:?}"))),
+        }
+    }
+
     /// Ends the machine at once. What the guest has not written back is lost.
     pub async fn stop(self) {
         // Dropping it kills the monitor, whatever it answers.
-        let _ = self.call(Request::Stop, Duration::from_secs(1)).await;
+        let _ = self.call(Request::Stop, &[], Duration::from_secs(1)).await;
     }
 
     /// Waits until the machine has ended by itself; says how.
@@ -168,14 +187,19 @@ impl Machine {
         MachineError::Ended(words.unwrap_or_else(|| "the monitor is gone".to_owned()))
     }
 
-    async fn call(&self, request: Request, patience: Duration) -> Answered {
+    async fn call(
+        &self,
+        request: Request,
+        descriptors: &[BorrowedFd<'_>],
+        patience: Duration,
+    ) -> Answered {
         let number = {
             let mut calls = self.calls.lock().unwrap_or_else(PoisonError::into_inner);
             calls.last += 1;
             calls.last
         };
         let answer = expect_answer(&self.calls, number);
-        self.control.call(&Call { number, request })?;
+        self.control.call(&Call { number, request }, descriptors)?;
         timeout(patience, answer)
             .await
             .map_err(|_| MachineError::Late(patience))?
@@ -244,6 +268,9 @@ pub fn quote(lines: &[String]) -> String {
     }
 }
 
+/// Behind the devices of every machine, [`configuration`].
+const FIRST_FREE_SLOT: u8 = 4;
+
 fn configuration<'a>(parts: &'a Parts<'_>, random: &'a File) -> (VmConfig, Vec<BorrowedFd<'a>>) {
     let descriptors = vec![
         parts.kvm.as_fd(),
@@ -292,6 +319,7 @@ mod tests {
         };
         let (config, descriptors) = configuration(&parts, &file);
         assert_eq!(config.validate(descriptors.len()), Ok(()));
+        assert_eq!(config.devices.len(), usize::from(FIRST_FREE_SLOT));
     }
 
     #[test]

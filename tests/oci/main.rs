@@ -6,6 +6,8 @@ mod cgroup;
 #[cfg(test)]
 mod differential;
 #[cfg(test)]
+mod disks;
+#[cfg(test)]
 mod errors;
 #[cfg(test)]
 mod exec;

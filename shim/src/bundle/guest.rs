@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 
 use bulkhead_protocol::SHARE_DIR;
 use oci_spec::runtime::{
-    Hooks, Linux, LinuxNamespaceType, Mount, PosixRlimitBuilder, PosixRlimitType, Process, Spec,
+    Hooks, Linux, LinuxDevice, LinuxDeviceType, LinuxNamespaceType, Mount, PosixRlimitBuilder,
+    PosixRlimitType, Process, Spec,
 };
 use rustix::process::{Resource, Rlimit, getrlimit};
 
@@ -190,9 +191,11 @@ fn inherit_limits(process: &mut Process) {
 
 /// Leaves out devices of the host that the guest does not have.
 fn drop_host_devices(linux: &mut Linux, dropped: &mut Vec<&'static str>) {
+    let named = !refuse::every_device_allowed(linux);
+    let is_disk = |device: &LinuxDevice| device.typ() == LinuxDeviceType::B;
     let Some(devices) = linux.devices_mut() else { return };
     let listed = devices.len();
-    devices.retain(|device| refuse::guest_has(device).is_ok());
+    devices.retain(|device| refuse::guest_has(device).is_ok() || named && is_disk(device));
     note(dropped, devices.len() < listed, "linux.devices of the host");
 }
 

@@ -4,6 +4,7 @@
 //! what cannot be kept, [`Plan`] is the rest: the specification as the guest gets it, the files that
 //! are shared with it and the size of its machine. Mounts nothing and starts nothing.
 
+mod disks;
 mod guest;
 pub mod refuse;
 mod resources;
@@ -17,6 +18,7 @@ use std::path::{Path, PathBuf};
 use oci_spec::runtime::{Hooks, LinuxNamespaceType, LinuxResources, Spec};
 use thiserror::Error;
 
+pub use self::disks::Disk;
 pub use self::guest::{Kind, Shared};
 use self::refuse::Refusal;
 pub use self::resources::merge;
@@ -83,6 +85,19 @@ pub enum BundleError {
         /// Why.
         source: io::Error,
     },
+    /// A block device that the specification names.
+    #[error(
+        "linux.devices has {} ({}:{}), which the host does not have", .path.display(), .number.0,
+        .number.1
+    )]
+    Device {
+        /// Where the container would have it.
+        path: PathBuf,
+        /// Its major and minor number.
+        number: (i64, i64),
+        /// Why.
+        source: io::Error,
+    },
     /// The specification asks for what cannot be kept.
     #[error(transparent)]
     Refused(#[from] Refusal),
@@ -111,6 +126,8 @@ pub struct Plan {
     pub rootfs: PathBuf,
     /// Everything that is shared, the root file system first.
     pub shared: Vec<Shared>,
+    /// Block devices of the host, by [`Disk::path`] in `spec_json`.
+    pub disks: Vec<Disk>,
     /// vCPUs and memory.
     pub size: MachineSize,
     /// What the container may use.
@@ -175,6 +192,7 @@ impl Bundle {
             hostname: guest::machine_hostname(&self.spec),
             rootfs,
             shared: guest.shared,
+            disks: disks::of(self.spec.linux().as_ref())?,
             size: size::of(self.spec.linux().as_ref(), host),
             resources: self.resources(),
             oom_score_adj: self.spec.process().as_ref().and_then(|it| it.oom_score_adj()),

@@ -15,6 +15,7 @@ use oci_spec::runtime::{
 };
 use thiserror::Error;
 
+use super::disks::DISKS_MAX;
 use crate::network::Network;
 
 /// Something that is asked for and cannot be kept.
@@ -58,8 +59,14 @@ pub fn check(spec: &Spec) -> Result<(), Refusal> {
     namespaces(linux.namespaces().as_deref().unwrap_or_default(), interfaces)?;
     // A caller that allows every device lists those of the host without asking for any.
     if !every_device_allowed(linux) {
-        for device in linux.devices().iter().flatten() {
-            guest_has(device)?;
+        let (disks, others): (Vec<_>, Vec<_>) =
+            linux.devices().iter().flatten().partition(|device| device.typ() == LinuxDeviceType::B);
+        others.into_iter().try_for_each(guest_has)?;
+        if disks.len() > DISKS_MAX {
+            return Err(refuse(
+                format!("linux.devices has {} block devices", disks.len()),
+                "a machine has room for 8",
+            ));
         }
     }
     host_features(linux)

@@ -1,0 +1,117 @@
+//! Block devices of the host that a container is given: `linux.devices` of type `b`. Each becomes a
+//! virtio-blk device of the machine, bound late, and is found inside by its serial number.
+
+use std::fs::{self, File};
+use std::io;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::{Linux, LinuxDeviceCgroup, LinuxDeviceType};
+use rustix::fs::{major, minor};
+
+use super::{BundleError, refuse};
+
+/// The most that a machine has slots for.
+pub(super) const DISKS_MAX: usize = 8;
+
+/// A block device of the host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Disk {
+    /// Where the container has it.
+    pub path: PathBuf,
+    /// Where the host has it.
+    pub source: PathBuf,
+    /// The container may not write, so the guest cannot.
+    pub read_only: bool,
+}
+
+impl Disk {
+    /// Opens it, as far as the container may use it.
+    ///
+    /// # Errors
+    /// When the host does not let it.
+    pub fn open(&self) -> io::Result<File> {
+        File::options().read(true).write(!self.read_only).open(&self.source)
+    }
+}
+
+/// Those that a specification names. A container that may use every device is given none: its caller
+/// lists what the host has without asking for any.
+pub(super) fn of(linux: Option<&Linux>) -> Result<Vec<Disk>, BundleError> {
+    let Some(linux) = linux.filter(|linux| !refuse::every_device_allowed(linux)) else {
+        return Ok(Vec::new());
+    };
+    let rules = linux.resources().as_ref().and_then(|it| it.devices().as_deref());
+    let listed = linux.devices().iter().flatten();
+    let disks = listed.filter(|device| device.typ() == LinuxDeviceType::B);
+    disks
+        .map(|device| {
+            let number = (device.major(), device.minor());
+            let path = device.path().clone();
+            let source = find(number, Path::new("/sys/dev/block"), Path::new("/dev"))
+                .map_err(|source| BundleError::Device { path: path.clone(), number, source })?;
+            let read_only = !may_write(rules.unwrap_or_default(), number);
+            Ok(Disk { path, source, read_only })
+        })
+        .collect()
+}
+
+/// The node of a block device, by the name that the kernel has for its number.
+fn find(number: (i64, i64), sys: &Path, dev: &Path) -> io::Result<PathBuf> {
+    let about = sys.join(format!("{}:{}", number.0, number.1)).join("uevent");
+    let about = fs::read_to_string(about)?;
+    let name = about.lines().find_map(|line| line.strip_prefix("DEVNAME="));
+    let path = dev.join(name.ok_or(io::ErrorKind::NotFound)?);
+    let data = fs::metadata(&path)?;
+    let own = (major(data.rdev()).into(), minor(data.rdev()).into());
+    match data.file_type().is_block_device() && own == number {
+        true => Ok(path),
+        false => Err(io::Error::other(format!("{} is another device", path.display()))),
+    }
+}
+
+/// Whether the rules, of which the last that fits counts, let a container write.
+fn may_write(rules: &[LinuxDeviceCgroup], number: (i64, i64)) -> bool {
+    let fits = |rule: &&LinuxDeviceCgroup| {
+        let kind =
+            rule.typ().is_none_or(|kind| kind == LinuxDeviceType::A || kind == LinuxDeviceType::B);
+        let is = |own: Option<i64>, number: i64| own.is_none_or(|own| own < 0 || own == number);
+        let access = rule.access().as_deref().is_none_or(|access| access.contains('w'));
+        kind && access && is(rule.major(), number.0) && is(rule.minor(), number.1)
+    };
+    rules.iter().rev().find(fits).is_none_or(LinuxDeviceCgroup::allow)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    #[test]
+    fn the_last_rule_that_fits_says_who_writes() {
+        let writes =
+            |rules: Value| may_write(&serde_json::from_value::<Vec<_>>(rules).unwrap(), (7, 1));
+        let none = json!({"allow": false, "access": "rwm"});
+        let own = |access: &str| json!({"allow": true, "type": "b", "major": 7, "minor": 1, "access": access});
+        assert!(!writes(json!([none])));
+        assert!(writes(json!([none, own("rwm")])));
+        assert!(!writes(json!([none, own("r")])));
+        assert!(!writes(json!([own("rwm"), none])));
+        let other = json!({"allow": true, "type": "b", "major": 7, "minor": 2, "access": "rwm"});
+        assert!(!writes(json!([none, other])));
+    }
+
+    #[test]
+    fn what_is_not_that_device_is_not_taken() {
+        let root = tempfile::tempdir().unwrap();
+        let (sys, dev) = (root.path().join("sys"), root.path().join("dev"));
+        fs::create_dir_all(sys.join("7:1")).unwrap();
+        fs::create_dir(&dev).unwrap();
+        fs::write(sys.join("7:1/uevent"), "MAJOR=7\nMINOR=1\nDEVNAME=loop1\n").unwrap();
+        assert_eq!(find((7, 2), &sys, &dev).unwrap_err().kind(), io::ErrorKind::NotFound);
+        assert_eq!(find((7, 1), &sys, &dev).unwrap_err().kind(), io::ErrorKind::NotFound);
+        fs::write(dev.join("loop1"), "").unwrap();
+        let error = find((7, 1), &sys, &dev).unwrap_err().to_string();
+        assert!(error.contains("loop1 is another device"), "{error}");
+    }
+}

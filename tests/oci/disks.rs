@@ -1,0 +1,103 @@
+//! Block devices of the host reach a container as disks of its machine.
+
+use std::fs::{self, File};
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::PathBuf;
+use std::process::Command;
+
+use bulkhead_tests::bundle::Bundle;
+use bulkhead_tests::runtime::{Runtime, output, told};
+use rustix::fs::{major, minor};
+use serde_json::{Value, json};
+use tempfile::NamedTempFile;
+
+/// A block device of the host around a file of 8 MiB.
+struct Loop {
+    file: NamedTempFile,
+    device: PathBuf,
+}
+
+impl Loop {
+    fn new(first: &[u8]) -> Self {
+        let file = NamedTempFile::new().unwrap();
+        file.as_file().set_len(8 << 20).unwrap();
+        file.as_file().write_all_at(first, 0).unwrap();
+        let mut command = Command::new("/sbin/losetup");
+        let (status, name, errors) =
+            told(&output(command.args(["--find", "--show"]).arg(file.path())).unwrap());
+        assert_eq!(status, Some(0), "{errors}");
+        Self { file, device: name.trim().into() }
+    }
+
+    fn number(&self) -> (u32, u32) {
+        let number = fs::metadata(&self.device).unwrap().rdev();
+        (major(number), minor(number))
+    }
+
+    /// As `linux.devices` and the rules have it.
+    fn given(&self, path: &str, access: &str) -> (Value, Value) {
+        let (major, minor) = self.number();
+        let device = json!({"path": path, "type": "b", "major": major, "minor": minor,
+            "fileMode": 0o640, "uid": 5, "gid": 6});
+        let rule =
+            json!({"allow": true, "type": "b", "major": major, "minor": minor, "access": access});
+        (device, rule)
+    }
+}
+
+impl Drop for Loop {
+    fn drop(&mut self) {
+        let _ = Command::new("/sbin/losetup").arg("--detach").arg(&self.device).status();
+    }
+}
+
+fn bundle(script: &str, disks: &[(Value, Value)]) -> Bundle {
+    let bundle = Bundle::script(script).unwrap();
+    bundle
+        .with(|spec| {
+            let (devices, mut rules): (Vec<_>, Vec<_>) = disks.iter().cloned().unzip();
+            rules.insert(0, json!({"allow": false, "access": "rwm"}));
+            spec["linux"]["devices"] = devices.into();
+            spec["linux"]["resources"] = json!({"devices": rules});
+        })
+        .unwrap()
+}
+
+#[test]
+fn disks_are_read_and_written_as_far_as_the_rules_say() {
+    let runtime = Runtime::new().unwrap();
+    let (data, fixed) = (Loop::new(b"first disk\n"), Loop::new(b"second disk\n"));
+    let script = "head -c 11 /dev/data; head -c 12 /dev/disks/fixed; stat -c '%A %u %g' /dev/data; \
+        echo written | dd of=/dev/data bs=512 seek=9 conv=fsync 2>/dev/null; echo $?; \
+        echo no | dd of=/dev/disks/fixed 2>/dev/null; echo $?; \
+        dd if=/dev/data of=/dev/null bs=1M 2>&1 | grep -c '8+0 records in'";
+    let disks = [data.given("/dev/data", "rwm"), fixed.given("/dev/disks/fixed", "r")];
+    let (status, out, errors) = told(&runtime.run("c", &bundle(script, &disks)).unwrap());
+    let expected = "first disk\nsecond disk\nbrw-r----- 5 6\n0\n1\n1\n";
+    assert_eq!((status, out.as_str()), (Some(0), expected), "{errors}");
+    // Written back, and nowhere else.
+    let at = |file: &File, offset: u64, length: usize| {
+        let mut bytes = vec![0; length];
+        file.read_exact_at(&mut bytes, offset).unwrap();
+        bytes
+    };
+    assert_eq!(at(data.file.as_file(), 9 * 512, 8), b"written\n");
+    assert_eq!(at(fixed.file.as_file(), 0, 12), b"second disk\n");
+    runtime.assert_clean().unwrap();
+}
+
+#[test]
+fn a_disk_that_is_not_there_is_named() {
+    let runtime = Runtime::new().unwrap();
+    let device = json!({"path": "/dev/gone", "type": "b", "major": 7, "minor": 99});
+    let rule = json!({"allow": true, "type": "b", "major": 7, "minor": 99, "access": "rwm"});
+    let (status, _, errors) = told(&runtime.run("c", &bundle("true", &[(device, rule)])).unwrap());
+    assert_eq!(status, Some(1));
+    assert!(errors.contains("/dev/gone (7:99), which the host does not have"), "{errors}");
+    let disk = Loop::new(b"");
+    let many: Vec<_> = (0..9).map(|number| disk.given(&format!("/dev/d{number}"), "r")).collect();
+    let (status, _, errors) = told(&runtime.run("c", &bundle("true", &many)).unwrap());
+    assert_eq!(status, Some(1));
+    assert!(errors.contains("9 block devices; a machine has room for 8"), "{errors}");
+    runtime.assert_clean().unwrap();
+}

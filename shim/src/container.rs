@@ -14,7 +14,7 @@ use tokio::sync::{Mutex, MutexGuard, watch};
 use crate::agent::{AgentError, Target};
 use crate::attach::{Attachments, StandIn};
 use crate::bundle::{self, Bundle, BundleError, HostSize, MachineSize, Plan, TooSmall, refuse};
-use crate::cgroup::{Cgroup, CgroupError, Limits};
+use crate::cgroup::{self, Cgroup, CgroupError, Limits};
 use crate::exec::{ExecError, Execs};
 use crate::hooks;
 use crate::lifecycle::{Event, InvalidTransition, Status};
@@ -73,6 +73,8 @@ pub struct Container {
     home: Home,
     /// Cgroups are units of systemd.
     systemd_cgroup: bool,
+    /// This process removes the pod's cgroup itself, and has to leave it before.
+    ephemeral: bool,
     life: Mutex<Life>,
     exit: watch::Sender<Option<Exit>>,
     /// True once nothing of the pod runs any more.
@@ -96,13 +98,18 @@ impl Container {
     ///
     /// # Errors
     /// When its directory cannot be written.
-    pub fn take_over(home: Home, systemd_cgroup: bool) -> Result<Arc<Self>, ContainerError> {
+    pub fn take_over(
+        home: Home,
+        systemd_cgroup: bool,
+        ephemeral: bool,
+    ) -> Result<Arc<Self>, ContainerError> {
         let mut state = home.read()?;
         state.keeper = Process::current().map_err(ContainerError::StandIn)?;
         home.write(&state)?;
         Ok(Arc::new(Self {
             home,
             systemd_cgroup,
+            ephemeral,
             life: Mutex::new(Life { state, pod: None, host: None, poststart: Vec::new() }),
             exit: watch::channel(None).0,
             over: watch::channel(false).0,
@@ -182,6 +189,7 @@ impl Container {
         // On disk before it exists: whoever cleans up removes it.
         state.cgroup = Some(cgroup.clone());
         self.home.write(state)?;
+        let phase = Phase::begin("cgroup entered");
         let host = OnHost {
             cgroup,
             resources: plan.resources.clone(),
@@ -190,6 +198,7 @@ impl Container {
         };
         host.take(std::process::id())?;
         host.cgroup.limit(&Limits::of(&host.resources).while_it_boots())?;
+        phase.end();
         Ok(host)
     }
 
@@ -379,7 +388,14 @@ impl Container {
             }
             tokio::time::sleep(Duration::from_millis(1)).await;
         };
+        // The machine takes its time to end, and so does the kernel.
+        let id = self.home.id().clone();
+        let leave = self.ephemeral.then(|| tokio::task::spawn_blocking(move || cgroup::leave(&id)));
         pod.end().await;
+        if let Some(leave) = leave {
+            // What fails here is said by whoever removes the cgroup.
+            let _ = leave.await;
+        }
         self.over.send_replace(true);
     }
 

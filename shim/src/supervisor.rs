@@ -80,8 +80,8 @@ async fn serve(
     task: OwnedFd,
     attach: OwnedFd,
 ) -> anyhow::Result<()> {
-    let container =
-        Container::take_over(Home::open(&orders.root, &orders.id)?, orders.systemd_cgroup)?;
+    let home = Home::open(&orders.root, &orders.id)?;
+    let container = Container::take_over(home, orders.systemd_cgroup, orders.ephemeral)?;
     let leave = Arc::new(Notify::new());
     let service =
         Service::new(container.clone(), Attachments::new(Channel::new(attach)?), leave.clone());
@@ -103,9 +103,11 @@ async fn serve(
     if !created || orders.ephemeral {
         let state = home.read()?;
         if let Some(cgroup) = &state.cgroup {
-            // This process is in it.
+            let phase = Phase::begin("cgroup removed");
+            // Unless the container has ended by itself, this process is still in it.
             cgroup::leave(home.id())?;
             cgroup.remove()?;
+            phase.end();
         }
         hooks::poststop(home, state);
         home.remove()?;

@@ -5,7 +5,7 @@ use std::io::Write;
 use std::process::{Command, Output, Stdio};
 
 use bulkhead_tests::docker::Docker;
-use bulkhead_tests::runtime::{finish, output, told};
+use bulkhead_tests::runtime::{expect_output, finish, output, told};
 
 use super::{wait_for_nothing, wait_until};
 
@@ -46,9 +46,15 @@ fn a_container_is_as_under_runc() {
     let many = "--rm -e A=1 --user 5:6 -w /tmp --read-only --tmpfs /t:size=1m --cap-drop ALL \
                 --cap-add CHOWN --ulimit nofile=100:200 --memory 64m --pids-limit 50 --cpus 0.5 \
                 --init --hostname named --security-opt no-new-privileges --shm-size 32m";
+    let profile = docker.directory().join("profile.json");
+    let rules = r#"{"defaultAction": "SCMP_ACT_ALLOW", "syscalls": [
+        {"names": ["chmod", "fchmodat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 38}]}"#;
+    fs::write(&profile, rules).unwrap();
+    let filtered = format!("--rm --security-opt seccomp={}", profile.display());
     for line in [
         run("--rm --hostname plain", &["box", "sh", "-c", PROBE]),
         run(many, &["box", "sh", "-c", PROBE]),
+        run(&filtered, &["box", "sh", "-c", "touch /file && chmod 7 /file; echo $?; exit 7"]),
     ] {
         let (expected, found) = (call(&docker, "runc", &line), call(&docker, "bulkhead", &line));
         assert_eq!(told(&found), told(&expected), "{line:?}");
@@ -211,6 +217,40 @@ fn docker_knows_that_memory_ran_out() {
     assert_eq!(told("runc", "theirs"), Some(137));
     assert_eq!(told("bulkhead", "ours"), Some(137));
     docker.ok(&["rm", "ours", "theirs"]).unwrap();
+    wait_for_nothing(docker.directory());
+}
+
+#[test]
+fn callers_come_and_go_while_it_talks() {
+    let docker = Docker::start().unwrap();
+    let script = "while read line; do echo heard $line; done; echo end";
+    let options = ["run", "-d", "-i", "--name", "talk"];
+    docker.ok(&ours(&options, &["box", "sh", "-c", script])).unwrap();
+    let mut follower = docker.command(&["logs", "--follow", "talk"]);
+    let mut follower = follower.stdout(Stdio::piped()).spawn().unwrap();
+    let say = |words: &str| {
+        let mut command = docker.command(&["attach", "--sig-proxy=false", "talk"]);
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut input = child.stdin.take().unwrap();
+        input.write_all(format!("{words}\n").as_bytes()).unwrap();
+        expect_output(&mut child, &format!("heard {words}\n")).unwrap();
+        // It goes away; the container stays.
+        child.kill().unwrap();
+        child.wait().unwrap();
+    };
+    say("one");
+    say("two");
+    expect_output(&mut follower, "heard one\nheard two\n").unwrap();
+    docker.ok(&["restart", "--time", "0", "talk"]).unwrap();
+    assert_eq!(inspect(&docker, "talk", "{{.State.Running}}"), "true");
+    let mut ended = docker.command(&["attach", "talk"]);
+    let mut ended = ended.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut input = ended.stdin.take().unwrap();
+    input.write_all(b"three\n").unwrap();
+    expect_output(&mut ended, "heard three\n").unwrap();
+    docker.ok(&["rm", "--force", "talk"]).unwrap();
+    finish(ended).unwrap();
+    finish(follower).unwrap();
     wait_for_nothing(docker.directory());
 }
 

@@ -19,7 +19,7 @@ struct Podman {
 impl Podman {
     fn new() -> Self {
         let podman = Self { directory: TempDir::with_prefix("podman-").unwrap() };
-        let applets = ["cat", "echo", "sh", "sleep", "true"];
+        let applets = ["cat", "echo", "false", "sh", "sleep", "true"];
         let archive = bundle::image(podman.directory(), &applets).unwrap();
         podman.ok(&["import", archive.to_str().unwrap(), "box"]);
         podman
@@ -56,6 +56,20 @@ impl Podman {
 }
 
 #[test]
+fn health_is_asked() {
+    let podman = Podman::new();
+    for (name, program, expected) in [("well", "true", 0), ("ill", "false", 1)] {
+        let options = ["run", "-d", "--network", "none", "--name", name, "--health-cmd", program];
+        let rest = ["--health-interval", "disable", "box", "sleep", "1000"];
+        podman.ok(&[&options[..], &rest].concat());
+        let asked = output(&mut podman.command(&["healthcheck", "run", name])).unwrap();
+        assert_eq!(asked.status.code(), Some(expected), "{asked:?}");
+    }
+    podman.ok(&["rm", "--force", "--time", "0", "well", "ill"]);
+    wait_for_nothing(podman.directory());
+}
+
+#[test]
 fn a_container_does_what_podman_asks() {
     let podman = Podman::new();
     let run = ["run", "--rm", "--network", "none", "box", "sh", "-c", "echo out; exit 7"];
@@ -88,6 +102,9 @@ fn a_container_does_what_podman_asks() {
     podman.ok(&["stop", "--time", "60", "one"]);
     assert_eq!(podman.ok(&["inspect", "--format", "{{.State.ExitCode}}", "one"]), "5");
     podman.ok(&["start", "one"]);
+    podman.ok(&["update", "--memory", "48m", "one"]);
+    let stats = ["stats", "--no-stream", "--format", "{{.MemUsage}}", "one"];
+    assert!(podman.ok(&stats).contains("MB"), "{}", podman.ok(&stats));
     podman.ok(&["rm", "--force", "--time", "0", "one"]);
     wait_for_nothing(podman.directory());
 }

@@ -10,6 +10,7 @@ mod limits;
 use std::fs;
 use std::io;
 use std::path::{Component, Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use libcgroups::common::{
     AnyCgroupManager, AnyManagerError, CgroupConfig, CgroupManager, CgroupSetup, ControllerOpt,
@@ -27,6 +28,8 @@ use crate::id::ContainerId;
 
 /// What a scope of systemd is called before the container's name, when nobody says it.
 const SCOPE_PREFIX: &str = "bulkhead";
+/// How long what is in a cgroup that is removed may take to die.
+const DYING: Duration = Duration::from_secs(10);
 
 /// Why a cgroup is not as it should be.
 #[derive(Debug, Error)]
@@ -157,9 +160,17 @@ impl Cgroup {
     /// Removes it, and kills what is still in it; one that is gone already is no error.
     ///
     /// # Errors
-    /// When the host does not let it.
+    /// When the host does not let it, or what is in it does not die.
     pub fn remove(&self) -> Result<(), CgroupError> {
-        self.open()?.remove().map_err(self.failed())
+        let cgroup = self.open()?;
+        let deadline = Instant::now() + DYING;
+        // One try of libcgroups is over in a tenth of a second.
+        loop {
+            match cgroup.remove() {
+                Err(_) if Instant::now() < deadline => {}
+                removed => return removed.map_err(self.failed()),
+            }
+        }
     }
 
     fn open(&self) -> Result<AnyCgroupManager, CgroupError> {
@@ -178,11 +189,14 @@ impl Cgroup {
 }
 
 /// Moves this process to the root of the hierarchies, where it does not keep a cgroup from being
-/// removed.
+/// removed. Takes the kernel some milliseconds, in which it waits for a grace period.
 ///
 /// # Errors
 /// When the host does not let it.
 pub fn leave(container: &ContainerId) -> Result<(), CgroupError> {
+    if unified(std::process::id()).is_ok_and(|own| own == Path::new(DEFAULT_CGROUP_ROOT)) {
+        return Ok(());
+    }
     let root = Cgroup { path: "/".into(), systemd: false, container: container.clone() };
     root.add(std::process::id())
 }

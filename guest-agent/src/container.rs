@@ -18,7 +18,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bulkhead_protocol::agent::{Disk, ProcessInfo, Streams};
-use oci_spec::runtime::Process;
+use oci_spec::runtime::{LinuxResources, Process, Spec};
 use rustix::fs::{Uid, fchown};
 use rustix::process::Pid;
 use tokio::io::AsyncWriteExt as _;
@@ -245,7 +245,8 @@ impl Containers {
         Cgroup::of(&container.id).thaw().map_err(failed("thaw the processes"))
     }
 
-    /// Sets the limits of a container.
+    /// Sets the limits of a container. Which devices it may use does not change: those rules have
+    /// the host's numbers, and were translated when it was created.
     ///
     /// # Errors
     /// It has ended, or the kernel refuses one.
@@ -254,7 +255,12 @@ impl Containers {
         if container.init.ended().is_some() {
             return Err(state(id, "has ended"));
         }
-        let resources = serde_json::from_slice(resources).map_err(SpecError::from)?;
+        let mut resources: LinuxResources =
+            serde_json::from_slice(resources).map_err(SpecError::from)?;
+        let config = fs::read(Place::of(id).config()).map_err(failed("read the bundle"))?;
+        let spec: Spec = serde_json::from_slice(&config).map_err(SpecError::from)?;
+        let created = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+        resources.set_devices(created.and_then(|created| created.devices().clone()));
         let cgroup = Cgroup::of(&container.id);
         // A limit below what is used takes as long as it takes to give that back.
         let limited = spawn_blocking(move || cgroup.limit(&resources)).await;

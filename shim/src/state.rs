@@ -76,6 +76,7 @@ pub struct Exit {
     /// When, in nanoseconds since the epoch.
     pub at_ns: u64,
     /// The guest's kernel has killed a process of the container for want of memory.
+    #[serde(default)]
     pub oom_killed: bool,
 }
 

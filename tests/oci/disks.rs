@@ -87,6 +87,21 @@ fn disks_are_read_and_written_as_far_as_the_rules_say() {
 }
 
 #[test]
+fn a_disk_stays_when_limits_change() {
+    let runtime = Runtime::new().unwrap();
+    let disk = Loop::new(b"still here\n");
+    let bundle = bundle("exec sleep 1000", &[disk.given("/dev/data", "rw")]);
+    runtime.create("c", &bundle).unwrap();
+    runtime.ok(&["start", "c"]).unwrap();
+    let read = || runtime.ok(&["exec", "c", "head", "-c", "11", "/dev/data"]).unwrap();
+    assert_eq!(read(), "still here\n");
+    runtime.ok(&["update", "--pids-limit", "50", "c"]).unwrap();
+    assert_eq!(read(), "still here\n");
+    runtime.ok(&["delete", "--force", "c"]).unwrap();
+    runtime.assert_clean().unwrap();
+}
+
+#[test]
 fn a_disk_that_is_not_there_is_named() {
     let runtime = Runtime::new().unwrap();
     let device = json!({"path": "/dev/gone", "type": "b", "major": 7, "minor": 99});

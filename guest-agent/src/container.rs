@@ -257,8 +257,7 @@ impl Containers {
         }
         let mut resources: LinuxResources =
             serde_json::from_slice(resources).map_err(SpecError::from)?;
-        let config = fs::read(Place::of(id).config()).map_err(failed("read the bundle"))?;
-        let spec: Spec = serde_json::from_slice(&config).map_err(SpecError::from)?;
+        let spec = read_spec(&Place::of(id))?;
         let created = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
         resources.set_devices(created.and_then(|created| created.devices().clone()));
         let cgroup = Cgroup::of(&container.id);
@@ -522,6 +521,12 @@ async fn remove(id: &str) -> io::Result<()> {
 
 fn state(id: &str, state: &'static str) -> ContainerError {
     ContainerError::State { what: format!("container {id}"), state }
+}
+
+/// A container's specification, as it was created.
+fn read_spec(place: &Place) -> Result<Spec, ContainerError> {
+    let config = fs::read(place.config()).map_err(failed("read the container's specification"))?;
+    Ok(serde_json::from_slice(&config).map_err(SpecError::from)?)
 }
 
 /// Gives a terminal the size that its process's specification has, unless the host knows better.

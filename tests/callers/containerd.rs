@@ -5,9 +5,8 @@ use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 
 use bulkhead_tests::bundle::Bundle;
-use bulkhead_tests::runtime::{comes_true, output, told};
+use bulkhead_tests::runtime::{end, output, told};
 use bulkhead_tests::vm::dist;
-use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
 use super::{PATIENCE, wait_for_nothing, wait_until};
@@ -61,13 +60,7 @@ impl Containerd {
 
 impl Drop for Containerd {
     fn drop(&mut self) {
-        let asked = Pid::from_raw(self.daemon.id().cast_signed())
-            .is_some_and(|pid| kill_process(pid, Signal::TERM).is_ok());
-        let daemon = &mut self.daemon;
-        if !(asked && comes_true(PATIENCE, || daemon.try_wait().is_ok_and(|it| it.is_some()))) {
-            let _ = self.daemon.kill();
-            let _ = self.daemon.wait();
-        }
+        end(&mut self.daemon, PATIENCE);
     }
 }
 

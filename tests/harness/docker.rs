@@ -6,11 +6,10 @@ use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
-use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
 use crate::bundle;
-use crate::runtime::{comes_true, output};
+use crate::runtime::{end, output};
 use crate::vm::dist;
 
 /// How long the daemon may take to come up, and to go.
@@ -117,13 +116,6 @@ impl Docker {
 impl Drop for Docker {
     fn drop(&mut self) {
         // It takes what still runs with it.
-        let asked = Pid::from_raw(self.daemon.id().cast_signed())
-            .is_some_and(|pid| kill_process(pid, Signal::TERM).is_ok());
-        let daemon = &mut self.daemon;
-        let gone = || daemon.try_wait().is_ok_and(|status| status.is_some());
-        if !(asked && comes_true(PATIENCE, gone)) {
-            let _ = self.daemon.kill();
-            let _ = self.daemon.wait();
-        }
+        end(&mut self.daemon, PATIENCE);
     }
 }

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -313,6 +314,18 @@ pub fn comes_true(patience: Duration, mut so: impl FnMut() -> bool) -> bool {
         std::thread::sleep(Duration::from_millis(20));
     }
     true
+}
+
+/// Asks a daemon to end, and kills it when it does not in time.
+pub fn end(daemon: &mut Child, patience: Duration) {
+    let asked = Pid::from_raw(daemon.id().cast_signed())
+        .is_some_and(|pid| kill_process(pid, Signal::TERM).is_ok());
+    let gone = || daemon.try_wait().is_ok_and(|status| status.is_some());
+    if !(asked && comes_true(patience, gone)) {
+        // Both fail only when it has been waited for.
+        let _ = daemon.kill();
+        let _ = daemon.wait();
+    }
 }
 
 /// Runs a command to its end and collects what it wrote.

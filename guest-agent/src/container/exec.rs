@@ -9,10 +9,11 @@ use std::fs;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use bulkhead_protocol::agent::Streams;
-use oci_spec::runtime::Spec;
 use tokio::task::spawn_blocking;
 
-use super::{ContainerError, Containers, Made, failed, signal_number, size_terminal, state};
+use super::{
+    ContainerError, Containers, Made, failed, read_spec, signal_number, size_terminal, state,
+};
 use crate::cgroup::Cgroup;
 use crate::creator::Place;
 use crate::process::{Exit, send_signal};
@@ -157,11 +158,10 @@ impl Containers {
             return Err(state(&id, "is frozen"));
         }
         let place = Place::of(&id);
-        let config = place.config();
+        let container = Place::of(&id);
         let terminal = streams.terminal.is_some();
         let prepared = spawn_blocking(move || {
-            let config = fs::read(config).map_err(failed("read the container's specification"))?;
-            let spec: Spec = serde_json::from_slice(&config).map_err(SpecError::from)?;
+            let spec = read_spec(&container)?;
             spec::prepare_process(&spec, &process_json, terminal).map_err(ContainerError::from)
         });
         let prepared = prepared.await.map_err(|e| failed("read the process")(e.into()))??;

@@ -7,8 +7,7 @@ use std::path::{Path, PathBuf};
 
 use bulkhead_protocol::SHARE_DIR;
 use oci_spec::runtime::{
-    Hooks, Linux, LinuxDevice, LinuxDeviceType, LinuxNamespaceType, Mount, PosixRlimitBuilder,
-    PosixRlimitType, Process, Spec,
+    Hooks, Linux, LinuxNamespaceType, Mount, PosixRlimitBuilder, PosixRlimitType, Process, Spec,
 };
 use rustix::process::{Resource, Rlimit, getrlimit};
 
@@ -191,11 +190,13 @@ fn inherit_limits(process: &mut Process) {
 
 /// Leaves out devices of the host that the guest does not have.
 fn drop_host_devices(linux: &mut Linux, dropped: &mut Vec<&'static str>) {
-    let named = !refuse::every_device_allowed(linux);
-    let is_disk = |device: &LinuxDevice| device.typ() == LinuxDeviceType::B;
+    // Elsewhere each was asked for, and what cannot be had was refused.
+    if !refuse::every_device_allowed(linux) {
+        return;
+    }
     let Some(devices) = linux.devices_mut() else { return };
     let listed = devices.len();
-    devices.retain(|device| refuse::guest_has(device).is_ok() || named && is_disk(device));
+    devices.retain(|device| refuse::guest_has(device).is_ok());
     note(dropped, devices.len() < listed, "linux.devices of the host");
 }
 

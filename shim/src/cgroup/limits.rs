@@ -45,6 +45,12 @@ impl Limits {
         &self.0
     }
 
+    /// Whether [`Limits::while_it_boots`] leaves something out.
+    #[must_use]
+    pub fn has_quota(&self) -> bool {
+        self.0.cpu().as_ref().is_some_and(|cpu| cpu.quota().is_some() || cpu.period().is_some())
+    }
+
     /// Without the share of processor time: a machine that boots is not the container yet.
     #[must_use]
     pub fn while_it_boots(&self) -> LinuxResources {
@@ -109,6 +115,8 @@ mod tests {
         let cpu = limits.while_it_boots().cpu().clone().unwrap();
         assert_eq!((cpu.quota(), cpu.period(), cpu.shares()), (None, None, Some(5)));
         assert_eq!(limits.whole().cpu().clone().unwrap().quota(), Some(1000));
+        assert!(limits.has_quota());
+        assert!(!self::limits(&json!({"cpu": {"shares": 5}})).has_quota());
     }
 
     #[test]

@@ -194,7 +194,7 @@ impl Cgroup {
 /// # Errors
 /// When the host does not let it.
 pub fn leave(container: &ContainerId) -> Result<(), CgroupError> {
-    if unified(std::process::id()).is_ok_and(|own| own == Path::new(DEFAULT_CGROUP_ROOT)) {
+    if below_root(std::process::id()).is_ok_and(|own| own.as_os_str().is_empty()) {
         return Ok(());
     }
     let root = Cgroup { path: "/".into(), systemd: false, container: container.clone() };
@@ -206,9 +206,14 @@ pub fn leave(container: &ContainerId) -> Result<(), CgroupError> {
 /// # Errors
 /// When there is no such process, or no such cgroup.
 pub fn unified(pid: u32) -> io::Result<PathBuf> {
+    Ok(Path::new(DEFAULT_CGROUP_ROOT).join(below_root(pid)?))
+}
+
+/// The path of a process's cgroup of version 2 from the root, empty for the root itself.
+fn below_root(pid: u32) -> io::Result<PathBuf> {
     let listed = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
     let path = listed.lines().find_map(|line| line.strip_prefix("0::/"));
-    Ok(Path::new(DEFAULT_CGROUP_ROOT).join(path.ok_or(io::ErrorKind::NotFound)?))
+    Ok(path.ok_or(io::ErrorKind::NotFound)?.into())
 }
 
 /// The number behind a name in a file such as `memory.events`; 0 when it is not there.
@@ -232,8 +237,7 @@ fn unit(container: &ContainerId, given: Option<&Path>) -> Result<PathBuf, Cgroup
 /// Where a relative path of cgroup v2 begins: the parent of this process's own cgroup, as processes
 /// in it keep it from having limited ones below.
 fn beside_own() -> Result<PathBuf, CgroupError> {
-    let own = unified(std::process::id()).map_err(CgroupError::Own)?;
-    let own = own.strip_prefix(DEFAULT_CGROUP_ROOT).unwrap_or(&own);
+    let own = below_root(std::process::id()).map_err(CgroupError::Own)?;
     Ok(Path::new("/").join(own.parent().unwrap_or(Path::new(""))))
 }
 

@@ -6,7 +6,9 @@ use anyhow::Context;
 
 use super::args::{Create, Global};
 use super::client::{self, Creation};
+use crate::network::Network;
 use crate::stand_in::Orders;
+use crate::state::Home;
 use crate::{assets, terminal};
 
 pub(super) fn create(global: &Global, create: &Create) -> anyhow::Result<()> {
@@ -22,14 +24,8 @@ pub(super) fn detached(
     creation: &Creation,
     more: impl AsyncFnOnce(&containerd_shim_protos::shim_async::TaskClient) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
-    let orders = Orders {
-        root: creation.home.root().to_owned(),
-        id: creation.home.id().clone(),
-        exec: String::new(),
-        terminal: create.console_socket.is_some(),
-        network: creation.network.clone(),
-    };
-    let pid = spawn_stand_in(&orders, create.console_socket.as_deref())?;
+    let (network, console_socket) = (creation.network.clone(), create.console_socket.as_deref());
+    let pid = spawn_stand_in(&creation.home, "", network, console_socket)?;
     client::runtime()?.block_on(async {
         let task = creation.create().await?;
         if let Some(path) = &create.pid_file {
@@ -41,10 +37,21 @@ pub(super) fn detached(
 
 /// It has this process's standard streams, or a new terminal whose master goes to the console socket,
 /// and becomes a child of whoever adopts orphans here.
+///
+/// `exec` and `network` are as in [`Orders`].
 pub(super) fn spawn_stand_in(
-    orders: &Orders,
+    home: &Home,
+    exec: &str,
+    network: Option<Network>,
     console_socket: Option<&Path>,
 ) -> anyhow::Result<u32> {
+    let orders = Orders {
+        root: home.root().to_owned(),
+        id: home.id().clone(),
+        exec: exec.to_owned(),
+        terminal: console_socket.is_some(),
+        network,
+    };
     let mut command = orders.command(&assets::stand_in()?);
     if let Some(socket) = console_socket {
         let slave = terminal::send_master(socket)

@@ -21,7 +21,6 @@ use crate::lifecycle::Status;
 use crate::pod;
 use crate::relay::{Relay, Signals};
 use crate::socket_path::SocketPath;
-use crate::stand_in::Orders;
 use crate::state::{Home, State};
 use crate::terminal::Terminal;
 
@@ -84,14 +83,7 @@ fn detached(exec: &Exec, home: &Home, name: &str, process: Vec<u8>) -> anyhow::R
         let client = prepare(home, name, process).await?;
         // It ends by itself when the process is not started.
         let console_socket = exec.console_socket.as_deref();
-        let orders = Orders {
-            root: home.root().to_owned(),
-            id: home.id().clone(),
-            exec: name.to_owned(),
-            terminal: console_socket.is_some(),
-            network: None,
-        };
-        let pid = create::spawn_stand_in(&orders, console_socket)?;
+        let pid = create::spawn_stand_in(home, name, None, console_socket)?;
         client::start(&client, home, name).await.context(FAILED)?;
         if let Some(path) = &exec.pid_file {
             client::write_pid_file(path, pid)?;

@@ -33,7 +33,7 @@ use crate::disks::{self, DiskError};
 use crate::io::{self as streams, Meeting, Pipes, StreamError};
 use crate::process::{Exit, Reaper, Waiter, send_signal};
 use crate::report::{self, Line};
-use crate::share::Share;
+use crate::share::{self, Share};
 use crate::spec::{self, Prepared, SpecError};
 use crate::table;
 use crate::terminal::{Awaited, Terminal};
@@ -279,7 +279,9 @@ impl Containers {
         }
         remove(id).await.map_err(failed("remove the container"))?;
         self.table().remove(id);
-        Ok(())
+        // Others may live on: the host is to get back what this one has written, and its files.
+        let forgotten = spawn_blocking(share::forget).await;
+        forgotten.map_err(io::Error::other).flatten().map_err(failed("write back"))
     }
 
     /// Takes the id for a container that is about to be created.

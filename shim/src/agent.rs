@@ -10,9 +10,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bulkhead_protocol::agent::agent_client::AgentClient;
 use bulkhead_protocol::agent::{
-    CreateRequest, Disk, ExecRequest, HelloRequest, KillRequest, PauseRequest, ProcessInfo,
-    ProcessesRequest, ResizeRequest, ResumeRequest, StartRequest, Streams, SyncRequest,
-    UpdateRequest, WaitReply, WaitRequest,
+    CreateRequest, DeleteRequest, Disk, ExecRequest, HelloRequest, KillRequest, PauseRequest,
+    ProcessInfo, ProcessesRequest, ResizeRequest, ResumeRequest, StartRequest, Streams,
+    SyncRequest, UpdateRequest, WaitReply, WaitRequest,
 };
 use bulkhead_protocol::{MAX_MESSAGE_BYTES, VERSION};
 use hyper_util::rt::TokioIo;
@@ -48,6 +48,14 @@ pub enum AgentError {
     /// No connection.
     #[error("connection to the guest's agent")]
     Connect(#[source] tonic::transport::Error),
+}
+
+impl AgentError {
+    /// What was asked about does not exist.
+    #[must_use]
+    pub const fn is_not_found(&self) -> bool {
+        matches!(self, Self::Refused(_, Code::NotFound))
+    }
 }
 
 impl From<Status> for AgentError {
@@ -233,6 +241,16 @@ impl Agent {
         let mut client = self.client.clone();
         let request = ProcessesRequest { container_id: id.to_string() };
         Ok(within(SHORT, "Processes", client.processes(request)).await?.processes)
+    }
+
+    /// Removes a container that does not run.
+    ///
+    /// # Errors
+    /// When it runs, is being created, or is not there.
+    pub async fn delete(&self, id: &ContainerId) -> Result<(), AgentError> {
+        let mut client = self.client.clone();
+        let request = DeleteRequest { container_id: id.to_string() };
+        within(SYNC, "Delete", client.delete(request)).await.map(drop)
     }
 
     /// Writes everything back to the share.

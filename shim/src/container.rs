@@ -1,7 +1,7 @@
 //! One container and what happens to it. The only caller of the state machine
 //! ([`crate::lifecycle`]); whatever it decides is written to disk before anybody is answered.
 
-use std::fs;
+use std::fs::{self, File};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
@@ -13,15 +13,17 @@ use tokio::sync::{Mutex, MutexGuard, watch};
 
 use crate::agent::{AgentError, Target};
 use crate::attach::{Attachments, StandIn};
-use crate::bundle::{self, Bundle, BundleError, HostSize, MachineSize, Plan, TooSmall, refuse};
+use crate::bundle::{self, BundleError, HostSize, MachineSize, Plan, TooSmall, refuse};
 use crate::cgroup::{self, Cgroup, CgroupError, Limits};
 use crate::exec::{ExecError, Execs};
 use crate::hooks;
+use crate::kvm;
 use crate::lifecycle::{Event, InvalidTransition, Status};
 use crate::oom;
 use crate::pod::{Pod, PodError};
 use crate::process::Process;
 use crate::proxy;
+use crate::sandbox::{Departure, Sandbox, SandboxError};
 use crate::state::{Exit, Home, State, StateError};
 use crate::trace::Phase;
 use crate::vm::MachineError;
@@ -41,6 +43,9 @@ pub enum ContainerError {
     /// Its pod.
     #[error(transparent)]
     Pod(#[from] PodError),
+    /// The pod that it joins.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
     /// The guest.
     #[error(transparent)]
     Agent(#[from] AgentError),
@@ -73,8 +78,10 @@ pub struct Container {
     home: Home,
     /// Cgroups are units of systemd.
     systemd_cgroup: bool,
-    /// This process removes the pod's cgroup itself, and has to leave it before.
+    /// This process removes the container's cgroup itself, and has to leave it before.
     ephemeral: bool,
+    /// Who else is in the pod.
+    sandbox: Arc<Sandbox>,
     life: Mutex<Life>,
     exit: watch::Sender<Option<Exit>>,
     /// True once nothing of the pod runs any more.
@@ -98,18 +105,21 @@ impl Container {
     ///
     /// # Errors
     /// When its directory cannot be written.
-    pub fn take_over(
+    pub async fn take_over(
         home: Home,
         systemd_cgroup: bool,
         ephemeral: bool,
+        sandbox: Arc<Sandbox>,
     ) -> Result<Arc<Self>, ContainerError> {
         let mut state = home.read()?;
+        state.joined = sandbox.has_begun().await;
         state.keeper = Process::current().map_err(ContainerError::StandIn)?;
         home.write(&state)?;
         Ok(Arc::new(Self {
             home,
             systemd_cgroup,
             ephemeral,
+            sandbox,
             life: Mutex::new(Life { state, pod: None, host: None, poststart: Vec::new() }),
             exit: watch::channel(None).0,
             over: watch::channel(false).0,
@@ -129,25 +139,38 @@ impl Container {
         self.life.lock().await.state.clone()
     }
 
-    /// Reads the bundle, starts the pod, creates the container and hands its streams to its
-    /// stand-in.
+    /// Reads the bundle, starts the pod or joins one, creates the container and hands its streams to
+    /// its stand-in.
     ///
     /// # Errors
-    /// When any of it fails; nothing is left running then.
+    /// When any of it fails; what runs then is taken back by [`Container::abandon`].
     pub async fn create(
         self: &Arc<Self>,
         attachments: &Attachments,
     ) -> Result<Process, ContainerError> {
         let mut life = self.life.lock().await;
         life.state.status.on(Event::Prepared)?;
-        let bundle = bundle::load(&life.state.bundle)?;
-        let plan = bundle.plan(self.home.id(), HostSize::measure())?;
+        let bundle = bundle::read(&life.state.bundle)?;
+        let joined = bundle.check(self.home.root())?;
+        let cgroup = Cgroup::of(self.home.id(), bundle.cgroups_path(), self.systemd_cgroup)?;
+        let resources = bundle.resources();
+        let seat = self.sandbox.enter(self.home.id(), (&cgroup, &resources), &joined).await?;
+        let place =
+            bundle::Place { directory: seat.place.directory(), namespaces: seat.namespaces };
+        let plan = bundle.plan(self.home.id(), &place, HostSize::measure())?;
         for field in &plan.dropped {
             tracing::warn!(field, "means nothing inside the machine and is left out");
         }
         // On disk before a hook runs: those at the end run even when this fails.
         life.state.poststop = plan.hooks.poststop().clone().unwrap_or_default();
-        let host = self.enter_cgroup(&mut life.state, &bundle, &plan)?;
+        let host = OnHost { cgroup, resources, size: plan.size, score: plan.oom_score_adj };
+        let first = seat.pod.is_none();
+        let origin = match seat.pod {
+            Some(pod) => Origin::Joined(pod),
+            // Before the cgroup is entered, in which its caller may have forbidden all but a few devices.
+            None => Origin::New(kvm::open().map_err(PodError::from)?),
+        };
+        self.claim_cgroup(&mut life.state, &host, first)?;
         let attached = async {
             let stand_in = attachments.take("").await.map_err(ContainerError::StandIn)?;
             host.adopt(&stand_in)?;
@@ -156,17 +179,25 @@ impl Container {
             }
             Ok(stand_in)
         };
-        let started = async { Ok::<_, ContainerError>(Pod::start(&self.home, &plan).await?) };
-        let (stand_in, pod) = tokio::try_join!(attached, started)?;
+        let up = async {
+            match origin {
+                Origin::Joined(pod) => {
+                    pod.show(&plan.shared, seat.place)?;
+                    Ok::<_, ContainerError>(pod)
+                }
+                Origin::New(kvm) => Ok(Arc::new(Pod::start(&self.home, &plan, kvm).await?)),
+            }
+        };
+        let (stand_in, pod) = tokio::try_join!(attached, up)?;
         let phase = Phase::begin("container create");
-        let streams = self.create_in_guest(&pod, &stand_in, &plan).await?;
+        let (init, streams) = self.create_in_guest(&pod, &stand_in, &plan).await?;
         let limits = Limits::of(&host.resources);
-        if limits.has_quota() {
+        if first && limits.has_quota() {
             host.cgroup.limit(limits.whole())?;
         }
         stand_in.hand_over(&streams).await.map_err(ContainerError::StandIn)?;
         phase.end();
-        let pod = Arc::new(pod);
+        self.sandbox.settle(self.home.id(), init, &pod).await;
         life.state.stand_in = Some(stand_in.process);
         life.state.helpers = pod.processes();
         life.state.rootfs = plan.rootfs;
@@ -180,29 +211,48 @@ impl Container {
         Ok(process)
     }
 
-    /// Makes the pod's cgroup and enters it: whatever this process starts from now on is in it.
-    fn enter_cgroup(
+    /// Takes everything back of a container whose creator has gone away before it was created.
+    pub async fn abandon(&self) {
+        // Its creation holds the lock, and lets it go when it ends where it stands.
+        let mut life = self.life.lock().await;
+        if life.pod.is_some() {
+            drop(life);
+            // Just so. If it does not end, nothing else will either.
+            let _ = self.kill(9, true).await;
+            self.hurry.send_replace(true);
+            self.is_over().await;
+        } else if self.sandbox.depart(self.home.id()).await == Departure::OthersStay {
+            self.outlive(&mut life);
+        }
+    }
+
+    /// Writes down that the pod goes on without this container.
+    fn outlive(&self, life: &mut Life) {
+        life.state.outlived = true;
+        if let Err(error) = self.home.write(&life.state) {
+            tracing::error!(error = %error, "end of the container was not written");
+        }
+    }
+
+    /// Makes the container's cgroup its own. The first one's is the pod's: whatever this process
+    /// starts from now on is in it.
+    fn claim_cgroup(
         &self,
         state: &mut State,
-        bundle: &Bundle,
-        plan: &Plan,
-    ) -> Result<OnHost, ContainerError> {
-        let cgroup = Cgroup::of(self.home.id(), bundle.cgroups_path(), self.systemd_cgroup)?;
-        cgroup.check_free()?;
+        host: &OnHost,
+        first: bool,
+    ) -> Result<(), ContainerError> {
+        host.cgroup.check_free()?;
         // On disk before it exists: whoever cleans up removes it.
-        state.cgroup = Some(cgroup.clone());
+        state.cgroup = Some(host.cgroup.clone());
         self.home.write(state)?;
-        let phase = Phase::begin("cgroup entered");
-        let host = OnHost {
-            cgroup,
-            resources: plan.resources.clone(),
-            size: plan.size,
-            score: plan.oom_score_adj,
-        };
-        host.take(std::process::id())?;
-        host.cgroup.limit(&Limits::of(&host.resources).while_it_boots())?;
-        phase.end();
-        Ok(host)
+        if first {
+            let phase = Phase::begin("cgroup entered");
+            host.take(std::process::id())?;
+            host.cgroup.limit(&Limits::of(&host.resources).while_it_boots())?;
+            phase.end();
+        }
+        Ok(())
     }
 
     /// Runs the hooks that look at the container before it is created, and looks at what they did.
@@ -230,17 +280,16 @@ impl Container {
         pod: &Pod,
         stand_in: &StandIn,
         plan: &Plan,
-    ) -> Result<Vec<UnixStream>, ContainerError> {
+    ) -> Result<(u32, Vec<UnixStream>), ContainerError> {
         let disks = pod.attach_disks(&plan.disks).await?;
         let (streams, sockets) = proxy::open_streams(pod, stand_in.wants).await?;
         let spec = plan.spec_json.clone();
         tokio::select! {
-            created = pod.agent.create(self.home.id(), spec, streams, disks) => created?,
-            words = pod.broken() => {
-                return Err(PodError::Machine(MachineError::Ended(words)).into());
+            created = pod.agent.create(self.home.id(), spec, streams, disks) => {
+                Ok((created?, sockets))
             }
-        };
-        Ok(sockets)
+            words = pod.broken() => Err(PodError::Machine(MachineError::Ended(words)).into()),
+        }
     }
 
     /// Lets the user's program run.
@@ -307,7 +356,7 @@ impl Container {
         host.size.check(&host.resources, &resources)?;
         let inside = bundle::resources_for_guest(&resources)?;
         pod.agent.update(self.home.id(), inside).await?;
-        host.cgroup.limit(Limits::of(&resources).whole())?;
+        self.sandbox.limit(self.home.id(), &resources).await?;
         host.resources = resources;
         Ok(())
     }
@@ -382,8 +431,19 @@ impl Container {
         let phase = Phase::begin("drain");
         self.take_leave(&pod, &stand_in, exit, reason).await;
         phase.end();
+        match self.sandbox.depart(self.home.id()).await {
+            Departure::Last => self.take_down(pod).await,
+            Departure::OthersStay => {
+                drop(pod);
+                self.outlive(&mut *self.life.lock().await);
+            }
+        }
+        self.over.send_replace(true);
+    }
+
+    /// Ends the pod.
+    async fn take_down(&self, mut pod: Arc<Pod>) {
         // Verbs hold the pod for the length of a call; each call is bounded.
-        let mut pod = pod;
         let pod = loop {
             match Arc::try_unwrap(pod) {
                 Ok(pod) => break pod,
@@ -399,7 +459,6 @@ impl Container {
             // What fails here is said by whoever removes the cgroup.
             let _ = leave.await;
         }
-        self.over.send_replace(true);
     }
 
     /// Tells a stand-in that its process has ended, and waits until it has read the rest of the
@@ -439,7 +498,15 @@ impl Container {
     }
 }
 
-/// What the pod is to the host's kernel.
+/// Where a container's pod comes from.
+enum Origin {
+    /// It is started, with `/dev/kvm`.
+    New(File),
+    /// It runs.
+    Joined(Arc<Pod>),
+}
+
+/// What the container is to the host's kernel.
 #[derive(Debug)]
 struct OnHost {
     cgroup: Cgroup,
@@ -450,7 +517,7 @@ struct OnHost {
 }
 
 impl OnHost {
-    /// Makes a process one of the pod's.
+    /// Puts a process where the container's are.
     fn take(&self, pid: u32) -> Result<(), ContainerError> {
         self.cgroup.add(pid)?;
         let Some(score) = self.score else { return Ok(()) };

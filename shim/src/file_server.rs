@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bulkhead_vmm::config::JailConfig;
@@ -12,7 +13,7 @@ use tokio::time::timeout;
 
 use crate::channel::Channel;
 use crate::process::Process;
-use crate::share::{Share, ShareError};
+use crate::share::{self, Files, Place, Places, ShareError};
 use crate::spawn::{self, Jailed, Launch};
 
 /// Threads that serve requests.
@@ -50,27 +51,25 @@ pub enum FileServerError {
 pub struct FileServer {
     jailed: Jailed,
     control: Channel,
+    places: Mutex<Places>,
 }
 
 impl FileServer {
-    /// Starts it with `share` and one end of the relay socket; everything is attached afterwards.
+    /// Starts it with an empty share and one end of the relay socket.
     ///
     /// # Errors
     /// When it is not ready within a bounded time.
     pub async fn start(
         launch: Launch<'_>,
-        share: Share,
         relay: BorrowedFd<'_>,
         jail: JailConfig,
     ) -> Result<Self, FileServerError> {
+        let root = share::root()?;
         raise_descriptor_limit();
         let (jailed, control) = spawn::jailed(launch).map_err(FileServerError::Spawn)?;
         let control = Channel::new(control).map_err(FileServerError::Socket)?;
         let config = FsConfig { version: VERSION, jail, threads: THREADS };
-        control
-            .send(&config, &[share.root().as_fd(), relay])
-            .await
-            .map_err(FileServerError::Socket)?;
+        control.send(&config, &[root.as_fd(), relay]).await.map_err(FileServerError::Socket)?;
         let answer = timeout(PATIENCE, control.receive_json()).await;
         match answer.map_err(|_| FileServerError::Late(PATIENCE))? {
             Ok(Some(FsAnswer::Ready(_))) => {}
@@ -78,8 +77,37 @@ impl FileServer {
             Ok(None) => return Err(FileServerError::Ended("fileserver.log")),
             Err(error) => return Err(FileServerError::Socket(error)),
         }
-        share.attach(jailed.process.pid)?;
-        Ok(Self { jailed, control })
+        Ok(Self { jailed, control, places: Mutex::default() })
+    }
+
+    /// A directory of the share for one container, empty yet; the first one's is [`Place::default`].
+    ///
+    /// # Errors
+    /// [`ShareError::Full`].
+    pub fn take_place(&self) -> Result<Place, ShareError> {
+        self.places().take().ok_or(ShareError::Full)
+    }
+
+    /// Shows the files of a container at its place.
+    ///
+    /// # Errors
+    /// Names the path that failed.
+    pub fn show(&self, files: Files, place: Place) -> Result<(), ShareError> {
+        files.attach(self.jailed.process.pid, place)
+    }
+
+    /// Shows them no more and gives the place away.
+    ///
+    /// # Errors
+    /// When they were never shown.
+    pub fn leave_place(&self, place: Place) -> Result<(), ShareError> {
+        let detached = share::detach(self.jailed.process.pid, place);
+        self.places().leave(place);
+        detached
+    }
+
+    fn places(&self) -> MutexGuard<'_, Places> {
+        self.places.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The process.

@@ -5,6 +5,7 @@
 //! - [`container`], [`exec`], [`lifecycle`], [`state`]: what happens to a container and to processes
 //!   that join it, and what is written down.
 //! - [`bundle`]: from an OCI specification to what the pod needs, or a refusal.
+//! - [`sandbox`], [`neighbours`]: containers that share a pod.
 //! - [`pod`], [`vm`], [`file_server`], [`share`], [`agent`]: the pod's processes.
 //! - [`attach`], [`relay`], [`network`], `proxy`, [`stand_in`]: a process of the host that stands for one of the
 //!   guest, its streams, and the two tied together. [`terminal`]: where the streams are a terminal.
@@ -24,12 +25,14 @@ pub mod id;
 pub mod kvm;
 pub mod lifecycle;
 pub mod logging;
+pub mod neighbours;
 pub mod network;
 pub mod oom;
 pub mod pod;
 pub mod process;
 mod proxy;
 pub mod relay;
+pub mod sandbox;
 pub mod share;
 pub mod socket_path;
 pub mod spawn;

@@ -9,7 +9,8 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::time::Duration;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use bulkhead_protocol::agent;
 use bulkhead_protocol::{AGENT_PORT, STREAM_PORT, StreamHeader};
@@ -17,15 +18,16 @@ use bulkhead_vmm::config::JailConfig;
 use bulkhead_vmm::seqpacket;
 use rustix::net::sockopt::{set_socket_recv_buffer_size_force, set_socket_send_buffer_size_force};
 use thiserror::Error;
-use tokio::time::timeout;
+use tokio::time::{sleep, timeout};
 
-use crate::agent::{Agent, AgentError};
+use crate::agent::{Agent, AgentError, Target};
 use crate::assets::{AssetError, Assets};
-use crate::bundle::{Disk, Plan};
+use crate::bundle::{DISKS_MAX, Disk, Plan, Shared};
 use crate::file_server::{FileServer, FileServerError};
+use crate::id::ContainerId;
 use crate::kvm::{self, KvmError};
 use crate::process::Process;
-use crate::share::{Share, ShareError};
+use crate::share::{Files, Place, ShareError};
 use crate::spawn::Launch;
 use crate::state::Home;
 use crate::trace::Phase;
@@ -37,6 +39,10 @@ const BOOT_PATIENCE: Duration = Duration::from_secs(30);
 const BOOT_SECONDS: &str = "BULKHEAD_BOOT_TIMEOUT";
 /// How long the agent may take to accept a standard stream.
 const STREAM_PATIENCE: Duration = Duration::from_secs(30);
+/// How long a container that leaves a pod may take to be gone from it.
+const DISMISSAL: Duration = Duration::from_secs(60);
+/// How long to wait before it is tried again.
+const RETRY: Duration = Duration::from_millis(20);
 /// The first of the ids that jailed processes run under: no user of a host has one of these, and the
 /// supervisor's pid makes it unique while it lives.
 const JAIL_IDS: u32 = 0x7000_0000;
@@ -77,6 +83,9 @@ pub enum PodError {
     /// A block device of the host.
     #[error("device {} cannot be used", .0.display())]
     Disk(PathBuf, #[source] io::Error),
+    /// Too many of them, counted over all containers of the pod.
+    #[error("a machine has room for {DISKS_MAX} disks; use another pod")]
+    Disks,
     /// A log, a socket.
     #[error("{0}")]
     Io(&'static str, #[source] io::Error),
@@ -89,17 +98,18 @@ pub struct Pod {
     file_server: FileServer,
     /// The agent.
     pub agent: Agent,
+    /// How many the machine has.
+    disks: Mutex<u8>,
 }
 
 impl Pod {
-    /// Starts everything that `plan` needs.
+    /// Starts everything that `plan` needs; `kvm` is `/dev/kvm`.
     ///
     /// # Errors
     /// When anything does not come up; nothing is left then.
-    pub async fn start(home: &Home, plan: &Plan) -> Result<Self, PodError> {
-        let kvm = kvm::open()?;
+    pub async fn start(home: &Home, plan: &Plan, kvm: File) -> Result<Self, PodError> {
         let assets = Assets::find()?;
-        let share = Share::prepare(&plan.shared)?;
+        let shared = Files::prepare(&plan.shared)?;
         let (relay, other) = relay().map_err(|error| PodError::Io("relay socket", error))?;
         let id = JAIL_IDS + std::process::id();
         let jail = JailConfig { uid: id, gid: id };
@@ -127,12 +137,52 @@ impl Pod {
             let phase = Phase::begin("file server and share");
             let log = log(home, "fileserver.log")?;
             let launch = Launch { program: &assets.file_server, pod, log };
-            let server = FileServer::start(launch, share, other.as_fd(), jail).await?;
+            let server = FileServer::start(launch, other.as_fd(), jail).await?;
+            server.show(shared, server.take_place()?)?;
             phase.end();
             Ok::<_, PodError>(server)
         };
         let ((machine, agent), file_server) = tokio::try_join!(machine, files)?;
-        Ok(Self { machine, file_server, agent })
+        Ok(Self { machine, file_server, agent, disks: Mutex::default() })
+    }
+
+    /// A place for the files of a further container.
+    ///
+    /// # Errors
+    /// When all are taken.
+    pub fn take_place(&self) -> Result<Place, PodError> {
+        Ok(self.file_server.take_place()?)
+    }
+
+    /// Shows the files of a further container at its place.
+    ///
+    /// # Errors
+    /// Names the path that failed.
+    pub fn show(&self, shared: &[Shared], place: Place) -> Result<(), PodError> {
+        Ok(self.file_server.show(Files::prepare(shared)?, place)?)
+    }
+
+    /// Takes a container out of the pod, which goes on without it.
+    pub async fn dismiss(&self, id: &ContainerId, place: Place) {
+        let removed = async {
+            let deadline = Instant::now() + DISMISSAL;
+            // Its creation may still be under way in the guest, and what runs has to die.
+            while let Err(error) = self.agent.delete(id).await {
+                if error.is_not_found() || Instant::now() > deadline {
+                    tracing::debug!(error = %error, "not removed from the guest");
+                    return;
+                }
+                let _ = self.agent.kill(Target::init(id), 9, true).await;
+                sleep(RETRY).await;
+            }
+        };
+        tokio::select! {
+            () = removed => {}
+            words = self.broken() => tracing::debug!(words, "pod is over"),
+        }
+        if let Err(error) = self.file_server.leave_place(place) {
+            tracing::debug!(error = %error, "its files were not shown");
+        }
     }
 
     /// The processes to remember.
@@ -153,19 +203,28 @@ impl Pod {
         Ok((StreamHeader(header), stream))
     }
 
-    /// Gives the machine disks; their names for the agent.
+    /// Gives the machine disks; their names for the agent. A disk stays as long as the machine.
     ///
     /// # Errors
     /// When the host or the monitor cannot use one.
     pub async fn attach_disks(&self, disks: &[Disk]) -> Result<Vec<agent::Disk>, PodError> {
         let mut named = Vec::new();
-        for (index, disk) in (0..).zip(disks) {
+        for disk in disks {
+            let index = self.next_disk().ok_or(PodError::Disks)?;
             let file = disk.open().map_err(|error| PodError::Disk(disk.source.clone(), error))?;
             let serial = format!("bulkhead-{index}");
             self.machine.attach_disk(index, &file, disk.read_only, serial.clone()).await?;
             named.push(agent::Disk { path: disk.path.display().to_string(), serial });
         }
         Ok(named)
+    }
+
+    /// The number of a disk that no container has had.
+    fn next_disk(&self) -> Option<u8> {
+        let mut count = self.disks.lock().unwrap_or_else(PoisonError::into_inner);
+        let index = *count;
+        *count += u8::from(usize::from(index) < DISKS_MAX);
+        (index < *count).then_some(index)
     }
 
     /// Waits until the machine or the file server has ended by itself; says which.

@@ -1,9 +1,13 @@
 //! The share: the tree of files that a pod's file server shows to the guest.
 //!
 //! Its root is a small tmpfs that is never mounted on the host: it is made detached and becomes the
-//! file server's root. What is shared is cloned from the host's mounts, detached too, and attached
-//! inside the file server's mount namespace by a thread that joins it for a moment. So no mount of a
-//! container ever appears on the host, and the kernel takes them all when the file server dies.
+//! file server's root. It has nothing but numbered directories, the places; each container of the
+//! pod has its own, with a tmpfs of mount points on it. What is shared is cloned from the host's
+//! mounts, detached too. All is attached inside the file server's mount namespace by a thread that
+//! joins it for a moment. So no mount of a container ever appears on the host, and the kernel takes
+//! them all when the file server dies.
+//!
+//! Once its guest may look, no tmpfs of these can be written any more.
 
 // UNSAFETY: mount_setattr(2) has no wrapper in rustix or nix.
 #![expect(unsafe_code, reason = "mount_setattr is called directly")]
@@ -17,16 +21,18 @@ use std::thread;
 use nix::sched::{CloneFlags, unshare};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, mkdirat, openat};
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, fsconfig_create,
-    fsconfig_set_string, fsmount, fsopen, move_mount, open_tree,
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags,
+    fsconfig_create, fsconfig_set_string, fsmount, fsopen, move_mount, open_tree, unmount,
 };
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use thiserror::Error;
 
 use crate::bundle::{Kind, Shared};
 
-/// The size of the tmpfs, which only ever holds mount points.
+/// The size of a tmpfs, which only ever holds mount points.
 const SIZE: &str = "1m";
+/// Places that a share has.
+const PLACES: u32 = 64;
 
 /// Why the share could not be made.
 #[derive(Debug, Error)]
@@ -46,59 +52,137 @@ pub enum ShareError {
     /// Attaching in it.
     #[error("{} cannot be attached in the share", .0.display())]
     Attach(PathBuf, #[source] io::Error),
+    /// Taking away from it.
+    #[error("{} cannot be taken out of the share", .0.display())]
+    Detach(PathBuf, #[source] io::Error),
+    /// Every place is taken.
+    #[error("the pod has {PLACES} containers already; create another pod")]
+    Full,
 }
 
-/// A share that nobody serves yet.
+/// The number of a container's directory in the share.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Place(u32);
+
+impl Place {
+    /// Its name, relative to the share's root.
+    #[must_use]
+    pub fn directory(self) -> PathBuf {
+        self.0.to_string().into()
+    }
+}
+
+/// Which places are taken. One that was left is the last to be given away again: for a second the
+/// guest may remember what it saw there.
+#[derive(Debug, Default)]
+pub struct Places {
+    taken: Vec<Place>,
+    next: u32,
+}
+
+impl Places {
+    /// A place that nobody has; none when all are taken.
+    pub fn take(&mut self) -> Option<Place> {
+        let mut candidates = (self.next..self.next + PLACES).map(|number| Place(number % PLACES));
+        let place = candidates.find(|place| !self.taken.contains(place))?;
+        self.next = (place.0 + 1) % PLACES;
+        self.taken.push(place);
+        Some(place)
+    }
+
+    /// Gives a place back.
+    pub fn leave(&mut self, place: Place) {
+        self.taken.retain(|taken| *taken != place);
+    }
+}
+
+/// Makes a root with empty places: the mount that becomes the file server's root.
+///
+/// # Errors
+/// When the host's kernel does not let it.
+pub fn root() -> Result<OwnedFd, ShareError> {
+    let made = || {
+        let root = make_tmpfs()?;
+        for number in 0..PLACES {
+            mkdirat(&root, Place(number).directory(), Mode::from_raw_mode(0o755))?;
+        }
+        set_attributes(root.as_fd(), libc::MOUNT_ATTR_RDONLY, false)?;
+        Ok(root)
+    };
+    made().map_err(ShareError::Root)
+}
+
+/// The files of one container, not attached anywhere.
 #[derive(Debug)]
-pub struct Share {
-    root: OwnedFd,
+pub struct Files {
+    mount_points: OwnedFd,
     clones: Vec<(PathBuf, OwnedFd)>,
 }
 
-impl Share {
-    /// Makes the root with all mount points and clones what they will show.
+impl Files {
+    /// Makes all mount points and clones what they will show.
     ///
     /// # Errors
     /// Names the path that failed.
     pub fn prepare(shared: &[Shared]) -> Result<Self, ShareError> {
-        let root = make_root().map_err(ShareError::Root)?;
+        let mount_points = make_tmpfs().map_err(ShareError::Root)?;
         let mut clones = Vec::with_capacity(shared.len());
         for entry in shared {
-            mount_point(root.as_fd(), &entry.target, entry.kind)
+            mount_point(mount_points.as_fd(), &entry.target, entry.kind)
                 .map_err(|error| ShareError::MountPoint(entry.target.clone(), error))?;
             let clone = clone_mount(entry)
                 .map_err(|error| ShareError::Clone(entry.source.clone(), error))?;
-            clones.push((Path::new("/").join(&entry.target), clone));
+            clones.push((entry.target.clone(), clone));
         }
-        set_attributes(root.as_fd(), libc::MOUNT_ATTR_RDONLY, false).map_err(ShareError::Root)?;
-        Ok(Self { root, clones })
+        let read_only = set_attributes(mount_points.as_fd(), libc::MOUNT_ATTR_RDONLY, false);
+        read_only.map_err(ShareError::Root)?;
+        Ok(Self { mount_points, clones })
     }
 
-    /// The mount that becomes the file server's root.
-    #[must_use]
-    pub fn root(&self) -> BorrowedFd<'_> {
-        self.root.as_fd()
-    }
-
-    /// Attaches everything inside the mount namespace of a file server that serves the root.
+    /// Attaches everything at a place that nobody has, inside the mount namespace of a file server
+    /// that serves [`root`].
     ///
     /// # Errors
-    /// Names the path that failed.
-    pub fn attach(self, file_server: u32) -> Result<(), ShareError> {
-        let namespace =
-            File::open(format!("/proc/{file_server}/ns/mnt")).map_err(ShareError::Namespace)?;
-        let joined = move || {
-            join(namespace.as_fd()).map_err(ShareError::Namespace)?;
-            for (path, clone) in &self.clones {
-                move_mount(clone, "", CWD, path, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
-                    .map_err(|error| ShareError::Attach(path.clone(), error.into()))?;
-            }
-            Ok(())
-        };
-        let thread = thread::Builder::new().name("attach".into()).spawn(joined);
-        let failed = || ShareError::Namespace(io::Error::other("thread failed"));
-        thread.map_err(ShareError::Namespace)?.join().unwrap_or_else(|_| Err(failed()))
+    /// Names the path that failed; what was attached before stays.
+    pub fn attach(self, file_server: u32, place: Place) -> Result<(), ShareError> {
+        let base = Path::new("/").join(place.directory());
+        inside(file_server, move || {
+            attach(&self.mount_points, &base)?;
+            self.clones.iter().try_for_each(|(target, clone)| attach(clone, &base.join(target)))
+        })
     }
+}
+
+/// Takes away what is attached at a place.
+///
+/// # Errors
+/// When nothing is.
+pub fn detach(file_server: u32, place: Place) -> Result<(), ShareError> {
+    let base = Path::new("/").join(place.directory());
+    inside(file_server, move || {
+        unmount(&base, UnmountFlags::DETACH).map_err(|error| ShareError::Detach(base, error.into()))
+    })
+}
+
+fn attach(mount: &OwnedFd, path: &Path) -> Result<(), ShareError> {
+    move_mount(mount, "", CWD, path, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+        .map_err(|error| ShareError::Attach(path.to_owned(), error.into()))
+}
+
+/// Does something in the mount namespace of a file server.
+fn inside(
+    file_server: u32,
+    work: impl FnOnce() -> Result<(), ShareError> + Send + 'static,
+) -> Result<(), ShareError> {
+    let namespace =
+        File::open(format!("/proc/{file_server}/ns/mnt")).map_err(ShareError::Namespace)?;
+    let joined = move || {
+        join(namespace.as_fd()).map_err(ShareError::Namespace)?;
+        work()
+    };
+    let thread = thread::Builder::new().name("attach".into()).spawn(joined);
+    let failed = || ShareError::Namespace(io::Error::other("thread failed"));
+    thread.map_err(ShareError::Namespace)?.join().unwrap_or_else(|_| Err(failed()))
 }
 
 /// Moves this thread, and only this one, into a mount namespace; its root becomes that one's.
@@ -107,7 +191,7 @@ fn join(namespace: BorrowedFd<'_>) -> io::Result<()> {
     Ok(move_into_link_name_space(namespace, Some(LinkNameSpaceType::Mount))?)
 }
 
-fn make_root() -> io::Result<OwnedFd> {
+fn make_tmpfs() -> io::Result<OwnedFd> {
     let context = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
     fsconfig_set_string(&context, "mode", "0755")?;
     fsconfig_set_string(&context, "size", SIZE)?;
@@ -182,8 +266,23 @@ mod tests {
         Shared { source, target, kind, read_only, recursive: true }
     }
 
+    #[test]
+    fn a_place_that_was_left_is_the_last_to_be_taken_again() {
+        let mut places = Places::default();
+        let first = places.take().unwrap();
+        assert_eq!(first.directory(), Path::new("0"));
+        places.leave(first);
+        for number in 1..PLACES {
+            assert_eq!(places.take(), Some(Place(number)));
+        }
+        assert_eq!(places.take(), Some(first));
+        assert_eq!(places.take(), None);
+        places.leave(Place(7));
+        assert_eq!(places.take(), Some(Place(7)));
+    }
+
     fn can_mount() -> bool {
-        rustix::process::geteuid().is_root() && make_root().is_ok()
+        rustix::process::geteuid().is_root() && make_tmpfs().is_ok()
     }
 
     #[test]
@@ -193,21 +292,23 @@ mod tests {
         }
         let host = tempfile::tempdir().unwrap();
         fs::write(host.path().join("file"), "x").unwrap();
-        let share = Share::prepare(&[
-            shared(host.path(), "c/rootfs", Kind::Directory, false),
-            shared(&host.path().join("file"), "c/mounts/0", Kind::File, true),
+        let files = Files::prepare(&[
+            shared(host.path(), "rootfs", Kind::Directory, false),
+            shared(&host.path().join("file"), "mounts/0", Kind::File, true),
         ])
         .unwrap();
-        let file = openat(share.root(), "c/mounts/0", OFlags::RDONLY, Mode::empty()).unwrap();
+        let file = openat(&files.mount_points, "mounts/0", OFlags::RDONLY, Mode::empty()).unwrap();
         assert_eq!(FileType::from_raw_mode(fstat(&file).unwrap().st_mode), FileType::RegularFile);
-        let error = mkdirat(share.root(), "new", Mode::RWXU).unwrap_err();
-        assert_eq!(error, rustix::io::Errno::ROFS);
+        for root in [&files.mount_points, &root().unwrap()] {
+            let error = mkdirat(root, "new", Mode::RWXU).unwrap_err();
+            assert_eq!(error, rustix::io::Errno::ROFS);
+        }
         let create = |name: &str| {
-            openat(&share.clones[0].1, name, OFlags::CREATE | OFlags::WRONLY, Mode::RWXU)
+            openat(&files.clones[0].1, name, OFlags::CREATE | OFlags::WRONLY, Mode::RWXU)
         };
         create("new").unwrap();
         assert!(host.path().join("new").exists());
-        let error = openat(&share.clones[1].1, "", OFlags::WRONLY, Mode::empty());
+        let error = openat(&files.clones[1].1, "", OFlags::WRONLY, Mode::empty());
         assert!(error.is_err());
     }
 
@@ -228,8 +329,8 @@ mod tests {
         if !can_mount() {
             return;
         }
-        let entry = shared(Path::new("/nonexistent"), "c/rootfs", Kind::Directory, false);
-        let error = Share::prepare(&[entry]).unwrap_err();
+        let entry = shared(Path::new("/nonexistent"), "rootfs", Kind::Directory, false);
+        let error = Files::prepare(&[entry]).unwrap_err();
         assert_eq!(error.to_string(), "/nonexistent cannot be shared with the guest");
     }
 }

@@ -11,6 +11,8 @@ use crate::state::{Home, StateError};
 const TASK: &str = "task.sock";
 /// Where stand-ins attach.
 const ATTACH: &str = "attach.sock";
+/// Where containers join the pod.
+const JOIN: &str = "join.sock";
 
 /// A socket's path however long the directory's is: `sun_path` holds 107 bytes, so the directory is
 /// named by a descriptor. The path is good as long as this lives.
@@ -35,6 +37,14 @@ impl SocketPath {
     /// When the directory is gone.
     pub fn task(home: &Home) -> Result<Self, StateError> {
         Self::new(home, TASK)
+    }
+
+    /// Where containers join the pod.
+    ///
+    /// # Errors
+    /// When the directory is gone.
+    pub fn join(home: &Home) -> Result<Self, StateError> {
+        Self::new(home, JOIN)
     }
 
     fn new(home: &Home, name: &str) -> Result<Self, StateError> {

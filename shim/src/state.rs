@@ -109,6 +109,12 @@ pub struct State {
     pub cgroup: Option<Cgroup>,
     /// What to run on the host once the container has been deleted.
     pub poststop: Vec<Hook>,
+    /// It is in a pod that another container has brought up.
+    #[serde(default)]
+    pub joined: bool,
+    /// It has ended and its pod goes on for others: keeper and helpers are not its own any more.
+    #[serde(default)]
+    pub outlived: bool,
 }
 
 impl State {
@@ -192,6 +198,8 @@ impl Home {
             owner: rustix::process::geteuid().as_raw(),
             cgroup: None,
             poststop: Vec::new(),
+            joined: false,
+            outlived: false,
         })
     }
 

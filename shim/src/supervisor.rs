@@ -1,9 +1,11 @@
-//! The supervisor: one process for each pod, started by `create` and `run`.
+//! The supervisor: one process for each pod, started by the `create` or `run` of its first container.
 //!
-//! It gets its listening sockets and its orders in one message on standard input, which stays open
-//! until its creator is done: a creator that goes away before the container is created takes
-//! everything with it. It serves until nothing of the pod runs any more and then ends; what is left
-//! is the container's directory with the exit status.
+//! It gets the listening sockets of a container and its orders in one message from the container's
+//! creator, on a socket that stays open until the creator is done: a creator that goes away before
+//! the container is created takes everything of it with it. The first one's is standard input;
+//! those of containers that join come by [`SocketPath::join`](crate::socket_path::SocketPath::join).
+//! It serves each of them until nothing of the container runs any more, and ends with the last; what
+//! is left of one is its directory with the exit status.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -13,10 +15,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use bulkhead_vmm::seqpacket;
 use containerd_shim_protos::shim_async::create_task;
+use rustix::net::SocketType;
 use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
+use tokio::sync::mpsc::{self, UnboundedSender};
+use tokio::task::JoinSet;
 use tokio::time::timeout;
 use ttrpc::asynchronous::Server;
 use ttrpc::asynchronous::transport::Listener;
@@ -29,14 +33,17 @@ use crate::hooks;
 use crate::id::ContainerId;
 use crate::lifecycle::Status;
 use crate::logging::{self, LogTarget};
+use crate::sandbox::Sandbox;
 use crate::state::Home;
 use crate::task::Service;
 use crate::trace::Phase;
 
 /// How long calls that are being answered may take when everything is over.
 const GOODBYE: Duration = Duration::from_millis(500);
+/// How long a creator that has connected may take to say what it wants.
+const GREETING: Duration = Duration::from_secs(2);
 
-/// The first and only message of the creator; the Task socket and the attach socket ride along.
+/// The first and only message of a creator; the sockets of [`Sockets`] ride along, in that order.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Orders {
     /// The directory of all containers.
@@ -53,49 +60,120 @@ pub struct Orders {
     pub spawned: Phase,
 }
 
+/// The listening sockets in a container's directory.
+#[derive(Debug)]
+struct Sockets {
+    /// The Task service.
+    task: OwnedFd,
+    /// Where stand-ins attach.
+    attach: OwnedFd,
+    /// Where further containers of the pod come in.
+    join: OwnedFd,
+}
+
+/// A container that is to be served.
+#[derive(Debug)]
+struct Newcomer {
+    orders: Orders,
+    sockets: Sockets,
+    creator: Channel,
+}
+
+impl Newcomer {
+    /// Hears what a creator wants.
+    async fn greet(creator: OwnedFd) -> anyhow::Result<Self> {
+        let creator = Channel::new(creator)?;
+        let message = creator.receive().await?.context("the creator is gone")?;
+        let orders = serde_json::from_slice(&message.bytes).context("orders")?;
+        let Ok([task, attach, join]) = <[OwnedFd; 3]>::try_from(message.descriptors) else {
+            bail!("the sockets did not come with the orders");
+        };
+        Ok(Self { orders, sockets: Sockets { task, attach, join }, creator })
+    }
+}
+
 /// Runs a supervisor to its end.
 ///
 /// # Errors
 /// When it was not started by this program, or its sockets fail.
 pub fn run() -> anyhow::Result<()> {
     let creator = io::stdin().as_fd().try_clone_to_owned().context("standard input")?;
-    let message = seqpacket::receive(&creator)
-        .context("standard input is not the creator's socket: only \"bulkhead create\" and \"bulkhead run\" start a supervisor")?
-        .context("the creator is gone")?;
-    let orders: Orders = serde_json::from_slice(&message.bytes).context("orders")?;
-    let Ok([task, attach]) = <[OwnedFd; 2]>::try_from(message.descriptors) else {
-        bail!("the sockets did not come with the orders");
-    };
+    if !rustix::net::sockopt::socket_type(&creator).is_ok_and(|it| it == SocketType::SEQPACKET) {
+        bail!(
+            "standard input is not the creator's socket: only \"bulkhead create\" and \"bulkhead \
+             run\" start a supervisor"
+        );
+    }
     // Already a session leader only when started by hand.
     let _ = rustix::process::setsid();
     rustix::process::chdir("/").context("/")?;
-    logging::start(&orders.log)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(serve(&orders, creator, task, attach))
+    runtime.block_on(async {
+        let first = Newcomer::greet(creator).await?;
+        logging::start(&first.orders.log)?;
+        serve(first).await
+    })
 }
 
-async fn serve(
-    orders: &Orders,
-    creator: OwnedFd,
-    task: OwnedFd,
-    attach: OwnedFd,
+/// Serves the containers of one pod until there are none.
+async fn serve(first: Newcomer) -> anyhow::Result<()> {
+    let sandbox = Arc::new(Sandbox::default());
+    let (door, mut newcomers) = mpsc::unbounded_channel();
+    let mut members = JoinSet::new();
+    members.spawn(serve_one(first, sandbox.clone(), door.clone()));
+    let mut failed = Ok(());
+    loop {
+        tokio::select! {
+            // Whoever has come is heard, also when all others are gone.
+            biased;
+            Some(newcomer) = newcomers.recv() => {
+                members.spawn(serve_one(newcomer, sandbox.clone(), door.clone()));
+            }
+            ended = members.join_next() => match ended {
+                Some(ended) => {
+                    if let Err(error) = ended.map_err(anyhow::Error::from).flatten() {
+                        tracing::error!(error = format!("{error:#}"), "a container is not served");
+                        failed = Err(error);
+                    }
+                }
+                None => return failed,
+            },
+        }
+    }
+}
+
+/// Serves one container until nothing of it runs any more.
+async fn serve_one(
+    newcomer: Newcomer,
+    sandbox: Arc<Sandbox>,
+    door: UnboundedSender<Newcomer>,
 ) -> anyhow::Result<()> {
+    let Newcomer { orders, sockets, creator } = newcomer;
     let home = Home::open(&orders.root, &orders.id)?;
-    let container = Container::take_over(home, orders.systemd_cgroup, orders.ephemeral)?;
+    let container =
+        Container::take_over(home, orders.systemd_cgroup, orders.ephemeral, sandbox).await?;
     let leave = Arc::new(Notify::new());
-    let service =
-        Service::new(container.clone(), Attachments::new(Channel::new(attach)?), leave.clone());
+    let attachments = Attachments::new(Channel::new(sockets.attach)?);
+    let service = Service::new(container.clone(), attachments, leave.clone());
     let mut server = Server::new()
-        .add_listener(Listener::try_from(UnixListener::from(task))?)
+        .add_listener(Listener::try_from(UnixListener::from(sockets.task))?)
         .register_service(create_task(Arc::new(service)));
     server.start().await.context("Task service")?;
     orders.spawned.end();
     let created = tokio::select! {
         () = container.is_over() => true,
-        created = is_left(&container, Channel::new(creator)?, &leave) => created,
+        created = is_left(&container, &creator, &leave) => created,
     };
     if created {
-        container.is_over().await;
+        tokio::select! {
+            () = container.is_over() => {}
+            error = let_in(Channel::new(sockets.join)?, door) => {
+                tracing::error!(error = %error, "no further container can join");
+                container.is_over().await;
+            }
+        }
+    } else {
+        container.abandon().await;
     }
     // Callers that wait are being answered.
     let _ = timeout(GOODBYE, server.shutdown()).await;
@@ -104,8 +182,10 @@ async fn serve(
         let state = home.read()?;
         if let Some(cgroup) = &state.cgroup {
             let phase = Phase::begin("cgroup removed");
-            // Unless the container has ended by itself, this process is still in it.
-            cgroup::leave(home.id())?;
+            if !state.outlived {
+                // Unless the container has ended by itself, this process is still in it.
+                cgroup::leave(home.id())?;
+            }
             cgroup.remove()?;
             phase.end();
         }
@@ -115,8 +195,24 @@ async fn serve(
     Ok(())
 }
 
+/// Passes containers that join on to [`serve`]; returns when the socket fails.
+async fn let_in(join: Channel, door: UnboundedSender<Newcomer>) -> io::Error {
+    loop {
+        let creator = match join.accept().await {
+            Ok(creator) => creator,
+            Err(error) => return error,
+        };
+        match timeout(GREETING, Newcomer::greet(creator)).await {
+            // It is open for as long as this container is served.
+            Ok(Ok(newcomer)) => drop(door.send(newcomer)),
+            Ok(Err(error)) => tracing::debug!(error = %error, "nobody came in"),
+            Err(_) => tracing::debug!("a connection that says nothing was closed"),
+        }
+    }
+}
+
 /// Waits until the creator is gone, or says that it is done; whether there is a container then.
-async fn is_left(container: &Container, creator: Channel, leave: &Notify) -> bool {
+async fn is_left(container: &Container, creator: &Channel, leave: &Notify) -> bool {
     tokio::select! {
         _ = creator.receive() => {}
         () = leave.notified() => {}

@@ -88,9 +88,13 @@ fn status(error: ContainerError) -> Error {
         E::Exec(ExecError::Unknown(_)) => Code::NOT_FOUND,
         E::Exec(ExecError::TooMany) => Code::RESOURCE_EXHAUSTED,
         E::Bundle(_) | E::TooSmall(_) => Code::INVALID_ARGUMENT,
-        E::Pod(_) | E::State(_) | E::Hook(_) | E::StandIn(_) | E::Cgroup(_) | E::OomScore(..) => {
-            Code::INTERNAL
-        }
+        E::Pod(_)
+        | E::Sandbox(_)
+        | E::State(_)
+        | E::Hook(_)
+        | E::StandIn(_)
+        | E::Cgroup(_)
+        | E::OomScore(..) => Code::INTERNAL,
         E::Agent(_) => Code::UNKNOWN,
     };
     get_rpc_status(code, format!("{:#}", anyhow::Error::from(error)))

@@ -19,7 +19,7 @@ struct Podman {
 impl Podman {
     fn new() -> Self {
         let podman = Self { directory: TempDir::with_prefix("podman-").unwrap() };
-        let applets = ["cat", "echo", "false", "sh", "sleep", "true"];
+        let applets = ["cat", "echo", "false", "readlink", "sh", "sleep", "true"];
         let archive = bundle::image(podman.directory(), &applets).unwrap();
         podman.ok(&["import", archive.to_str().unwrap(), "box"]);
         podman
@@ -66,6 +66,37 @@ fn health_is_asked() {
         assert_eq!(asked.status.code(), Some(expected), "{asked:?}");
     }
     podman.ok(&["rm", "--force", "--time", "0", "well", "ill"]);
+    wait_for_nothing(podman.directory());
+}
+
+#[test]
+fn the_containers_of_a_pod_share_one_machine() {
+    let podman = Podman::new();
+    // Without systemd this Podman forbids all devices to a pod's cgroup, /dev/null too.
+    let pod = ["pod", "create", "--name", "p", "--share-parent=false", "--network", "none"];
+    podman.ok(&[&pod[..], &["--infra-image", "box", "--infra-command", "sleep 1000"]].concat());
+    for name in ["one", "two"] {
+        podman.ok(&["run", "-d", "--pod", "p", "--name", name, "box", "sleep", "1000"]);
+    }
+    let machine = |name: &str| podman.ok(&["exec", name, "cat", "/proc/sys/kernel/random/boot_id"]);
+    assert_eq!(machine("one"), machine("two"));
+    let namespace = |name: &str, kind: &str| {
+        podman.ok(&["exec", name, "readlink", &format!("/proc/self/ns/{kind}")])
+    };
+    for kind in ["net", "ipc", "uts"] {
+        assert_eq!(namespace("one", kind), namespace("two", kind), "{kind}");
+    }
+    assert_ne!(namespace("one", "pid"), namespace("two", "pid"));
+    // One that comes back does so into the pod's machine.
+    podman.ok(&["restart", "--time", "0", "one"]);
+    assert_eq!(machine("one"), machine("two"));
+    let run = ["run", "--rm", "--pod", "p", "box", "sh", "-c", "echo out; exit 7"];
+    let ran = output(&mut podman.command(&run)).unwrap();
+    assert_eq!(told(&ran), (Some(7), "out\n".to_owned(), String::new()));
+    podman.ok(&["pod", "stop", "--time", "0", "p"]);
+    podman.ok(&["pod", "start", "p"]);
+    assert_eq!(machine("one"), machine("two"));
+    podman.ok(&["pod", "rm", "--force", "--time", "0", "p"]);
     wait_for_nothing(podman.directory());
 }
 

@@ -12,7 +12,7 @@ use rustix::fs::{major, minor};
 use super::{BundleError, refuse};
 
 /// The most that a machine has slots for.
-pub(super) const DISKS_MAX: usize = 8;
+pub const DISKS_MAX: usize = 8;
 
 /// A block device of the host.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -11,7 +11,7 @@ use oci_spec::runtime::{
 };
 use rustix::process::{Resource, Rlimit, getrlimit};
 
-use super::{BundleError, refuse, resources};
+use super::{BundleError, Place, refuse, resources};
 use crate::id::ContainerId;
 
 /// The limits that a process inherits. Of locked memory the guest has its own (`guest-agent`).
@@ -49,7 +49,7 @@ pub enum Kind {
 pub struct Shared {
     /// On the host.
     pub source: PathBuf,
-    /// In the share, relative to its root.
+    /// Relative to the container's directory in the share.
     pub target: PathBuf,
     /// What it is.
     pub kind: Kind,
@@ -71,14 +71,15 @@ pub(super) struct Guest {
 pub(super) fn rewrite(
     spec: &Spec,
     id: &ContainerId,
+    place: &Place,
     bundle: &Path,
     rootfs: &Path,
 ) -> Result<Guest, BundleError> {
     let mut spec = spec.clone();
-    let home = PathBuf::from(id.as_str());
+    let in_guest = |target: &Path| Path::new(SHARE_DIR).join(&place.directory).join(target);
     let mut shared = vec![Shared {
         source: rootfs.to_owned(),
-        target: home.join("rootfs"),
+        target: "rootfs".into(),
         kind: Kind::Directory,
         read_only: false,
         recursive: true,
@@ -88,11 +89,13 @@ pub(super) fn rewrite(
     }
     for mount in spec.mounts_mut().iter_mut().flatten() {
         if is_bind(mount) {
-            let target = home.join("mounts").join((shared.len() - 1).to_string());
-            shared.push(share(mount, target, bundle)?);
+            let target = Path::new("mounts").join((shared.len() - 1).to_string());
+            let source = mount.source().clone().unwrap_or_default();
+            mount.set_source(Some(in_guest(&target)));
+            shared.push(share(mount, &source, target, bundle)?);
         }
     }
-    let dropped = adapt(&mut spec, id);
+    let dropped = adapt(&mut spec, id, place);
     Ok(Guest { spec, shared, dropped })
 }
 
@@ -109,10 +112,6 @@ pub(super) fn machine_hostname(spec: &Spec) -> String {
     }
 }
 
-fn in_guest(target: &Path) -> PathBuf {
-    Path::new(SHARE_DIR).join(target)
-}
-
 fn is_bind(mount: &Mount) -> bool {
     mount.typ().as_deref() == Some("bind") || has_option(mount, &["bind", "rbind"])
 }
@@ -121,16 +120,20 @@ fn has_option(mount: &Mount, names: &[&str]) -> bool {
     mount.options().iter().flatten().any(|option| names.contains(&option.as_str()))
 }
 
-/// Shares the source of a bind mount and points the mount at the share.
-fn share(mount: &mut Mount, target: PathBuf, bundle: &Path) -> Result<Shared, BundleError> {
+/// What is shared for a bind mount of `source`.
+fn share(
+    mount: &Mount,
+    source: &Path,
+    target: PathBuf,
+    bundle: &Path,
+) -> Result<Shared, BundleError> {
     // A relative source is relative to the bundle, as in runc.
-    let source = bundle.join(mount.source().clone().unwrap_or_default());
+    let source = bundle.join(source);
     let metadata = fs::metadata(&source).map_err(|error| BundleError::Source {
         what: "source of a bind mount",
         path: source.clone(),
         source: error,
     })?;
-    mount.set_source(Some(in_guest(&target)));
     let mode =
         mount.options().iter().flatten().rev().find(|option| *option == "ro" || *option == "rw");
     Ok(Shared {
@@ -143,7 +146,7 @@ fn share(mount: &mut Mount, target: PathBuf, bundle: &Path) -> Result<Shared, Bu
 }
 
 /// Takes out what belongs to the host; gives the names of what a caller may miss.
-fn adapt(spec: &mut Spec, id: &ContainerId) -> Vec<&'static str> {
+fn adapt(spec: &mut Spec, id: &ContainerId, place: &Place) -> Vec<&'static str> {
     let mut dropped = Vec::new();
     if let Some(hooks) = spec.hooks_mut() {
         let mut guest = Hooks::default();
@@ -161,7 +164,7 @@ fn adapt(spec: &mut Spec, id: &ContainerId) -> Vec<&'static str> {
     }
     if let Some(linux) = spec.linux_mut() {
         drop_host_devices(linux, &mut dropped);
-        adapt_linux(linux, id, &mut dropped);
+        adapt_linux(linux, id, place, &mut dropped);
     }
     dropped
 }
@@ -200,11 +203,20 @@ fn drop_host_devices(linux: &mut Linux, dropped: &mut Vec<&'static str>) {
     note(dropped, devices.len() < listed, "linux.devices of the host");
 }
 
-fn adapt_linux(linux: &mut Linux, id: &ContainerId, dropped: &mut Vec<&'static str>) {
+fn adapt_linux(
+    linux: &mut Linux,
+    id: &ContainerId,
+    place: &Place,
+    dropped: &mut Vec<&'static str>,
+) {
+    let mut namespaces = linux.namespaces_mut().take().unwrap_or_default();
     // The machine is the pod's network namespace.
-    let namespaces = linux.namespaces_mut().take().unwrap_or_default();
-    let kept = namespaces.into_iter().filter(|entry| entry.typ() != LinuxNamespaceType::Network);
-    linux.set_namespaces(Some(kept.collect()));
+    namespaces.retain(|entry| entry.typ() != LinuxNamespaceType::Network);
+    for entry in &mut namespaces {
+        let joined = place.namespaces.iter().find(|(kind, _)| *kind == entry.typ());
+        entry.set_path(joined.map(|(_, path)| path.clone()));
+    }
+    linux.set_namespaces(Some(namespaces));
     linux.set_cgroups_path(Some(Path::new("/").join(id.as_str())));
     let label = linux.mount_label().as_ref().is_some_and(|label| !label.is_empty());
     note(dropped, label, "linux.mountLabel");

@@ -1,6 +1,6 @@
 //! An OCI bundle: read once, refused early or turned into what the pod needs.
 //!
-//! OCI runtime-spec, "Bundle" and "Configuration". [`load`] reads `config.json`, [`refuse`] holds
+//! OCI runtime-spec, "Bundle" and "Configuration". [`read`] reads `config.json`, [`refuse`] holds
 //! what cannot be kept, [`Plan`] is the rest: the specification as the guest gets it, the files that
 //! are shared with it and the size of its machine. Mounts nothing and starts nothing.
 
@@ -18,13 +18,15 @@ use std::path::{Path, PathBuf};
 use oci_spec::runtime::{Hooks, LinuxNamespaceType, LinuxResources, Spec};
 use thiserror::Error;
 
-pub use self::disks::Disk;
+pub use self::disks::{DISKS_MAX, Disk};
 pub use self::guest::{Kind, Shared};
 use self::refuse::Refusal;
-pub use self::resources::merge;
+pub use self::resources::{merge, total};
 pub use self::size::{HostSize, MACHINE_OVERHEAD_MIB, MachineSize, TooSmall};
 use crate::id::ContainerId;
+use crate::neighbours::{Joined, Neighbours};
 use crate::network::Network;
+use crate::state::StateError;
 
 /// The file that makes a directory a bundle.
 const CONFIG: &str = "config.json";
@@ -98,6 +100,9 @@ pub enum BundleError {
         /// Why.
         source: io::Error,
     },
+    /// Containers beside it.
+    #[error(transparent)]
+    Neighbours(#[from] StateError),
     /// The specification asks for what cannot be kept.
     #[error(transparent)]
     Refused(#[from] Refusal),
@@ -130,8 +135,6 @@ pub struct Plan {
     pub disks: Vec<Disk>,
     /// vCPUs and memory.
     pub size: MachineSize,
-    /// What the container may use.
-    pub resources: LinuxResources,
     /// How the kernel of the host weighs the pod when memory is short; none leaves the caller's.
     pub oom_score_adj: Option<i32>,
     /// For the state.
@@ -142,18 +145,26 @@ pub struct Plan {
     pub dropped: Vec<&'static str>,
 }
 
-/// Reads a bundle and checks that it can be kept.
+/// Where in its machine a container will be.
+#[derive(Clone, Debug, Default)]
+pub struct Place {
+    /// Its directory in the share, relative to the share's root.
+    pub directory: PathBuf,
+    /// Namespaces that it joins, as the guest names them.
+    pub namespaces: Vec<(LinuxNamespaceType, PathBuf)>,
+}
+
+/// Reads a bundle.
 ///
 /// # Errors
 /// Names the file, and the line and column where it is about JSON.
-pub fn load(dir: &Path) -> Result<Bundle, BundleError> {
+pub fn read(dir: &Path) -> Result<Bundle, BundleError> {
     let dir = fs::canonicalize(dir)
         .map_err(|source| BundleError::NoBundle { path: dir.to_owned(), source })?;
     let path = dir.join(CONFIG);
     let json = read_config(&dir, &path)?;
     let spec =
         serde_json::from_slice(&json).map_err(|source| BundleError::Json { path, source })?;
-    refuse::check(&spec)?;
     Ok(Bundle { dir, spec })
 }
 
@@ -180,13 +191,35 @@ pub fn resources_for_guest(resources: &LinuxResources) -> Result<Vec<u8>, Bundle
 }
 
 impl Bundle {
+    /// Checks that the specification can be kept; gives the namespaces of other containers of this
+    /// root that it joins.
+    ///
+    /// # Errors
+    /// Names the first thing that cannot be kept.
+    pub fn check(&self, root: &Path) -> Result<Joined, BundleError> {
+        let linux = self.spec.linux().as_ref();
+        let mut namespaces =
+            linux.and_then(|linux| linux.namespaces().as_ref()).into_iter().flatten();
+        // Most join nobody, and then nobody has to be looked at.
+        let neighbours = match namespaces.any(|entry| entry.path().is_some()) {
+            true => Neighbours::of(root)?,
+            false => Neighbours::default(),
+        };
+        Ok(refuse::check(&self.spec, &neighbours)?)
+    }
+
     /// Turns the specification into what the pod needs.
     ///
     /// # Errors
     /// When the root file system or the source of a bind mount is not there.
-    pub fn plan(&self, id: &ContainerId, host: HostSize) -> Result<Plan, BundleError> {
+    pub fn plan(
+        &self,
+        id: &ContainerId,
+        place: &Place,
+        host: HostSize,
+    ) -> Result<Plan, BundleError> {
         let rootfs = self.rootfs()?;
-        let guest = guest::rewrite(&self.spec, id, &self.dir, &rootfs)?;
+        let guest = guest::rewrite(&self.spec, id, place, &self.dir, &rootfs)?;
         Ok(Plan {
             spec_json: serde_json::to_vec(&guest.spec).map_err(BundleError::Rewrite)?,
             hostname: guest::machine_hostname(&self.spec),
@@ -194,7 +227,6 @@ impl Bundle {
             shared: guest.shared,
             disks: disks::of(self.spec.linux().as_ref())?,
             size: size::of(self.spec.linux().as_ref(), host),
-            resources: self.resources(),
             oom_score_adj: self.spec.process().as_ref().and_then(|it| it.oom_score_adj()),
             annotations: self.spec.annotations().clone().unwrap_or_default(),
             hooks: self.spec.hooks().clone().unwrap_or_default(),
@@ -223,7 +255,9 @@ impl Bundle {
         self.spec.linux().as_ref().and_then(|linux| linux.cgroups_path().as_deref())
     }
 
-    fn resources(&self) -> LinuxResources {
+    /// What the container may use.
+    #[must_use]
+    pub fn resources(&self) -> LinuxResources {
         let linux = self.spec.linux().as_ref();
         linux.and_then(|linux| linux.resources().clone()).unwrap_or_default()
     }

@@ -16,6 +16,7 @@ use oci_spec::runtime::{
 use thiserror::Error;
 
 use super::disks::DISKS_MAX;
+use crate::neighbours::{Joined, Neighbours};
 use crate::network::Network;
 
 /// Something that is asked for and cannot be kept.
@@ -28,7 +29,7 @@ pub struct Refusal {
     pub instead: &'static str,
 }
 
-fn refuse(what: impl Into<String>, instead: &'static str) -> Refusal {
+pub(crate) fn refuse(what: impl Into<String>, instead: &'static str) -> Refusal {
     Refusal { what: what.into(), instead }
 }
 
@@ -42,11 +43,11 @@ const KERNEL_INTERFACES: [&str; 10] = [
 const GUEST_DEVICES: [(i64, i64); 11] =
     [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (1, 11), (5, 0), (5, 1), (5, 2), (10, 200), (10, 229)];
 
-/// Looks through the whole specification.
+/// Looks through the whole specification; gives the namespaces of neighbours that it joins.
 ///
 /// # Errors
 /// The first thing that cannot be kept.
-pub fn check(spec: &Spec) -> Result<(), Refusal> {
+pub fn check(spec: &Spec, neighbours: &Neighbours) -> Result<Joined, Refusal> {
     process(spec)?;
     if spec.root().is_none() {
         return Err(refuse("config.json has no root", "add \"root\": {\"path\": \"rootfs\"}"));
@@ -56,7 +57,8 @@ pub fn check(spec: &Spec) -> Result<(), Refusal> {
     let Some(linux) = spec.linux() else {
         return Err(refuse("config.json has no linux section", "only Linux containers are run"));
     };
-    namespaces(linux.namespaces().as_deref().unwrap_or_default(), interfaces)?;
+    let list = linux.namespaces().as_deref().unwrap_or_default();
+    let joined = namespaces(list, neighbours, interfaces)?;
     // A caller that allows every device lists those of the host without asking for any.
     if !every_device_allowed(linux) {
         let (disks, others): (Vec<_>, Vec<_>) =
@@ -69,7 +71,8 @@ pub fn check(spec: &Spec) -> Result<(), Refusal> {
             ));
         }
     }
-    host_features(linux)
+    host_features(linux)?;
+    Ok(joined)
 }
 
 fn process(spec: &Spec) -> Result<(), Refusal> {
@@ -121,8 +124,9 @@ fn mounts(spec: &Spec) -> Result<(), Refusal> {
 
 fn namespaces(
     namespaces: &[LinuxNamespace],
+    neighbours: &Neighbours,
     interfaces: impl Fn(&Path) -> io::Result<Vec<String>>,
-) -> Result<(), Refusal> {
+) -> Result<Joined, Refusal> {
     use LinuxNamespaceType::{Ipc, Mount, Network, Pid};
     let entry = |typ| namespaces.iter().find(|namespace| namespace.typ() == typ);
     for (typ, name, instead) in [
@@ -153,8 +157,13 @@ fn namespaces(
             return Err(refuse(what, instead));
         }
     }
+    let mut joined = Joined::default();
     for namespace in namespaces {
         let Some(path) = namespace.path() else { continue };
+        if let Some(neighbour) = neighbours.owner(namespace.typ(), path) {
+            joined.add(namespace.typ(), neighbour);
+            continue;
+        }
         if namespace.typ() != Network {
             let what = format!(
                 "linux.namespaces joins the {} namespace {}, which is outside the machine",
@@ -165,7 +174,7 @@ fn namespaces(
         }
         empty_network(path, &interfaces)?;
     }
-    Ok(())
+    joined.check()
 }
 
 /// Checks that a network namespace has nothing that would have to be passed into the machine.
@@ -281,7 +290,8 @@ mod tests {
     fn refused(list: &Value, found: &[&str]) -> Option<String> {
         let list: Vec<LinuxNamespace> = serde_json::from_value(list.clone()).unwrap();
         let found = |_: &Path| Ok(found.iter().map(ToString::to_string).collect());
-        namespaces(&list, found).err().map(|refusal| refusal.to_string())
+        let found = namespaces(&list, &Neighbours::default(), found);
+        found.err().map(|refusal| refusal.to_string())
     }
 
     fn with(network: Value) -> Value {

@@ -2,7 +2,9 @@
 //!
 //! The host keeps all of it, and hands on what the machine can keep.
 
-use oci_spec::runtime::LinuxResources;
+use oci_spec::runtime::{LinuxMemory, LinuxResources};
+
+use super::size::PERIOD_DEFAULT_US;
 
 /// Takes over what an update sets. As under runc, 0 and an empty list leave a limit as it is, and -1
 /// takes it away.
@@ -52,6 +54,43 @@ pub(super) fn for_guest(resources: &mut LinuxResources) {
     if let Some(cpu) = resources.cpu_mut() {
         cpu.set_cpus(None).set_mems(None);
     }
+}
+
+/// What the containers of one pod may use together. What one of them may use without limit, the pod
+/// may; whatever cannot be added up is the first one's.
+#[must_use]
+pub fn total(all: &[&LinuxResources]) -> LinuxResources {
+    let Some((first, others)) = all.split_first() else { return LinuxResources::default() };
+    let mut total = (*first).clone();
+    if others.is_empty() {
+        return total;
+    }
+    let sum = |of: &dyn Fn(&LinuxResources) -> Option<i64>| {
+        let sum = all.iter().map(|it| of(it).filter(|limit| *limit > 0)).sum::<Option<i64>>();
+        Some(sum.unwrap_or(-1))
+    };
+    let memory = |of: fn(&LinuxMemory) -> Option<i64>| {
+        sum(&move |it: &LinuxResources| it.memory().as_ref().and_then(of))
+    };
+    let mut own = total.memory().unwrap_or_default();
+    own.set_limit(memory(LinuxMemory::limit)).set_swap(memory(LinuxMemory::swap));
+    total.set_memory(Some(own));
+    let mut cpu = total.cpu().clone().unwrap_or_default();
+    let period = cpu.period().filter(|period| *period > 0).unwrap_or(PERIOD_DEFAULT_US);
+    cpu.set_period(Some(period)).set_quota(sum(&|it| quota_of(it, period)));
+    total.set_cpu(Some(cpu));
+    let mut pids = total.pids().unwrap_or_default();
+    pids.set_limit(sum(&|it| it.pids().map(|pids| pids.limit())).unwrap_or(-1));
+    total.set_pids(Some(pids));
+    total
+}
+
+/// A quota as it would be in another period.
+fn quota_of(resources: &LinuxResources, period: u64) -> Option<i64> {
+    let cpu = resources.cpu().as_ref()?;
+    let own = cpu.period().filter(|own| *own > 0).unwrap_or(PERIOD_DEFAULT_US);
+    let quota = i128::from(cpu.quota()?) * i128::from(period) / i128::from(own);
+    Some(i64::try_from(quota).unwrap_or(i64::MAX))
 }
 
 fn set<T: Default + PartialEq>(value: Option<T>) -> Option<T> {
@@ -110,6 +149,38 @@ mod tests {
             "unified": {"a.b": "1", "c.d": "2"},
         });
         assert_eq!(merged(&before, &update), after);
+    }
+
+    #[test]
+    fn limits_of_a_pod_add_up_and_one_without_takes_it_away() {
+        let added = |all: &[Value]| {
+            let all = all.iter().map(|json| serde_json::from_value(json.clone()).unwrap());
+            let all: Vec<LinuxResources> = all.collect();
+            serde_json::to_value(total(&all.iter().collect::<Vec<_>>())).unwrap()
+        };
+        let limited = json!({
+            "memory": {"limit": 64, "swap": 80},
+            "cpu": {"quota": 50_000, "period": 100_000, "cpus": "0"},
+            "pids": {"limit": 10},
+        });
+        assert_eq!(added(std::slice::from_ref(&limited)), limited);
+        let other = json!({
+            "memory": {"limit": 6, "swap": 8},
+            "cpu": {"quota": 5_000, "period": 50_000},
+            "pids": {"limit": 1},
+        });
+        let both = json!({
+            "memory": {"limit": 70, "swap": 88},
+            "cpu": {"quota": 60_000, "period": 100_000, "cpus": "0"},
+            "pids": {"limit": 11},
+        });
+        assert_eq!(added(&[limited.clone(), other]), both);
+        let none = json!({
+            "memory": {"limit": -1, "swap": -1},
+            "cpu": {"quota": -1, "period": 100_000, "cpus": "0"},
+            "pids": {"limit": -1},
+        });
+        assert_eq!(added(&[limited, json!({})]), none);
     }
 
     #[test]

@@ -11,7 +11,7 @@ const MEMORY_MIN_MIB: u64 = 128;
 /// so that the limit, not the machine, is what the container runs into.
 pub const MACHINE_OVERHEAD_MIB: u64 = 128;
 /// The kernel's own period when none is given, in microseconds.
-const PERIOD_DEFAULT_US: u64 = 100_000;
+pub(super) const PERIOD_DEFAULT_US: u64 = 100_000;
 
 /// What the host has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

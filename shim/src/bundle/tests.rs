@@ -23,7 +23,10 @@ impl TestBundle {
     }
 
     fn plan(&self) -> Result<Plan, BundleError> {
-        load(self.path())?.plan(&"c1".parse().unwrap(), HOST)
+        let bundle = read(self.path())?;
+        bundle.check(Path::new("/nonexistent"))?;
+        let place = Place { directory: "0".into(), namespaces: Vec::new() };
+        bundle.plan(&"c1".parse().unwrap(), &place, HOST)
     }
 
     fn guest_spec(&self) -> Value {
@@ -52,10 +55,10 @@ fn words(error: BundleError) -> String {
 #[test]
 fn a_directory_without_config_says_what_is_missing() {
     let empty = tempfile::tempdir().unwrap();
-    let words = words(load(empty.path()).unwrap_err());
+    let words = words(read(empty.path()).unwrap_err());
     assert!(words.starts_with("JSON specification file config.json not found in /"), "{words}");
     assert!(words.contains("bulkhead spec"), "{words}");
-    let words = self::words(load(&empty.path().join("no")).unwrap_err());
+    let words = self::words(read(&empty.path().join("no")).unwrap_err());
     assert!(words.contains("bundle directory") && words.contains("No such file"), "{words}");
 }
 
@@ -63,7 +66,7 @@ fn a_directory_without_config_says_what_is_missing() {
 fn invalid_json_is_shown_with_path_line_and_column() {
     let bundle = TestBundle::with(&good());
     fs::write(bundle.path().join(CONFIG), "{\n  \"ociVersion\": 1.0.2\n}").unwrap();
-    let words = words(load(bundle.path()).unwrap_err());
+    let words = words(read(bundle.path()).unwrap_err());
     assert!(words.contains("config.json") && words.contains("at line 2 column"), "{words}");
 }
 
@@ -81,7 +84,7 @@ fn a_config_that_is_too_large_is_not_read() {
     let bundle = TestBundle::with(&good());
     let file = fs::File::create(bundle.path().join(CONFIG)).unwrap();
     file.set_len(CONFIG_BYTES_MAX + 1).unwrap();
-    assert!(words(load(bundle.path()).unwrap_err()).contains("bytes; at most"));
+    assert!(words(read(bundle.path()).unwrap_err()).contains("bytes; at most"));
 }
 
 #[test]
@@ -134,7 +137,7 @@ fn what_cannot_be_kept_is_refused_in_words() {
 fn the_guest_sees_paths_of_the_share() {
     let bundle = TestBundle::with(&good());
     let spec = bundle.guest_spec();
-    assert_eq!(spec["root"]["path"], "/run/bulkhead/share/c1/rootfs");
+    assert_eq!(spec["root"]["path"], "/run/bulkhead/share/0/rootfs");
     assert_eq!(spec["linux"]["cgroupsPath"], "/c1");
     assert_eq!(spec["mounts"][0]["source"], "proc");
     let kept: Vec<_> = spec["linux"]["namespaces"].as_array().unwrap().iter().collect();
@@ -157,13 +160,13 @@ fn bind_mounts_are_shared_with_their_kind_and_mode() {
     fs::write(bundle.path().join(CONFIG), serde_json::to_vec(&config).unwrap()).unwrap();
     let shared = bundle.plan().unwrap().shared;
     assert_eq!(shared.len(), 3);
-    assert_eq!(shared[0].target, Path::new("c1/rootfs"));
+    assert_eq!(shared[0].target, Path::new("rootfs"));
     let seen = |n: usize| (shared[n].kind, shared[n].read_only, shared[n].recursive);
     assert_eq!(seen(1), (Kind::Directory, false, true));
     assert_eq!(seen(2), (Kind::File, true, false));
-    assert_eq!(shared[2].target, Path::new("c1/mounts/1"));
+    assert_eq!(shared[2].target, Path::new("mounts/1"));
     let spec = bundle.guest_spec();
-    assert_eq!(spec["mounts"][0]["source"], "/run/bulkhead/share/c1/mounts/0");
+    assert_eq!(spec["mounts"][0]["source"], "/run/bulkhead/share/0/mounts/0");
     assert_eq!(spec["mounts"][1]["options"], json!(["bind", "ro"]));
     assert_eq!(spec["mounts"][2]["source"], "tmpfs");
 }

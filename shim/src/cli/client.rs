@@ -12,6 +12,8 @@ use anyhow::{Context, anyhow, bail};
 use bulkhead_vmm::seqpacket;
 use containerd_shim_protos::api::{CreateTaskRequest, KillRequest, StartRequest};
 use containerd_shim_protos::shim_async::TaskClient;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{Shutdown, shutdown};
 use tokio::runtime::{Builder, Runtime};
 use ttrpc::asynchronous::Client;
 use ttrpc::asynchronous::transport::Socket;
@@ -20,6 +22,7 @@ use ttrpc::context::{self, Context as CallContext};
 use super::args::{Create, Global};
 use crate::attach;
 use crate::bundle;
+use crate::id::ContainerId;
 use crate::network::Network;
 use crate::process::Process;
 use crate::socket_path::SocketPath;
@@ -40,8 +43,9 @@ pub(super) struct Creation {
     pub(super) terminal: bool,
     /// The network namespace that its stand-in has to be in.
     pub(super) network: Option<Network>,
-    supervisor: Child,
-    /// Open until the creator is done.
+    /// The pod's supervisor, unless the container joins one that runs.
+    supervisor: Option<Child>,
+    /// Open until the creator is done; the supervisor's end is, until it is done.
     link: Option<OwnedFd>,
 }
 
@@ -63,14 +67,19 @@ impl Creation {
                 create.preserve_fds
             );
         }
-        let bundle = bundle::load(&create.bundle)?;
+        let bundle = bundle::read(&create.bundle)?;
+        let root = std::path::absolute(&global.root)?;
+        let joined = bundle.check(&root)?;
         let terminal = bundle.terminal();
         check_console(terminal, foreground, create.console_socket.as_deref())?;
-        let root = std::path::absolute(&global.root)?;
         let home = Home::claim(&root, &create.id, &bundle.dir)?;
-        let started = start_supervisor(global, &home, ephemeral);
-        let (supervisor, link) = match started {
-            Ok(started) => started,
+        let order = Order { global, home: &home, ephemeral };
+        let ordered = match joined.pod() {
+            None => order.start_supervisor().map(|(child, link)| (Some(child), link)),
+            Some(neighbour) => order.join(neighbour).map(|link| (None, link)),
+        };
+        let (supervisor, link) = match ordered {
+            Ok(ordered) => ordered,
             Err(error) => {
                 home.remove()?;
                 return Err(error);
@@ -90,38 +99,56 @@ impl Creation {
         Ok(client)
     }
 
+    /// Whether its supervisor serves others too.
+    pub(super) fn joined(&self) -> bool {
+        self.supervisor.is_none()
+    }
+
     /// Leaves the container to its supervisor.
     pub(super) fn done(mut self) {
         self.link = None;
     }
 
-    /// Waits until the supervisor has ended by itself; false if it had to be killed.
+    /// Waits until the supervisor is done with the container; false if it had to be killed, or serves
+    /// others too and is not done.
     pub(super) fn wait(&mut self, patience: Duration) -> bool {
-        let process = Process::find(self.supervisor.id());
+        let Some(supervisor) = &mut self.supervisor else {
+            return self.link.as_ref().is_none_or(|link| wait_for_end(link, patience));
+        };
+        let process = Process::find(supervisor.id());
         let ended = process.is_ok_and(|process| process.wait(patience));
         if !ended {
-            let _ = self.supervisor.kill();
+            let _ = supervisor.kill();
         }
-        let _ = self.supervisor.wait();
+        let _ = supervisor.wait();
         ended
     }
 }
 
 impl Drop for Creation {
     fn drop(&mut self) {
-        if self.link.take().is_some() {
+        if let Some(link) = &self.link {
             // It takes everything down when it reads the end of the link; after the container has
             // been created, when nobody stands for it any more.
+            let _ = shutdown(link, Shutdown::Write);
             let stand_in = self.home.read().ok().and_then(|state| state.stand_in);
             if let Some(process) = stand_in.filter(|process| process.pid != std::process::id()) {
                 let _ = process.kill_and_wait(KILLED);
             }
-            self.wait(KILLED);
-            if let Err(error) = clean_up(&self.home) {
+            if !self.wait(KILLED) && self.supervisor.is_none() {
+                tracing::warn!("the pod's supervisor is busy; what is left is removed by it");
+            } else if let Err(error) = clean_up(&self.home) {
                 tracing::warn!(error = %error, "not everything was removed");
             }
         }
     }
+}
+
+/// Waits until the other end of a link is closed; false when the time is up.
+fn wait_for_end(link: &OwnedFd, patience: Duration) -> bool {
+    let timeout = Timespec::try_from(patience).ok();
+    // Nothing is ever sent this way.
+    poll(&mut [PollFd::new(link, PollFlags::IN)], timeout.as_ref()).is_ok_and(|ready| ready > 0)
 }
 
 /// Checks that a terminal has somebody at the other end: this process's own in the foreground, a
@@ -143,42 +170,65 @@ pub(super) fn check_console(
     }
 }
 
-fn start_supervisor(
-    global: &Global,
-    home: &Home,
+/// A container that is to be served.
+struct Order<'a> {
+    global: &'a Global,
+    home: &'a Home,
     ephemeral: bool,
-) -> anyhow::Result<(Child, OwnedFd)> {
-    let spawned = Phase::begin("supervisor up");
-    let task = UnixListener::bind(SocketPath::task(home)?.path()).context("task.sock")?;
-    let attach = attach::listen_at(SocketPath::attach(home)?.path()).context("attach.sock")?;
-    let (link, theirs) = seqpacket::pair()?;
-    let log = File::create(home.path("supervisor.log")).context("supervisor.log")?;
-    let supervisor = Command::new(std::env::current_exe().context("/proc/self/exe")?)
-        .arg("supervise")
-        .arg(home.dir())
-        .stdin(Stdio::from(theirs))
-        .stdout(Stdio::null())
-        .stderr(log)
-        .spawn()
-        .context("supervisor")?;
-    let orders = Orders {
-        root: home.root().to_owned(),
-        id: home.id().clone(),
-        ephemeral,
-        systemd_cgroup: global.systemd_cgroup,
-        log: global.log_target(),
-        spawned,
-    };
-    seqpacket::send(&link, &serde_json::to_vec(&orders)?, &[task.as_fd(), attach.as_fd()])?;
-    Ok((supervisor, link))
+}
+
+impl Order<'_> {
+    /// Starts a supervisor for it; gives it and the link to it.
+    fn start_supervisor(&self) -> anyhow::Result<(Child, OwnedFd)> {
+        let spawned = Phase::begin("supervisor up");
+        let (link, theirs) = seqpacket::pair()?;
+        let log = File::create(self.home.path("supervisor.log")).context("supervisor.log")?;
+        let supervisor = Command::new(std::env::current_exe().context("/proc/self/exe")?)
+            .arg("supervise")
+            .arg(self.home.dir())
+            .stdin(Stdio::from(theirs))
+            .stdout(Stdio::null())
+            .stderr(log)
+            .spawn()
+            .context("supervisor")?;
+        self.send(&link, spawned)?;
+        Ok((supervisor, link))
+    }
+
+    /// Has the supervisor of a neighbour serve it too; gives the link.
+    fn join(&self, neighbour: &ContainerId) -> anyhow::Result<OwnedFd> {
+        let spawned = Phase::begin("pod joined");
+        let pod = Home::open(self.home.root(), neighbour)?;
+        let link = attach::connect_to(SocketPath::join(&pod)?.path())
+            .with_context(|| format!("container {neighbour}, which is joined, has ended"))?;
+        self.send(&link, spawned)?;
+        Ok(link)
+    }
+
+    fn send(&self, link: &OwnedFd, spawned: Phase) -> anyhow::Result<()> {
+        let home = self.home;
+        let task = UnixListener::bind(SocketPath::task(home)?.path()).context("task.sock")?;
+        let attach = attach::listen_at(SocketPath::attach(home)?.path()).context("attach.sock")?;
+        let join = attach::listen_at(SocketPath::join(home)?.path()).context("join.sock")?;
+        let orders = Orders {
+            root: home.root().to_owned(),
+            id: home.id().clone(),
+            ephemeral: self.ephemeral,
+            systemd_cgroup: self.global.systemd_cgroup,
+            log: self.global.log_target(),
+            spawned,
+        };
+        let sockets = [task.as_fd(), attach.as_fd(), join.as_fd()];
+        Ok(seqpacket::send(link, &serde_json::to_vec(&orders)?, &sockets)?)
+    }
 }
 
 /// Kills what is left of a container that nobody keeps any more, and removes its directory.
 pub(super) fn clean_up(home: &Home) -> anyhow::Result<()> {
     if let Ok(state) = home.read() {
         // The keeper first: it would start to take the others down.
-        let others = state.helpers.iter().copied().chain(state.stand_in);
-        for process in [state.keeper].into_iter().chain(others) {
+        let pods = [state.keeper].into_iter().chain(state.helpers.iter().copied());
+        for process in pods.filter(|_| !state.outlived).chain(state.stand_in) {
             if process.pid != std::process::id() && !process.kill_and_wait(KILLED) {
                 bail!("process {} cannot be ended", process.pid);
             }

@@ -125,7 +125,7 @@ fn process(exec: &Exec, state: &State) -> anyhow::Result<Process> {
             }
             process
         }
-        None => changed(exec, bundle::load(&state.bundle)?.spec.process().clone())?,
+        None => changed(exec, bundle::read(&state.bundle)?.spec.process().clone())?,
     };
     ensure!(
         process.args().as_ref().is_some_and(|args| !args.is_empty()),

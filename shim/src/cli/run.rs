@@ -48,13 +48,14 @@ fn foreground(run: &Run, mut creation: Creation) -> anyhow::Result<ExitCode> {
     let ended = relay.serve(&signals);
     phase.end();
     let phase = Phase::begin("goodbye");
-    if !creation.wait(GOODBYE) {
-        tracing::warn!("the supervisor did not end and was killed");
+    let over = creation.wait(GOODBYE);
+    if !over {
+        tracing::warn!("the supervisor did not end");
     }
     phase.end();
-    let home = creation.home.clone();
+    let (home, joined) = (creation.home.clone(), creation.joined());
     creation.done();
-    if !run.keep {
+    if !run.keep && (over || !joined) {
         // Only what a supervisor that was killed has left.
         client::clean_up(&home)?;
     }

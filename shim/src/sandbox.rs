@@ -1,0 +1,215 @@
+//! The containers of one pod: who is in it, in whose cgroup its processes are, and what they may use
+//! together.
+//!
+//! The first one brings the pod up, the others join it, and the last one takes it down, whichever it
+//! is. The pod's processes are in the cgroup of the oldest: when that one goes, they move to the
+//! next one's.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Weak};
+
+use oci_spec::runtime::{LinuxNamespaceType, LinuxResources};
+use thiserror::Error;
+use tokio::sync::Mutex;
+
+use crate::bundle;
+use crate::cgroup::{Cgroup, CgroupError, Limits};
+use crate::id::ContainerId;
+use crate::neighbours::{self, Joined};
+use crate::pod::{Pod, PodError};
+use crate::share::Place;
+
+/// Why a container is not let in.
+#[derive(Debug, Error)]
+pub enum SandboxError {
+    /// Whoever it wanted to join is gone.
+    #[error("the container whose network is joined has ended; start that one first")]
+    Over,
+    /// One of its neighbours has no process any more.
+    #[error("container {0}, whose namespaces are joined, has ended; start that one first")]
+    Ended(ContainerId),
+    /// No place in it.
+    #[error(transparent)]
+    Pod(#[from] PodError),
+    /// The host's limits for the pod.
+    #[error(transparent)]
+    Cgroup(#[from] CgroupError),
+}
+
+/// One pod's containers.
+#[derive(Debug, Default)]
+pub struct Sandbox(Mutex<Members>);
+
+#[derive(Debug, Default)]
+struct Members {
+    /// The oldest first.
+    list: Vec<Member>,
+    /// Once it is up, for as long as a container keeps it.
+    pod: Weak<Pod>,
+    /// The last one has gone.
+    over: bool,
+}
+
+#[derive(Debug)]
+struct Member {
+    id: ContainerId,
+    cgroup: Cgroup,
+    resources: LinuxResources,
+    place: Place,
+    /// Its init process, as the guest numbers it, once it has one.
+    init: Option<u32>,
+}
+
+/// What a container finds.
+#[derive(Debug)]
+pub struct Seat {
+    /// The pod; none for the first one, who brings it up.
+    pub pod: Option<Arc<Pod>>,
+    /// Where its files go.
+    pub place: Place,
+    /// The namespaces that it joins, as the guest names them.
+    pub namespaces: Vec<(LinuxNamespaceType, PathBuf)>,
+}
+
+/// What a container leaves behind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Departure {
+    /// Nobody: the pod is to be taken down.
+    Last,
+    /// Others; nothing in the pod is its own any more.
+    OthersStay,
+}
+
+impl Sandbox {
+    /// Whether a container has been let in.
+    pub async fn has_begun(&self) -> bool {
+        !self.0.lock().await.is_new()
+    }
+
+    /// Lets a container in: the first of all, or one that joins.
+    ///
+    /// # Errors
+    /// When the pod is over, or has no room.
+    pub async fn enter(
+        &self,
+        id: &ContainerId,
+        (cgroup, resources): (&Cgroup, &LinuxResources),
+        joined: &Joined,
+    ) -> Result<Seat, SandboxError> {
+        let mut members = self.0.lock().await;
+        let member = |place| Member {
+            id: id.clone(),
+            cgroup: cgroup.clone(),
+            resources: resources.clone(),
+            place,
+            init: None,
+        };
+        if joined.pod().is_none() && members.is_new() {
+            members.list.push(member(Place::default()));
+            return Ok(Seat { pod: None, place: Place::default(), namespaces: Vec::new() });
+        }
+        let pod = members.pod.upgrade().filter(|_| joined.pod().is_some() && !members.over);
+        let pod = pod.ok_or(SandboxError::Over)?;
+        let namespaces = members.namespaces(joined)?;
+        let place = pod.take_place()?;
+        members.list.push(member(place));
+        members.limit()?;
+        Ok(Seat { pod: Some(pod), place, namespaces })
+    }
+
+    /// Notes the init process of a container that was created, and its pod.
+    pub async fn settle(&self, id: &ContainerId, init: u32, pod: &Arc<Pod>) {
+        let mut members = self.0.lock().await;
+        members.pod = Arc::downgrade(pod);
+        if let Some(member) = members.list.iter_mut().find(|member| member.id == *id) {
+            member.init = Some(init);
+        }
+    }
+
+    /// Changes what a container may use, and with it what the pod may.
+    ///
+    /// # Errors
+    /// When the host refuses it; it stays as it was then.
+    pub async fn limit(
+        &self,
+        id: &ContainerId,
+        resources: &LinuxResources,
+    ) -> Result<(), CgroupError> {
+        let mut members = self.0.lock().await;
+        let Some(index) = members.find(id) else { return Ok(()) };
+        let Some(member) = members.list.get_mut(index) else { return Ok(()) };
+        let before = std::mem::replace(&mut member.resources, resources.clone());
+        let limited = members.limit();
+        if let Some(member) = members.list.get_mut(index).filter(|_| limited.is_err()) {
+            member.resources = before;
+        }
+        limited
+    }
+
+    /// Takes a container out that has ended, or was never created. When others stay, nothing of it is
+    /// left in the pod afterwards.
+    pub async fn depart(&self, id: &ContainerId) -> Departure {
+        let mut members = self.0.lock().await;
+        let Some(index) = members.find(id) else { return members.departure() };
+        let gone = members.list.remove(index);
+        if members.list.is_empty() {
+            members.over = true;
+            return Departure::Last;
+        }
+        if let Some(pod) = members.pod.upgrade() {
+            pod.dismiss(id, gone.place).await;
+            if index == 0
+                && let Err(error) = members.move_in(&pod)
+            {
+                tracing::warn!(error = %error, "the pod's processes did not move to another cgroup");
+            }
+        }
+        if let Err(error) = members.limit() {
+            tracing::warn!(error = %error, "limits of the pod were not changed");
+        }
+        Departure::OthersStay
+    }
+}
+
+impl Members {
+    /// Whether nobody has ever been here.
+    fn is_new(&self) -> bool {
+        self.list.is_empty() && !self.over
+    }
+
+    fn find(&self, id: &ContainerId) -> Option<usize> {
+        self.list.iter().position(|member| member.id == *id)
+    }
+
+    fn departure(&self) -> Departure {
+        if self.list.is_empty() { Departure::Last } else { Departure::OthersStay }
+    }
+
+    /// The namespaces of neighbours, as the guest has them.
+    fn namespaces(
+        &self,
+        joined: &Joined,
+    ) -> Result<Vec<(LinuxNamespaceType, PathBuf)>, SandboxError> {
+        let of = |(kind, id): (LinuxNamespaceType, &ContainerId)| {
+            let member = self.list.iter().find(|member| member.id == *id);
+            let init = member.and_then(|member| member.init);
+            let init = init.ok_or_else(|| SandboxError::Ended(id.clone()))?;
+            Ok((kind, neighbours::of_process(init, kind)))
+        };
+        joined.inside().map(of).collect()
+    }
+
+    /// Sets what all may use together where the pod's processes are.
+    fn limit(&self) -> Result<(), CgroupError> {
+        let all: Vec<_> = self.list.iter().map(|member| &member.resources).collect();
+        let Some(oldest) = self.list.first() else { return Ok(()) };
+        oldest.cgroup.limit(Limits::of(&bundle::total(&all)).whole())
+    }
+
+    /// Moves the pod's processes to where the oldest container's are.
+    fn move_in(&self, pod: &Pod) -> Result<(), CgroupError> {
+        let Some(oldest) = self.list.first() else { return Ok(()) };
+        let helpers = pod.processes().into_iter().map(|process| process.pid);
+        helpers.chain([std::process::id()]).try_for_each(|pid| oldest.cgroup.add(pid))
+    }
+}

@@ -1,0 +1,239 @@
+//! Containers that join another one's network and so share its machine: they come, go and die in any
+//! order.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::process::Stdio;
+use std::time::Duration;
+
+use bulkhead_tests::bundle::Bundle;
+use bulkhead_tests::runtime::{Runtime, comes_true, finish, kill_9, told};
+use serde_json::{Value, json};
+
+/// The number of the process that stands for a container.
+fn stand_in(runtime: &Runtime, id: &str) -> u64 {
+    runtime.state(id).unwrap()["pid"].as_u64().unwrap()
+}
+
+/// A bundle whose container joins these namespaces of another one's.
+fn joining(script: &str, kinds: &[(&str, &str)], pid: u64) -> Bundle {
+    let change = |spec: &mut Value| {
+        let list = spec["linux"]["namespaces"].as_array_mut().unwrap();
+        for (kind, file) in kinds {
+            list.retain(|entry| entry["type"] != *kind);
+            list.push(json!({"type": kind, "path": format!("/proc/{pid}/ns/{file}")}));
+        }
+    };
+    Bundle::script(script).unwrap().with(change).unwrap()
+}
+
+fn inside(runtime: &Runtime, id: &str, script: &str) -> String {
+    runtime.ok(&["exec", id, "sh", "-c", script]).unwrap().trim().to_owned()
+}
+
+/// Starts `a`, a container that sleeps.
+fn first(runtime: &Runtime) -> Bundle {
+    let bundle = Bundle::script("exec sleep 1000").unwrap();
+    runtime.create("a", &bundle).unwrap();
+    runtime.ok(&["start", "a"]).unwrap();
+    bundle
+}
+
+/// Starts `b`, a container that sleeps and has joined `a`.
+fn second(runtime: &Runtime, kinds: &[(&str, &str)]) -> Bundle {
+    let bundle = joining("exec sleep 1000", kinds, stand_in(runtime, "a"));
+    runtime.create("b", &bundle).unwrap();
+    runtime.ok(&["start", "b"]).unwrap();
+    bundle
+}
+
+const NETWORK: &[(&str, &str)] = &[("network", "net")];
+
+#[test]
+fn containers_that_join_share_one_machine_and_what_they_join() {
+    let runtime = Runtime::new().unwrap();
+    let _a = first(&runtime);
+    let kinds = [("network", "net"), ("ipc", "ipc"), ("pid", "pid"), ("uts", "uts")];
+    let _b = second(&runtime, &kinds);
+    assert_eq!(runtime.processes("bulkhead-vmm").unwrap().len(), 1, "one machine");
+    let same = |script: &str| inside(&runtime, "a", script) == inside(&runtime, "b", script);
+    assert!(same("cat /proc/sys/kernel/random/boot_id"));
+    for kind in ["net", "ipc", "pid", "uts"] {
+        assert!(same(&format!("readlink /proc/self/ns/{kind}")), "{kind}");
+    }
+    for kind in ["mnt", "cgroup"] {
+        assert!(!same(&format!("readlink /proc/self/ns/{kind}")), "{kind}");
+    }
+    let listening = "nc -l -p 7000 -e echo heard < /dev/null > /dev/null 2>&1 & sleep 0.3";
+    inside(&runtime, "a", listening);
+    assert_eq!(inside(&runtime, "b", "nc 127.0.0.1 7000 < /dev/null"), "heard");
+    // The process namespace is shared: each sees the other's.
+    assert_eq!(inside(&runtime, "b", "ps | grep -c '[s]leep 1000'"), "2");
+    // What the one may use is not the other's: files and cgroups are apart.
+    inside(&runtime, "a", "echo mine > /mnt/file");
+    assert_eq!(inside(&runtime, "b", "test -e /mnt/file || echo none"), "none");
+    for id in ["b", "a"] {
+        runtime.ok(&["kill", id, "KILL"]).unwrap();
+        runtime.wait_for_status(id, "stopped").unwrap();
+        runtime.ok(&["delete", id]).unwrap();
+    }
+    runtime.assert_clean().unwrap();
+}
+
+#[test]
+fn the_pod_outlives_its_first_container() {
+    let runtime = Runtime::new().unwrap();
+    let a = first(&runtime);
+    let in_cgroup = |spec: &mut Value| {
+        spec["linux"]["cgroupsPath"] = json!("/bulkhead-pods/b");
+        spec["linux"]["resources"] = json!({"memory": {"limit": 64 << 20}});
+    };
+    let pid = stand_in(&runtime, "a");
+    let b = joining("exec sleep 1000", NETWORK, pid).with(in_cgroup).unwrap();
+    runtime.create("b", &b).unwrap();
+    runtime.ok(&["start", "b"]).unwrap();
+    inside(&runtime, "a", "echo kept > /mnt/file");
+    let servers = runtime.processes("bulkhead-fs").unwrap();
+    let files = || open_files(servers[0], &a.rootfs());
+    assert!(files() > 0, "the file server has no file of the container open");
+    runtime.ok(&["delete", "--force", "a"]).unwrap();
+    assert_eq!(fs::read_to_string(a.rootfs().join("mnt/file")).unwrap(), "kept\n");
+    assert!(comes_true(Duration::from_secs(10), || files() == 0), "{} are open", files());
+    assert!(!runtime.root().join("a").exists());
+    // All that is the pod's has moved to the other's cgroup, which has the limits for it.
+    let dir = Path::new("/sys/fs/cgroup/bulkhead-pods/b");
+    let there = fs::read_to_string(dir.join("cgroup.procs")).unwrap();
+    assert_eq!(there.lines().count(), 4, "{there}");
+    let limit = fs::read_to_string(dir.join("memory.max")).unwrap();
+    assert_eq!(limit.trim(), ((64 + 192) << 20).to_string());
+    assert_eq!(inside(&runtime, "b", "echo still here"), "still here");
+    // A name that is free again joins what is left.
+    let again = joining("exec sleep 1000", NETWORK, stand_in(&runtime, "b"));
+    runtime.create("a", &again).unwrap();
+    runtime.ok(&["start", "a"]).unwrap();
+    assert_eq!(runtime.processes("bulkhead-vmm").unwrap().len(), 1);
+    runtime.ok(&["delete", "--force", "b"]).unwrap();
+    assert_eq!(inside(&runtime, "a", "echo still here"), "still here");
+    runtime.ok(&["delete", "--force", "a"]).unwrap();
+    fs::remove_dir(dir.parent().unwrap()).unwrap();
+    runtime.assert_clean().unwrap();
+}
+
+/// How many files of a process are open that are in a directory or below.
+fn open_files(pid: u32, directory: &Path) -> usize {
+    fn numbers(path: &Path, found: &mut BTreeSet<(u64, u64)>) {
+        let Ok(metadata) = fs::symlink_metadata(path) else { return };
+        found.insert((metadata.dev(), metadata.ino()));
+        for entry in fs::read_dir(path).into_iter().flatten().flatten() {
+            numbers(&entry.path(), found);
+        }
+    }
+    let mut found = BTreeSet::new();
+    numbers(directory, &mut found);
+    let open = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
+    let open = open.filter_map(|entry| fs::metadata(entry.path()).ok());
+    open.filter(|it| found.contains(&(it.dev(), it.ino()))).count()
+}
+
+#[test]
+fn one_that_fails_leaves_the_others_alone() {
+    let runtime = Runtime::new().unwrap();
+    let _a = first(&runtime);
+    let pid = stand_in(&runtime, "a");
+    let missing = joining("", NETWORK, pid);
+    let missing = missing.with(|spec| spec["process"]["args"] = json!(["/no/such"])).unwrap();
+    let output = runtime.run("b", &missing).unwrap();
+    let (status, _, words) = told(&output);
+    assert_eq!(status, Some(1), "{words}");
+    assert!(words.contains("/no/such"), "{words}");
+    assert!(!runtime.root().join("b").exists());
+    // In the foreground: the status is its own, and the pod does not wait for it.
+    let seven = joining("echo out; exit 7", NETWORK, pid);
+    assert_eq!(told(&runtime.run("b", &seven).unwrap()), (Some(7), "out\n".into(), String::new()));
+    // One whose creator is killed on the way.
+    let sleeper = joining("exec sleep 1000", NETWORK, pid);
+    for wait in [20, 200, 500] {
+        let mut create = runtime.command(&["create", "--bundle"]);
+        create.arg(sleeper.path()).arg("b").stdout(Stdio::null()).stderr(Stdio::null());
+        let mut create = create.spawn().unwrap();
+        std::thread::sleep(Duration::from_millis(wait));
+        kill_9(create.id()).unwrap();
+        create.wait().unwrap();
+        runtime.ok(&["delete", "--force", "b"]).unwrap();
+        assert_eq!(inside(&runtime, "a", "echo alive"), "alive");
+    }
+    runtime.ok(&["delete", "--force", "a"]).unwrap();
+    runtime.assert_clean().unwrap();
+}
+
+#[test]
+fn when_the_machine_dies_all_of_them_do() {
+    let runtime = Runtime::new().unwrap();
+    let _a = first(&runtime);
+    let _b = second(&runtime, NETWORK);
+    for name in ["bulkhead-vmm", "supervise"] {
+        let killed = runtime.processes(name).unwrap();
+        kill_9(killed[0]).unwrap();
+        for id in ["a", "b"] {
+            runtime.wait_for_status(id, "stopped").unwrap();
+            runtime.ok(&["delete", "--force", id]).unwrap();
+        }
+        runtime.assert_clean().unwrap();
+        if name == "bulkhead-vmm" {
+            let bundle = Bundle::script("exec sleep 1000").unwrap();
+            runtime.create("a", &bundle).unwrap();
+            let joined = joining("exec sleep 1000", NETWORK, stand_in(&runtime, "a"));
+            runtime.create("b", &joined).unwrap();
+            // The bundles are only read while a container is created.
+        }
+    }
+}
+
+#[test]
+fn many_at_once_come_and_go() {
+    let runtime = Runtime::new().unwrap();
+    let _a = first(&runtime);
+    let pid = stand_in(&runtime, "a");
+    let bundles: Vec<_> = (0..5)
+        .map(|number| joining(&format!("echo {number}; exit {number}"), NETWORK, pid))
+        .collect();
+    let started = (0..)
+        .zip(&bundles)
+        .map(|(number, bundle)| runtime.spawn_run(&format!("m{number}"), bundle).unwrap());
+    let runs: Vec<_> = started.collect();
+    for (number, run) in (0..).zip(runs) {
+        let output = finish(run).unwrap();
+        assert_eq!(told(&output), (Some(number), format!("{number}\n"), String::new()));
+    }
+    assert_eq!(runtime.processes("bulkhead-vmm").unwrap().len(), 1);
+    runtime.ok(&["delete", "--force", "a"]).unwrap();
+    runtime.assert_clean().unwrap();
+}
+
+#[test]
+fn what_cannot_be_joined_is_refused_by_name() {
+    let runtime = Runtime::new().unwrap();
+    let _a = first(&runtime);
+    let pid = stand_in(&runtime, "a");
+    let words = |bundle: &Bundle| {
+        runtime.fails(&["create", "--bundle", bundle.path().to_str().unwrap(), "b"]).unwrap()
+    };
+    let only_ipc = joining("true", &[("ipc", "ipc")], pid);
+    let said = words(&only_ipc);
+    assert!(said.contains("ipc namespace of container a, but not its network"), "{said}");
+    let hosts = joining("true", &[("network", "net"), ("ipc", "ipc")], pid);
+    let hosts = hosts.with(|spec| {
+        let list = spec["linux"]["namespaces"].as_array_mut().unwrap();
+        list.last_mut().unwrap()["path"] = json!("/proc/1/ns/ipc");
+    });
+    let said = words(&hosts.unwrap());
+    assert!(said.contains("/proc/1/ns/ipc, which is outside the machine"), "{said}");
+    runtime.ok(&["kill", "a", "KILL"]).unwrap();
+    runtime.wait_for_status("a", "stopped").unwrap();
+    let said = words(&joining("true", NETWORK, pid));
+    assert!(said.contains(&format!("/proc/{pid}/ns/net")), "{said}");
+    runtime.ok(&["delete", "a"]).unwrap();
+    runtime.assert_clean().unwrap();
+}

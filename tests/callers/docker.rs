@@ -77,6 +77,33 @@ fn a_container_is_as_under_runc() {
 }
 
 #[test]
+fn a_container_joins_the_machine_of_another() {
+    let docker = Docker::start().unwrap();
+    let sleep = ["box", "sleep", "1000"];
+    docker.ok(&ours(&["run", "-d", "--name", "one", "--ipc", "shareable"], &sleep)).unwrap();
+    let joined = ["--runtime", "bulkhead", "--network", "container:one"];
+    let more = ["--ipc", "container:one", "--pid", "container:one", "--name", "two"];
+    docker.ok(&[&["run", "-d"][..], &joined, &more, &sleep].concat()).unwrap();
+    let machine = |name| docker.ok(&["exec", name, "cat", "/proc/sys/kernel/random/boot_id"]);
+    assert_eq!(machine("one").unwrap(), machine("two").unwrap());
+    let namespaces =
+        |name| docker.ok(&["exec", name, "ls", "-l", "/proc/1/ns/ipc", "/proc/1/ns/pid"]);
+    let (one, two) = (namespaces("one").unwrap(), namespaces("two").unwrap());
+    let numbers = |text: &str| -> Vec<String> {
+        text.lines().filter_map(|line| Some(line.split_once("-> ")?.1.to_owned())).collect()
+    };
+    assert_eq!(numbers(&one).len(), 2, "{one}");
+    assert_eq!(numbers(&one), numbers(&two));
+    let run = [&["run", "--rm"][..], &joined, &["box", "sh", "-c", "echo out; exit 7"]].concat();
+    let ran = docker.call(&run).unwrap();
+    assert_eq!(told(&ran), (Some(7), "out\n".to_owned(), String::new()));
+    docker.ok(&["rm", "--force", "two"]).unwrap();
+    docker.ok(&["exec", "one", "true"]).unwrap();
+    docker.ok(&["rm", "--force", "one"]).unwrap();
+    wait_for_nothing(docker.directory());
+}
+
+#[test]
 fn a_running_container_does_what_docker_asks() {
     let docker = Docker::start().unwrap();
     let shared = docker.directory().join("shared");

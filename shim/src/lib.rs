@@ -6,7 +6,8 @@
 //!   that join it, and what is written down.
 //! - [`bundle`]: from an OCI specification to what the pod needs, or a refusal.
 //! - [`sandbox`], [`neighbours`]: containers that share a pod.
-//! - [`pod`], [`vm`], [`file_server`], [`share`], [`agent`]: the pod's processes.
+//! - [`pod`], [`vm`], [`file_server`], [`share`], [`agent`]: the pod's processes;
+//!   `user_namespace`: what the owners of a shared mount are mapped by.
 //! - [`attach`], [`relay`], [`network`], `proxy`, [`stand_in`]: a process of the host that stands for one of the
 //!   guest, its streams, and the two tied together. [`terminal`]: where the streams are a terminal.
 
@@ -43,4 +44,5 @@ pub mod task;
 pub mod terminal;
 pub mod timestamp;
 pub mod trace;
+mod user_namespace;
 pub mod vm;

@@ -27,7 +27,8 @@ use rustix::mount::{
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use thiserror::Error;
 
-use crate::bundle::{Kind, Shared};
+use crate::bundle::{IdMap, Kind, Shared};
+use crate::user_namespace;
 
 /// The size of a tmpfs, which only ever holds mount points.
 const SIZE: &str = "1m";
@@ -46,6 +47,13 @@ pub enum ShareError {
     /// Something of the host.
     #[error("{} cannot be shared with the guest", .0.display())]
     Clone(PathBuf, #[source] io::Error),
+    /// Its owners.
+    #[error(
+        "owners of {} cannot be mapped{}; leave uidMappings, gidMappings, idmap and ridmap out",
+        .0.display(),
+        unmappable(.1)
+    )]
+    IdMap(PathBuf, #[source] io::Error),
     /// The file server's namespace.
     #[error("mount namespace of the file server")]
     Namespace(#[source] io::Error),
@@ -132,6 +140,10 @@ impl Files {
                 .map_err(|error| ShareError::MountPoint(entry.target.clone(), error))?;
             let clone = clone_mount(entry)
                 .map_err(|error| ShareError::Clone(entry.source.clone(), error))?;
+            if let Some(id_map) = &entry.id_map {
+                map_owners(clone.as_fd(), id_map)
+                    .map_err(|error| ShareError::IdMap(entry.source.clone(), error))?;
+            }
             clones.push((entry.target.clone(), clone));
         }
         let read_only = set_attributes(mount_points.as_fd(), libc::MOUNT_ATTR_RDONLY, false);
@@ -238,6 +250,36 @@ fn set_attributes(mount: BorrowedFd<'_>, attributes: u64, recursive: bool) -> io
         propagation: libc::MS_PRIVATE,
         userns_fd: 0,
     };
+    change_mount(mount, change, recursive)
+}
+
+/// Shows the files of a detached mount under mapped owners, which the kernel allows only once.
+fn map_owners(mount: BorrowedFd<'_>, id_map: &IdMap) -> io::Result<()> {
+    let namespace = user_namespace::with_mappings(&id_map.uids, &id_map.gids)?;
+    let number = u64::try_from(namespace.as_raw_fd()).map_err(io::Error::other)?;
+    let change = libc::mount_attr {
+        attr_set: libc::MOUNT_ATTR_IDMAP,
+        attr_clr: 0,
+        propagation: 0,
+        userns_fd: number,
+    };
+    change_mount(mount, change, id_map.recursive)
+}
+
+/// What the kernel means by its number, mount_setattr(2).
+fn unmappable(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::EINVAL) => ", its file system or the mapping does not allow it",
+        Some(libc::EPERM) => ", they are mapped already",
+        _ => "",
+    }
+}
+
+fn change_mount(
+    mount: BorrowedFd<'_>,
+    change: libc::mount_attr,
+    recursive: bool,
+) -> io::Result<()> {
     let recursive = if recursive { libc::AT_RECURSIVE } else { 0 };
     let flags = AtFlags::EMPTY_PATH.bits() | recursive.cast_unsigned();
     // SAFETY: the path is a terminated empty string, `change` is a whole mount_attr of the length
@@ -263,7 +305,7 @@ mod tests {
 
     fn shared(source: &Path, target: &str, kind: Kind, read_only: bool) -> Shared {
         let (source, target) = (source.to_owned(), target.into());
-        Shared { source, target, kind, read_only, recursive: true }
+        Shared { source, target, kind, read_only, recursive: true, id_map: None }
     }
 
     #[test]
@@ -322,6 +364,20 @@ mod tests {
         let error = mkdirat(&clone, "new", Mode::RWXU).unwrap_err();
         assert_eq!(error, rustix::io::Errno::ROFS);
         fs::create_dir(host.path().join("new")).unwrap();
+    }
+
+    #[test]
+    fn a_file_system_without_mapped_owners_is_named() {
+        if !can_mount() {
+            return;
+        }
+        let map = r#"[{"containerID": 0, "hostID": 100000, "size": 10}]"#;
+        let map: Vec<_> = serde_json::from_str(map).unwrap();
+        let id_map = Some(IdMap { uids: map.clone(), gids: map, recursive: false });
+        let entry =
+            Shared { id_map, ..shared(Path::new("/proc"), "c/m", Kind::Directory, false) };
+        let words = Share::prepare(&[entry]).unwrap_err().to_string();
+        assert!(words.starts_with("owners of /proc cannot be mapped, its file system"), "{words}");
     }
 
     #[test]

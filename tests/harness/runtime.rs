@@ -47,6 +47,14 @@ impl Runtime {
         Self::of("/usr/sbin/runc".into())
     }
 
+    /// Debian's crun with an empty state directory.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn crun() -> Result<Self> {
+        Self::of("/usr/bin/crun".into())
+    }
+
     fn of(program: PathBuf) -> Result<Self> {
         Ok(Self { root: TempDir::with_prefix("root-")?, cgroups: cgroups()?, program })
     }

@@ -26,6 +26,8 @@ mod lifecycle;
 #[cfg(test)]
 mod load;
 #[cfg(test)]
+mod mounts;
+#[cfg(test)]
 mod pods;
 #[cfg(test)]
 mod process;

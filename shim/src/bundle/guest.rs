@@ -11,6 +11,7 @@ use oci_spec::runtime::{
 };
 use rustix::process::{Resource, Rlimit, getrlimit};
 
+use super::id_map::{self, IdMap};
 use super::{BundleError, Place, refuse, resources};
 use crate::id::ContainerId;
 
@@ -57,6 +58,8 @@ pub struct Shared {
     pub read_only: bool,
     /// With what is mounted below it.
     pub recursive: bool,
+    /// How its owners are mapped.
+    pub id_map: Option<IdMap>,
 }
 
 /// The specification for the guest and what it refers to.
@@ -83,18 +86,23 @@ pub(super) fn rewrite(
         kind: Kind::Directory,
         read_only: false,
         recursive: true,
+        id_map: None,
     }];
     if let Some(root) = spec.root_mut() {
         root.set_path(in_guest(&shared[0].target));
     }
-    for mount in spec.mounts_mut().iter_mut().flatten() {
+    let mut mounts = spec.mounts().clone();
+    for mount in mounts.iter_mut().flatten() {
+        let id_map = id_map::of(mount, &spec)?;
+        id_map::take_out(mount);
         if is_bind(mount) {
             let target = Path::new("mounts").join((shared.len() - 1).to_string());
             let source = mount.source().clone().unwrap_or_default();
             mount.set_source(Some(in_guest(&target)));
-            shared.push(share(mount, &source, target, bundle)?);
+            shared.push(Shared { id_map, ..share(mount, &source, target, bundle)? });
         }
     }
+    spec.set_mounts(mounts);
     let dropped = adapt(&mut spec, id, place);
     Ok(Guest { spec, shared, dropped })
 }
@@ -112,7 +120,7 @@ pub(super) fn machine_hostname(spec: &Spec) -> String {
     }
 }
 
-fn is_bind(mount: &Mount) -> bool {
+pub(super) fn is_bind(mount: &Mount) -> bool {
     mount.typ().as_deref() == Some("bind") || has_option(mount, &["bind", "rbind"])
 }
 
@@ -142,6 +150,7 @@ fn share(
         kind: if metadata.is_dir() { Kind::Directory } else { Kind::File },
         read_only: mode.is_some_and(|mode| mode == "ro"),
         recursive: has_option(mount, &["rbind"]),
+        id_map: None,
     })
 }
 

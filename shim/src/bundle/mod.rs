@@ -6,6 +6,7 @@
 
 mod disks;
 mod guest;
+mod id_map;
 pub mod refuse;
 mod resources;
 mod size;
@@ -20,6 +21,7 @@ use thiserror::Error;
 
 pub use self::disks::{DISKS_MAX, Disk};
 pub use self::guest::{Kind, Shared};
+pub use self::id_map::IdMap;
 use self::refuse::Refusal;
 pub use self::resources::{merge, total};
 pub use self::size::{HostSize, MACHINE_OVERHEAD_MIB, MachineSize, TooSmall};

@@ -16,6 +16,7 @@ use oci_spec::runtime::{
 use thiserror::Error;
 
 use super::disks::DISKS_MAX;
+use super::id_map;
 use crate::neighbours::{Joined, Neighbours};
 use crate::network::Network;
 
@@ -108,18 +109,7 @@ fn hooks(spec: &Spec) -> Result<(), Refusal> {
 }
 
 fn mounts(spec: &Spec) -> Result<(), Refusal> {
-    let mapped = spec.mounts().iter().flatten().find(|mount| {
-        let own = mount.uid_mappings().is_some() || mount.gid_mappings().is_some();
-        let options = mount.options().iter().flatten();
-        own || options.into_iter().any(|option| option == "idmap" || option == "ridmap")
-    });
-    match mapped {
-        None => Ok(()),
-        Some(mount) => Err(refuse(
-            format!("the mount at {} maps users", mount.destination().display()),
-            "give the files the users that they have inside",
-        )),
-    }
+    spec.mounts().iter().flatten().try_for_each(|mount| id_map::of(mount, spec).map(drop))
 }
 
 fn namespaces(

@@ -120,7 +120,7 @@ fn what_cannot_be_kept_is_refused_in_words() {
         (
             "/mounts",
             json!([{"destination": "/m", "type": "bind", "source": "/", "options": ["idmap"]}]),
-            "the mount at /m maps users",
+            "the mount at /m maps users without mappings",
         ),
         ("/hooks", json!({"createContainer": [{"path": "/x"}]}), "hooks.createContainer"),
     ] {

@@ -17,6 +17,7 @@ const MOUNT_OPTIONS: &[&str] = &[
     "diratime",
     "dirsync",
     "exec",
+    "idmap",
     "mand",
     "noatime",
     "nodev",
@@ -34,6 +35,7 @@ const MOUNT_OPTIONS: &[&str] = &[
     "relatime",
     "remount",
     "rexec",
+    "ridmap",
     "rnoatime",
     "rnodev",
     "rnodiratime",
@@ -152,6 +154,7 @@ fn document() -> Value {
             "apparmor": none,
             "selinux": none,
             "intelRdt": none,
+            "mountExtensions": {"idmap": {"enabled": true}},
         },
         "annotations": {
             "org.bulkhead.version": env!("CARGO_PKG_VERSION"),

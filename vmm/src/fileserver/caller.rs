@@ -3,6 +3,8 @@
 //! What a caller creates belongs to the caller, so the creating thread takes the caller's ids for
 //! the time of one system call. It keeps its capabilities meanwhile (see [`super::jail`]): the
 //! guest's kernel has checked permissions already, with groups and file modes that only it knows.
+//! The same goes for a name that a file gets: where a mount maps owners, the kernel lets nobody give
+//! one whom the mapping does not have.
 
 // UNSAFETY: `unshare` can part threads from their descriptors; here it parts the umask.
 #![expect(unsafe_code, reason = "unshare(2)")]
@@ -34,7 +36,7 @@ pub(super) struct Caller {
 }
 
 impl Caller {
-    /// Runs a system call that creates a file.
+    /// Runs a system call that creates a file, or a name of one.
     pub(super) fn run<T>(self, create: impl FnOnce() -> Result<T, Errno>) -> Result<T, Errno> {
         if self.uid == u32::MAX || self.gid == u32::MAX {
             return Err(Errno::INVAL);

@@ -85,7 +85,8 @@ impl Share {
         let (node, name) = (body.u64()?, body.name()?);
         let inode = self.inodes.get(node)?;
         let directory = self.inodes.get(request.node)?;
-        linkat(&inode, "", &directory, name, AtFlags::EMPTY_PATH)?;
+        let link = || linkat(&inode, "", &directory, name, AtFlags::EMPTY_PATH);
+        caller(request, 0).run(link)?;
         self.put_entry(open_name(&directory, name)?, reply)?;
         Ok(())
     }
@@ -118,7 +119,7 @@ impl Share {
     ) -> Result<(), Errno> {
         let (from, to) = (self.inodes.get(request.node)?, self.inodes.get(directory)?);
         let (old, new) = (body.name()?, body.name()?);
-        renameat_with(&from, old, &to, new, flags)
+        caller(request, 0).run(|| renameat_with(&from, old, &to, new, flags))
     }
 }
 

@@ -23,7 +23,7 @@ use tracing::Level;
 use crate::executor::Program;
 use crate::logging;
 use crate::report::{self, Line, Report};
-use crate::{init, spec, terminal};
+use crate::{init, propagation, spec, terminal};
 
 /// The first argument that makes the agent a creator; the second is the container's id.
 pub(crate) const VERB: &str = "create";
@@ -77,6 +77,8 @@ enum CreateError {
     Spec(#[from] oci_spec::OciSpecError),
     #[error("loopback of the new network namespace cannot be brought up")]
     Loopback(#[source] std::io::Error),
+    #[error("propagation of the mount at {} cannot be set", .0.display())]
+    Propagation(PathBuf, #[source] std::io::Error),
 }
 
 /// Creates the container and reports how it went.
@@ -157,6 +159,11 @@ fn create(container_id: &str, place: &Place, report: Rc<Report>) -> Result<i32, 
         move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))
             .map_err(|error| CreateError::Loopback(error.into()))?;
         init::raise_loopback().map_err(|error| CreateError::Loopback(error.into()))?;
+    }
+    if propagation::matters(&spec) {
+        // The last step, because no path of the guest is found after it.
+        propagation::apply(&spec, pid)
+            .map_err(|(place, error)| CreateError::Propagation(place, error))?;
     }
     Ok(pid)
 }

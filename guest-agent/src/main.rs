@@ -20,6 +20,7 @@ mod init;
 mod io;
 mod logging;
 mod process;
+mod propagation;
 mod report;
 mod rpc;
 mod share;

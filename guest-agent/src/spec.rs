@@ -83,6 +83,8 @@ pub(crate) fn prepare(
     }
     let linux = spec.linux_mut().as_mut().ok_or(SpecError::Missing("linux"))?;
     linux.set_cgroups_path(Some(Path::new("/").join(container_id)));
+    let propagation = linux.rootfs_propagation().as_deref().map(plain_propagation);
+    linux.set_rootfs_propagation(propagation.map(str::to_owned));
     for disk in disks {
         disk.renumber(linux);
     }
@@ -167,6 +169,18 @@ fn take_network_settings(spec: &mut Spec) -> Result<Vec<(PathBuf, String)>, Spec
         taken.push((path, value));
     }
     Ok(taken)
+}
+
+/// The root's propagation as libcontainer knows it: nothing is below a root, so that one which is said
+/// to be recursive, as runc also has it, is no other.
+fn plain_propagation(name: &str) -> &str {
+    match name {
+        "rshared" => "shared",
+        "rslave" => "slave",
+        "rprivate" => "private",
+        "runbindable" => "unbindable",
+        other => other,
+    }
 }
 
 /// Gives a container in a user namespace the guest's own sysfs: the kernel lets nobody mount one who

@@ -42,9 +42,10 @@ exit 42
 
 /// The differences that are accepted; `docs/COMPATIBILITY.md` has each with its reason, and
 /// [`meaning`] leaves it out.
-const ACCEPTED: [&str; 7] = [
+const ACCEPTED: [&str; 8] = [
     "file system of the host",
     "peer group of the host",
+    "propagation of the root",
     "flags of read-only paths",
     "superblock of sysfs and cgroup2",
     "directories above a device",
@@ -105,7 +106,9 @@ fn mount(line: &str, host: &str) -> String {
     };
     // "peer group of the host"
     let tags = tags.iter().map(|tag| tag.split(':').next().unwrap_or(tag));
-    let tags: Vec<_> = tags.filter(|tag| *tag != "master").collect();
+    let tags = tags.filter(|tag| *tag != "master");
+    // "propagation of the root"
+    let tags: Vec<_> = tags.filter(|_| *point != "/").collect();
     // "flags of read-only paths"
     let closed = ["/proc/", "/run"].iter().any(|path| point.starts_with(path));
     let flags =
@@ -314,6 +317,44 @@ fn devices_that_are_named() {
 fn propagation_of_the_root() {
     same(|_, spec| spec["linux"]["rootfsPropagation"] = json!("private"));
     same(|_, spec| spec["linux"]["rootfsPropagation"] = json!("slave"));
+    same(|_, spec| spec["linux"]["rootfsPropagation"] = json!("rshared"));
+}
+
+#[test]
+fn propagation_of_mounts() {
+    same(|bundle, spec| {
+        let given = bundle.path().join("given");
+        fs::create_dir(given.join("deep er")).unwrap();
+        let mounts = spec["mounts"].as_array_mut().unwrap();
+        for (place, options) in [
+            ("shared", vec!["shared"]),
+            ("shared/below", vec!["nosuid"]),
+            ("rshared", vec!["rshared"]),
+            ("rshared/below", vec![]),
+            ("rshared/below/own", vec!["private"]),
+            ("rshared/below/own/below", vec![]),
+            ("slave", vec!["slave"]),
+            ("rslave", vec!["rslave", "ro"]),
+            ("private", vec!["private"]),
+            ("rprivate", vec!["rprivate"]),
+            ("unbindable", vec!["unbindable"]),
+            ("runbindable", vec!["runbindable"]),
+            ("runbindable/below", vec![]),
+            ("several", vec!["slave", "shared"]),
+            ("the other way", vec!["shared", "private"]),
+        ] {
+            mounts.push(json!({"destination": format!("/mnt/{place}"), "type": "tmpfs",
+                "source": "tmpfs", "options": options}));
+        }
+        mounts.extend([
+            bind(&given, "/mnt/host-shared", &["rshared", "ro"]),
+            bind(&given, "/mnt/host-shared/deep er", &["rw"]),
+            bind(&given, "/mnt/host-slave", &["slave"]),
+            bind(&given, "/mnt/host-unbindable", &["unbindable"]),
+        ]);
+        // What is closed is covered by a mount, which is on a shared one here.
+        spec["linux"]["maskedPaths"] = json!(["/mnt/host-shared/file", "/proc/kcore"]);
+    });
 }
 
 #[test]

@@ -1,0 +1,189 @@
+//! Propagation of a container's mounts, mount_namespaces(7), which libcontainer takes for flags of a
+//! mount and leaves undone.
+//!
+//! Done when the container stands and has not started: its mounts are gone through in the order in
+//! which they were made, as if each had got its propagation before the next was made.
+
+use std::collections::HashMap;
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::AsFd as _;
+use std::os::unix::ffi::OsStringExt as _;
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::{Mount, Spec};
+use rustix::mount::{MountPropagationFlags, mount_change};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+
+/// What an option means; nothing is below a mount yet when it gets its propagation, so that one
+/// which is said to be recursive is no other.
+const OPTIONS: [(&str, MountPropagationFlags); 8] = [
+    ("shared", MountPropagationFlags::SHARED),
+    ("rshared", MountPropagationFlags::SHARED),
+    ("slave", MountPropagationFlags::DOWNSTREAM),
+    ("rslave", MountPropagationFlags::DOWNSTREAM),
+    ("private", MountPropagationFlags::PRIVATE),
+    ("rprivate", MountPropagationFlags::PRIVATE),
+    ("unbindable", MountPropagationFlags::UNBINDABLE),
+    ("runbindable", MountPropagationFlags::UNBINDABLE),
+];
+
+/// Whether any mount is to be another than the private one that it is.
+pub(crate) fn matters(spec: &Spec) -> bool {
+    let other = |flag: &MountPropagationFlags| {
+        let kept = MountPropagationFlags::PRIVATE | MountPropagationFlags::DOWNSTREAM;
+        !kept.contains(*flag)
+    };
+    spec.mounts().iter().flatten().any(|mount| asked(mount).iter().any(other))
+}
+
+/// Gives the mounts of a container, whose init has this pid, their propagation. This process is in
+/// the container's mount namespace afterwards.
+///
+/// # Errors
+/// Names the mount.
+pub(crate) fn apply(spec: &Spec, pid: i32) -> Result<(), (PathBuf, io::Error)> {
+    let namespace = PathBuf::from(format!("/proc/{pid}/ns/mnt"));
+    let table = enter(&namespace, pid).map_err(|error| (namespace, error))?;
+    let mut wanted = HashMap::new();
+    for mount in spec.mounts().iter().flatten() {
+        let flags = asked(mount);
+        if !flags.is_empty() {
+            let at = mount.destination();
+            let place = fs::canonicalize(at).map_err(|error| (at.clone(), error))?;
+            wanted.insert(place, flags);
+        }
+    }
+    for (place, flags) in changes(&mounts(&table), &wanted) {
+        for flag in flags {
+            mount_change(&place, flag).map_err(|error| (place.clone(), error.into()))?;
+        }
+    }
+    Ok(())
+}
+
+/// Joins the namespace, which only a process of one thread can; what it has mounted, proc(5).
+fn enter(namespace: &Path, pid: i32) -> io::Result<String> {
+    let table = fs::read_to_string(format!("/proc/{pid}/mountinfo"))?;
+    let namespace = File::open(namespace)?;
+    move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Mount))?;
+    Ok(table)
+}
+
+fn asked(mount: &Mount) -> Vec<MountPropagationFlags> {
+    let meaning = |option: &String| OPTIONS.iter().find(|(name, _)| name == option);
+    mount.options().iter().flatten().filter_map(meaning).map(|(_, flag)| *flag).collect()
+}
+
+/// A mount that is there.
+#[derive(Debug)]
+struct Mounted {
+    id: u32,
+    parent: u32,
+    place: PathBuf,
+}
+
+/// In the order in which they were made, which is the table's since Linux 6.8.
+fn mounts(table: &str) -> Vec<Mounted> {
+    let line = |line: &str| {
+        let mut words = line.split(' ');
+        let (id, parent) = (words.next()?.parse().ok()?, words.next()?.parse().ok()?);
+        Some(Mounted { id, parent, place: plain(words.nth(2)?) })
+    };
+    table.lines().filter_map(line).collect()
+}
+
+/// A path without the octal numbers that stand for white space and backslashes.
+fn plain(escaped: &str) -> PathBuf {
+    let mut bytes = Vec::new();
+    let mut rest = escaped.as_bytes();
+    while let Some((first, after)) = rest.split_first() {
+        let digits = after.get(..3).and_then(|digits| std::str::from_utf8(digits).ok());
+        let number = digits.and_then(|digits| u8::from_str_radix(digits, 8).ok());
+        match number {
+            Some(byte) if *first == b'\\' => {
+                bytes.push(byte);
+                rest = after.get(3..).unwrap_or_default();
+            }
+            _ => {
+                bytes.push(*first);
+                rest = after;
+            }
+        }
+    }
+    OsString::from_vec(bytes).into()
+}
+
+/// What is to be done where: what a mount is asked to be, and that what is mounted on a shared one
+/// is shared.
+fn changes(
+    mounts: &[Mounted],
+    wanted: &HashMap<PathBuf, Vec<MountPropagationFlags>>,
+) -> Vec<(PathBuf, Vec<MountPropagationFlags>)> {
+    let mut shared: HashMap<u32, bool> = HashMap::new();
+    let mut changes = Vec::new();
+    for (index, mount) in mounts.iter().enumerate() {
+        // What is covered by another mount no path leads to.
+        if mounts.iter().skip(index + 1).any(|later| later.place == mount.place) {
+            continue;
+        }
+        let mut flags = Vec::new();
+        if shared.get(&mount.parent) == Some(&true) {
+            flags.push(MountPropagationFlags::SHARED);
+        }
+        flags.extend(wanted.get(&mount.place).into_iter().flatten());
+        let Some(last) = flags.last() else { continue };
+        shared.insert(mount.id, *last == MountPropagationFlags::SHARED);
+        changes.push((mount.place.clone(), flags));
+    }
+    changes
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn spec(options: &[&str]) -> Spec {
+        let mounts = json!([{"destination": "/m", "type": "tmpfs", "options": options}]);
+        serde_json::from_value(json!({"ociVersion": "1.0.2", "mounts": mounts})).unwrap()
+    }
+
+    #[test]
+    fn what_a_mount_is_anyhow_need_not_be_asked_for() {
+        assert!(!matters(&spec(&["ro", "rprivate", "slave"])));
+        assert!(matters(&spec(&["private", "rshared"])));
+        assert!(matters(&spec(&["unbindable"])));
+    }
+
+    #[test]
+    fn what_is_mounted_on_a_shared_mount_is_shared_unless_it_is_asked_otherwise() {
+        let table = "40 30 0:1 / / rw - tmpfs none rw\n\
+            44 40 0:2 / /a\\040b rw - tmpfs none rw\n\
+            42 44 0:3 / /a\\040b/below rw - tmpfs none rw\n\
+            47 42 0:3 / /a\\040b/below/own rw - tmpfs none rw\n\
+            41 47 0:3 / /a\\040b/below/own/file rw - tmpfs none rw\n\
+            48 40 0:3 / /other rw - tmpfs none rw\n";
+        let (shared, private) = (MountPropagationFlags::SHARED, MountPropagationFlags::PRIVATE);
+        let wanted = HashMap::from([
+            (PathBuf::from("/a b"), vec![private, shared]),
+            (PathBuf::from("/a b/below/own"), vec![private]),
+        ]);
+        let expected = [
+            ("/a b", vec![private, shared]),
+            ("/a b/below", vec![shared]),
+            ("/a b/below/own", vec![shared, private]),
+        ];
+        let expected = expected.map(|(place, flags)| (PathBuf::from(place), flags));
+        assert_eq!(changes(&mounts(table), &wanted), expected);
+    }
+
+    #[test]
+    fn a_mount_that_is_covered_is_left_alone() {
+        let table = "44 40 0:2 / /a rw - tmpfs none rw\n45 44 0:2 / /a rw - tmpfs none rw\n";
+        let wanted =
+            HashMap::from([(PathBuf::from("/a"), vec![MountPropagationFlags::UNBINDABLE])]);
+        assert_eq!(changes(&mounts(table), &wanted).len(), 1);
+    }
+}

@@ -84,6 +84,8 @@ pub struct Container {
     sandbox: Arc<Sandbox>,
     life: Mutex<Life>,
     exit: watch::Sender<Option<Exit>>,
+    /// That of its state, for those who wait for another.
+    status: watch::Sender<Status>,
     /// True once nothing of the pod runs any more.
     over: watch::Sender<bool>,
     /// True once nobody waits for the stand-in to read the rest of the streams.
@@ -120,6 +122,7 @@ impl Container {
             systemd_cgroup,
             ephemeral,
             sandbox,
+            status: watch::channel(state.status).0,
             life: Mutex::new(Life { state, pod: None, host: None, poststart: Vec::new() }),
             exit: watch::channel(None).0,
             over: watch::channel(false).0,
@@ -402,6 +405,12 @@ impl Container {
         Ok(exit)
     }
 
+    /// Waits until its status is another than this one.
+    pub(crate) async fn is_not(&self, status: Status) {
+        // The sender lives in this container.
+        let _ = self.status.subscribe().wait_for(|now| *now != status).await;
+    }
+
     /// Waits until nothing of the pod runs any more.
     pub async fn is_over(&self) {
         // The sender lives in this container.
@@ -494,6 +503,7 @@ impl Container {
 
     fn advance(&self, life: &mut MutexGuard<'_, Life>, event: Event) -> Result<(), ContainerError> {
         life.state.status = life.state.status.on(event)?;
+        self.status.send_replace(life.state.status);
         Ok(self.home.write(&life.state)?)
     }
 }

@@ -6,6 +6,7 @@
 //! forgotten.
 
 use std::collections::HashMap;
+use std::io::ErrorKind;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use thiserror::Error;
@@ -39,6 +40,15 @@ pub enum ExecError {
     TooMany,
 }
 
+/// A process that is to be started.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Order {
+    /// The `process` object of an OCI specification.
+    pub process_json: Vec<u8>,
+    /// In a container that is frozen it waits until that is thawed, instead of being refused.
+    pub ignore_paused: bool,
+}
+
 /// The further processes of one container.
 #[derive(Debug, Default)]
 pub(crate) struct Execs {
@@ -50,8 +60,8 @@ pub(crate) struct Execs {
 /// One of them.
 #[derive(Debug)]
 enum Entry {
-    /// Its `process` object.
-    Named(Vec<u8>),
+    /// What is to be started.
+    Named(Order),
     /// The guest is about to have it.
     Starting,
     /// Its stand-in.
@@ -68,7 +78,7 @@ impl Execs {
         self.table().values().filter_map(of).collect()
     }
 
-    fn prepare(&self, name: &str, process_json: Vec<u8>) -> Result<(), ExecError> {
+    fn prepare(&self, name: &str, order: Order) -> Result<(), ExecError> {
         let mut table = self.table();
         if table.contains_key(name) {
             return Err(ExecError::Taken(name.to_owned()));
@@ -76,16 +86,16 @@ impl Execs {
         if table.len() >= EXECS_MAX {
             return Err(ExecError::TooMany);
         }
-        table.insert(name.to_owned(), Entry::Named(process_json));
+        table.insert(name.to_owned(), Entry::Named(order));
         Ok(())
     }
 
-    fn start(&self, name: &str) -> Result<Vec<u8>, ExecError> {
+    fn start(&self, name: &str) -> Result<Order, ExecError> {
         let mut table = self.table();
         let unknown = || ExecError::Unknown(name.to_owned());
         let entry = table.get_mut(name).filter(|entry| matches!(entry, Entry::Named(_)));
         match std::mem::replace(entry.ok_or_else(unknown)?, Entry::Starting) {
-            Entry::Named(process_json) => Ok(process_json),
+            Entry::Named(order) => Ok(order),
             Entry::Starting | Entry::Running(_) => Err(unknown()),
         }
     }
@@ -104,18 +114,13 @@ impl Execs {
 }
 
 impl Container {
-    /// Names a process that is to be started; `process_json` is the `process` object of an OCI
-    /// specification.
+    /// Names a process that is to be started.
     ///
     /// # Errors
     /// When the container cannot take one, or the name is taken.
-    pub async fn prepare_exec(
-        &self,
-        name: &str,
-        process_json: Vec<u8>,
-    ) -> Result<(), ContainerError> {
-        self.takes_processes().await?;
-        Ok(self.execs.prepare(name, process_json)?)
+    pub async fn prepare_exec(&self, name: &str, order: Order) -> Result<(), ContainerError> {
+        self.takes_processes(order.ignore_paused).await?;
+        Ok(self.execs.prepare(name, order)?)
     }
 
     /// Starts a process that was named, and hands its streams to its stand-in.
@@ -127,8 +132,8 @@ impl Container {
         name: &str,
         attachments: &Attachments,
     ) -> Result<Process, ContainerError> {
-        let process_json = self.execs.start(name)?;
-        let started = self.start_prepared(name, process_json, attachments).await;
+        let order = self.execs.start(name)?;
+        let started = self.start_prepared(name, order, attachments).await;
         match started {
             Ok((pod, stand_in)) => {
                 let process = stand_in.process;
@@ -146,12 +151,22 @@ impl Container {
     async fn start_prepared(
         &self,
         name: &str,
-        process_json: Vec<u8>,
+        order: Order,
         attachments: &Attachments,
     ) -> Result<(Arc<Pod>, StandIn), ContainerError> {
+        let Order { process_json, ignore_paused } = order;
         let stand_in = attachments.take(name).await.map_err(ContainerError::StandIn)?;
-        let _open = self.execs.gate.read().await;
-        self.takes_processes().await?;
+        let _open = loop {
+            if ignore_paused {
+                self.until_thawed(&stand_in).await?;
+            }
+            let open = self.execs.gate.read().await;
+            self.takes_processes(ignore_paused).await?;
+            // It may have been frozen again meanwhile; now it cannot any more.
+            if self.state().await.status != Status::Paused {
+                break open;
+            }
+        };
         let pod = self.pod().await?;
         self.adopt(&stand_in).await?;
         let (streams, sockets) = proxy::open_streams(&pod, stand_in.wants).await?;
@@ -165,10 +180,22 @@ impl Container {
         Ok((pod, stand_in))
     }
 
-    async fn takes_processes(&self) -> Result<(), ContainerError> {
+    async fn takes_processes(&self, ignore_paused: bool) -> Result<(), ContainerError> {
         match self.state().await.status {
             Status::Created | Status::Running => Ok(()),
+            Status::Paused if ignore_paused => Ok(()),
             status => Err(ExecError::Status(status).into()),
+        }
+    }
+
+    /// Waits while the container is frozen, as long as there is somebody to stand for the process.
+    async fn until_thawed(&self, stand_in: &StandIn) -> Result<(), ContainerError> {
+        tokio::select! {
+            () = self.is_not(Status::Paused) => Ok(()),
+            // There is nobody yet who could get a signal.
+            () = async { while stand_in.said().await.is_some() {} } => {
+                Err(ContainerError::StandIn(ErrorKind::BrokenPipe.into()))
+            }
         }
     }
 
@@ -185,21 +212,25 @@ impl Container {
 mod tests {
     use super::*;
 
+    fn order(process: &str) -> Order {
+        Order { process_json: process.into(), ignore_paused: false }
+    }
+
     #[test]
     fn a_process_is_named_once_and_started_once() {
         let execs = Execs::default();
-        execs.prepare("one", b"{}".to_vec()).unwrap();
-        assert_eq!(execs.prepare("one", Vec::new()), Err(ExecError::Taken("one".to_owned())));
-        assert_eq!(execs.start("one").unwrap(), b"{}");
+        execs.prepare("one", order("{}")).unwrap();
+        assert_eq!(execs.prepare("one", order("")), Err(ExecError::Taken("one".to_owned())));
+        assert_eq!(execs.start("one").unwrap(), order("{}"));
         assert_eq!(execs.start("one"), Err(ExecError::Unknown("one".to_owned())));
         assert!(execs.stand_ins().is_empty());
         let stand_in = Process::current().unwrap();
         execs.running("one", stand_in);
         assert_eq!(execs.stand_ins(), [stand_in]);
         // While it runs its name is taken.
-        assert_eq!(execs.prepare("one", Vec::new()), Err(ExecError::Taken("one".to_owned())));
+        assert_eq!(execs.prepare("one", order("")), Err(ExecError::Taken("one".to_owned())));
         execs.forget("one");
-        execs.prepare("one", Vec::new()).unwrap();
+        execs.prepare("one", order("")).unwrap();
         assert_eq!(execs.start("two"), Err(ExecError::Unknown("two".to_owned())));
     }
 
@@ -207,8 +238,8 @@ mod tests {
     fn processes_are_bounded() {
         let execs = Execs::default();
         for number in 0..EXECS_MAX {
-            execs.prepare(&number.to_string(), Vec::new()).unwrap();
+            execs.prepare(&number.to_string(), order("")).unwrap();
         }
-        assert_eq!(execs.prepare("more", Vec::new()), Err(ExecError::TooMany));
+        assert_eq!(execs.prepare("more", order("")), Err(ExecError::TooMany));
     }
 }

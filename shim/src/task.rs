@@ -27,7 +27,7 @@ use ttrpc::{Code, Error};
 
 use crate::attach::Attachments;
 use crate::container::{Container, ContainerError};
-use crate::exec::ExecError;
+use crate::exec::{ExecError, Order};
 use crate::lifecycle::Status;
 use crate::state::Exit;
 
@@ -37,6 +37,9 @@ pub const PROCESSES: &str = "bulkhead.agent.v1.ProcessesReply";
 
 /// What limits are called in an update; containerd's name for them.
 pub const RESOURCES: &str = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources";
+
+/// The word among a call's metadata that has a process wait while its container is frozen.
+pub const IGNORE_PAUSED: &str = "ignore-paused";
 
 /// The service of one pod.
 #[derive(Debug)]
@@ -219,10 +222,16 @@ impl Task for Service {
         Ok(Empty::new())
     }
 
-    async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
+    async fn exec(
+        &self,
+        context: &TtrpcContext,
+        request: ExecProcessRequest,
+    ) -> ttrpc::Result<Empty> {
         let container = self.container(&request.id, "")?;
-        let process = request.spec.into_option().unwrap_or_default().value;
-        container.prepare_exec(&request.exec_id, process).await.map_err(status)?;
+        let process_json = request.spec.into_option().unwrap_or_default().value;
+        let ignore_paused = context.metadata.contains_key(IGNORE_PAUSED);
+        let order = Order { process_json, ignore_paused };
+        container.prepare_exec(&request.exec_id, order).await.map_err(status)?;
         Ok(Empty::new())
     }
 

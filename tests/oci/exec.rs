@@ -3,7 +3,7 @@
 use std::fs;
 use std::io::Write;
 use std::os::unix::process::ExitStatusExt;
-use std::process::Stdio;
+use std::process::{Child, Stdio};
 use std::time::Duration;
 
 use anyhow::Result;
@@ -181,7 +181,8 @@ fn a_paused_container_stands_still() {
         assert!(!runtime.call(&["pause", "still"]).unwrap().status.success());
         let exec = runtime.call(&["exec", "still", "/bin/true"]).unwrap();
         let words = String::from_utf8_lossy(&exec.stderr).into_owned();
-        assert!(words.contains("cannot exec in a paused container"), "{words}");
+        let expected = "cannot exec in a paused container (use --ignore-paused to override)";
+        assert!(words.contains(expected), "{words}");
         assert_eq!(runtime.ok(&["resume", "still"]).unwrap(), "");
         assert_eq!(runtime.state("still").unwrap()["status"], "running");
         wait_until(|| length() > stood, "the container did not go on");
@@ -190,6 +191,62 @@ fn a_paused_container_stands_still() {
         runtime.ok(&["delete", "--force", "still"]).unwrap();
     }
     ours.assert_clean().unwrap();
+}
+
+#[test]
+fn a_process_that_ignores_the_pause_runs_after_it() {
+    let (ours, runc) = (Runtime::new().unwrap(), Runtime::runc().unwrap());
+    for runtime in [&ours, &runc] {
+        let bundle = Bundle::new(&LONG).unwrap();
+        started(runtime, "later", &bundle);
+        runtime.ok(&["pause", "later"]).unwrap();
+        let mut child = exec_in_paused(runtime, "echo ran; exit 7");
+        std::thread::sleep(Duration::from_millis(1500));
+        assert!(child.try_wait().unwrap().is_none(), "it did not wait");
+        // Nobody else has to.
+        assert_eq!(runtime.state("later").unwrap()["status"], "paused");
+        runtime.ok(&["resume", "later"]).unwrap();
+        let (status, output, _) = told(&finish(child).unwrap());
+        assert_eq!((status, output.as_str()), (Some(7), "ran\n"));
+        runtime.ok(&["delete", "--force", "later"]).unwrap();
+    }
+    ours.assert_clean().unwrap();
+}
+
+#[test]
+fn whoever_waits_for_the_end_of_a_pause_may_go_away_or_be_sent_away() {
+    let runtime = Runtime::new().unwrap();
+    let bundle = Bundle::new(&LONG).unwrap();
+    started(&runtime, "later", &bundle);
+    runtime.ok(&["pause", "later"]).unwrap();
+    let supervisor = runtime.processes("supervise").unwrap()[0];
+    let descriptors = || fs::read_dir(format!("/proc/{supervisor}/fd")).unwrap().count();
+    let before = descriptors();
+    for signal in ["-KILL", "-TERM"] {
+        let waiting = exec_in_paused(&runtime, "echo ran > /root/ran");
+        wait_until(|| descriptors() > before, "nobody waits");
+        let pid = waiting.id().to_string();
+        std::process::Command::new("kill").args([signal, &pid]).status().unwrap();
+        assert!(!finish(waiting).unwrap().status.success());
+        wait_until(|| descriptors() == before, "a process that nobody waits for is kept");
+    }
+    runtime.ok(&["resume", "later"]).unwrap();
+    assert_eq!(processes(&runtime, "later").unwrap(), 1);
+    assert!(!bundle.rootfs().join("root/ran").exists());
+    // One that waits when the container ends is told so.
+    runtime.ok(&["pause", "later"]).unwrap();
+    let waiting = exec_in_paused(&runtime, "true");
+    wait_until(|| descriptors() > before, "nobody waits");
+    runtime.ok(&["kill", "later", "KILL"]).unwrap();
+    let (status, _, errors) = told(&finish(waiting).unwrap());
+    assert!(status == Some(255) && errors.contains("stopped"), "{status:?} {errors}");
+    runtime.ok(&["delete", "--force", "later"]).unwrap();
+    runtime.assert_clean().unwrap();
+}
+
+fn exec_in_paused(runtime: &Runtime, script: &str) -> Child {
+    let arguments = ["exec", "--ignore-paused", "later", "/bin/sh", "-c", script];
+    runtime.command(&arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
 }
 
 #[test]

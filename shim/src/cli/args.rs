@@ -260,7 +260,7 @@ pub struct Exec {
     /// File that gets the number of the process that stands for the new one.
     #[arg(long, value_name = "FILE")]
     pub pid_file: Option<PathBuf>,
-    /// Taken; but a paused container runs no process until it is resumed.
+    /// In a paused container, wait until it is resumed instead of failing.
     #[arg(long)]
     pub ignore_paused: bool,
     /// Descriptors to pass beyond the standard streams; only 0.

@@ -22,6 +22,7 @@ use crate::pod;
 use crate::relay::{Relay, Signals};
 use crate::socket_path::SocketPath;
 use crate::state::{Home, State};
+use crate::task;
 use crate::terminal::Terminal;
 
 /// What an error is called, as callers of runc know it.
@@ -36,9 +37,9 @@ pub(super) fn exec(global: &Global, exec: &Exec) -> anyhow::Result<ExitCode> {
     let state = home.read()?;
     match state.observed() {
         Status::Created | Status::Running => {}
+        Status::Paused if exec.ignore_paused => {}
         Status::Paused => {
-            let id = &exec.id;
-            bail!("cannot exec in a paused container; let it run first: \"bulkhead resume {id}\"")
+            bail!("cannot exec in a paused container (use --ignore-paused to override)")
         }
         status => bail!("cannot exec in a container that is {status}"),
     }
@@ -54,7 +55,7 @@ pub(super) fn exec(global: &Global, exec: &Exec) -> anyhow::Result<ExitCode> {
     let terminal = if terminal { Some(Terminal::own()?) } else { None };
     let mut relay = None;
     let up = async {
-        let client = prepare(&home, &name, process).await?;
+        let client = prepare(&home, &name, process, exec.ignore_paused).await?;
         relay = Some(Relay::attach(SocketPath::attach(&home)?.path(), &name, false, terminal)?);
         if let Some(path) = &exec.pid_file {
             client::write_pid_file(path, std::process::id())?;
@@ -80,7 +81,7 @@ pub(super) fn exec(global: &Global, exec: &Exec) -> anyhow::Result<ExitCode> {
 
 fn detached(exec: &Exec, home: &Home, name: &str, process: Vec<u8>) -> anyhow::Result<ExitCode> {
     client::runtime()?.block_on(async {
-        let client = prepare(home, name, process).await?;
+        let client = prepare(home, name, process, exec.ignore_paused).await?;
         // It ends by itself when the process is not started.
         let console_socket = exec.console_socket.as_deref();
         let pid = create::spawn_stand_in(home, name, None, console_socket)?;
@@ -93,7 +94,12 @@ fn detached(exec: &Exec, home: &Home, name: &str, process: Vec<u8>) -> anyhow::R
 }
 
 /// Tells the supervisor what is to be started under this name.
-async fn prepare(home: &Home, name: &str, process: Vec<u8>) -> anyhow::Result<TaskClient> {
+async fn prepare(
+    home: &Home,
+    name: &str,
+    process: Vec<u8>,
+    ignore_paused: bool,
+) -> anyhow::Result<TaskClient> {
     let client = client::connect(home)?;
     let mut spec = Any::new();
     spec.type_url = PROCESS_TYPE.to_owned();
@@ -104,7 +110,11 @@ async fn prepare(home: &Home, name: &str, process: Vec<u8>) -> anyhow::Result<Ta
         spec: MessageField::some(spec),
         ..Default::default()
     };
-    client.exec(client::unbounded(), &request).await.map_err(client::words)?;
+    let mut context = client::unbounded();
+    if ignore_paused {
+        context.add(task::IGNORE_PAUSED.to_owned(), "true".to_owned());
+    }
+    client.exec(context, &request).await.map_err(client::words)?;
     Ok(client)
 }
 

@@ -23,7 +23,7 @@ use tracing::Level;
 use crate::executor::Program;
 use crate::logging;
 use crate::report::{self, Line, Report};
-use crate::{init, propagation, spec, terminal};
+use crate::{device_directories, init, propagation, spec, terminal};
 
 /// The first argument that makes the agent a creator; the second is the container's id.
 pub(crate) const VERB: &str = "create";
@@ -77,8 +77,12 @@ enum CreateError {
     Spec(#[from] oci_spec::OciSpecError),
     #[error("loopback of the new network namespace cannot be brought up")]
     Loopback(#[source] std::io::Error),
+    #[error("mount namespace of the container cannot be joined")]
+    Mounts(#[source] std::io::Error),
     #[error("propagation of the mount at {} cannot be set", .0.display())]
     Propagation(PathBuf, #[source] std::io::Error),
+    #[error("mode of {} cannot be set", .0.display())]
+    Directory(PathBuf, #[source] std::io::Error),
 }
 
 /// Creates the container and reports how it went.
@@ -160,12 +164,33 @@ fn create(container_id: &str, place: &Place, report: Rc<Report>) -> Result<i32, 
             .map_err(|error| CreateError::Loopback(error.into()))?;
         init::raise_loopback().map_err(|error| CreateError::Loopback(error.into()))?;
     }
-    if propagation::matters(&spec) {
-        // The last step, because no path of the guest is found after it.
-        propagation::apply(&spec, pid)
+    // The last step, because no path of the guest is found after it.
+    finish_mounts(&spec, pid)?;
+    Ok(pid)
+}
+
+/// Does to the container's mounts what libcontainer leaves undone, from inside.
+fn finish_mounts(spec: &Spec, pid: i32) -> Result<(), CreateError> {
+    let (directories, propagation) = (device_directories::of(spec), propagation::matters(spec));
+    if directories.is_empty() && !propagation {
+        return Ok(());
+    }
+    let table = join_mounts(pid).map_err(CreateError::Mounts)?;
+    device_directories::set_right(directories)
+        .map_err(|(directory, error)| CreateError::Directory(directory, error))?;
+    if propagation {
+        propagation::apply(spec, &table)
             .map_err(|(place, error)| CreateError::Propagation(place, error))?;
     }
-    Ok(pid)
+    Ok(())
+}
+
+/// Enters a process's mount namespace, which only a process of one thread can; what is mounted there.
+fn join_mounts(pid: i32) -> std::io::Result<String> {
+    let table = std::fs::read_to_string(format!("/proc/{pid}/mountinfo"))?;
+    let namespace = File::open(format!("/proc/{pid}/ns/mnt"))?;
+    move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Mount))?;
+    Ok(table)
 }
 
 #[cfg(test)]

@@ -13,6 +13,7 @@ mod cgroup;
 mod clock;
 mod container;
 mod creator;
+mod device_directories;
 mod disks;
 mod executor;
 mod hotplug;

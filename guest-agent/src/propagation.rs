@@ -6,15 +6,13 @@
 
 use std::collections::HashMap;
 use std::ffi::OsString;
-use std::fs::{self, File};
+use std::fs;
 use std::io;
-use std::os::fd::AsFd as _;
 use std::os::unix::ffi::OsStringExt as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use oci_spec::runtime::{Mount, Spec};
 use rustix::mount::{MountPropagationFlags, mount_change};
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 /// What an option means; nothing is below a mount yet when it gets its propagation, so that one
 /// which is said to be recursive is no other.
@@ -38,14 +36,12 @@ pub(crate) fn matters(spec: &Spec) -> bool {
     spec.mounts().iter().flatten().any(|mount| asked(mount).iter().any(other))
 }
 
-/// Gives the mounts of a container, whose init has this pid, their propagation. This process is in
-/// the container's mount namespace afterwards.
+/// Gives the mounts of a container their propagation. This process is in the container's mount
+/// namespace; `table` is what is mounted there, proc(5).
 ///
 /// # Errors
 /// Names the mount.
-pub(crate) fn apply(spec: &Spec, pid: i32) -> Result<(), (PathBuf, io::Error)> {
-    let namespace = PathBuf::from(format!("/proc/{pid}/ns/mnt"));
-    let table = enter(&namespace, pid).map_err(|error| (namespace, error))?;
+pub(crate) fn apply(spec: &Spec, table: &str) -> Result<(), (PathBuf, io::Error)> {
     let mut wanted = HashMap::new();
     for mount in spec.mounts().iter().flatten() {
         let flags = asked(mount);
@@ -55,20 +51,12 @@ pub(crate) fn apply(spec: &Spec, pid: i32) -> Result<(), (PathBuf, io::Error)> {
             wanted.insert(place, flags);
         }
     }
-    for (place, flags) in changes(&mounts(&table), &wanted) {
+    for (place, flags) in changes(&mounts(table), &wanted) {
         for flag in flags {
             mount_change(&place, flag).map_err(|error| (place.clone(), error.into()))?;
         }
     }
     Ok(())
-}
-
-/// Joins the namespace, which only a process of one thread can; what it has mounted, proc(5).
-fn enter(namespace: &Path, pid: i32) -> io::Result<String> {
-    let table = fs::read_to_string(format!("/proc/{pid}/mountinfo"))?;
-    let namespace = File::open(namespace)?;
-    move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Mount))?;
-    Ok(table)
 }
 
 fn asked(mount: &Mount) -> Vec<MountPropagationFlags> {

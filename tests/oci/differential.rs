@@ -42,13 +42,12 @@ exit 42
 
 /// The differences that are accepted; `docs/COMPATIBILITY.md` has each with its reason, and
 /// [`meaning`] leaves it out.
-const ACCEPTED: [&str; 8] = [
+const ACCEPTED: [&str; 7] = [
     "file system of the host",
     "peer group of the host",
     "propagation of the root",
     "flags of read-only paths",
     "superblock of sysfs and cgroup2",
-    "directories above a device",
     "cpu.weight",
     "mode of a file that is made to mount on",
 ];
@@ -84,12 +83,6 @@ fn told_by(runtime: &Runtime, bundle: &Bundle) -> Told {
 fn meaning(section: &str, line: &str, host: &str) -> Option<String> {
     match section {
         "mounts" => Some(mount(line, host)),
-        "devices" if line.contains(" d") && line.matches('/').count() > 1 => {
-            // "directories above a device"
-            let name = line.split(' ').next()?;
-            let made = !["/dev/pts", "/dev/shm", "/dev/mqueue"].contains(&name);
-            Some(if made { format!("{name} is a directory") } else { line.to_owned() })
-        }
         // The formula is another: "cpu.weight".
         "cgroup" if line.starts_with("cpu.weight") => None,
         _ => Some(line.to_owned()),

@@ -10,6 +10,7 @@
 //!   `user_namespace`: what the owners of a shared mount are mapped by.
 //! - [`attach`], [`relay`], [`network`], `proxy`, [`stand_in`]: a process of the host that stands for one of the
 //!   guest, its streams, and the two tied together. [`terminal`]: where the streams are a terminal.
+//!   `own_text`: what such a process does not keep mapped while it waits.
 
 pub mod agent;
 pub mod assets;
@@ -29,6 +30,7 @@ pub mod logging;
 pub mod neighbours;
 pub mod network;
 pub mod oom;
+mod own_text;
 pub mod pod;
 pub mod process;
 mod proxy;

@@ -23,6 +23,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{FileType, fstat, major, minor};
 
 use crate::attach::{FromStandIn, Said, ToStandIn, Wants, connect_to};
+use crate::own_text;
 use crate::terminal::Terminal;
 
 /// The most bytes that one step of a copy moves: what a pipe holds.
@@ -152,7 +153,11 @@ impl Relay {
                 io::Error::other("the supervisor is gone, and the container with it")
             })?;
             match serde_json::from_slice(&message.bytes)? {
-                ToStandIn::Streams => outputs = self.relay(message.descriptors)?,
+                ToStandIn::Streams => {
+                    outputs = self.relay(message.descriptors)?;
+                    // From here on it mostly waits, for as long as the container lives.
+                    own_text::give_back();
+                }
                 ToStandIn::Exited { status, reason } => {
                     for output in outputs {
                         // A thread that failed has nothing more to pass on.

@@ -22,7 +22,10 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 ///
 /// # Errors
 /// When the kernel makes no user namespace, or refuses the mappings.
-pub(crate) fn with_mappings(uids: &[LinuxIdMapping], gids: &[LinuxIdMapping]) -> io::Result<OwnedFd> {
+pub(crate) fn with_mappings(
+    uids: &[LinuxIdMapping],
+    gids: &[LinuxIdMapping],
+) -> io::Result<OwnedFd> {
     let (kind, flags) = (SocketType::STREAM, SocketFlags::CLOEXEC);
     let (ours, theirs) = socketpair(AddressFamily::UNIX, kind, flags, None)?;
     // SAFETY: the child makes system calls on its stack and ends; it allocates and locks nothing.

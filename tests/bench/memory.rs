@@ -1,9 +1,8 @@
 //! What an idle pod costs: proportional set sizes, as the host's kernel counts them.
 
-use std::fs;
-
 use anyhow::{Context, Result, ensure};
 use bulkhead_tests::bundle::Bundle;
+use bulkhead_tests::memory::pss_kib;
 use bulkhead_tests::runtime::Runtime;
 use serde_json::{Value, json};
 
@@ -58,23 +57,4 @@ pub(crate) fn measure(rounds: usize) -> Result<Value> {
         "stand_in": medians.get(3), "monitor_and_file_server": jailed, "guest": guest,
         "pod": total,
     }))
-}
-
-/// Proportional set size of a process without guest memory, and of guest memory. Guest memory is
-/// the one mapping of at least `GUEST_KIB`.
-fn pss_kib(pid: u32) -> Result<(f64, f64)> {
-    const GUEST_KIB: f64 = 64.0 * 1024.0;
-    let (mut process, mut guest, mut size) = (0.0, 0.0, 0.0);
-    let smaps = fs::read_to_string(format!("/proc/{pid}/smaps"))?;
-    for line in smaps.lines() {
-        let mut words = line.split_whitespace();
-        let (name, value) = (words.next(), words.next().and_then(|word| word.parse().ok()));
-        match (name, value) {
-            (Some("Size:"), Some(kib)) => size = kib,
-            (Some("Pss:"), Some(kib)) if size >= GUEST_KIB => guest += kib,
-            (Some("Pss:"), Some(kib)) => process += kib,
-            _ => {}
-        }
-    }
-    Ok((process, guest))
 }

@@ -2,5 +2,7 @@
 
 pub mod bundle;
 pub mod docker;
+pub mod memory;
 pub mod runtime;
+pub mod soak;
 pub mod vm;

@@ -260,12 +260,12 @@ pub fn kill_9(pid: u32) -> Result<()> {
     Ok(())
 }
 
-struct Process {
-    pid: u32,
-    command_line: String,
+pub(crate) struct Process {
+    pub(crate) pid: u32,
+    pub(crate) command_line: String,
 }
 
-fn process_table() -> Result<Vec<Process>> {
+pub(crate) fn process_table() -> Result<Vec<Process>> {
     let mut table = Vec::new();
     for entry in fs::read_dir("/proc")? {
         let Some(pid) = entry?.file_name().to_str().and_then(|name| name.parse().ok()) else {

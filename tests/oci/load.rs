@@ -1,11 +1,14 @@
-//! Too much of everything: many pods at once, and disks that are full.
+//! Too much of everything: many pods at once, one after another, and disks that are full.
 
-use std::fs;
+use std::fs::{self, File};
 use std::path::Path;
 use std::process::Stdio;
+use std::time::Duration;
 
 use bulkhead_tests::bundle::{Bundle, bind};
-use bulkhead_tests::runtime::{Runtime, finish};
+use bulkhead_tests::memory::pss_kib;
+use bulkhead_tests::runtime::{Runtime, comes_true, finish};
+use bulkhead_tests::soak;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
 /// A file system of 256 KiB on a directory, as long as this lives.
@@ -47,6 +50,34 @@ fn ten_at_once_come_back_each_with_its_own() {
         assert_eq!(output.status.code(), i32::try_from(number).ok(), "{errors}");
         assert_eq!(String::from_utf8_lossy(&output.stdout), format!("pod {number}\n"));
     }
+    runtime.assert_clean().unwrap();
+}
+
+/// `cargo xtask bench --only soak` does it as often as it takes to notice a little.
+#[test]
+fn lives_and_processes_leave_nothing_behind() {
+    soak::lives(3).unwrap();
+    soak::processes(15, 30).unwrap();
+}
+
+#[test]
+fn whoever_stands_for_a_container_takes_little_memory() {
+    let runtime = Runtime::new().unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("output");
+    let bundle = Bundle::script("echo up; sleep 1000").unwrap();
+    let mut create = runtime.command(&["create", "--bundle"]);
+    create.arg(bundle.path()).arg("small");
+    // One that has something to copy, each by a thread.
+    create.stdout(File::create(&path).unwrap()).stderr(File::create(&path).unwrap());
+    assert!(create.status().unwrap().success());
+    runtime.ok(&["start", "small"]).unwrap();
+    let written = || fs::read_to_string(&path).unwrap() == "up\n";
+    assert!(comes_true(Duration::from_secs(60), written), "nothing was copied");
+    let pids = runtime.processes("bulkhead-stand-in").unwrap();
+    let (kib, _) = pss_kib(pids[0]).unwrap();
+    assert!(kib <= 1024.0, "{kib} KiB");
+    runtime.ok(&["delete", "--force", "small"]).unwrap();
     runtime.assert_clean().unwrap();
 }
 

@@ -102,7 +102,8 @@ fn add(spec: &mut Value, mut mount: Value, fields: Value) {
 
 #[test]
 fn the_owners_of_a_mount_are_mapped_as_the_container_is() {
-    let seen = ["/mnt/m/root 0 0", "/mnt/m/mine 5 5", "/mnt/m/nobodys 65534 65534", "mkdir /mnt/m/dir 0"];
+    let seen =
+        ["/mnt/m/root 0 0", "/mnt/m/mine 5 5", "/mnt/m/nobodys 65534 65534", "mkdir /mnt/m/dir 0"];
     let left = ["moved 0 0", "dir 0 0", "mine 3 4", "root 0 0"];
     let option = |bundle: &Bundle, spec: &mut Value| {
         with_user_namespace(bundle, spec);

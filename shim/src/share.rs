@@ -375,7 +375,7 @@ mod tests {
         let map: Vec<_> = serde_json::from_str(map).unwrap();
         let id_map = Some(IdMap { uids: map.clone(), gids: map, recursive: false });
         let entry = Shared { id_map, ..shared(Path::new("/proc"), "c/m", Kind::Directory, false) };
-        let words = Share::prepare(&[entry]).unwrap_err().to_string();
+        let words = Files::prepare(&[entry]).unwrap_err().to_string();
         assert!(words.starts_with("owners of /proc cannot be mapped, its file system"), "{words}");
     }
 

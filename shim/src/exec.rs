@@ -7,10 +7,11 @@
 
 use std::collections::HashMap;
 use std::io::ErrorKind;
+use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use thiserror::Error;
-use tokio::sync::RwLock;
+use tokio::sync::{RwLock, RwLockReadGuard};
 
 use crate::agent::Target;
 use crate::attach::{Attachments, StandIn};
@@ -123,7 +124,8 @@ impl Container {
         Ok(self.execs.prepare(name, order)?)
     }
 
-    /// Starts a process that was named, and hands its streams to its stand-in.
+    /// Starts a process that was named, and hands its streams to its stand-in. One that has to wait
+    /// for that is given up when `caller_gone`.
     ///
     /// # Errors
     /// When the guest cannot, or no stand-in comes; the process is forgotten then.
@@ -131,9 +133,15 @@ impl Container {
         self: &Arc<Self>,
         name: &str,
         attachments: &Attachments,
+        caller_gone: impl Future<Output = ()>,
     ) -> Result<Process, ContainerError> {
-        let order = self.execs.start(name)?;
-        let started = self.start_prepared(name, order, attachments).await;
+        let Order { process_json, ignore_paused } = self.execs.start(name)?;
+        let started = async {
+            let stand_in = attachments.take(name).await.map_err(ContainerError::StandIn)?;
+            let open = self.enter(ignore_paused, &stand_in, caller_gone).await?;
+            self.start_prepared(name, process_json, stand_in, open).await
+        }
+        .await;
         match started {
             Ok((pod, stand_in)) => {
                 let process = stand_in.process;
@@ -148,25 +156,39 @@ impl Container {
         }
     }
 
-    async fn start_prepared(
+    /// Waits until a process may be started; until it has been, the container is not frozen.
+    async fn enter(
         &self,
-        name: &str,
-        order: Order,
-        attachments: &Attachments,
-    ) -> Result<(Arc<Pod>, StandIn), ContainerError> {
-        let Order { process_json, ignore_paused } = order;
-        let stand_in = attachments.take(name).await.map_err(ContainerError::StandIn)?;
-        let _open = loop {
+        ignore_paused: bool,
+        stand_in: &StandIn,
+        caller_gone: impl Future<Output = ()>,
+    ) -> Result<RwLockReadGuard<'_, ()>, ContainerError> {
+        let mut caller_gone = pin!(caller_gone);
+        loop {
             if ignore_paused {
-                self.until_thawed(&stand_in).await?;
+                tokio::select! {
+                    () = self.is_not(Status::Paused) => {}
+                    // There is nobody yet who could get a signal.
+                    () = async { while stand_in.said().await.is_some() {} } => return Err(given_up()),
+                    () = &mut caller_gone => return Err(given_up()),
+                }
             }
             let open = self.execs.gate.read().await;
             self.takes_processes(ignore_paused).await?;
             // It may have been frozen again meanwhile; now it cannot any more.
             if self.state().await.status != Status::Paused {
-                break open;
+                return Ok(open);
             }
-        };
+        }
+    }
+
+    async fn start_prepared(
+        &self,
+        name: &str,
+        process_json: Vec<u8>,
+        stand_in: StandIn,
+        _open: RwLockReadGuard<'_, ()>,
+    ) -> Result<(Arc<Pod>, StandIn), ContainerError> {
         let pod = self.pod().await?;
         self.adopt(&stand_in).await?;
         let (streams, sockets) = proxy::open_streams(&pod, stand_in.wants).await?;
@@ -188,17 +210,6 @@ impl Container {
         }
     }
 
-    /// Waits while the container is frozen, as long as there is somebody to stand for the process.
-    async fn until_thawed(&self, stand_in: &StandIn) -> Result<(), ContainerError> {
-        tokio::select! {
-            () = self.is_not(Status::Paused) => Ok(()),
-            // There is nobody yet who could get a signal.
-            () = async { while stand_in.said().await.is_some() {} } => {
-                Err(ContainerError::StandIn(ErrorKind::BrokenPipe.into()))
-            }
-        }
-    }
-
     /// Waits for the end of a process, whichever it is, and tells its stand-in.
     async fn watch_exec(self: Arc<Self>, name: String, pod: Arc<Pod>, stand_in: StandIn) {
         let target = Target { container: self.home().id(), exec: &name };
@@ -206,6 +217,11 @@ impl Container {
         self.take_leave(&pod, &stand_in, exit, reason).await;
         self.execs.forget(&name);
     }
+}
+
+/// Nobody waits for the process any more.
+fn given_up() -> ContainerError {
+    ContainerError::StandIn(ErrorKind::BrokenPipe.into())
 }
 
 #[cfg(test)]

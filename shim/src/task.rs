@@ -20,7 +20,7 @@ use prost::Message;
 use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::timestamp::Timestamp;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, oneshot};
 use ttrpc::r#async::TtrpcContext;
 use ttrpc::error::get_rpc_status;
 use ttrpc::{Code, Error};
@@ -137,10 +137,13 @@ impl Task for Service {
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
         let container = self.container(&request.id, "")?.clone();
         let attachments = self.attachments.clone();
+        // This end goes away with the call, and the call with its caller.
+        let (_caller, gone) = oneshot::channel::<()>();
         let started = to_its_end(async move {
+            let gone = async { drop(gone.await) };
             match request.exec_id.as_str() {
                 "" => container.start().await,
-                exec => container.start_exec(exec, &attachments).await,
+                exec => container.start_exec(exec, &attachments, gone).await,
             }
         });
         let pid = started.await?.pid;

@@ -230,6 +230,16 @@ fn whoever_waits_for_the_end_of_a_pause_may_go_away_or_be_sent_away() {
         assert!(!finish(waiting).unwrap().status.success());
         wait_until(|| descriptors() == before, "a process that nobody waits for is kept");
     }
+    // Who would have stood for a detached one goes with its caller.
+    let count = || runtime.processes("bulkhead-stand-in").unwrap().len();
+    let line = ["exec", "--detach", "--ignore-paused", "later", "/bin/touch", "/root/ran"];
+    let mut detached = runtime.command(&line);
+    let mut detached = detached.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    wait_until(|| count() == 2, "nobody was about to stand for it");
+    std::thread::sleep(Duration::from_millis(500));
+    detached.kill().unwrap();
+    detached.wait().unwrap();
+    wait_until(|| count() == 1, "whoever was about to stand for it stays");
     runtime.ok(&["resume", "later"]).unwrap();
     assert_eq!(processes(&runtime, "later").unwrap(), 1);
     assert!(!bundle.rootfs().join("root/ran").exists());

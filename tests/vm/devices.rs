@@ -16,7 +16,7 @@ use bulkhead_vmm::control::{Reply, Request, Statistics};
 use tempfile::TempDir;
 
 const BOOT: Duration = Duration::from_secs(60);
-const ECHO: u32 = 1;
+pub(crate) const ECHO: u32 = 1;
 const SEND: u32 = 2;
 const COUNT: u32 = 3;
 const TASK: u32 = 4;
@@ -26,13 +26,14 @@ const DISK_SLOT: u8 = 7;
 const DISK: u64 = 1 << 20;
 
 /// A machine whose first process is the probe.
-struct Probe {
-    vm: TestVm,
+pub(crate) struct Probe {
+    pub(crate) vm: TestVm,
     _image: TempDir,
 }
 
 impl Probe {
-    fn boot() -> Self {
+    /// With a balloon.
+    pub(crate) fn boot() -> Self {
         let image = tempfile::tempdir().unwrap();
         let initramfs = image.path().join("initramfs.cpio");
         let program = Path::new(env!("CARGO_BIN_EXE_device-probe"));
@@ -48,11 +49,11 @@ impl Probe {
         Self { vm, _image: image }
     }
 
-    fn open(&mut self, port: u32) -> UnixStream {
+    pub(crate) fn open(&mut self, port: u32) -> UnixStream {
         self.vm.open_stream(port, BOOT).unwrap()
     }
 
-    fn task(&mut self, words: &str) -> String {
+    pub(crate) fn task(&mut self, words: &str) -> String {
         let mut stream = self.open(TASK);
         stream.write_all(words.as_bytes()).unwrap();
         stream.shutdown(Shutdown::Write).unwrap();
@@ -61,14 +62,14 @@ impl Probe {
         answer
     }
 
-    fn statistics(&mut self) -> Statistics {
+    pub(crate) fn statistics(&mut self) -> Statistics {
         let (reply, _) = self.vm.call(Request::Statistics, &[]).unwrap();
         let Reply::Statistics(statistics) = reply else { panic!("{reply:?}") };
         statistics
     }
 
     /// Memory of the monitor that is in use, kilobytes.
-    fn resident(&self) -> u64 {
+    pub(crate) fn resident(&self) -> u64 {
         let rollup = self.vm.proc("smaps_rollup").unwrap();
         let line = rollup.lines().find_map(|line| line.strip_prefix("Rss:")).unwrap();
         line.trim().trim_end_matches(" kB").parse().unwrap()
@@ -80,7 +81,7 @@ fn pattern(len: usize) -> Vec<u8> {
 }
 
 /// Sends and receives at once, as neither side could hold it all.
-fn echo(stream: UnixStream, len: usize) {
+pub(crate) fn echo(stream: UnixStream, len: usize) {
     let mut sender = stream.try_clone().unwrap();
     let sending = thread::spawn(move || {
         sender.write_all(&pattern(len)).unwrap();
@@ -92,7 +93,7 @@ fn echo(stream: UnixStream, len: usize) {
     assert!(back == pattern(len), "{} of {len} bytes came back as they were", back.len());
 }
 
-fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
+pub(crate) fn wait_for(what: &str, mut condition: impl FnMut() -> bool) {
     let deadline = Instant::now() + BOOT;
     while !condition() {
         assert!(Instant::now() < deadline, "{what} did not happen");

@@ -3,13 +3,13 @@
 //! What nobody answers reads as all ones, as on a PC, and swallows writes.
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::arch::layout;
 use crate::config::SLOT_COUNT;
 use crate::devices::console::{self, Console};
-use crate::devices::virtio::queue::GuestMemory;
 use crate::devices::virtio::transport::{SLOT_BYTES, Transport};
+use crate::memory::Memory;
 
 /// The keyboard controller's command port, and the command that resets a PC.
 const I8042_COMMAND: u16 = 0x64;
@@ -30,13 +30,19 @@ pub(crate) struct Bus {
     console: Mutex<Console>,
     slots: [Mutex<Transport>; SLOT_COUNT as usize],
     exits: AtomicU64,
+    memory: Arc<Memory>,
 }
 
 impl Bus {
     /// A console and placeholders.
-    pub(crate) fn new(console: Console, memory: &GuestMemory) -> Self {
-        let slots = std::array::from_fn(|_| Mutex::new(Transport::new(memory.clone())));
-        Self { console: Mutex::new(console), slots, exits: AtomicU64::new(0) }
+    pub(crate) fn new(console: Console, memory: Arc<Memory>) -> Self {
+        let slots = std::array::from_fn(|_| Mutex::new(Transport::new(Arc::clone(&memory))));
+        Self { console: Mutex::new(console), slots, exits: AtomicU64::new(0), memory }
+    }
+
+    /// What the devices reach.
+    pub(crate) fn memory(&self) -> &Memory {
+        &self.memory
     }
 
     pub(crate) fn console(&self) -> MutexGuard<'_, Console> {
@@ -106,10 +112,11 @@ fn slot_at(address: u64) -> Option<(u8, u64)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::devices::virtio::queue::GuestMemory;
 
     fn bus() -> Bus {
         let memory = GuestMemory::from_ranges(&layout::memory_ranges(32)).unwrap();
-        Bus::new(Console::new(tempfile::tempfile().unwrap()).unwrap(), &memory)
+        Bus::new(Console::new(tempfile::tempfile().unwrap()).unwrap(), Memory::new(memory))
     }
 
     #[test]

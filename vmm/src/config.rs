@@ -15,6 +15,9 @@ pub const SLOT_COUNT: u8 = 16;
 pub const VCPUS_MAX: u8 = 64;
 /// The least memory that the guest kernel boots in.
 pub const MEMORY_MIB_MIN: u32 = 32;
+/// The most memory that can be plugged into a machine, 64 TiB: no processor addresses more than
+/// some bits above.
+pub const PLUGGED_MIB_MAX: u32 = 64 << 20;
 /// The longest kernel command line, as the guest kernel limits it.
 pub const CMDLINE_MAX: usize = 2047;
 
@@ -100,6 +103,11 @@ pub enum DeviceConfig {
     },
     /// Gives guest memory back to the host.
     Balloon,
+    /// Memory that is plugged while the machine runs; at most one, and it stays.
+    Mem {
+        /// The most that can be plugged; rounded up to whole steps. It costs nothing before.
+        region_mib: u32,
+    },
 }
 
 /// A field whose value cannot be used.
@@ -220,7 +228,11 @@ impl DeviceConfig {
             Self::Rng { source } => check_fd(&format!("{field}.source"), *source, descriptors),
             Self::Fs { server, .. } => check_fd(&format!("{field}.server"), *server, descriptors),
             Self::Blk { disk, .. } => check_fd(&format!("{field}.disk"), *disk, descriptors),
-            Self::Vsock { .. } | Self::Balloon => Ok(()),
+            Self::Mem { region_mib } if !(1..=PLUGGED_MIB_MAX).contains(region_mib) => {
+                let reason = format!("{region_mib} is not between 1 and {PLUGGED_MIB_MAX}");
+                Err(ConfigError::new(format!("{field}.region_mib"), reason))
+            }
+            Self::Vsock { .. } | Self::Balloon | Self::Mem { .. } => Ok(()),
         }
     }
 }

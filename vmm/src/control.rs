@@ -68,6 +68,12 @@ pub enum Request {
         /// 0 gives everything back to the guest.
         target_mib: u32,
     },
+    /// Lets the guest plug so much memory, in all, beside what it has booted with; rounded up to the
+    /// steps in which a guest can. [`Statistics::plugged_mib`] says how far it got.
+    Plug {
+        /// Less than before asks for memory back.
+        target_mib: u32,
+    },
     /// Answered by [`Reply::Statistics`].
     Statistics,
 }
@@ -119,6 +125,8 @@ pub struct Statistics {
     pub console_bytes: u64,
     /// Memory in the guest's balloon, if it has one.
     pub balloon_mib: Option<u32>,
+    /// Memory that the guest has plugged, if it has a device for that.
+    pub plugged_mib: Option<u32>,
     /// Per slot that holds a device.
     pub devices: Vec<DeviceStatistics>,
 }

@@ -13,6 +13,7 @@ pub mod fileserver;
 pub mod jail;
 pub mod kvm_probe;
 mod logging;
+mod memory;
 pub mod monitor;
 pub mod seqpacket;
 mod vcpu;

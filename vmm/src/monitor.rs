@@ -171,6 +171,9 @@ impl Monitor {
                 let balloon = balloon.ok_or_else(|| said("the machine has no balloon"))?;
                 balloon.set_target_mib(target_mib).map_err(|error| refusal(&error))?;
             }
+            Request::Plug { target_mib } => {
+                self.machine.plug(target_mib).map_err(|error| refusal(&error))?;
+            }
             // Answered by the caller of this function.
             Request::OpenStream { .. } | Request::Stop => {}
         }

@@ -6,11 +6,8 @@ use std::io;
 use std::os::fd::{IntoRawFd, OwnedFd};
 use std::sync::Arc;
 
-use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{IoEventAddress, Kvm, VmFd};
-use rustix::mm::{Advice, madvise};
 use thiserror::Error;
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::arch::{boot, cpuid, layout, mptable, registers};
 use crate::bus::Bus;
@@ -18,10 +15,11 @@ use crate::config::{ConfigError, DeviceConfig, Fd, VmConfig};
 use crate::control::{DeviceStatistics, Statistics};
 use crate::devices::console::Console;
 use crate::devices::virtio::balloon::BalloonHandle;
-use crate::devices::virtio::queue::GuestMemory;
+use crate::devices::virtio::mem::{self, MemHandle};
 use crate::devices::virtio::transport::{QUEUE_NOTIFY, Transport};
 use crate::devices::virtio::vsock::Opener;
 use crate::devices::{self, Handles};
+use crate::memory::{Memory, MemoryError};
 use crate::vcpu::{Gate, Vcpus};
 
 /// The machine cannot be built or changed.
@@ -38,13 +36,16 @@ pub enum VmError {
         /// What KVM said.
         source: kvm_ioctls::Error,
     },
-    /// The host has not enough address space.
-    #[error("{mib} MiB of guest memory cannot be mapped")]
-    Memory {
+    /// Mapping it, or more of it.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// Plugging more of it.
+    #[error("{mib} MiB of memory cannot be plugged")]
+    Plug {
         /// The size asked for.
         mib: u32,
         /// Why not.
-        source: vm_memory::mmap::FromRangesError,
+        source: io::Error,
     },
     /// Kernel, initramfs and boot structures.
     #[error("guest cannot be loaded")]
@@ -113,17 +114,18 @@ impl Machine {
     pub(crate) fn build(config: &VmConfig, mut fds: Descriptors) -> Result<Self, VmError> {
         let kvm_device = open_kvm(fds.take("kvm", config.kvm)?);
         let vm = create_vm(&kvm_device)?;
-        let memory = map_memory(&vm, config.memory_mib)?;
+        let memory = Memory::map(&vm, config.memory_mib)?;
         let console = File::from(fds.take("console", config.console)?);
         let console = Console::new(console).map_err(host("console"))?;
         vm.register_irqfd(console.irq(), layout::SERIAL_IRQ).map_err(kvm("console interrupt"))?;
 
-        let bus = Arc::new(Bus::new(console, &memory));
+        let bus = Arc::new(Bus::new(console, Arc::clone(&memory)));
         let mut handles = Handles::default();
         for entry in &config.devices {
             attach(&vm, &bus, &mut handles, (entry.slot, &entry.device), &mut fds)?;
         }
 
+        let memory = memory.snapshot();
         let mut kernel = File::from(fds.take("kernel", config.kernel)?);
         let mut initramfs = File::from(fds.take("initramfs", config.initramfs)?);
         let entry = boot::load(&memory, config, &mut kernel, &mut initramfs)
@@ -166,6 +168,18 @@ impl Machine {
         self.handles.balloon.as_ref()
     }
 
+    /// Lets the guest plug so much memory.
+    pub(crate) fn plug(&self, mib: u32) -> Result<(), VmError> {
+        let failed = |source| VmError::Plug { mib, source };
+        let missing =
+            || io::Error::new(io::ErrorKind::NotFound, "the machine has no device for it");
+        let mem = self.handles.mem.as_ref().ok_or_else(missing).map_err(failed)?;
+        let bytes = mem.region().steps(mib).map_err(failed)?;
+        self.bus.memory().extend(&self.vm, mem.region().start, bytes)?;
+        self.bus.memory().settle()?;
+        mem.request(bytes).map_err(failed)
+    }
+
     /// Gives a placeholder slot its device.
     pub(crate) fn attach(
         &mut self,
@@ -183,6 +197,10 @@ impl Machine {
             VmError::Device { slot, source }
         };
         let mut transport = self.bus.slot(slot).ok_or_else(missing)?;
+        if transport.device_id() == Some(mem::DEVICE_ID) {
+            let source = io::Error::other("memory that was plugged cannot be taken out");
+            return Err(VmError::Device { slot, source });
+        }
         unwire(&self.vm, slot, &transport)?;
         transport.detach().map(drop).ok_or_else(missing)
     }
@@ -202,6 +220,7 @@ impl Machine {
             vcpu_exits: self.bus.exits(),
             console_bytes: self.bus.console().bytes(),
             balloon_mib: self.balloon().map(BalloonHandle::actual_mib),
+            plugged_mib: self.handles.mem.as_ref().map(MemHandle::plugged_mib),
             devices: (0..crate::config::SLOT_COUNT).filter_map(device).collect(),
         }
     }
@@ -226,33 +245,6 @@ fn create_vm(kvm_device: &Kvm) -> Result<VmFd, VmError> {
     vm.set_tss_address(layout::KVM_TSS).map_err(kvm("set the address of its own pages"))?;
     vm.create_irq_chip().map_err(kvm("create interrupt controllers"))?;
     Ok(vm)
-}
-
-// UNSAFETY: KVM lets the guest touch the memory that it is told about, and advice on memory can
-// destroy what is in it.
-#[expect(unsafe_code, reason = "KVM_SET_USER_MEMORY_REGION and madvise(2)")]
-fn map_memory(vm: &VmFd, mib: u32) -> Result<GuestMemory, VmError> {
-    let memory = GuestMemory::from_ranges(&layout::memory_ranges(mib))
-        .map_err(|source| VmError::Memory { mib, source })?;
-    for (slot, region) in (0..).zip(memory.iter()) {
-        let kvm_region = kvm_userspace_memory_region {
-            slot,
-            flags: 0,
-            guest_phys_addr: region.start_addr().0,
-            memory_size: region.len(),
-            userspace_addr: region.as_ptr() as u64,
-        };
-        // SAFETY: the region is mapped with this size, and stays so for the life of the process:
-        // the bus, which outlives every processor, holds the memory.
-        unsafe { vm.set_user_memory_region(kvm_region) }.map_err(kvm("map guest memory"))?;
-        // SAFETY: this advice changes how memory is backed, never what is in it.
-        let advised =
-            unsafe { madvise(region.as_ptr().cast(), region.size(), Advice::LinuxHugepage) };
-        if let Err(error) = advised {
-            log::info!("guest memory without huge pages, this host has none: {error}");
-        }
-    }
-    Ok(memory)
 }
 
 fn create_vcpus(
@@ -286,8 +278,8 @@ fn attach(
     (slot, config): (u8, &DeviceConfig),
     fds: &mut Descriptors,
 ) -> Result<(), VmError> {
-    let device =
-        devices::build(config, fds, handles).map_err(|source| VmError::Device { slot, source })?;
+    let failed = |source| VmError::Device { slot, source };
+    let device = devices::build(config, fds, handles, bus.memory()).map_err(failed)?;
     let missing = || io::Error::new(io::ErrorKind::NotFound, "no such slot");
     let mut transport =
         bus.slot(slot).ok_or_else(|| VmError::Device { slot, source: missing() })?;

@@ -5,7 +5,7 @@
 //! 0x0010_0000  kernel, then free memory, initramfs at the end
 //! 0xd000_0000  virtio-mmio slots, one page each; no memory from here to 4 GiB
 //! 0xfec0_0000  IOAPIC     0xfee0_0000  local APICs     0xfffb_c000  KVM's own pages (Intel)
-//! 0x1_0000_0000  memory that did not fit below
+//! 0x1_0000_0000  memory that did not fit below, then memory that is plugged later
 //! ```
 
 use vm_memory::GuestAddress;
@@ -70,6 +70,19 @@ pub(crate) fn slot_irq(slot: u8) -> u32 {
     FIRST_SLOT_IRQ + u32::from(slot)
 }
 
+/// Linux plugs memory in blocks of this size...
+const PLUG_STEP: u64 = 128 << 20;
+/// ...or up to this one, where it has booted with [`LARGE_MACHINE`] or more.
+const PLUG_STEP_LARGE: u64 = 2 << 30;
+const LARGE_MACHINE: u64 = 64 << 30;
+
+/// Where memory that is plugged later begins, and the steps in which it grows, for a machine whose
+/// memory ends at `end`.
+pub(crate) fn plugged_memory(end: u64) -> (GuestAddress, u64) {
+    let step = if end < LARGE_MACHINE { PLUG_STEP } else { PLUG_STEP_LARGE };
+    (GuestAddress(end.max(AFTER_4GIB.0).next_multiple_of(step)), step)
+}
+
 /// Base and length of each range of memory, in bytes.
 pub(crate) fn memory_ranges(mib: u32) -> Vec<(GuestAddress, usize)> {
     let bytes = u64::from(mib) << 20;
@@ -80,4 +93,23 @@ pub(crate) fn memory_ranges(mib: u32) -> Vec<(GuestAddress, usize)> {
         ranges.push((AFTER_4GIB, usize::try_from(bytes - low).unwrap_or(usize::MAX)));
     }
     ranges
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn plugged_memory_lies_behind_the_first_and_in_whole_blocks() {
+        let places = [
+            (128 << 20, 1 << 32, 128 << 20),
+            (1 << 32, 1 << 32, 128 << 20),
+            ((1 << 32) + 1, (1 << 32) + (128 << 20), 128 << 20),
+            (64 << 30, 64 << 30, 2 << 30),
+            ((64 << 30) + (130 << 20), 66 << 30, 2 << 30),
+        ];
+        for (end, start, step) in places {
+            assert_eq!(plugged_memory(end), (GuestAddress(start), step), "{end:#x}");
+        }
+    }
 }

@@ -3,14 +3,18 @@
 use std::fs::File;
 use std::io;
 
+use vm_memory::GuestMemoryBackend;
+
+use crate::arch::layout;
 use crate::config::DeviceConfig;
+use crate::memory::Memory;
 use crate::vm::Descriptors;
 
 pub(crate) mod console;
 pub(crate) mod rate_limit;
 pub(crate) mod virtio;
 
-use virtio::{VirtioDevice, balloon, block, fs, rng, vsock};
+use virtio::{VirtioDevice, balloon, block, fs, mem, rng, vsock};
 
 /// What the control socket needs of devices once they are attached.
 #[derive(Debug, Default)]
@@ -19,13 +23,16 @@ pub(crate) struct Handles {
     pub(crate) opener: Option<vsock::Opener>,
     /// Sets the balloon's size.
     pub(crate) balloon: Option<balloon::BalloonHandle>,
+    /// Sets how much memory is plugged.
+    pub(crate) mem: Option<mem::MemHandle>,
 }
 
-/// Makes the device that the configuration describes.
+/// Makes the device that the configuration describes; `memory` is the machine's.
 pub(crate) fn build(
     config: &DeviceConfig,
     fds: &mut Descriptors,
     handles: &mut Handles,
+    memory: &Memory,
 ) -> io::Result<Box<dyn VirtioDevice>> {
     let mut take = |field, fd| fds.take(field, fd).map_err(io::Error::other);
     Ok(match config {
@@ -43,6 +50,16 @@ pub(crate) fn build(
         DeviceConfig::Balloon => {
             let (device, balloon) = balloon::device()?;
             handles.balloon = Some(balloon);
+            Box::new(device)
+        }
+        DeviceConfig::Mem { region_mib } => {
+            if handles.mem.is_some() {
+                return Err(io::Error::other("the machine has a memory device"));
+            }
+            let (start, step) = layout::plugged_memory(memory.snapshot().last_addr().0 + 1);
+            let region = mem::Region::new(start, step, *region_mib);
+            let (device, mem) = mem::device(region)?;
+            handles.mem = Some(mem);
             Box::new(device)
         }
     })

@@ -3,18 +3,14 @@
 //! Two ways lead here. The host sets a target and the driver inflates the balloon by as many
 //! pages; or, unasked, the driver reports ranges that it has freed (free page reporting). Either
 //! way the pages are dropped from this process and read as zeroes when the guest touches them
-//! again. That holds for private anonymous memory, which is what guest memory is.
+//! again.
 //!
 //! Statistics, hints for migration and page poisoning are not offered. A driver whose kernel
 //! fills free pages with a pattern thus does not report them, and leaves that queue unset.
 
-// UNSAFETY: dropping pages from the address space has no safe interface.
-#![expect(unsafe_code, reason = "madvise on guest memory")]
-
 use std::io;
 use std::sync::Arc;
 
-use rustix::mm::{Advice, madvise};
 use vm_memory::{GuestAddress, GuestMemory as _, Permissions, VolatileSlice};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -23,6 +19,7 @@ use super::queue::{Chain, GuestMemory};
 use super::worker::Sources;
 use super::{ConfigSpace, Context, Device, Identity, Ready, Serve, ServeError};
 use crate::devices::rate_limit::guest_warn;
+use crate::memory::release;
 
 /// The device type, §5.5.1.
 const DEVICE_ID: u32 = 5;
@@ -184,7 +181,7 @@ fn release_pages(run: &std::ops::Range<u64>, memory: &GuestMemory) -> Result<(),
         return Err(OUTSIDE);
     }
     for slice in memory.get_slices(start, len, Permissions::ReadWrite).map_err(|_| OUTSIDE)? {
-        release(&slice.map_err(|_| OUTSIDE)?);
+        give_back(&slice.map_err(|_| OUTSIDE)?);
     }
     Ok(())
 }
@@ -193,26 +190,15 @@ fn release_pages(run: &std::ops::Range<u64>, memory: &GuestMemory) -> Result<(),
 fn take_reported(chain: &mut Chain, memory: &GuestMemory) -> Result<(), ServeError> {
     let all = chain.writable.left();
     for slice in chain.writable.slices(memory, all)? {
-        release(&slice);
+        give_back(&slice);
     }
     Ok(())
 }
 
 /// Drops the whole pages of a run of guest memory.
-fn release(slice: &VolatileSlice<'_>) {
-    let guard = slice.ptr_guard_mut();
-    let page = usize::try_from(PAGE_BYTES).unwrap_or(usize::MAX);
-    let skip = guard.as_ptr().align_offset(page);
-    let len = slice.len().saturating_sub(skip) / page * page;
-    if len == 0 {
-        return;
-    }
-    let start = guard.as_ptr().wrapping_add(skip);
-    // SAFETY: the range lies inside the slice, which is mapped guest memory; no Rust reference
-    // to guest memory exists, and the guest expects its contents to go.
-    let released = unsafe { madvise(start.cast(), len, Advice::LinuxDontNeed) };
-    if let Err(error) = released {
-        guest_warn!("balloon: {len} bytes were not given back: {error}");
+fn give_back(slice: &VolatileSlice<'_>) {
+    if let Err(error) = release(slice) {
+        guest_warn!("balloon: {} bytes were not given back: {error}", slice.len());
     }
 }
 

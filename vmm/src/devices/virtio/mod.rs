@@ -17,6 +17,7 @@ use thiserror::Error;
 pub(crate) mod balloon;
 pub(crate) mod block;
 pub(crate) mod fs;
+pub(crate) mod mem;
 #[cfg(test)]
 pub(crate) mod mock;
 pub(crate) mod queue;
@@ -28,6 +29,8 @@ pub(crate) mod worker;
 
 use queue::{DeviceQueue, GuestMemory, QueueError};
 use worker::{Slot, Sources};
+
+use crate::memory::Memory;
 
 /// What a device is, as data.
 #[derive(Clone, Debug)]
@@ -73,7 +76,7 @@ pub(crate) enum Ready {
 
 /// What a device may touch while it serves.
 pub(crate) struct Context<'a> {
-    /// The guest's memory.
+    /// The guest's memory as it is now.
     pub(crate) memory: &'a GuestMemory,
     /// Those the driver set up, in the order of the identity.
     pub(crate) queues: &'a mut [DeviceQueue],
@@ -160,6 +163,22 @@ impl ConfigSpace {
         u32::from_le_bytes(field)
     }
 
+    /// Like [`ConfigSpace::set_u32`], of 64 bits.
+    pub(crate) fn set_u64(&self, offset: usize, value: u64) {
+        let mut space = self.lock();
+        if let Some(field) = space.bytes.get_mut(offset..offset + 8) {
+            field.copy_from_slice(&value.to_le_bytes());
+            space.generation = space.generation.wrapping_add(1);
+        }
+    }
+
+    /// Like [`ConfigSpace::u32`], of 64 bits.
+    pub(crate) fn u64(&self, offset: usize) -> u64 {
+        let mut field = [0; 8];
+        self.read(offset as u64, &mut field);
+        u64::from_le_bytes(field)
+    }
+
     fn generation(&self) -> u32 {
         self.lock().generation
     }
@@ -183,7 +202,7 @@ impl fmt::Debug for ConfigSpace {
 /// What a transport hands over when the driver says DRIVER_OK.
 #[derive(Debug)]
 pub(crate) struct Activation {
-    pub(crate) memory: GuestMemory,
+    pub(crate) memory: Arc<Memory>,
     pub(crate) queues: Vec<DeviceQueue>,
     pub(crate) features: u64,
 }

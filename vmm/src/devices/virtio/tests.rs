@@ -288,7 +288,7 @@ fn a_worker_serves_kicks_fails_alone_and_can_start_again() {
     let activate = |device: &mut Device<Counter>| {
         let queue = mock::queue(0, SIZES[0]);
         let queues = vec![DeviceQueue::new(queue, Arc::clone(&kick), Arc::clone(&line))];
-        device.activate(Activation { memory: memory.clone(), queues, features: 0 })
+        device.activate(Activation { memory: Memory::new(memory.clone()), queues, features: 0 })
     };
     activate(&mut device).unwrap();
     assert!(activate(&mut device).is_err(), "activated twice");

@@ -18,9 +18,10 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::queue::{DeviceQueue, GuestMemory};
+use super::queue::DeviceQueue;
 use super::{Activation, VirtioDevice};
 use crate::devices::rate_limit::guest_warn;
+use crate::memory::Memory;
 
 /// Bytes of a slot in the guest's physical address space.
 pub(crate) const SLOT_BYTES: u64 = 0x1000;
@@ -105,7 +106,7 @@ impl Line {
 /// One slot: registers, and the device once it is attached.
 #[derive(Debug)]
 pub(crate) struct Transport {
-    memory: GuestMemory,
+    memory: Arc<Memory>,
     /// What is attached; boxed and absent for a placeholder, which then costs nothing.
     attached: Option<Box<Attached>>,
 }
@@ -125,7 +126,7 @@ struct Attached {
 
 impl Transport {
     /// A placeholder.
-    pub(crate) fn new(memory: GuestMemory) -> Self {
+    pub(crate) fn new(memory: Arc<Memory>) -> Self {
         Self { memory, attached: None }
     }
 
@@ -226,7 +227,7 @@ impl Attached {
         }
     }
 
-    fn write(&mut self, offset: u64, value: u32, memory: &GuestMemory) {
+    fn write(&mut self, offset: u64, value: u32, memory: &Arc<Memory>) {
         match offset {
             0x014 => self.device_features_select = value,
             0x020 => self.select_features(value),
@@ -299,7 +300,7 @@ impl Attached {
         }
     }
 
-    fn set_status(&mut self, value: u32, memory: &GuestMemory) {
+    fn set_status(&mut self, value: u32, memory: &Arc<Memory>) {
         if value == 0 {
             return self.reset();
         }
@@ -321,7 +322,7 @@ impl Attached {
         self.driver_features & !self.offered() == 0 && self.driver_features & required != 0
     }
 
-    fn activate(&mut self, memory: &GuestMemory) {
+    fn activate(&mut self, memory: &Arc<Memory>) {
         let steps = VIRTIO_CONFIG_S_ACKNOWLEDGE
             | VIRTIO_CONFIG_S_DRIVER
             | VIRTIO_CONFIG_S_FEATURES_OK
@@ -330,11 +331,12 @@ impl Attached {
             return self.line.fail();
         }
         let event_idx = self.driver_features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
+        let snapshot = memory.snapshot();
         let mut queues = Vec::with_capacity(self.queues.len());
         for (queue, kick) in self.queues.iter_mut().zip(&self.kicks) {
             queue.set_event_idx(event_idx);
             // A queue that the driver has no use for is left alone, §3.1.1; it then never is ready.
-            if queue.ready() && !queue.is_valid(memory) {
+            if queue.ready() && !queue.is_valid(&*snapshot) {
                 guest_warn!("{:?}: a queue does not lie in memory", self.device);
                 return self.line.fail();
             }
@@ -342,7 +344,8 @@ impl Attached {
             let Ok(queue) = state else { return self.line.fail() };
             queues.push(DeviceQueue::new(queue, Arc::clone(kick), Arc::clone(&self.line)));
         }
-        let (memory, features) = (memory.clone(), self.driver_features);
+        drop(snapshot);
+        let (memory, features) = (Arc::clone(memory), self.driver_features);
         if let Err(error) = self.device.activate(Activation { memory, queues, features }) {
             guest_warn!("{:?}: not activated: {error}", self.device);
             self.line.fail();

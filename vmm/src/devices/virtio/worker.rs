@@ -12,9 +12,10 @@ use std::thread::{self, JoinHandle};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::queue::{DeviceQueue, GuestMemory};
+use super::queue::DeviceQueue;
 use super::{Activation, Context, Ready, Serve};
 use crate::devices::rate_limit::guest_warn;
+use crate::memory::Memory;
 
 /// Token space of a worker's epoll: queues from 0, sources from here, the stop order last.
 const SOURCE_BASE: u64 = 1 << 32;
@@ -158,7 +159,7 @@ impl<S: Serve> Worker<S> {
 
 struct Loop<S> {
     logic: S,
-    memory: GuestMemory,
+    memory: Arc<Memory>,
     queues: Vec<DeviceQueue>,
     sources: Sources,
     stop: Arc<EventFd>,
@@ -200,8 +201,9 @@ impl<S: Serve> Loop<S> {
             let _ = queue.kick().read();
             queue.line().count_notification();
         }
+        let memory = self.memory.snapshot();
         let mut context =
-            Context { memory: &self.memory, queues: &mut self.queues, sources: &self.sources };
+            Context { memory: &memory, queues: &mut self.queues, sources: &self.sources };
         let Err(error) = self.logic.serve(ready, &mut context) else { return true };
         let source = std::error::Error::source(&error);
         guest_warn!("{}: device failed: {error}: {source:?}", S::NAME);

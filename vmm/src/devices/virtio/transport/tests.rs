@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::super::mock::{self, Driver, HIGH_END, Part, Random};
+use super::super::queue::GuestMemory;
 use super::super::{ConfigSpace, Context, Device, Identity, Ready, Serve, ServeError};
 use super::*;
 
@@ -65,7 +66,7 @@ struct Machine {
 impl Machine {
     fn new() -> Self {
         let memory = mock::memory();
-        let mut transport = Transport::new(memory.clone());
+        let mut transport = Transport::new(Memory::new(memory.clone()));
         transport.attach(Self::device()).unwrap();
         Self { memory, transport }
     }
@@ -355,7 +356,7 @@ fn no_sequence_of_accesses_breaks_a_slot() {
         STATUS,
     ];
     for _ in 0..50 {
-        let mut transport = Transport::new(memory.clone());
+        let mut transport = Transport::new(Memory::new(memory.clone()));
         transport.attach(Machine::device()).unwrap();
         for _ in 0..200 {
             let offset = match random.below(4) {

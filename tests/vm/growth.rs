@@ -1,0 +1,67 @@
+//! A machine that gets more while it runs.
+
+use bulkhead_vmm::config::DeviceConfig;
+use bulkhead_vmm::control::Request;
+
+use crate::devices::{ECHO, Probe, echo, wait_for};
+
+/// The slot of the memory device, which is attached late; Linux numbers its platform devices likewise.
+const SLOT: u8 = 15;
+const BIND: &str = "write /sys/bus/platform/drivers/virtio-mmio/bind virtio-mmio.15";
+
+/// Memory that the guest's kernel has, in MiB.
+fn total(probe: &mut Probe) -> u64 {
+    let meminfo = probe.task("show /proc/meminfo");
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemTotal:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() / 1024
+}
+
+fn plug(probe: &mut Probe, target_mib: u32, plugged: u32) {
+    probe.vm.call(Request::Plug { target_mib }, &[]).unwrap();
+    wait_for("plugging", || probe.statistics().plugged_mib == Some(plugged));
+}
+
+#[test]
+fn memory_is_plugged_in_steps_and_comes_back_when_it_is_free() {
+    let mut probe = Probe::boot();
+    // Late is when the guest has looked at all slots.
+    let before = total(&mut probe);
+    let device = || DeviceConfig::Mem { region_mib: 1000 };
+    let refused = probe.vm.call(Request::Plug { target_mib: 1 }, &[]).unwrap_err();
+    assert!(format!("{refused:#}").contains("no device"), "{refused:#}");
+    assert_eq!(probe.statistics().plugged_mib, None);
+    probe.vm.call(Request::Attach { slot: SLOT, device: device() }, &[]).unwrap();
+    assert_eq!(probe.task(BIND), "done");
+    assert_eq!(probe.statistics().plugged_mib, Some(0));
+
+    let resident = probe.resident();
+    // Rounded up to what the guest's kernel takes at once.
+    plug(&mut probe, 1, 128);
+    wait_for("onlining", || total(&mut probe) == before + 128);
+    plug(&mut probe, 384, 384);
+    wait_for("onlining", || total(&mut probe) == before + 384);
+    // A guest gives back what it has not used.
+    plug(&mut probe, 256, 256);
+    plug(&mut probe, 384, 384);
+    wait_for("onlining", || total(&mut probe) == before + 384);
+    let plugged = probe.resident() - resident;
+    assert!(plugged < 40_000, "384 MiB that nobody uses cost {plugged} kB");
+
+    // More than it has booted with, and its devices reach it.
+    assert_eq!(probe.task("use 360"), "done");
+    let used = probe.resident() - resident;
+    assert!(used > 300_000, "{used} kB");
+    echo(probe.open(ECHO), 3 << 20);
+    wait_for("giving back", || probe.resident() - resident < 80_000);
+    assert!(probe.statistics().devices.iter().all(|device| !device.failed));
+
+    let refused = probe.vm.call(Request::Plug { target_mib: 1025 }, &[]).unwrap_err();
+    assert!(format!("{refused:#}").contains("room for 1024 MiB"), "{refused:#}");
+    let refused = probe.vm.call(Request::Detach { slot: SLOT }, &[]).unwrap_err();
+    assert!(format!("{refused:#}").contains("cannot be taken out"), "{refused:#}");
+    let second = Request::Attach { slot: SLOT - 1, device: device() };
+    let refused = probe.vm.call(second, &[]).unwrap_err();
+    assert!(format!("{refused:#}").contains("has a memory device"), "{refused:#}");
+    plug(&mut probe, 1024, 1024);
+    wait_for("onlining", || total(&mut probe) == before + 1024);
+}

@@ -1,0 +1,208 @@
+//! Guest memory: mapped here, told to KVM, and shown to the devices. A machine can get more of it
+//! while it runs, and never less.
+//!
+//! Devices look at memory through a snapshot, which a worker takes for each time that it serves.
+//! Memory that is new is in the snapshots taken from then on; before a guest may be told of it,
+//! [`Memory::settle`] waits until no older one is in use, or an honest driver could hand a buffer to
+//! a device that does not know it yet.
+
+// UNSAFETY: KVM lets the guest touch the memory that it is told about, and advice on memory can
+// destroy what is in it.
+#![expect(unsafe_code, reason = "KVM_SET_USER_MEMORY_REGION and madvise(2)")]
+
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use kvm_bindings::kvm_userspace_memory_region;
+use kvm_ioctls::VmFd;
+use rustix::mm::{Advice, madvise};
+use thiserror::Error;
+use vm_memory::mmap::FromRangesError;
+use vm_memory::{
+    GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionCollectionError,
+    GuestRegionMmap,
+};
+
+use crate::arch::layout;
+use crate::devices::virtio::queue::GuestMemory;
+
+/// How long a device may serve with a snapshot that is out of date: as long as a slow disk takes.
+const SETTLING: Duration = Duration::from_secs(10);
+/// How often that is looked at.
+const SETTLING_STEP: Duration = Duration::from_millis(1);
+
+/// The machine does not have memory, or more of it.
+#[derive(Debug, Error)]
+pub enum MemoryError {
+    /// The host has not enough address space.
+    #[error("{mib} MiB of guest memory cannot be mapped")]
+    Map {
+        /// The size asked for.
+        mib: u64,
+        /// Why not.
+        source: FromRangesError,
+    },
+    /// KVM does not take it.
+    #[error("KVM: map guest memory")]
+    Kvm(#[source] kvm_ioctls::Error),
+    /// A bug: the addresses are ours.
+    #[error("guest memory overlaps")]
+    Overlap(#[source] GuestRegionCollectionError),
+    /// A device serves a request that takes long.
+    #[error("a device is busy with a request since {} s; try again", .0.as_secs())]
+    Busy(Duration),
+}
+
+/// The guest's memory, shared by everybody who uses it.
+#[derive(Debug)]
+pub(crate) struct Memory {
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    current: Arc<GuestMemory>,
+    /// Earlier snapshots that somebody may still use.
+    outdated: Vec<Arc<GuestMemory>>,
+}
+
+impl Memory {
+    /// Shares memory that KVM knows, or that no KVM is for.
+    pub(crate) fn new(memory: GuestMemory) -> Arc<Self> {
+        let state = State { current: Arc::new(memory), outdated: Vec::new() };
+        Arc::new(Self { state: Mutex::new(state) })
+    }
+
+    /// Maps what a machine boots with.
+    pub(crate) fn map(vm: &VmFd, mib: u32) -> Result<Arc<Self>, MemoryError> {
+        let memory = GuestMemory::from_ranges(&layout::memory_ranges(mib))
+            .map_err(|source| MemoryError::Map { mib: mib.into(), source })?;
+        for (slot, region) in (0..).zip(memory.iter()) {
+            register(vm, slot, region)?;
+        }
+        Ok(Self::new(memory))
+    }
+
+    /// Memory as it is now. Nobody keeps one for longer than it serves.
+    pub(crate) fn snapshot(&self) -> Arc<GuestMemory> {
+        Arc::clone(&self.lock().current)
+    }
+
+    /// Maps what is missing of the range from `start` on, whose beginning may have been mapped by
+    /// earlier calls.
+    pub(crate) fn extend(
+        &self,
+        vm: &VmFd,
+        start: GuestAddress,
+        bytes: u64,
+    ) -> Result<(), MemoryError> {
+        let now = self.snapshot();
+        let mapped = GuestAddress((now.last_addr().0 + 1).max(start.0));
+        let missing = (start.0 + bytes).saturating_sub(mapped.0);
+        if missing == 0 {
+            return Ok(());
+        }
+        // usize is 64 bits wide on this architecture.
+        let size = usize::try_from(missing).unwrap_or(usize::MAX);
+        let region = GuestRegionMmap::from_range(mapped, size, None)
+            .map_err(|source| MemoryError::Map { mib: missing >> 20, source })?;
+        let slot = u32::try_from(now.num_regions()).unwrap_or(u32::MAX);
+        let region = Arc::new(region);
+        let then = now.insert_region(Arc::clone(&region)).map_err(MemoryError::Overlap)?;
+        // Before KVM is told: from then on the region must not go away.
+        self.publish(then);
+        register(vm, slot, &region)
+    }
+
+    fn publish(&self, memory: GuestMemory) {
+        let mut state = self.lock();
+        let before = std::mem::replace(&mut state.current, Arc::new(memory));
+        state.outdated.push(before);
+    }
+
+    /// Returns when every snapshot in use is of memory as it is now.
+    pub(crate) fn settle(&self) -> Result<(), MemoryError> {
+        let deadline = Instant::now() + SETTLING;
+        loop {
+            let mut state = self.lock();
+            // Nobody can get a new reference to one that is held here only.
+            state.outdated.retain(|snapshot| Arc::strong_count(snapshot) > 1);
+            if state.outdated.is_empty() {
+                return Ok(());
+            }
+            drop(state);
+            if Instant::now() > deadline {
+                return Err(MemoryError::Busy(SETTLING));
+            }
+            thread::sleep(SETTLING_STEP);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Lets the guest use a region.
+fn register(vm: &VmFd, slot: u32, region: &GuestRegionMmap) -> Result<(), MemoryError> {
+    // SAFETY: this advice changes how memory is backed, never what is in it.
+    let advised = unsafe { madvise(region.as_ptr().cast(), region.size(), Advice::LinuxHugepage) };
+    if let Err(error) = advised {
+        log::info!("guest memory without huge pages, this host has none: {error}");
+    }
+    let kvm_region = kvm_userspace_memory_region {
+        slot,
+        flags: 0,
+        guest_phys_addr: region.start_addr().0,
+        memory_size: region.len(),
+        userspace_addr: region.as_ptr() as u64,
+    };
+    // SAFETY: the region is mapped with this size, and stays so for the life of the process: it is
+    // never taken out of the memory that the bus holds, which outlives every processor.
+    unsafe { vm.set_user_memory_region(kvm_region) }.map_err(MemoryError::Kvm)
+}
+
+/// Drops the whole pages of a run of guest memory; they read as zeroes when they are touched again.
+/// That holds for private anonymous memory, which is what guest memory is.
+pub(crate) fn release(slice: &vm_memory::VolatileSlice<'_>) -> io::Result<()> {
+    const PAGE_BYTES: usize = 4096;
+    let guard = slice.ptr_guard_mut();
+    let skip = guard.as_ptr().align_offset(PAGE_BYTES);
+    let len = slice.len().saturating_sub(skip) / PAGE_BYTES * PAGE_BYTES;
+    if len == 0 {
+        return Ok(());
+    }
+    let start = guard.as_ptr().wrapping_add(skip);
+    // SAFETY: the range lies inside the slice, which is mapped guest memory; no Rust reference
+    // to guest memory exists, and the guest expects its contents to go.
+    Ok(unsafe { madvise(start.cast(), len, Advice::LinuxDontNeed) }?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn memory(mib: usize) -> GuestMemory {
+        GuestMemory::from_ranges(&[(GuestAddress(0), mib << 20)]).unwrap()
+    }
+
+    #[test]
+    fn memory_settles_once_nobody_uses_an_older_snapshot() {
+        let shared = Memory::new(memory(1));
+        shared.settle().unwrap();
+        let old = shared.snapshot();
+        shared.publish(memory(2));
+        assert_eq!(shared.snapshot().last_addr().0 + 1, 2 << 20);
+        let serving = thread::spawn(move || {
+            thread::sleep(Duration::from_millis(50));
+            drop(old);
+            Instant::now()
+        });
+        shared.settle().unwrap();
+        let settled = Instant::now();
+        assert!(settled >= serving.join().unwrap(), "a device still had the older one");
+        assert!(shared.lock().outdated.is_empty());
+    }
+}

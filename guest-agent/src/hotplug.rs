@@ -2,8 +2,8 @@
 //! guest booted was left without a driver; once the monitor has given it an identity, writing its
 //! name to the driver's `bind` file makes Linux look again. It knows nothing of what is bound.
 //!
-//! Processors: all that the machine may use are declared at boot, and only the first is started;
-//! the others are brought online here.
+//! Processors: all that the machine may ever have are declared at boot, and only the first is
+//! started; those others that exist are brought online here when the host says how many do.
 
 use std::fs;
 use std::io;
@@ -15,20 +15,20 @@ pub(crate) const PLATFORM_BUS: &str = "/sys/bus/platform";
 /// The processors in sysfs.
 pub(crate) const PROCESSORS: &str = "/sys/devices/system/cpu";
 
-/// Starts every processor of `directory` that is declared and not running; gives how many it
-/// started.
+/// Starts processors of `directory` until the first `count` run; gives how many it started.
 ///
 /// # Errors
-/// The directory cannot be listed, or a processor does not start; those before it run.
-pub(crate) fn start_processors(directory: &Path) -> io::Result<usize> {
+/// A processor is not declared or does not start; those before it run.
+pub(crate) fn start_processors(directory: &Path, count: u32) -> io::Result<usize> {
     let mut started = 0;
-    for entry in fs::read_dir(directory)? {
-        // Only a processor that can be stopped has the file; the first cannot.
-        let online = entry?.path().join("online");
-        if fs::read_to_string(&online).is_ok_and(|state| state.trim() == "0") {
-            fs::write(&online, "1").map_err(|error| {
-                io::Error::new(error.kind(), format!("{}: {error}", online.display()))
-            })?;
+    // The first cannot be stopped, and has no such file.
+    for number in 1..count {
+        let online = directory.join(format!("cpu{number}/online"));
+        let named = |error: io::Error| {
+            io::Error::new(error.kind(), format!("{}: {error}", online.display()))
+        };
+        if fs::read_to_string(&online).map_err(named)?.trim() == "0" {
+            fs::write(&online, "1").map_err(named)?;
             started += 1;
         }
     }
@@ -77,7 +77,7 @@ mod tests {
     }
 
     #[test]
-    fn stopped_processors_are_started_and_running_ones_left_alone() {
+    fn as_many_processors_are_started_as_are_wanted_to_run() {
         let cpus = tempfile::tempdir().unwrap();
         for (name, state) in [("cpu1", "0\n"), ("cpu2", "1\n"), ("cpu3", "0\n")] {
             fs::create_dir(cpus.path().join(name)).unwrap();
@@ -85,8 +85,12 @@ mod tests {
         }
         fs::create_dir(cpus.path().join("cpu0")).unwrap();
         fs::write(cpus.path().join("online"), "0-3\n").unwrap();
-        assert_eq!(start_processors(cpus.path()).unwrap(), 2);
-        assert_eq!(start_processors(cpus.path()).unwrap(), 0);
+        assert_eq!(start_processors(cpus.path(), 1).unwrap(), 0);
+        assert_eq!(start_processors(cpus.path(), 3).unwrap(), 1);
+        assert_eq!(fs::read_to_string(cpus.path().join("cpu3/online")).unwrap(), "0\n");
+        assert_eq!(start_processors(cpus.path(), 4).unwrap(), 1);
+        let error = start_processors(cpus.path(), 5).unwrap_err();
+        assert!(error.to_string().contains("cpu4/online"), "{error}");
     }
 
     #[test]

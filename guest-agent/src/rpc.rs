@@ -10,8 +10,8 @@ use bulkhead_protocol::agent::{
     CreateReply, CreateRequest, DeleteReply, DeleteRequest, ExecReply, ExecRequest, HelloReply,
     HelloRequest, KillReply, KillRequest, PauseReply, PauseRequest, ProcessesReply,
     ProcessesRequest, RescanReply, RescanRequest, ResizeReply, ResizeRequest, ResumeReply,
-    ResumeRequest, StartReply, StartRequest, SyncReply, SyncRequest, UpdateReply, UpdateRequest,
-    WaitReply, WaitRequest,
+    ResumeRequest, StartProcessorsReply, StartProcessorsRequest, StartReply, StartRequest,
+    SyncReply, SyncRequest, UpdateReply, UpdateRequest, WaitReply, WaitRequest,
 };
 use bulkhead_protocol::{MAX_MESSAGE_BYTES, VERSION};
 use rustix::system::uname;
@@ -80,12 +80,6 @@ impl Agent for Calls {
         if !hostname.is_empty() {
             clock::set_hostname(&hostname)
                 .map_err(|error| Status::invalid_argument(format!("host name: {error}")))?;
-        }
-        // A pod with fewer processors than it could have is still a pod.
-        match hotplug::start_processors(Path::new(hotplug::PROCESSORS)) {
-            Ok(0) => {}
-            Ok(count) => tracing::info!(count = count as u64, "processors started"),
-            Err(error) => tracing::warn!(error = %error, "a processor does not start"),
         }
         Ok(Response::new(HelloReply {
             version: VERSION,
@@ -203,6 +197,20 @@ impl Agent for Calls {
             self.share.mount().await.map_err(internal("share cannot be mounted"))?;
         }
         Ok(Response::new(RescanReply { bound }))
+    }
+
+    async fn start_processors(
+        &self,
+        request: Request<StartProcessorsRequest>,
+    ) -> Result<Response<StartProcessorsReply>, Status> {
+        let count = request.into_inner().count;
+        let start = move || hotplug::start_processors(Path::new(hotplug::PROCESSORS), count);
+        let started = spawn_blocking(start)
+            .await
+            .map_err(|error| Status::internal(error.to_string()))?
+            .map_err(internal("a processor does not start"))?;
+        tracing::info!(count = started as u64, "processors started");
+        Ok(Response::new(StartProcessorsReply {}))
     }
 
     async fn sync(&self, _: Request<SyncRequest>) -> Result<Response<SyncReply>, Status> {

@@ -11,8 +11,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use bulkhead_protocol::agent::agent_client::AgentClient;
 use bulkhead_protocol::agent::{
     CreateRequest, DeleteRequest, Disk, ExecRequest, HelloRequest, KillRequest, PauseRequest,
-    ProcessInfo, ProcessesRequest, ResizeRequest, ResumeRequest, StartRequest, Streams,
-    SyncRequest, UpdateRequest, WaitReply, WaitRequest,
+    ProcessInfo, ProcessesRequest, RescanRequest, ResizeRequest, ResumeRequest,
+    StartProcessorsRequest, StartRequest, Streams, SyncRequest, UpdateRequest, WaitReply,
+    WaitRequest,
 };
 use bulkhead_protocol::{MAX_MESSAGE_BYTES, VERSION};
 use hyper_util::rt::TokioIo;
@@ -28,6 +29,8 @@ use crate::id::ContainerId;
 const SHORT: Duration = Duration::from_secs(20);
 /// For creating a container or a process: reads the program from the share, waits for streams.
 const CREATE: Duration = Duration::from_secs(60);
+/// For starting processors, of which each takes its time.
+const PROCESSORS: Duration = Duration::from_secs(60);
 /// For writing everything back.
 const SYNC: Duration = Duration::from_secs(30);
 
@@ -251,6 +254,25 @@ impl Agent {
         let mut client = self.client.clone();
         let request = DeleteRequest { container_id: id.to_string() };
         within(SYNC, "Delete", client.delete(request)).await.map(drop)
+    }
+
+    /// Binds devices that were attached.
+    ///
+    /// # Errors
+    /// When a driver refuses its device.
+    pub async fn rescan(&self) -> Result<(), AgentError> {
+        let mut client = self.client.clone();
+        within(SHORT, "Rescan", client.rescan(RescanRequest {})).await.map(drop)
+    }
+
+    /// Brings processors online until `count` of them run.
+    ///
+    /// # Errors
+    /// When one does not start.
+    pub async fn start_processors(&self, count: u32) -> Result<(), AgentError> {
+        let mut client = self.client.clone();
+        let request = StartProcessorsRequest { count };
+        within(PROCESSORS, "StartProcessors", client.start_processors(request)).await.map(drop)
     }
 
     /// Writes everything back to the share.

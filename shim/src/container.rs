@@ -13,7 +13,7 @@ use tokio::sync::{Mutex, MutexGuard, watch};
 
 use crate::agent::{AgentError, Target};
 use crate::attach::{Attachments, StandIn};
-use crate::bundle::{self, BundleError, HostSize, MachineSize, Plan, TooSmall, refuse};
+use crate::bundle::{self, BundleError, HostSize, Plan, refuse};
 use crate::cgroup::{self, Cgroup, CgroupError, Limits};
 use crate::exec::{ExecError, Execs};
 use crate::hooks;
@@ -61,9 +61,6 @@ pub enum ContainerError {
     /// The pod's cgroup on the host.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
-    /// Limits beyond its machine.
-    #[error(transparent)]
-    TooSmall(#[from] TooSmall),
     /// How the host weighs the pod.
     #[error("oomScoreAdj {0} cannot be set")]
     OomScore(i32, #[source] std::io::Error),
@@ -166,7 +163,7 @@ impl Container {
         }
         // On disk before a hook runs: those at the end run even when this fails.
         life.state.poststop = plan.hooks.poststop().clone().unwrap_or_default();
-        let host = OnHost { cgroup, resources, size: plan.size, score: plan.oom_score_adj };
+        let host = OnHost { cgroup, resources, score: plan.oom_score_adj };
         let first = seat.pod.is_none();
         let origin = match seat.pod {
             Some(pod) => Origin::Joined(pod),
@@ -346,20 +343,19 @@ impl Container {
         self.advance(&mut life, Event::Thawed)
     }
 
-    /// Changes limits, inside and on the host.
+    /// Changes limits, inside and on the host. The machine grows with them; it does not shrink.
     ///
     /// # Errors
-    /// When it has ended, its machine is too small, or a kernel refuses one.
+    /// When it has ended, its machine does not grow, or a kernel refuses one.
     pub async fn update(&self, change: &LinuxResources) -> Result<(), ContainerError> {
         let mut life = self.life.lock().await;
         let (pod, _) = running(&life)?;
         let host = life.host.as_mut().ok_or(ContainerError::NotRunning)?;
         let mut resources = host.resources.clone();
         bundle::merge(&mut resources, change);
-        host.size.check(&host.resources, &resources)?;
         let inside = bundle::resources_for_guest(&resources)?;
-        pod.agent.update(self.home.id(), inside).await?;
-        self.sandbox.limit(self.home.id(), &resources).await?;
+        let inside = pod.agent.update(self.home.id(), inside);
+        self.sandbox.update(self.home.id(), &resources, &pod, inside).await?;
         host.resources = resources;
         Ok(())
     }
@@ -522,7 +518,6 @@ struct OnHost {
     cgroup: Cgroup,
     /// What the container may use.
     resources: LinuxResources,
-    size: MachineSize,
     score: Option<i32>,
 }
 

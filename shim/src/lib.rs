@@ -6,7 +6,7 @@
 //!   that join it, and what is written down.
 //! - [`bundle`]: from an OCI specification to what the pod needs, or a refusal.
 //! - [`sandbox`], [`neighbours`]: containers that share a pod.
-//! - [`pod`], [`vm`], [`file_server`], [`share`], [`agent`]: the pod's processes;
+//! - [`pod`], [`vm`], [`growth`], [`file_server`], [`share`], [`agent`]: the pod's processes;
 //!   `user_namespace`: what the owners of a shared mount are mapped by.
 //! - [`attach`], [`relay`], [`network`], `proxy`, [`stand_in`]: a process of the host that stands for one of the
 //!   guest, its streams, and the two tied together. [`terminal`]: where the streams are a terminal.
@@ -22,6 +22,7 @@ pub mod cli;
 pub mod container;
 pub mod exec;
 pub mod file_server;
+pub mod growth;
 pub mod hooks;
 pub mod id;
 pub mod kvm;

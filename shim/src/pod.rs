@@ -22,8 +22,9 @@ use tokio::time::{sleep, timeout};
 
 use crate::agent::{Agent, AgentError, Target};
 use crate::assets::{AssetError, Assets};
-use crate::bundle::{DISKS_MAX, Disk, Plan, Shared};
+use crate::bundle::{DISKS_MAX, Disk, MachineSize, Plan, Shared};
 use crate::file_server::{FileServer, FileServerError};
+use crate::growth::{Growth, GrowthError};
 use crate::id::ContainerId;
 use crate::kvm::{self, KvmError};
 use crate::process::Process;
@@ -80,6 +81,9 @@ pub enum PodError {
     /// The agent.
     #[error(transparent)]
     Agent(#[from] AgentError),
+    /// The machine does not get larger.
+    #[error(transparent)]
+    Growth(#[from] GrowthError),
     /// A block device of the host.
     #[error("device {} cannot be used", .0.display())]
     Disk(PathBuf, #[source] io::Error),
@@ -96,6 +100,7 @@ pub enum PodError {
 pub struct Pod {
     machine: Machine,
     file_server: FileServer,
+    growth: Growth,
     /// The agent.
     pub agent: Agent,
     /// How many the machine has.
@@ -124,6 +129,7 @@ impl Pod {
             console: log(home, CONSOLE)?,
             jail,
             size: plan.size,
+            vcpus_max: plan.most.vcpus,
         };
         let machine = async {
             kvm::check_speed(&kvm)?;
@@ -143,7 +149,8 @@ impl Pod {
             Ok::<_, PodError>(server)
         };
         let ((machine, agent), file_server) = tokio::try_join!(machine, files)?;
-        Ok(Self { machine, file_server, agent, disks: Mutex::default() })
+        let growth = Growth::new(plan.size, plan.most);
+        Ok(Self { machine, file_server, growth, agent, disks: Mutex::default() })
     }
 
     /// A place for the files of a further container.
@@ -152,6 +159,14 @@ impl Pod {
     /// When all are taken.
     pub fn take_place(&self) -> Result<Place, PodError> {
         Ok(self.file_server.take_place()?)
+    }
+
+    /// Shows what is at a place no more and gives it away.
+    ///
+    /// # Errors
+    /// When nothing is there.
+    pub fn leave_place(&self, place: Place) -> Result<(), PodError> {
+        Ok(self.file_server.leave_place(place)?)
     }
 
     /// Shows the files of a further container at its place.
@@ -180,7 +195,7 @@ impl Pod {
             () = removed => {}
             words = self.broken() => tracing::debug!(words, "pod is over"),
         }
-        if let Err(error) = self.file_server.leave_place(place) {
+        if let Err(error) = self.leave_place(place) {
             tracing::debug!(error = %error, "its files were not shown");
         }
     }
@@ -227,6 +242,19 @@ impl Pod {
         (index < *count).then_some(index)
     }
 
+    /// Whether the machine would grow to be as large as `to`.
+    pub async fn lacks(&self, to: MachineSize) -> bool {
+        self.growth.lacks(to).await
+    }
+
+    /// Makes the machine as large as `to`, in all, or as the host allows. One that is larger stays.
+    ///
+    /// # Errors
+    /// When the guest does not take it.
+    pub async fn grow(&self, to: MachineSize) -> Result<(), PodError> {
+        Ok(self.growth.grow(&self.machine, &self.agent, to).await?)
+    }
+
     /// Waits until the machine or the file server has ended by itself; says which.
     pub async fn broken(&self) -> String {
         tokio::select! {
@@ -262,6 +290,12 @@ async fn boot(home: &Home, machine: &Machine, plan: &Plan) -> Result<Agent, PodE
         random(&mut entropy).map_err(|error| PodError::Io("/dev/urandom", error))?;
         let kernel = agent.hello(&plan.hostname, &entropy).await?;
         tracing::debug!(kernel, "guest is up");
+        // A pod with fewer processors than it could have is still a pod.
+        if plan.size.vcpus > 1
+            && let Err(error) = agent.start_processors(plan.size.vcpus.into()).await
+        {
+            tracing::warn!(error = %error, "a processor does not start");
+        }
         Ok(agent)
     };
     let result = tokio::select! {

@@ -12,7 +12,8 @@ use oci_spec::runtime::{LinuxNamespaceType, LinuxResources};
 use thiserror::Error;
 use tokio::sync::Mutex;
 
-use crate::bundle;
+use crate::agent::AgentError;
+use crate::bundle::{self, HostSize, MachineSize};
 use crate::cgroup::{Cgroup, CgroupError, Limits};
 use crate::id::ContainerId;
 use crate::neighbours::{self, Joined};
@@ -34,6 +35,9 @@ pub enum SandboxError {
     /// The host's limits for the pod.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
+    /// The guest's limits for the container.
+    #[error(transparent)]
+    Agent(#[from] AgentError),
 }
 
 /// One pod's containers.
@@ -113,7 +117,19 @@ impl Sandbox {
         let namespaces = members.namespaces(joined)?;
         let place = pod.take_place()?;
         members.list.push(member(place));
-        members.limit()?;
+        let room = async {
+            members
+                .cgroup_of_all()
+                .map_or(Ok(()), |(cgroup, limits)| cgroup.limit(limits.whole()))?;
+            Ok::<_, SandboxError>(pod.grow(members.size()).await?)
+        };
+        let room = room.await;
+        if let Err(error) = room {
+            members.list.pop();
+            // Nothing was shown there.
+            let _ = pod.leave_place(place);
+            return Err(error);
+        }
         Ok(Seat { pod: Some(pod), place, namespaces })
     }
 
@@ -126,29 +142,41 @@ impl Sandbox {
         }
     }
 
-    /// Changes what a container may use, and with it what the pod may.
+    /// Changes what a container may use, and with it what the pod may. The machine grows with it; it
+    /// does not shrink. `inside` sets the limits in the guest.
     ///
     /// # Errors
-    /// When the host refuses it; it stays as it was then.
-    pub async fn limit(
+    /// When the machine does not grow, or a kernel refuses a limit; on the host it is as it was then.
+    pub async fn update(
         &self,
         id: &ContainerId,
         resources: &LinuxResources,
-    ) -> Result<(), CgroupError> {
+        pod: &Pod,
+        inside: impl Future<Output = Result<(), AgentError>>,
+    ) -> Result<(), SandboxError> {
         let mut members = self.0.lock().await;
-        let Some(index) = members.find(id) else { return Ok(()) };
-        let Some(member) = members.list.get_mut(index) else { return Ok(()) };
-        let before = std::mem::replace(&mut member.resources, resources.clone());
-        let limited = members.limit();
-        if let Some(member) = members.list.get_mut(index).filter(|_| limited.is_err()) {
-            member.resources = before;
+        let Some(before) = members.replace(id, resources.clone()) else { return Ok(()) };
+        let Some((cgroup, limits)) = members.cgroup_of_all() else { return Ok(()) };
+        let size = members.size();
+        let grown = async {
+            if pod.lacks(size).await {
+                // Before: memory that is plugged is used at once, to describe it.
+                cgroup.limit(limits.whole())?;
+                pod.grow(size).await?;
+            }
+            Ok::<_, SandboxError>(inside.await?)
+        };
+        if let Err(error) = grown.await {
+            members.replace(id, before);
+            members.lower().await?;
+            return Err(error);
         }
-        limited
+        Ok(members.lower().await?)
     }
 
     /// Takes a container out that has ended, or was never created. When others stay, nothing of it is
     /// left in the pod afterwards.
-    pub async fn depart(&self, id: &ContainerId) -> Departure {
+    pub async fn depart(self: &Arc<Self>, id: &ContainerId) -> Departure {
         let mut members = self.0.lock().await;
         let Some(index) = members.find(id) else { return members.departure() };
         let gone = members.list.remove(index);
@@ -164,9 +192,13 @@ impl Sandbox {
                 tracing::warn!(error = %error, "the pod's processes did not move to another cgroup");
             }
         }
-        if let Err(error) = members.limit() {
-            tracing::warn!(error = %error, "limits of the pod were not changed");
-        }
+        // That waits until the guest has given back what it does not need any more.
+        let sandbox = self.clone();
+        tokio::spawn(async move {
+            if let Err(error) = sandbox.0.lock().await.lower().await {
+                tracing::warn!(error = %error, "limits of the pod were not changed");
+            }
+        });
         Departure::OthersStay
     }
 }
@@ -199,11 +231,33 @@ impl Members {
         joined.inside().map(of).collect()
     }
 
-    /// Sets what all may use together where the pod's processes are.
-    fn limit(&self) -> Result<(), CgroupError> {
-        let all: Vec<_> = self.list.iter().map(|member| &member.resources).collect();
-        let Some(oldest) = self.list.first() else { return Ok(()) };
-        oldest.cgroup.limit(Limits::of(&bundle::total(&all)).whole())
+    /// Gives a container other limits; those that it had.
+    fn replace(&mut self, id: &ContainerId, resources: LinuxResources) -> Option<LinuxResources> {
+        let member = self.list.iter_mut().find(|member| member.id == *id)?;
+        Some(std::mem::replace(&mut member.resources, resources))
+    }
+
+    fn resources(&self) -> Vec<&LinuxResources> {
+        self.list.iter().map(|member| &member.resources).collect()
+    }
+
+    /// How large the machine has to be for all.
+    fn size(&self) -> MachineSize {
+        MachineSize::of(&self.resources(), HostSize::measure())
+    }
+
+    /// Where the pod's processes are, and what all may use together.
+    fn cgroup_of_all(&self) -> Option<(Cgroup, Limits)> {
+        let cgroup = self.list.first()?.cgroup.clone();
+        Some((cgroup, Limits::of(&bundle::total(&self.resources()))))
+    }
+
+    /// Sets what all may use together, once the pod is below it.
+    async fn lower(&self) -> Result<(), CgroupError> {
+        match self.cgroup_of_all() {
+            Some((cgroup, limits)) => cgroup.limit_when_free(&limits).await,
+            None => Ok(()),
+        }
     }
 
     /// Moves the pod's processes to where the oldest container's are.

@@ -12,9 +12,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bulkhead_protocol::SHARE_TAG;
-use bulkhead_vmm::config::{DeviceConfig, Fd, JailConfig, SlotDevice, VERSION, VmConfig};
+use bulkhead_vmm::config::{
+    DeviceConfig, Fd, JailConfig, SLOT_COUNT, SlotDevice, VERSION, VmConfig,
+};
 use bulkhead_vmm::control::{
-    Answer, Call, Client, ClientError, Ending, FromMonitor, Refusal, Reply, Request,
+    Answer, Call, Client, ClientError, Ending, FromMonitor, Refusal, Reply, Request, Statistics,
 };
 use thiserror::Error;
 use tokio::sync::{oneshot, watch};
@@ -75,8 +77,10 @@ pub struct Parts<'a> {
     pub console: File,
     /// Who the monitor becomes.
     pub jail: JailConfig,
-    /// vCPUs and memory.
+    /// vCPUs and memory at the start.
     pub size: MachineSize,
+    /// As many vCPUs as the guest is told of.
+    pub vcpus_max: u8,
 }
 
 type Answered = Result<(Reply, Vec<OwnedFd>), MachineError>;
@@ -161,10 +165,44 @@ impl Machine {
     ) -> Result<(), MachineError> {
         let device = DeviceConfig::Blk { disk: Fd(0), read_only, serial };
         let request = Request::Attach { slot: FIRST_FREE_SLOT + index, device };
-        match self.call(request, &[disk.as_fd()], PATIENCE).await? {
-            (Reply::Done, _) => Ok(()),
+        self.done(request, &[disk.as_fd()]).await
+    }
+
+    /// Gives the machine the device by which memory is plugged, at most so much; the guest has to
+    /// bind it.
+    ///
+    /// # Errors
+    /// When it has one.
+    pub async fn attach_memory(&self, region_mib: u32) -> Result<(), MachineError> {
+        let device = DeviceConfig::Mem { region_mib };
+        self.done(Request::Attach { slot: MEMORY_SLOT, device }, &[]).await
+    }
+
+    /// Lets the guest plug so much memory, in all.
+    ///
+    /// # Errors
+    /// When there is no device for it, or the host has not so much address space.
+    pub async fn plug(&self, target_mib: u32) -> Result<(), MachineError> {
+        self.done(Request::Plug { target_mib }, &[]).await
+    }
+
+    /// Memory that the guest has plugged.
+    ///
+    /// # Errors
+    /// When there is no device for it.
+    pub async fn plugged_mib(&self) -> Result<u32, MachineError> {
+        match self.call(Request::Statistics, &[], PATIENCE).await? {
+            (Reply::Statistics(Statistics { plugged_mib: Some(mib), .. }), _) => Ok(mib),
             (reply, _) => Err(MachineError::Confused(format!("{reply:?}"))),
         }
+    }
+
+    /// Makes processors exist, so many in all; the guest has to start them.
+    ///
+    /// # Errors
+    /// When the guest was not told of so many.
+    pub async fn add_processors(&self, count: u8) -> Result<(), MachineError> {
+        self.done(Request::Processors { count }, &[]).await
     }
 
     /// Ends the machine at once. What the guest has not written back is lost.
@@ -185,6 +223,17 @@ impl Machine {
     fn how_it_ended(&self) -> MachineError {
         let words = self.ended.borrow().clone();
         MachineError::Ended(words.unwrap_or_else(|| "the monitor is gone".to_owned()))
+    }
+
+    async fn done(
+        &self,
+        request: Request,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<(), MachineError> {
+        match self.call(request, descriptors, PATIENCE).await? {
+            (Reply::Done, _) => Ok(()),
+            (reply, _) => Err(MachineError::Confused(format!("{reply:?}"))),
+        }
     }
 
     async fn call(
@@ -270,6 +319,8 @@ pub fn quote(lines: &[String]) -> String {
 
 /// Behind the devices of every machine, [`configuration`].
 const FIRST_FREE_SLOT: u8 = 4;
+/// The last one, so that what there may be several of lies together.
+const MEMORY_SLOT: u8 = SLOT_COUNT - 1;
 
 fn configuration<'a>(parts: &'a Parts<'_>, random: &'a File) -> (VmConfig, Vec<BorrowedFd<'a>>) {
     let descriptors = vec![
@@ -295,6 +346,7 @@ fn configuration<'a>(parts: &'a Parts<'_>, random: &'a File) -> (VmConfig, Vec<B
         console: Fd(3),
         cmdline: String::new(),
         vcpus: parts.size.vcpus,
+        vcpus_max: parts.vcpus_max,
         memory_mib: parts.size.memory_mib,
         devices: (0..).zip(devices).map(|(slot, device)| SlotDevice { slot, device }).collect(),
     };
@@ -316,6 +368,7 @@ mod tests {
             console: file.try_clone().unwrap(),
             jail: JailConfig { uid: 1, gid: 1 },
             size: MachineSize { vcpus: 1, memory_mib: 128 },
+            vcpus_max: 2,
         };
         let (config, descriptors) = configuration(&parts, &file);
         assert_eq!(config.validate(descriptors.len()), Ok(()));

@@ -235,6 +235,7 @@ fn plain_config(cmdline: &str) -> VmConfig {
         console: Fd(3),
         cmdline: cmdline.into(),
         vcpus: 1,
+        vcpus_max: 1,
         memory_mib: 128,
         devices: vec![
             SlotDevice { slot: 0, device: DeviceConfig::Vsock { guest_cid: 3 } },

@@ -144,11 +144,7 @@ fn limits_change_inside_and_outside_while_it_runs() {
     // Which devices may be used has not changed with it.
     runtime.ok(&["exec", "c", "sh", "-c", "echo > /dev/null"]).unwrap();
 
-    // What the machine cannot keep is refused, and changes nothing.
-    let errors = runtime.fails(&["update", "--memory", "101m", "c"]).unwrap();
-    assert!(errors.contains("101 MiB") && errors.contains("100 MiB at most"), "{errors}");
-    let errors = runtime.fails(&["update", "--cpu-quota", "200000", "c"]).unwrap();
-    assert!(errors.contains("2 processors"), "{errors}");
+    // What is none is refused, and changes nothing.
     let errors = runtime.fails(&["update", "--memory", "abc", "c"]).unwrap();
     assert!(errors.contains("invalid value for memory: invalid size: 'abc'"), "{errors}");
     assert_eq!(inside("memory.max"), format!("{}\n", 64 << 20));

@@ -16,6 +16,8 @@ mod features;
 #[cfg(test)]
 mod files;
 #[cfg(test)]
+mod growth;
+#[cfg(test)]
 mod hooks;
 #[cfg(test)]
 mod isolation;

@@ -1,15 +1,16 @@
 //! The agent as what it is for: PID 1 of a machine, called over the monitor's vsock. What needs no
 //! machine is tested in the agent's own package.
 
+use std::fs;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use bulkhead_protocol::agent::agent_client::AgentClient;
-use bulkhead_protocol::agent::{HelloRequest, RescanRequest, SyncRequest};
+use bulkhead_protocol::agent::{HelloRequest, RescanRequest, StartProcessorsRequest, SyncRequest};
 use bulkhead_protocol::{AGENT_PORT, VERSION};
 use bulkhead_tests::vm::{Options, TestVm};
-use bulkhead_vmm::config::{DeviceConfig, Fd};
+use bulkhead_vmm::config::{DeviceConfig, Fd, VmConfig};
 use bulkhead_vmm::control::Request;
 use hyper_util::rt::TokioIo;
 use tonic::transport::{Channel, Endpoint};
@@ -63,16 +64,38 @@ fn the_agent_takes_time_and_entropy_and_binds_what_is_attached_late() {
 }
 
 #[test]
-fn the_agent_starts_the_processors_that_the_machine_has() {
+fn processors_that_were_declared_exist_and_start_when_they_are_wanted() {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-    let two = Options { spoil: Some(|config| config.vcpus = 2), ..Options::default() };
-    let mut vm = TestVm::boot(&two).unwrap();
+    let spoil = |config: &mut VmConfig| (config.vcpus, config.vcpus_max) = (2, 4);
+    let mut vm = TestVm::boot(&Options { spoil: Some(spoil), ..Options::default() }).unwrap();
     let stream = vm.open_stream(AGENT_PORT, BOOT).unwrap();
-    runtime.block_on(async { client(stream).await.hello(hello()).await.unwrap() });
-    // The guest's kernel refuses when the processor does not answer.
+    runtime.block_on(async {
+        let mut agent = client(stream).await;
+        agent.hello(hello()).await.unwrap();
+        // The guest's kernel refuses when the processor does not answer.
+        agent.start_processors(StartProcessorsRequest { count: 2 }).await.unwrap();
+        for (count, threads) in [(1, 2), (2, 2), (4, 4), (3, 4)] {
+            vm.call(Request::Processors { count }, &[]).unwrap();
+            assert_eq!(processors(&vm), threads);
+        }
+        agent.start_processors(StartProcessorsRequest { count: 4 }).await.unwrap();
+        agent.start_processors(StartProcessorsRequest { count: 3 }).await.unwrap();
+        vm.call(Request::Pause, &[]).unwrap();
+        vm.call(Request::Resume, &[]).unwrap();
+        agent.sync(SyncRequest {}).await.unwrap();
+        let status = agent.start_processors(StartProcessorsRequest { count: 5 }).await.unwrap_err();
+        assert!(status.message().contains("cpu4"), "{status}");
+    });
+    let refused = vm.call(Request::Processors { count: 5 }, &[]).unwrap_err();
+    assert!(format!("{refused:#}").contains("for 4 at most"), "{refused:#}");
     let console = vm.console_text();
-    assert!(
-        console.contains("processors started") && console.contains(r#""count":1"#),
-        "{console}"
-    );
+    let started = |count: u32| console.matches(&format!(r#""count":{count}"#)).count();
+    assert_eq!((started(1), started(2), started(0)), (1, 1, 1), "{console}");
+}
+
+/// The monitor's threads that run processors.
+fn processors(vm: &TestVm) -> usize {
+    let tasks = fs::read_dir(format!("/proc/{}/task", vm.pid())).unwrap().flatten();
+    let names = tasks.map(|task| fs::read_to_string(task.path().join("comm")).unwrap());
+    names.filter(|name| name.starts_with("vcpu")).count()
 }

@@ -11,7 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use bulkhead_tests::vm::{Options, TestVm};
-use bulkhead_vmm::config::{DeviceConfig, Fd, SlotDevice};
+use bulkhead_vmm::config::{DeviceConfig, Fd, SlotDevice, VmConfig};
 use bulkhead_vmm::control::{Reply, Request, Statistics};
 use tempfile::TempDir;
 
@@ -32,19 +32,19 @@ pub(crate) struct Probe {
 }
 
 impl Probe {
-    /// With a balloon.
     pub(crate) fn boot() -> Self {
+        Self::boot_with(|config| {
+            config.devices.push(SlotDevice { slot: 2, device: DeviceConfig::Balloon });
+        })
+    }
+
+    pub(crate) fn boot_with(spoil: fn(&mut VmConfig)) -> Self {
         let image = tempfile::tempdir().unwrap();
         let initramfs = image.path().join("initramfs.cpio");
         let program = Path::new(env!("CARGO_BIN_EXE_device-probe"));
         guest_image::initramfs::write(program, &initramfs).unwrap();
-        let options = Options {
-            initramfs: Some(initramfs),
-            spoil: Some(|config| {
-                config.devices.push(SlotDevice { slot: 2, device: DeviceConfig::Balloon });
-            }),
-            ..Options::default()
-        };
+        let options =
+            Options { initramfs: Some(initramfs), spoil: Some(spoil), ..Options::default() };
         let vm = TestVm::boot(&options).unwrap();
         Self { vm, _image: image }
     }

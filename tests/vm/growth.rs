@@ -11,9 +11,13 @@ const BIND: &str = "write /sys/bus/platform/drivers/virtio-mmio/bind virtio-mmio
 
 /// Memory that the guest's kernel has, in MiB.
 fn total(probe: &mut Probe) -> u64 {
+    total_kb(probe) / 1024
+}
+
+fn total_kb(probe: &mut Probe) -> u64 {
     let meminfo = probe.task("show /proc/meminfo");
     let line = meminfo.lines().find_map(|line| line.strip_prefix("MemTotal:")).unwrap();
-    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() / 1024
+    line.trim().trim_end_matches(" kB").parse().unwrap()
 }
 
 fn plug(probe: &mut Probe, target_mib: u32, plugged: u32) {
@@ -64,4 +68,13 @@ fn memory_is_plugged_in_steps_and_comes_back_when_it_is_free() {
     assert!(format!("{refused:#}").contains("has a memory device"), "{refused:#}");
     plug(&mut probe, 1024, 1024);
     wait_for("onlining", || total(&mut probe) == before + 1024);
+}
+
+#[test]
+fn a_processor_that_is_only_declared_costs_little() {
+    let one = total_kb(&mut Probe::boot());
+    let eight = total_kb(&mut Probe::boot_with(|config| config.vcpus_max = 8));
+    let each = (one - eight) / 7;
+    println!("{each} kB of the guest's memory for each processor that is declared");
+    assert!((1..300).contains(&each), "{one} kB with one, {eight} kB with eight");
 }

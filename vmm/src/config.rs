@@ -11,7 +11,7 @@ use thiserror::Error;
 pub const VERSION: u32 = 1;
 /// The number of virtio-mmio slots of a machine, devices and placeholders together.
 pub const SLOT_COUNT: u8 = 16;
-/// The most vCPUs that a machine can declare.
+/// The most vCPUs that a machine can declare; the guest's kernel is built for as many.
 pub const VCPUS_MAX: u8 = 64;
 /// The least memory that the guest kernel boots in.
 pub const MEMORY_MIB_MIN: u32 = 32;
@@ -43,8 +43,11 @@ pub struct VmConfig {
     pub console: Fd,
     /// Added to the command line that the monitor builds itself.
     pub cmdline: String,
-    /// All vCPUs that the guest may bring online; it boots with the first.
+    /// vCPUs that exist from the start. The guest boots with the first and may bring the others
+    /// online.
     pub vcpus: u8,
+    /// vCPUs that the guest is told of; those above [`VmConfig::vcpus`] can be made to exist later.
+    pub vcpus_max: u8,
     /// Guest memory.
     pub memory_mib: u32,
     /// Devices present from the start; other slots are placeholders.
@@ -175,6 +178,11 @@ impl VmConfig {
         if !(1..=VCPUS_MAX).contains(&self.vcpus) {
             let reason = format!("{} is not between 1 and {VCPUS_MAX}", self.vcpus);
             return Err(ConfigError::new("vcpus", reason));
+        }
+        if !(self.vcpus..=VCPUS_MAX).contains(&self.vcpus_max) {
+            let reason =
+                format!("{} is not between {} and {VCPUS_MAX}", self.vcpus_max, self.vcpus);
+            return Err(ConfigError::new("vcpus_max", reason));
         }
         if self.memory_mib < MEMORY_MIB_MIN {
             let reason = format!("{} is below {MEMORY_MIB_MIN}", self.memory_mib);

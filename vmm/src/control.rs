@@ -74,6 +74,12 @@ pub enum Request {
         /// Less than before asks for memory back.
         target_mib: u32,
     },
+    /// Makes vCPUs exist, so many in all; the guest may then bring them online. Those that exist
+    /// stay.
+    Processors {
+        /// At most [`VmConfig::vcpus_max`].
+        count: u8,
+    },
     /// Answered by [`Reply::Statistics`].
     Statistics,
 }

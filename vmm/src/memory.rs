@@ -116,7 +116,8 @@ impl Memory {
         register(vm, slot, &region)
     }
 
-    fn publish(&self, memory: GuestMemory) {
+    /// Replaces the snapshot that is taken from now on.
+    pub(crate) fn publish(&self, memory: GuestMemory) {
         let mut state = self.lock();
         let before = std::mem::replace(&mut state.current, Arc::new(memory));
         state.outdated.push(before);

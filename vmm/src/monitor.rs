@@ -174,6 +174,9 @@ impl Monitor {
             Request::Plug { target_mib } => {
                 self.machine.plug(target_mib).map_err(|error| refusal(&error))?;
             }
+            Request::Processors { count } => {
+                self.machine.add_processors(count).map_err(|error| refusal(&error))?;
+            }
             // Answered by the caller of this function.
             Request::OpenStream { .. } | Request::Stop => {}
         }

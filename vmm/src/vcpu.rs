@@ -123,19 +123,27 @@ pub(crate) struct Vcpus {
 }
 
 impl Vcpus {
-    /// Starts a thread for each processor; they stand at the gate.
-    pub(crate) fn start(vcpus: Vec<VcpuFd>, bus: &Arc<Bus>, gate: &Arc<Gate>) -> io::Result<Self> {
+    /// None yet.
+    pub(crate) fn new(gate: &Arc<Gate>) -> io::Result<Self> {
         register_signal_handler(SIGRTMIN(), on_kick)?;
-        let mut threads = Vec::with_capacity(vcpus.len());
-        for (index, mut vcpu) in vcpus.into_iter().enumerate() {
-            let (bus, gate) = (Arc::clone(bus), Arc::clone(gate));
-            let thread = thread::Builder::new()
-                .name(format!("vcpu{index}"))
-                .stack_size(STACK_BYTES)
-                .spawn(move || run(&mut vcpu, &bus, &gate))?;
-            threads.push(thread);
-        }
-        Ok(Self { gate: Arc::clone(gate), threads })
+        Ok(Self { gate: Arc::clone(gate), threads: Vec::new() })
+    }
+
+    /// How many there are; the next one has this number.
+    pub(crate) fn count(&self) -> u8 {
+        u8::try_from(self.threads.len()).unwrap_or(u8::MAX)
+    }
+
+    /// Starts the thread of the next processor. It stands at the gate while the machine is paused;
+    /// otherwise it waits in KVM until the guest starts it.
+    pub(crate) fn add(&mut self, mut vcpu: VcpuFd, bus: &Arc<Bus>) -> io::Result<()> {
+        let (bus, gate) = (Arc::clone(bus), Arc::clone(&self.gate));
+        let thread = thread::Builder::new()
+            .name(format!("vcpu{}", self.threads.len()))
+            .stack_size(STACK_BYTES)
+            .spawn(move || run(&mut vcpu, &bus, &gate))?;
+        self.threads.push(thread);
+        Ok(())
     }
 
     /// Stops every processor; returns when all stand.

@@ -6,8 +6,10 @@ use std::io;
 use std::os::fd::{IntoRawFd, OwnedFd};
 use std::sync::Arc;
 
-use kvm_ioctls::{IoEventAddress, Kvm, VmFd};
+use kvm_bindings::CpuId;
+use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
 use thiserror::Error;
+use vm_memory::GuestAddress;
 
 use crate::arch::{boot, cpuid, layout, mptable, registers};
 use crate::bus::Bus;
@@ -39,6 +41,14 @@ pub enum VmError {
     /// Mapping it, or more of it.
     #[error(transparent)]
     Memory(#[from] MemoryError),
+    /// More processors than the guest can know.
+    #[error("{wanted} processors cannot exist: the machine was started for {declared} at most")]
+    Processors {
+        /// The number asked for.
+        wanted: u8,
+        /// The number declared at boot.
+        declared: u8,
+    },
     /// Plugging more of it.
     #[error("{mib} MiB of memory cannot be plugged")]
     Plug {
@@ -106,6 +116,10 @@ pub(crate) struct Machine {
     bus: Arc<Bus>,
     gate: Arc<Gate>,
     vcpus: Vcpus,
+    /// As many as the guest has been told of.
+    vcpus_max: u8,
+    /// What KVM can give a processor.
+    supported: CpuId,
     handles: Handles,
 }
 
@@ -130,13 +144,41 @@ impl Machine {
         let mut initramfs = File::from(fds.take("initramfs", config.initramfs)?);
         let entry = boot::load(&memory, config, &mut kernel, &mut initramfs)
             .map_err(|error| VmError::Boot(error.into()))?;
-        mptable::write(&memory, config.vcpus).map_err(|error| VmError::Boot(error.into()))?;
+        mptable::write(&memory, config.vcpus_max).map_err(|error| VmError::Boot(error.into()))?;
         registers::write_tables(&memory).map_err(|error| VmError::Boot(error.into()))?;
 
         let gate = Gate::new().map_err(host("gate of the processors"))?;
-        let vcpus = create_vcpus(&kvm_device, &vm, config.vcpus, entry)?;
-        let vcpus = Vcpus::start(vcpus, &bus, &gate).map_err(host("threads of the processors"))?;
-        Ok(Self { vm, bus, gate, vcpus, handles })
+        let vcpus = Vcpus::new(&gate).map_err(host("signal to the processors"))?;
+        let supported = kvm_device
+            .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
+            .map_err(kvm("ask for processor features"))?;
+        let mut machine =
+            Self { vm, bus, gate, vcpus, vcpus_max: config.vcpus_max, supported, handles };
+        machine.add_processor(Some(entry))?;
+        machine.add_processors(config.vcpus)?;
+        Ok(machine)
+    }
+
+    /// Makes processors exist until there are `count`; one that does stays.
+    pub(crate) fn add_processors(&mut self, count: u8) -> Result<(), VmError> {
+        if count > self.vcpus_max {
+            return Err(VmError::Processors { wanted: count, declared: self.vcpus_max });
+        }
+        while self.vcpus.count() < count {
+            self.add_processor(None)?;
+        }
+        Ok(())
+    }
+
+    /// Adds the next processor; the first enters the kernel.
+    fn add_processor(&mut self, entry: Option<GuestAddress>) -> Result<(), VmError> {
+        let index = self.vcpus.count();
+        let cpuid = cpuid::for_vcpu(&self.supported, index, self.vcpus_max);
+        let vcpu = create_vcpu(&self.vm, &cpuid, index)?;
+        if let Some(entry) = entry {
+            registers::set_entry(&vcpu, entry).map_err(|error| VmError::Boot(error.into()))?;
+        }
+        self.vcpus.add(vcpu, &self.bus).map_err(host("thread of a processor"))
     }
 
     /// Lets the processors run.
@@ -247,28 +289,12 @@ fn create_vm(kvm_device: &Kvm) -> Result<VmFd, VmError> {
     Ok(vm)
 }
 
-fn create_vcpus(
-    kvm_device: &Kvm,
-    vm: &VmFd,
-    count: u8,
-    entry: vm_memory::GuestAddress,
-) -> Result<Vec<kvm_ioctls::VcpuFd>, VmError> {
-    let boot = |error: registers::RegisterError| VmError::Boot(error.into());
-    let supported = kvm_device
-        .get_supported_cpuid(kvm_bindings::KVM_MAX_CPUID_ENTRIES)
-        .map_err(kvm("ask for processor features"))?;
-    let mut vcpus = Vec::with_capacity(usize::from(count));
-    for index in 0..count {
-        let vcpu = vm.create_vcpu(u64::from(index)).map_err(kvm("create processor"))?;
-        let cpuid = cpuid::for_vcpu(&supported, index, count);
-        vcpu.set_cpuid2(&cpuid).map_err(kvm("set processor features"))?;
-        registers::set_common(&vcpu).map_err(boot)?;
-        if index == 0 {
-            registers::set_entry(&vcpu, entry).map_err(boot)?;
-        }
-        vcpus.push(vcpu);
-    }
-    Ok(vcpus)
+/// Creates a processor of which nothing runs yet.
+fn create_vcpu(vm: &VmFd, cpuid: &CpuId, index: u8) -> Result<VcpuFd, VmError> {
+    let vcpu = vm.create_vcpu(u64::from(index)).map_err(kvm("create processor"))?;
+    vcpu.set_cpuid2(cpuid).map_err(kvm("set processor features"))?;
+    registers::set_common(&vcpu).map_err(|error| VmError::Boot(error.into()))?;
+    Ok(vcpu)
 }
 
 fn attach(

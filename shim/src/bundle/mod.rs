@@ -24,7 +24,7 @@ pub use self::guest::{Kind, Shared};
 pub use self::id_map::IdMap;
 use self::refuse::Refusal;
 pub use self::resources::{merge, total};
-pub use self::size::{HostSize, MACHINE_OVERHEAD_MIB, MachineSize, TooSmall};
+pub use self::size::{HostSize, MACHINE_OVERHEAD_MIB, MachineSize};
 use crate::id::ContainerId;
 use crate::neighbours::{Joined, Neighbours};
 use crate::network::Network;
@@ -135,8 +135,10 @@ pub struct Plan {
     pub shared: Vec<Shared>,
     /// Block devices of the host, by [`Disk::path`] in `spec_json`.
     pub disks: Vec<Disk>,
-    /// vCPUs and memory.
+    /// vCPUs and memory at the start.
     pub size: MachineSize,
+    /// What they can become.
+    pub most: MachineSize,
     /// How the kernel of the host weighs the pod when memory is short; none leaves the caller's.
     pub oom_score_adj: Option<i32>,
     /// For the state.
@@ -221,6 +223,7 @@ impl Bundle {
         host: HostSize,
     ) -> Result<Plan, BundleError> {
         let rootfs = self.rootfs()?;
+        let size = MachineSize::of(&[&self.resources()], host);
         let guest = guest::rewrite(&self.spec, id, place, &self.dir, &rootfs)?;
         Ok(Plan {
             spec_json: serde_json::to_vec(&guest.spec).map_err(BundleError::Rewrite)?,
@@ -228,7 +231,8 @@ impl Bundle {
             rootfs,
             shared: guest.shared,
             disks: disks::of(self.spec.linux().as_ref())?,
-            size: size::of(self.spec.linux().as_ref(), host),
+            size,
+            most: size.most(host),
             oom_score_adj: self.spec.process().as_ref().and_then(|it| it.oom_score_adj()),
             annotations: self.spec.annotations().clone().unwrap_or_default(),
             hooks: self.spec.hooks().clone().unwrap_or_default(),

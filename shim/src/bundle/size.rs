@@ -1,15 +1,22 @@
 //! How large a pod's machine is, from what its container may use.
 
-use oci_spec::runtime::{Linux, LinuxResources};
-use thiserror::Error;
+use std::fs;
 
-/// Memory of a machine whose container has no limit, in MiB.
-const MEMORY_DEFAULT_MIB: u64 = 256;
+use bulkhead_vmm::config::VCPUS_MAX;
+use oci_spec::runtime::LinuxResources;
+
+/// Memory for a container that has no limit, in MiB.
+const MEMORY_DEFAULT_MIB: u64 = 128;
 /// The least memory of a machine, in MiB.
 const MEMORY_MIN_MIB: u64 = 128;
 /// What the guest kernel and the agent use themselves, in MiB: it is added to the container's limit
 /// so that the limit, not the machine, is what the container runs into.
 pub const MACHINE_OVERHEAD_MIB: u64 = 128;
+/// The most processors that a machine is told of without having them, because each costs memory:
+/// docs/decisions/0014-growing-machines.md.
+const DECLARED_MAX: u8 = 8;
+/// The processors of the host as a list.
+const PROCESSORS_ONLINE: &str = "/sys/devices/system/cpu/online";
 /// The kernel's own period when none is given, in microseconds.
 pub(super) const PERIOD_DEFAULT_US: u64 = 100_000;
 
@@ -32,78 +39,41 @@ pub struct MachineSize {
 }
 
 impl HostSize {
-    /// This host's.
+    /// This host's, whatever the caller itself may use of it: the pod has a cgroup of its own, and
+    /// the processors of a machine may become more than those of now.
     #[must_use]
     pub fn measure() -> Self {
-        let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+        let online = fs::read_to_string(PROCESSORS_ONLINE).unwrap_or_default();
         let info = rustix::system::sysinfo();
         let bytes = u128::from(info.totalram) * u128::from(info.mem_unit);
         Self {
-            cpus: cpus.try_into().unwrap_or(u64::MAX),
+            cpus: listed(online.trim()).max(1),
             memory_mib: u64::try_from(bytes >> 20).unwrap_or(u64::MAX),
         }
     }
 }
 
-/// Limits for which a machine that runs is too small.
-#[derive(Clone, Debug, PartialEq, Eq, Error)]
-pub enum TooSmall {
-    /// Of memory.
-    #[error(
-        "memory cannot be limited to {wanted} MiB: the machine was started for {} MiB at most; \
-         create the container with the larger limit", .most
-    )]
-    Memory {
-        /// The limit.
-        wanted: u64,
-        /// The largest that can be kept.
-        most: u64,
-    },
-    /// Of processors.
-    #[error(
-        "processor time cannot be limited to {wanted} processors: the machine was started with \
-         {most}; create the container with the larger limit"
-    )]
-    Processors {
-        /// As many as the limit amounts to.
-        wanted: u64,
-        /// As many as it has.
-        most: u64,
-    },
-}
-
 impl MachineSize {
-    /// Checks that a machine that runs can keep limits that are raised.
-    ///
-    /// # Errors
-    /// [`TooSmall`].
-    pub fn check(self, now: &LinuxResources, then: &LinuxResources) -> Result<(), TooSmall> {
-        let (has, wanted) = (limit_mib(now).unwrap_or(0), limit_mib(then).unwrap_or(0));
-        let most = u64::from(self.memory_mib).saturating_sub(MACHINE_OVERHEAD_MIB);
-        if wanted > most.max(has) {
-            return Err(TooSmall::Memory { wanted, most });
+    /// That of a machine for these containers.
+    #[must_use]
+    pub fn of(all: &[&LinuxResources], host: HostSize) -> Self {
+        let memory = all.iter().map(|it| limit_mib(it).unwrap_or(MEMORY_DEFAULT_MIB));
+        let wanted = memory.fold(MACHINE_OVERHEAD_MIB, u64::saturating_add);
+        let memory = wanted.min(host.memory_mib).max(MEMORY_MIN_MIB);
+        let cpus = all.iter().map(|it| processors(it)).fold(0, u64::saturating_add);
+        let most = host.cpus.min(VCPUS_MAX.into()).max(1);
+        Self {
+            vcpus: u8::try_from(cpus.clamp(1, most)).unwrap_or(1),
+            memory_mib: u32::try_from(memory).unwrap_or(u32::MAX),
         }
-        let (has, wanted) = (quota(now).unwrap_or(0), quota(then).unwrap_or(0));
-        let most = u64::from(self.vcpus);
-        if wanted > most.max(has) {
-            return Err(TooSmall::Processors { wanted, most });
-        }
-        Ok(())
     }
-}
 
-/// The size of a machine for one container.
-pub(super) fn of(linux: Option<&Linux>, host: HostSize) -> MachineSize {
-    let resources = linux.and_then(|linux| linux.resources().as_ref());
-    let wanted = resources
-        .and_then(limit_mib)
-        .map_or(MEMORY_DEFAULT_MIB, |limit| limit.saturating_add(MACHINE_OVERHEAD_MIB));
-    let memory = wanted.min(host.memory_mib).max(MEMORY_MIN_MIB);
-    let cpus = resources.map_or(1, processors);
-    let most = host.cpus.min(bulkhead_vmm::config::VCPUS_MAX.into()).max(1);
-    MachineSize {
-        vcpus: u8::try_from(cpus.clamp(1, most)).unwrap_or(1),
-        memory_mib: u32::try_from(memory).unwrap_or(u32::MAX),
+    /// The most that a machine which starts with this size can become.
+    #[must_use]
+    pub fn most(self, host: HostSize) -> Self {
+        let vcpus = u8::try_from(host.cpus.min(DECLARED_MAX.into())).unwrap_or(DECLARED_MAX);
+        let memory_mib = u32::try_from(host.memory_mib).unwrap_or(u32::MAX);
+        Self { vcpus: self.vcpus.max(vcpus), memory_mib: self.memory_mib.max(memory_mib) }
     }
 }
 
@@ -121,10 +91,10 @@ fn quota(resources: &LinuxResources) -> Option<u64> {
     (quota > 0).then(|| quota.div_ceil(period))
 }
 
-/// Those of the quota; without one, those of the cpuset.
+/// Those of the quota; without one, those of the cpuset; 0 when nothing is said.
 fn processors(resources: &LinuxResources) -> u64 {
     let cpuset = resources.cpu().as_ref().and_then(|cpu| cpu.cpus().as_deref());
-    quota(resources).unwrap_or_else(|| cpuset.map_or(1, listed))
+    quota(resources).unwrap_or_else(|| cpuset.map_or(0, listed))
 }
 
 /// How many processors a list such as `0-3,8` names; 0 when it cannot be read.
@@ -143,8 +113,8 @@ mod tests {
     use serde_json::{Value, json};
 
     fn size(resources: &Value) -> (u8, u32) {
-        let linux: Linux = serde_json::from_value(json!({ "resources": resources })).unwrap();
-        let size = of(Some(&linux), HostSize { cpus: 8, memory_mib: 4096 });
+        let resources = serde_json::from_value(resources.clone()).unwrap();
+        let size = MachineSize::of(&[&resources], HostSize { cpus: 8, memory_mib: 4096 });
         (size.vcpus, size.memory_mib)
     }
 
@@ -163,24 +133,37 @@ mod tests {
     }
 
     #[test]
-    fn a_machine_that_runs_keeps_what_it_was_started_for() {
-        let machine = MachineSize { vcpus: 2, memory_mib: 256 };
-        let from = |now: &Value, then: Value| {
-            let now = serde_json::from_value(now.clone()).unwrap();
-            let then = serde_json::from_value(then).unwrap();
-            machine.check(&now, &then).map_err(|error| error.to_string())
+    fn containers_that_share_a_machine_add_up() {
+        let read = |json: &Value| serde_json::from_value::<LinuxResources>(json.clone()).unwrap();
+        let limited = read(&json!({"memory": {"limit": 64 << 20}, "cpu": {"quota": 200_000}}));
+        let (none, host) = (read(&json!({})), HostSize { cpus: 8, memory_mib: 4096 });
+        let size = |all: &[&LinuxResources]| {
+            let size = MachineSize::of(all, host);
+            (size.vcpus, size.memory_mib)
         };
-        let check = |then| from(&json!({}), then);
-        let all = json!({"memory": {"limit": 128 << 20}, "cpu": {"quota": 200_000}});
-        assert_eq!(check(all), Ok(()));
-        assert_eq!(check(json!({"memory": {"limit": -1}, "cpu": {"quota": -1}})), Ok(()));
-        let error = check(json!({"memory": {"limit": (128 << 20) + 1}})).unwrap_err();
-        assert!(error.contains("129 MiB") && error.contains("128 MiB at most"), "{error}");
-        let error = check(json!({"cpu": {"quota": 200_001}})).unwrap_err();
-        assert!(error.contains("3 processors") && error.contains("with 2"), "{error}");
-        // Limits beyond the host itself were there before.
-        let beyond = json!({"memory": {"limit": 1_i64 << 40}, "cpu": {"quota": 900_000}});
-        assert_eq!(from(&beyond, beyond.clone()), Ok(()));
+        assert_eq!(size(&[&none, &none]), (1, 384));
+        assert_eq!(size(&[&none, &limited]), (2, 320));
+        assert_eq!(size(&[&limited, &limited]), (4, 256));
+    }
+
+    #[test]
+    fn a_machine_can_become_as_large_as_the_host() {
+        let most = |vcpus, memory_mib, cpus| {
+            let host = HostSize { cpus, memory_mib: 4096 };
+            let most = MachineSize { vcpus, memory_mib }.most(host);
+            (most.vcpus, most.memory_mib)
+        };
+        assert_eq!(most(1, 256, 4), (4, 4096));
+        assert_eq!(most(1, 256, 1000), (DECLARED_MAX, 4096));
+        assert_eq!(most(40, 256, 64), (40, 4096));
+        assert_eq!(most(1, 8192, 1), (1, 8192));
+    }
+
+    #[test]
+    fn the_processors_of_this_host_are_counted() {
+        let measured = HostSize::measure();
+        let all = std::thread::available_parallelism().unwrap().get() as u64;
+        assert!(measured.cpus >= all, "{measured:?} is less than {all}");
     }
 
     #[test]

@@ -45,6 +45,27 @@ impl Limits {
         &self.0
     }
 
+    /// That of memory, in bytes.
+    #[must_use]
+    pub fn memory(&self) -> Option<u64> {
+        let limit = self.0.memory().as_ref()?.limit()?;
+        u64::try_from(limit).ok().filter(|limit| *limit > 0)
+    }
+
+    /// With another one of memory; as much is added to that of memory and swap together.
+    #[must_use]
+    pub fn with_memory(&self, bytes: u64) -> LinuxResources {
+        let mut resources = self.0.clone();
+        let mut memory = resources.memory().unwrap_or_default();
+        let then = i64::try_from(bytes).unwrap_or(i64::MAX);
+        let more = then - memory.limit().unwrap_or(then);
+        let swap = memory.swap();
+        let swap = swap.map(|swap| if swap > 0 { swap.saturating_add(more) } else { swap });
+        memory.set_limit(Some(then)).set_swap(swap);
+        resources.set_memory(Some(memory));
+        resources
+    }
+
     /// Whether [`Limits::while_it_boots`] leaves something out.
     #[must_use]
     pub fn has_quota(&self) -> bool {
@@ -102,10 +123,23 @@ mod tests {
     }
 
     #[test]
+    fn a_limit_of_memory_can_be_another() {
+        let limits =
+            limits(&json!({"memory": {"limit": 1000, "swap": 3000}, "pids": {"limit": 10}}));
+        let limit = limits.memory().unwrap();
+        let other = limits.with_memory(limit + 500);
+        let memory = other.memory().unwrap();
+        assert_eq!(memory.limit(), Some(i64::try_from(limit).unwrap() + 500));
+        assert_eq!(memory.swap().unwrap() - memory.limit().unwrap(), 2000);
+        assert_eq!(other.pids().unwrap().limit(), 10 + TASKS);
+    }
+
+    #[test]
     fn no_limit_stays_none() {
         let limits = limits(&json!({"memory": {"limit": -1, "swap": -1}, "pids": {"limit": -1}}));
         let memory = limits.whole().memory().unwrap();
         assert_eq!((memory.limit(), memory.swap()), (Some(-1), Some(-1)));
+        assert_eq!(limits.memory(), None);
         assert_eq!(limits.whole().pids().unwrap().limit(), -1);
     }
 

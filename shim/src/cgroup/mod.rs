@@ -6,6 +6,7 @@
 //! when, and that nobody else's cgroup is ever taken over: removing one kills what is in it.
 
 mod limits;
+mod lowering;
 
 use std::fs;
 use std::io;

@@ -12,6 +12,7 @@ fn valid() -> VmConfig {
         console: Fd(3),
         cmdline: String::new(),
         vcpus: 1,
+        vcpus_max: 2,
         memory_mib: 128,
         devices: vec![SlotDevice { slot: 0, device: DeviceConfig::Vsock { guest_cid: 3 } }],
     }
@@ -30,7 +31,7 @@ fn a_configuration_survives_json() {
 #[test]
 fn every_bad_field_is_named() {
     type Spoil = fn(&mut VmConfig);
-    let table: [(&str, Spoil); 13] = [
+    let table: [(&str, Spoil); 15] = [
         ("version", |c| c.version = 2),
         ("jail.uid", |c| c.jail.uid = 0),
         ("jail.gid", |c| c.jail.gid = u32::MAX),
@@ -38,6 +39,8 @@ fn every_bad_field_is_named() {
         ("console", |c| c.console = Fd(200)),
         ("vcpus", |c| c.vcpus = 0),
         ("vcpus", |c| c.vcpus = VCPUS_MAX + 1),
+        ("vcpus_max", |c| c.vcpus = 3),
+        ("vcpus_max", |c| c.vcpus_max = VCPUS_MAX + 1),
         ("memory_mib", |c| c.memory_mib = MEMORY_MIB_MIN - 1),
         ("cmdline", |c| c.cmdline = "x".repeat(CMDLINE_MAX + 1)),
         ("devices[0].slot", |c| c.devices[0].slot = SLOT_COUNT),

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use virtio_queue::QueueT;
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress, GuestRegionMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::mock::{self, Driver, HIGH_END, HIGH_START, INDIRECT, LOW_END, NEXT, Part, WRITE};
@@ -312,4 +312,32 @@ fn a_worker_serves_kicks_fails_alone_and_can_start_again() {
     wait_for("serving again", || served.load(Ordering::SeqCst) == 2);
     drop(device);
     assert_eq!(stopped.load(Ordering::SeqCst), 2);
+}
+
+#[test]
+fn a_running_device_reaches_memory_that_is_new() {
+    const NEW: u64 = 1 << 32;
+    let memory = mock::memory();
+    let driver = Driver::new(&memory, SIZES);
+    let served = Arc::<AtomicU32>::default();
+    let logic = Counter { served: Arc::clone(&served), ..Counter::default() };
+    let identity = Identity { device_id: 1, features: 0, queue_sizes: SIZES };
+    let mut device = Device::new(identity, ConfigSpace::read_only(vec![]), logic);
+    let kick = Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
+    let line = Arc::clone(&driver.line);
+    let queue = DeviceQueue::new(mock::queue(0, SIZES[0]), Arc::clone(&kick), Arc::clone(&line));
+    let shared = Memory::new(memory.clone());
+    let activation = Activation { memory: Arc::clone(&shared), queues: vec![queue], features: 0 };
+    device.activate(activation).unwrap();
+    let region = GuestRegionMmap::from_range(GuestAddress(NEW), 4096, None).unwrap();
+    shared.publish(memory.insert_region(Arc::new(region)).unwrap());
+    shared.settle().unwrap();
+    driver.store(0, 0, &[(NEW, 1, 0, 0), (NEW + 4096, 1, 0, 0)]);
+    driver.offer(0, 0);
+    kick.write(1).unwrap();
+    wait_for("serving", || served.load(Ordering::SeqCst) == 1);
+    assert!(!line.failed());
+    driver.offer(0, 1);
+    kick.write(1).unwrap();
+    wait_for("failing", || line.failed());
 }

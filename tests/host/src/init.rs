@@ -26,8 +26,9 @@ use rustix::system::RebootCommand;
 use rustix::termios::{Winsize, tcsetwinsize};
 
 use crate::request::{
-    CONTROL_PORT, Outcome, Request, SHARE_DIRECTORY, SHARE_TAG, STDERR_PORT, STDOUT_PORT,
+    CONTROL_PORT, Hosted, Outcome, Request, SHARE_DIRECTORY, SHARE_TAG, STDERR_PORT, STDOUT_PORT,
 };
+use crate::{cgroups, systemd};
 
 /// How long the ports may take to appear, and the streams to end once everything is killed.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -36,7 +37,16 @@ const TERMINAL: &str = "/dev/hvc0";
 
 /// Never returns: when the first process ends, the kernel panics.
 pub(crate) fn run() -> ! {
-    if let Err(error) = host() {
+    until_the_end(host())
+}
+
+/// The same for the child beside systemd.
+pub(crate) fn run_beside_systemd() -> ! {
+    until_the_end(systemd::beside_it())
+}
+
+fn until_the_end(result: Result<()>) -> ! {
+    if let Err(error) = result {
         complain(&format!("test-host (inside): {error:#}"));
     }
     loop {
@@ -58,13 +68,24 @@ fn host() -> Result<()> {
     let machine_tmp = File::open("/tmp").context("open the machine's /tmp")?;
     mount_all()?;
     settings()?;
-    let ports = ports()?;
-    let mut control = ports.open(CONTROL_PORT)?;
+    let control = ports()?.open(CONTROL_PORT)?;
     let mut line = String::new();
     BufReader::new(&control).read_line(&mut line).context("read the request")?;
     let request: Request = serde_json::from_str(&line).context("parse the request")?;
-    let shown = show_checkout(&machine_tmp, Path::new(&request.directory));
-    let outcome = match shown.and_then(|()| serve(&request, &ports)) {
+    let mounted = match request.hosted {
+        Hosted::Alone | Hosted::BySystemd => cgroups::unified(),
+        Hosted::OnCgroupV1 => cgroups::legacy(),
+    };
+    let ready = mounted.and_then(|()| show_checkout(&machine_tmp, Path::new(&request.directory)));
+    if ready.is_ok() && request.hosted == Hosted::BySystemd {
+        match systemd::become_it(&request, control)? {}
+    }
+    answer(&request, ready, control)
+}
+
+/// Runs the command, where everything is ready for it, and says how it ended.
+pub(crate) fn answer(request: &Request, ready: Result<()>, mut control: File) -> Result<()> {
+    let outcome = match ready.and_then(|()| ports()).and_then(|ports| serve(request, &ports)) {
         Ok(status) => Outcome::Ended(status),
         Err(error) => Outcome::NotRun(format!("{error:#}")),
     };
@@ -104,7 +125,6 @@ fn mount_all() -> Result<()> {
     attach("mqueue", "/dev/mqueue", "mqueue", "")?;
     attach("tmpfs", "/run", "tmpfs", "mode=755")?;
     attach("tmpfs", "/tmp", "tmpfs", "mode=1777")?;
-    attach("cgroup2", "/sys/fs/cgroup", "cgroup2", "nsdelegate")?;
     for (link, target) in [("fd", "self/fd"), ("stdin", "self/fd/0"), ("stdout", "self/fd/1")] {
         std::os::unix::fs::symlink(format!("/proc/{target}"), format!("/dev/{link}"))?;
     }
@@ -123,7 +143,7 @@ fn show_checkout(machine_tmp: &File, directory: &Path) -> Result<()> {
         .context("show the checkout")
 }
 
-fn attach(source: &str, target: &str, kind: &str, data: &str) -> Result<()> {
+pub(crate) fn attach(source: &str, target: &str, kind: &str, data: &str) -> Result<()> {
     let data = std::ffi::CString::new(data)?;
     mount(source, target, kind, MountFlags::empty(), data.as_c_str())
         .with_context(|| format!("mount {kind} on {target}"))
@@ -131,12 +151,6 @@ fn attach(source: &str, target: &str, kind: &str, data: &str) -> Result<()> {
 
 /// What an init system sets on a container host.
 fn settings() -> Result<()> {
-    let cgroup = Path::new("/sys/fs/cgroup");
-    let available = fs::read_to_string(cgroup.join("cgroup.controllers"))?;
-    for controller in available.split_whitespace() {
-        fs::write(cgroup.join("cgroup.subtree_control"), format!("+{controller}"))
-            .with_context(|| format!("enable the cgroup controller {controller}"))?;
-    }
     fs::write("/proc/sys/kernel/hostname", "testhost")?;
     let files = Rlimit { current: Some(1024), maximum: Some(1 << 20) };
     rustix::process::setrlimit(Resource::Nofile, files).context("set the limit of open files")?;
@@ -314,11 +328,12 @@ fn reap(child: &Child) -> Result<u8> {
     }
 }
 
-/// Kernel threads ignore it.
+/// But the first process and this one; kernel threads ignore it.
 fn kill_everything() -> Result<()> {
+    let spared = |pid: Pid| pid.is_init() || pid == rustix::process::getpid();
     for entry in fs::read_dir("/proc")? {
         let number = entry?.file_name().to_str().and_then(|name| name.parse().ok());
-        if let Some(pid) = number.and_then(Pid::from_raw).filter(|pid| !pid.is_init()) {
+        if let Some(pid) = number.and_then(Pid::from_raw).filter(|pid| !spared(*pid)) {
             // It may have ended since the directory was read.
             _ = rustix::process::kill_process(pid, Signal::KILL);
         }

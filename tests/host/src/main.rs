@@ -5,11 +5,13 @@
 //! The program is both sides: outside it builds the kernel, starts QEMU and copies the streams; inside
 //! it is the kernel's first process. It ends with the exit status of the command.
 
+mod cgroups;
 mod clock;
 mod init;
 mod qemu;
 mod request;
 mod session;
+mod systemd;
 
 use std::path::PathBuf;
 use std::process::{self, ExitCode};
@@ -19,6 +21,7 @@ use anyhow::{Context, Result, bail, ensure};
 use guest_image::progress::say;
 
 use crate::qemu::{Accelerator, Time};
+use crate::request::Hosted;
 
 const USAGE: &str = "usage: test-host [OPTIONS] [--] [COMMAND ARGUMENTS…]   (no command: a shell)
   --memory MIB      memory of the host, default 4096
@@ -28,6 +31,8 @@ const USAGE: &str = "usage: test-host [OPTIONS] [--] [COMMAND ARGUMENTS…]   (n
   --accel A         kvm, tcg or auto (the default: kvm where nesting works)
   --count           let instructions pass the time, 1 ns each, for figures that do not depend on how
                     fast they are emulated; implies --accel tcg, one processor
+  --cgroup-v1       the hierarchies of cgroup v1 instead of cgroup v2
+  --systemd         systemd as the first process, with the system's message bus
   --console         show the host's kernel messages on standard error
   --build-only      build the host's kernel, say where it is, and end";
 
@@ -43,6 +48,7 @@ struct Options {
     share: Option<PathBuf>,
     accelerator: Accelerator,
     time: Time,
+    hosted: Hosted,
     console: bool,
     build_only: bool,
     command: Vec<String>,
@@ -51,6 +57,9 @@ struct Options {
 fn main() -> ExitCode {
     if process::id() == 1 {
         init::run();
+    }
+    if std::env::args().nth(1).is_some_and(|argument| argument == systemd::CHILD) {
+        init::run_beside_systemd();
     }
     match parse(std::env::args().skip(1)).and_then(|options| session::run(&options)) {
         Ok(status) => ExitCode::from(status),
@@ -69,6 +78,7 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options> {
         share: None,
         accelerator: Accelerator::Auto,
         time: Time::Outside,
+        hosted: Hosted::Alone,
         console: false,
         build_only: false,
         command: Vec::new(),
@@ -84,6 +94,8 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options> {
             "--share" => options.share = Some(value()?.into()),
             "--accel" => options.accelerator = value()?.parse()?,
             "--count" => options.time = Time::Instructions,
+            "--cgroup-v1" => options.hosted = Hosted::OnCgroupV1,
+            "--systemd" => options.hosted = Hosted::BySystemd,
             "--console" => options.console = true,
             "--build-only" => options.build_only = true,
             "--" => {

@@ -27,8 +27,20 @@ pub(crate) struct Request {
     /// Both streams go to the output port, in the order they are written.
     pub(crate) merged: bool,
     pub(crate) share: bool,
+    pub(crate) hosted: Hosted,
     /// Rows and columns of the terminal.
     pub(crate) window: (u16, u16),
+}
+
+/// What the command finds around it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Hosted {
+    /// cgroup v2, and no other process.
+    Alone,
+    /// The hierarchies of cgroup v1, and no other process.
+    OnCgroupV1,
+    /// cgroup v2, systemd as the first process, and the system's message bus.
+    BySystemd,
 }
 
 /// How it ended.

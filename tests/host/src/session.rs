@@ -78,6 +78,7 @@ fn request(options: &Options) -> Result<Request> {
         directory: text(env::current_dir().context("working directory")?.into_os_string()),
         merged: same_file().unwrap_or(false),
         share: options.share.is_some(),
+        hosted: options.hosted,
         window,
     })
 }

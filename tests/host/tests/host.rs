@@ -60,6 +60,27 @@ fn host_is_whole_for_containers_and_machines() {
 }
 
 #[test]
+fn cgroup_v1_is_there_instead_of_v2() {
+    let script = "set -e
+        for c in blkio cpu cpuset devices freezer memory net_cls pids; do
+            mkdir /sys/fs/cgroup/$c/suite; echo $$ > /sys/fs/cgroup/$c/suite/tasks || test $c = cpuset
+        done
+        test $(stat -f -c %T /sys/fs/cgroup) = tmpfs; grep :memory:/suite /proc/self/cgroup";
+    let output = run(&["--cgroup-v1"], script).unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
+fn systemd_is_the_first_process_and_answers_over_its_bus() {
+    let script = "set -e
+        test $(cat /proc/1/comm) = systemd; test $(systemctl is-system-running) = running
+        systemd-run --scope --quiet grep system.slice /proc/self/cgroup
+        busctl status org.freedesktop.systemd1 | grep PID=1; exit 7";
+    let output = run(&["--systemd"], script).unwrap();
+    assert_eq!(output.status.code(), Some(7), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
 fn only_the_share_brings_files_out() {
     let directory = tempfile::tempdir().unwrap();
     let share = directory.path().to_str().unwrap();

@@ -85,6 +85,9 @@ fn host() -> Result<()> {
 
 /// Runs the command, where everything is ready for it, and says how it ended.
 pub(crate) fn answer(request: &Request, ready: Result<()>, mut control: File) -> Result<()> {
+    let beats = control.try_clone().context("port for the answer")?;
+    // Reading is all that they are for. The thread ends with the host.
+    thread::spawn(move || io::copy(&mut &beats, &mut io::sink()));
     let outcome = match ready.and_then(|()| ports()).and_then(|ports| serve(request, &ports)) {
         Ok(status) => Outcome::Ended(status),
         Err(error) => Outcome::NotRun(format!("{error:#}")),

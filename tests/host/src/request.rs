@@ -1,4 +1,5 @@
-//! What the two sides of the test host say to each other over the control port: one JSON line each way.
+//! What the two sides of the test host say to each other over the control port: one JSON line each way,
+//! and empty lines from the outer side, which keep the inner one awake.
 
 use std::collections::BTreeMap;
 

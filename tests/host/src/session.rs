@@ -30,6 +30,8 @@ use crate::request::{Outcome, Request};
 const CONSOLE_LINES: usize = 20;
 const TIMED_OUT: u8 = 124;
 const NOT_RUN: u8 = 127;
+/// How long a host that has lost its timer sleeps at most.
+const HEARTBEAT: Duration = Duration::from_secs(2);
 /// No time-out was asked for.
 const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
 
@@ -116,6 +118,7 @@ impl Session {
         let mut line = serde_json::to_vec(request)?;
         line.push(b'\n');
         (&control).write_all(&line).context("send the request to QEMU")?;
+        let heart = control.try_clone().context("control port")?;
         let (tell, events) = mpsc::channel();
         let copies = vec![
             thread::spawn(move || copy(&stdout, &mut io::stdout())),
@@ -126,6 +129,8 @@ impl Session {
             }),
             thread::spawn(move || read_console(&console, show_console, &tell)),
         ];
+        // Detached: it ends with the socket, or with this process.
+        thread::spawn(move || beat(heart));
         Ok(Self { qemu, events, copies })
     }
 
@@ -159,6 +164,15 @@ impl Session {
             }
         }
         Ok(())
+    }
+}
+
+/// Gives the host an interrupt now and then, until QEMU is gone. Under TCG a host that runs nested
+/// machines loses its timer once in hours: it sleeps, and nothing wakes it any more. Any interrupt
+/// does, and then it finds its timers expired.
+fn beat(mut control: UnixStream) {
+    while control.write_all(b"\n").is_ok() {
+        thread::sleep(HEARTBEAT);
     }
 }
 

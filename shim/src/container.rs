@@ -163,14 +163,15 @@ impl Container {
         }
         // On disk before a hook runs: those at the end run even when this fails.
         life.state.poststop = plan.hooks.poststop().clone().unwrap_or_default();
-        let host = OnHost { cgroup, resources, score: plan.oom_score_adj };
+        let host = OnHost { cgroup, score: plan.oom_score_adj };
         let first = seat.pod.is_none();
         let origin = match seat.pod {
             Some(pod) => Origin::Joined(pod),
             // Before the cgroup is entered, in which its caller may have forbidden all but a few devices.
             None => Origin::New(kvm::open().map_err(PodError::from)?),
         };
-        self.claim_cgroup(&mut life.state, &host, first)?;
+        let limits = Limits::of(&resources);
+        self.claim_cgroup(&mut life.state, &host, first.then_some(&limits))?;
         let attached = async {
             let stand_in = attachments.take("").await.map_err(ContainerError::StandIn)?;
             host.adopt(&stand_in)?;
@@ -191,7 +192,6 @@ impl Container {
         let (stand_in, pod) = tokio::try_join!(attached, up)?;
         let phase = Phase::begin("container create");
         let (init, streams) = self.create_in_guest(&pod, &stand_in, &plan).await?;
-        let limits = Limits::of(&host.resources);
         if first && limits.has_quota() {
             host.cgroup.limit(limits.whole())?;
         }
@@ -234,22 +234,22 @@ impl Container {
         }
     }
 
-    /// Makes the container's cgroup its own. The first one's is the pod's: whatever this process
-    /// starts from now on is in it.
+    /// Makes the container's cgroup its own. The first one's is the pod's and gets its limits: whatever
+    /// this process starts from now on is in it.
     fn claim_cgroup(
         &self,
         state: &mut State,
         host: &OnHost,
-        first: bool,
+        first: Option<&Limits>,
     ) -> Result<(), ContainerError> {
         host.cgroup.check_free()?;
         // On disk before it exists: whoever cleans up removes it.
         state.cgroup = Some(host.cgroup.clone());
         self.home.write(state)?;
-        if first {
+        if let Some(limits) = first {
             let phase = Phase::begin("cgroup entered");
             host.take(std::process::id())?;
-            host.cgroup.limit(&Limits::of(&host.resources).while_it_boots())?;
+            host.cgroup.limit(&limits.while_it_boots())?;
             phase.end();
         }
         Ok(())
@@ -348,16 +348,8 @@ impl Container {
     /// # Errors
     /// When it has ended, its machine does not grow, or a kernel refuses one.
     pub async fn update(&self, change: &LinuxResources) -> Result<(), ContainerError> {
-        let mut life = self.life.lock().await;
-        let (pod, _) = running(&life)?;
-        let host = life.host.as_mut().ok_or(ContainerError::NotRunning)?;
-        let mut resources = host.resources.clone();
-        bundle::merge(&mut resources, change);
-        let inside = bundle::resources_for_guest(&resources)?;
-        let inside = pod.agent.update(self.home.id(), inside);
-        self.sandbox.update(self.home.id(), &resources, &pod, inside).await?;
-        host.resources = resources;
-        Ok(())
+        let pod = self.pod().await?;
+        Ok(self.sandbox.update(self.home.id(), change, &pod).await?)
     }
 
     /// Waits for the end.
@@ -516,8 +508,6 @@ enum Origin {
 #[derive(Debug)]
 struct OnHost {
     cgroup: Cgroup,
-    /// What the container may use.
-    resources: LinuxResources,
     score: Option<i32>,
 }
 

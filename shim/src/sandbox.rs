@@ -13,7 +13,7 @@ use thiserror::Error;
 use tokio::sync::Mutex;
 
 use crate::agent::AgentError;
-use crate::bundle::{self, HostSize, MachineSize};
+use crate::bundle::{self, BundleError, HostSize, MachineSize};
 use crate::cgroup::{Cgroup, CgroupError, Limits};
 use crate::id::ContainerId;
 use crate::neighbours::{self, Joined};
@@ -36,6 +36,9 @@ pub enum SandboxError {
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
     /// The guest's limits for the container.
+    #[error(transparent)]
+    Bundle(#[from] BundleError),
+    /// The guest.
     #[error(transparent)]
     Agent(#[from] AgentError),
 }
@@ -117,13 +120,11 @@ impl Sandbox {
         let namespaces = members.namespaces(joined)?;
         let place = pod.take_place()?;
         members.list.push(member(place));
-        let room = async {
-            members
-                .cgroup_of_all()
-                .map_or(Ok(()), |(cgroup, limits)| cgroup.limit(limits.whole()))?;
-            Ok::<_, SandboxError>(pod.grow(members.size()).await?)
-        };
-        let room = room.await;
+        let mut room = members.make_room(&pod).await;
+        if room.is_ok() {
+            // What does not make the machine larger may be more all the same: tasks, or no limit.
+            room = members.lower().await.map_err(Into::into);
+        }
         if let Err(error) = room {
             members.list.pop();
             // Nothing was shown there.
@@ -142,36 +143,25 @@ impl Sandbox {
         }
     }
 
-    /// Changes what a container may use, and with it what the pod may. The machine grows with it; it
-    /// does not shrink. `inside` sets the limits in the guest.
+    /// Changes what a container may use, inside, and with it what the pod may on the host. The machine
+    /// grows with it; it does not shrink.
     ///
     /// # Errors
     /// When the machine does not grow, or a kernel refuses a limit; on the host it is as it was then.
     pub async fn update(
         &self,
         id: &ContainerId,
-        resources: &LinuxResources,
+        change: &LinuxResources,
         pod: &Pod,
-        inside: impl Future<Output = Result<(), AgentError>>,
     ) -> Result<(), SandboxError> {
         let mut members = self.0.lock().await;
-        let Some(before) = members.replace(id, resources.clone()) else { return Ok(()) };
-        let Some((cgroup, limits)) = members.cgroup_of_all() else { return Ok(()) };
-        let size = members.size();
-        let grown = async {
-            if pod.lacks(size).await {
-                // Before: memory that is plugged is used at once, to describe it.
-                cgroup.limit(limits.whole())?;
-                pod.grow(size).await?;
-            }
-            Ok::<_, SandboxError>(inside.await?)
-        };
-        if let Err(error) = grown.await {
-            members.replace(id, before);
-            members.lower().await?;
-            return Err(error);
+        let Some(before) = members.merge(id, change) else { return Ok(()) };
+        let updated = members.make_true(id, pod).await;
+        if updated.is_err() {
+            members.restore(id, before);
         }
-        Ok(members.lower().await?)
+        members.lower().await?;
+        updated
     }
 
     /// Takes a container out that has ended, or was never created. When others stay, nothing of it is
@@ -231,19 +221,43 @@ impl Members {
         joined.inside().map(of).collect()
     }
 
-    /// Gives a container other limits; those that it had.
-    fn replace(&mut self, id: &ContainerId, resources: LinuxResources) -> Option<LinuxResources> {
+    /// Changes the limits of a container; gives those that it had.
+    fn merge(&mut self, id: &ContainerId, change: &LinuxResources) -> Option<LinuxResources> {
         let member = self.list.iter_mut().find(|member| member.id == *id)?;
-        Some(std::mem::replace(&mut member.resources, resources))
+        let before = member.resources.clone();
+        bundle::merge(&mut member.resources, change);
+        Some(before)
+    }
+
+    fn restore(&mut self, id: &ContainerId, before: LinuxResources) {
+        if let Some(member) = self.list.iter_mut().find(|member| member.id == *id) {
+            member.resources = before;
+        }
+    }
+
+    /// Makes room for what all may use, and has a container's limits inside be what they should.
+    async fn make_true(&self, id: &ContainerId, pod: &Pod) -> Result<(), SandboxError> {
+        self.make_room(pod).await?;
+        let Some(member) = self.list.iter().find(|member| member.id == *id) else { return Ok(()) };
+        let json = bundle::resources_for_guest(&member.resources)?;
+        Ok(pod.agent.update(id, json).await?)
+    }
+
+    /// Makes the machine large enough for all.
+    async fn make_room(&self, pod: &Pod) -> Result<(), SandboxError> {
+        let size = MachineSize::of(&self.resources(), HostSize::measure());
+        if pod.lacks(size).await {
+            // Before: memory that is plugged is used at once, to describe it.
+            if let Some((cgroup, limits)) = self.cgroup_of_all() {
+                cgroup.limit(limits.whole())?;
+            }
+            pod.grow(size).await?;
+        }
+        Ok(())
     }
 
     fn resources(&self) -> Vec<&LinuxResources> {
         self.list.iter().map(|member| &member.resources).collect()
-    }
-
-    /// How large the machine has to be for all.
-    fn size(&self) -> MachineSize {
-        MachineSize::of(&self.resources(), HostSize::measure())
     }
 
     /// Where the pod's processes are, and what all may use together.

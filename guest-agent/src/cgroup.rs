@@ -58,6 +58,22 @@ impl Cgroup {
         Ok(pids.into_iter().collect())
     }
 
+    /// Where below it a further process joins the container's init. Nowhere when it takes processes
+    /// itself, which one that hands controllers on does not: systemd as init makes it such a one.
+    ///
+    /// # Errors
+    /// Either cannot be read.
+    pub(crate) fn joined(&self, init: u32) -> io::Result<Option<PathBuf>> {
+        if fs::read_to_string(self.0.join("cgroup.subtree_control"))?.trim().is_empty() {
+            return Ok(None);
+        }
+        let listed = fs::read_to_string(format!("/proc/{init}/cgroup"))?;
+        let path = listed.lines().find_map(|line| line.strip_prefix("0::/"));
+        let below = self.0.strip_prefix(ROOT).unwrap_or(&self.0);
+        let path = path.and_then(|path| Path::new(path).strip_prefix(below).ok());
+        Ok(path.filter(|path| !path.as_os_str().is_empty()).map(Path::to_owned))
+    }
+
     /// Kills every process in it and below it.
     ///
     /// # Errors
@@ -219,6 +235,21 @@ mod tests {
         fs::write(root.path().join("cgroup.events"), "populated 1\nfrozen 1\n").unwrap();
         cgroup.freeze().await.unwrap();
         assert_eq!(fs::read_to_string(root.path().join("cgroup.freeze")).unwrap(), "1");
+    }
+
+    #[test]
+    fn a_cgroup_that_takes_processes_is_joined_itself() {
+        let root = tempfile::tempdir().unwrap();
+        let cgroup = Cgroup(root.path().to_owned());
+        let joined = |handed_on: &str| {
+            fs::write(root.path().join("cgroup.subtree_control"), handed_on).unwrap();
+            cgroup.joined(std::process::id()).unwrap()
+        };
+        assert_eq!(joined("\n"), None);
+        // This process is elsewhere.
+        assert_eq!(joined("memory pids\n"), None);
+        fs::remove_file(root.path().join("cgroup.subtree_control")).unwrap();
+        assert!(cgroup.joined(std::process::id()).is_err());
     }
 
     #[tokio::test]

@@ -28,6 +28,7 @@ use tokio::task::spawn_blocking;
 use tokio_vsock::VsockStream;
 
 use crate::cgroup::Cgroup;
+use crate::copy_up::CopiedUp;
 use crate::creator::{self, Place};
 use crate::disks::{self, DiskError};
 use crate::io::{self as streams, Meeting, Pipes, StreamError};
@@ -327,7 +328,7 @@ impl Containers {
         mut streams: Streams,
     ) -> Result<(Made, Option<Terminal>), ContainerError> {
         let place = Place::of(id);
-        let Prepared { spec, stream_owner, network_settings } = prepared;
+        let Prepared { mut spec, stream_owner, network_settings } = prepared;
         for (path, value) in network_settings {
             let set = fs::write(Path::new("/proc/sys").join(&path), value);
             set.map_err(|error| ContainerError::Setting(path.display().to_string(), error))?;
@@ -335,6 +336,14 @@ impl Containers {
         if let Some(process) = spec.process() {
             size_terminal(&mut streams, process);
         }
+        let bundle = place.bundle.clone();
+        let copying = spawn_blocking(move || {
+            let copied = CopiedUp::prepare(&mut spec, &bundle);
+            copied.map(|copied| (copied, spec))
+        });
+        let copied = copying.await.map_err(io::Error::other).flatten();
+        // Until the creator has exited.
+        let (_copied, spec) = copied.map_err(failed("fill a file system in memory"))?;
         let spec = serde_json::to_vec(&spec).map_err(SpecError::from)?;
         fs::create_dir_all(&place.bundle).map_err(failed("make the bundle"))?;
         fs::write(place.config(), spec).map_err(failed("write the bundle"))?;

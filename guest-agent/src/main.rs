@@ -12,6 +12,7 @@
 mod cgroup;
 mod clock;
 mod container;
+mod copy_up;
 mod creator;
 mod device_directories;
 mod disks;

@@ -16,7 +16,9 @@ use libcontainer::error::LibcontainerError;
 use libcontainer::seccomp;
 use libcontainer::syscall::syscall::{SyscallType, create_syscall};
 use oci_spec::runtime::{LinuxCapabilities, LinuxSeccomp, Process, Spec};
+use serde_json::Value;
 
+use crate::cgroup::Cgroup;
 use crate::creator::{self, Place};
 use crate::executor::Program;
 use crate::report::{self, Report};
@@ -40,6 +42,10 @@ enum TenantError {
     Spec(#[from] oci_spec::OciSpecError),
     #[error("process cannot be read back")]
     Read(#[from] std::io::Error),
+    #[error("libcontainer's state of the container tells no pid")]
+    NoInit,
+    #[error("cgroup of the container cannot be read")]
+    Cgroup(#[source] std::io::Error),
     #[error("process has no capabilities to drop to")]
     NoCapabilities,
     #[error("process cannot be read back")]
@@ -80,6 +86,10 @@ fn join(
     let state = directory.join(container_id);
     fs::create_dir(&state)?;
     fs::copy(place.state.join(STATE), state.join(STATE))?;
+    let described: Value = serde_json::from_slice(&fs::read(state.join(STATE))?)?;
+    let init = described["pid"].as_u64().and_then(|pid| u32::try_from(pid).ok());
+    let init = init.ok_or(TenantError::NoInit)?;
+    let below = Cgroup::of(container_id).joined(init).map_err(TenantError::Cgroup)?;
     let console = directory.join(terminal::SOCKET);
     let has_terminal = process.terminal() == Some(true);
     let pid = ContainerBuilder::new(container_id.to_owned(), SyscallType::default())
@@ -88,6 +98,7 @@ fn join(
         .with_console_socket(has_terminal.then_some(console))
         .as_tenant()
         .with_detach(true)
+        .with_sub_cgroup(below.map(|path| path.to_string_lossy().into_owned()))
         .with_process(Some(&path))
         .build()?;
     Ok(pid.as_raw())

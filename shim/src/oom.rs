@@ -1,21 +1,20 @@
 //! Tells the host that the guest's kernel has killed for want of memory.
 //!
 //! Callers learn of such a kill from the cgroup that they know: containerd's shim for runc and
-//! "bulkhead events" watch `memory.events` of cgroup v2 there. But the kill was the guest's, and the
+//! "bulkhead events" watch `memory.events` of cgroup v2 there, or `memory.oom_control` of v1. But the kill was the guest's, and the
 //! host has counted nothing. So the host is made to count one: a child of this process, whose only
 //! purpose it is, takes more memory than the cgroup may have for that moment, and is killed. It is
 //! the first in the kernel's choice, so nothing else of the pod is hurt.
 
 use std::fs;
 use std::io::{self, Read, Write};
-use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
 use rustix::mm::{MlockAllFlags, mlockall};
 
-use crate::cgroup;
+use crate::cgroup::Memory;
 
 /// What the pod may have beside what it has, while its victim is being killed, in bytes.
 const HEADROOM: u64 = 16 << 20;
@@ -29,12 +28,12 @@ const FIRST: &str = "1000";
 /// Has the host count a kill in this process's cgroup. Blocks for some milliseconds.
 ///
 /// # Errors
-/// When the host has no cgroup v2, or did not kill.
+/// When the host does not count memory, or did not kill.
 pub fn report() -> io::Result<()> {
-    let cgroup = Memory(cgroup::unified(std::process::id())?);
+    let cgroup = Memory::of(std::process::id())?;
     let before = cgroup.kills()?;
     let mut victim = Victim::spawn()?;
-    let limits = cgroup.hold()?;
+    let limits = cgroup.hold(HEADROOM)?;
     let killed = victim.demand();
     cgroup.restore(&limits)?;
     killed?;
@@ -92,60 +91,5 @@ impl Drop for Victim {
         // Both fail only when it has been waited for.
         let _ = self.0.kill();
         let _ = self.0.wait();
-    }
-}
-
-/// The memory controller's files of a cgroup: Documentation/admin-guide/cgroup-v2.rst, "Memory".
-struct Memory(PathBuf);
-
-/// What was in `memory.max` and `memory.swap.max`.
-struct Limits {
-    memory: String,
-    swap: Option<String>,
-}
-
-impl Memory {
-    fn kills(&self) -> io::Result<u64> {
-        Ok(cgroup::flat(&self.read("memory.events")?, "oom_kill"))
-    }
-
-    /// Limits the cgroup to little more than what cannot be taken from it.
-    fn hold(&self) -> io::Result<Limits> {
-        let stat = self.read("memory.stat")?;
-        let files = cgroup::flat(&stat, "active_file") + cgroup::flat(&stat, "inactive_file");
-        let current: u64 = self.read("memory.current")?.trim().parse().map_err(io::Error::other)?;
-        let limits = Limits {
-            memory: self.read("memory.max")?,
-            // A kernel without swap has no such file.
-            swap: self.read("memory.swap.max").ok(),
-        };
-        if limits.swap.is_some() {
-            self.write("memory.swap.max", self.read("memory.swap.current")?.trim())?;
-        }
-        let most = current.saturating_sub(files) + HEADROOM;
-        let most = limits.memory.trim().parse().map_or(most, |limit: u64| limit.min(most));
-        match self.write("memory.max", &most.to_string()) {
-            Ok(()) => Ok(limits),
-            Err(error) => self.restore(&limits).and(Err(error)),
-        }
-    }
-
-    fn restore(&self, limits: &Limits) -> io::Result<()> {
-        if let Some(swap) = &limits.swap {
-            self.write("memory.swap.max", swap.trim())?;
-        }
-        self.write("memory.max", limits.memory.trim())
-    }
-
-    fn read(&self, file: &str) -> io::Result<String> {
-        fs::read_to_string(self.path(file))
-    }
-
-    fn write(&self, file: &str, value: &str) -> io::Result<()> {
-        fs::write(self.path(file), value)
-    }
-
-    fn path(&self, file: &str) -> PathBuf {
-        Path::new(&self.0).join(file)
     }
 }

@@ -3,13 +3,17 @@
 use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
-use bulkhead_tests::bundle;
-use bulkhead_tests::runtime::{finish, output, told};
+use bulkhead_tests::runtime::{comes_true, finish, output, told};
 use bulkhead_tests::vm::dist;
+use bulkhead_tests::{bundle, systemd};
 use tempfile::TempDir;
 
 use super::{wait_for_nothing, wait_until};
+
+/// How long systemd may take under emulation; a bound on hangs.
+const BOOT: Duration = Duration::from_secs(180);
 
 /// Podman with its storage in a directory of its own, and the image `box`.
 struct Podman {
@@ -107,6 +111,11 @@ fn a_container_does_what_podman_asks() {
     let ran = output(&mut podman.command(&run)).unwrap();
     assert_eq!(told(&ran), (Some(7), "out\n".to_owned(), String::new()));
 
+    // Podman asks for what the image has there: the program runs from memory.
+    let options = ["run", "--rm", "--network", "none", "--tmpfs", "/bin:exec", "box"];
+    let mounts = podman.ok(&[&options[..], &["cat", "/proc/mounts"]].concat());
+    assert!(mounts.contains("tmpfs /bin tmpfs rw,nosuid,nodev,"), "{mounts}");
+
     let script = "echo log; trap 'exit 5' TERM; while :; do sleep 0.1; done";
     podman.ok(&["run", "-d", "--name", "one", "--network", "none", "box", "sh", "-c", script]);
     wait_until(|| podman.ok(&["logs", "one"]) == "log");
@@ -137,5 +146,28 @@ fn a_container_does_what_podman_asks() {
     let stats = ["stats", "--no-stream", "--format", "{{.MemUsage}}", "one"];
     assert!(podman.ok(&stats).contains("MB"), "{}", podman.ok(&stats));
     podman.ok(&["rm", "--force", "--time", "0", "one"]);
+    wait_for_nothing(podman.directory());
+}
+
+#[test]
+fn a_system_container_boots_to_its_default_target_and_ends_when_it_is_asked() {
+    let podman = Podman::new();
+    let root = systemd::root(podman.directory()).unwrap();
+    let options = ["run", "-d", "--systemd=always", "--network", "none", "--name", "system"];
+    podman.ok(&[&options[..], &["--rootfs", root.to_str().unwrap(), "/lib/systemd/systemd"]].concat());
+    let asked = |verb: &[&str]| {
+        let line = [&["exec", "system", "systemctl"], verb].concat();
+        told(&output(&mut podman.command(&line)).unwrap())
+    };
+    let up = comes_true(BOOT, || asked(&["is-active", "default.target"]).1 == "active\n");
+    assert!(up, "{:?}", asked(&["list-jobs"]));
+    assert_eq!(asked(&["--failed", "--plain", "--no-legend"]).1, "");
+    assert_eq!(asked(&["is-system-running"]), (Some(0), "running\n".to_owned(), String::new()));
+    let services = asked(&["show", "--property", "ControlGroup", "systemd-journald"]);
+    assert_eq!(services.1, "ControlGroup=/system.slice/systemd-journald.service\n");
+    podman.ok(&["stop", "--time", "60", "system"]);
+    let ended = ["inspect", "--format", "{{.State.Status}} {{.State.ExitCode}}", "system"];
+    assert_eq!(podman.ok(&ended), "exited 0");
+    podman.ok(&["rm", "system"]);
     wait_for_nothing(podman.directory());
 }

@@ -161,7 +161,7 @@ impl Bundle {
 }
 
 /// Puts Debian's busybox into a root file system, under these names too.
-fn install_busybox(root: &Path, applets: &[&str]) -> Result<()> {
+pub(crate) fn install_busybox(root: &Path, applets: &[&str]) -> Result<()> {
     fs::create_dir_all(root.join("bin"))?;
     fs::copy(BUSYBOX, root.join("bin/busybox")).context(BUSYBOX)?;
     for applet in applets {

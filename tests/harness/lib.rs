@@ -5,4 +5,5 @@ pub mod docker;
 pub mod memory;
 pub mod runtime;
 pub mod soak;
+pub mod systemd;
 pub mod vm;

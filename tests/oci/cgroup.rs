@@ -53,7 +53,7 @@ fn bundle(resources: &Value) -> Bundle {
 fn the_whole_pod_is_in_it_with_its_limits() {
     let (_place, runtime) = (Place, Runtime::new().unwrap());
     let bundle = bundle(&json!({
-        "memory": {"limit": 64 << 20, "reservation": 32 << 20},
+        "memory": {"limit": 64 << 20, "reservation": 32 << 20, "swap": 64 << 20},
         "cpu": {"quota": 300_000, "period": 100_000, "shares": 2048},
         "pids": {"limit": 20},
     }));
@@ -68,6 +68,8 @@ fn the_whole_pod_is_in_it_with_its_limits() {
     // Beside the container's 64: 128 for the machine, 64 for its processes.
     assert_eq!(Place::read("memory.max"), (256 << 20).to_string());
     assert_eq!(Place::read("memory.low"), (32 << 20).to_string());
+    // Memory and swap together are as much as memory alone.
+    assert_eq!(Place::read("memory.swap.max"), "0");
     assert_eq!(Place::read("cpu.max"), "300000 100000");
     assert_ne!(Place::read("cpu.weight"), "100");
     assert_eq!(Place::read("pids.max"), (20 + 256).to_string());
@@ -121,9 +123,18 @@ fn limits_change_inside_and_outside_while_it_runs() {
     let inside =
         |file: &str| runtime.ok(&["exec", "c", "cat", &format!("/sys/fs/cgroup/{file}")]).unwrap();
     let outside = |mib: u64| ((mib + 128 + 64) << 20).to_string();
-    runtime.ok(&["update", "--memory", "64m", "--pids-limit", "30", "c"]).unwrap();
+    assert_eq!(
+        (inside("memory.swap.max").as_str(), Place::read("memory.swap.max").as_str()),
+        ("max\n", "max")
+    );
+    let less = ["--memory", "64m", "--memory-swap", "64m", "--pids-limit", "30"];
+    runtime.ok(&[&["update"], &less[..], &["c"]].concat()).unwrap();
     assert_eq!(inside("memory.max"), format!("{}\n", 64 << 20));
     assert_eq!(Place::read("memory.max"), outside(64));
+    assert_eq!(
+        (inside("memory.swap.max").as_str(), Place::read("memory.swap.max").as_str()),
+        ("0\n", "0")
+    );
     assert_eq!((inside("pids.max").as_str(), Place::read("pids.max").as_str()), ("30\n", "286"));
     // As a file from Docker: what is 0 or empty there stays.
     let update = json!({
@@ -151,8 +162,9 @@ fn limits_change_inside_and_outside_while_it_runs() {
     assert_eq!(Place::read("memory.max"), outside(64));
 
     runtime.ok(&["pause", "c"]).unwrap();
-    runtime.ok(&["update", "--memory", "-1", "c"]).unwrap();
+    runtime.ok(&["update", "--memory", "-1", "--memory-swap", "-1", "c"]).unwrap();
     assert_eq!(Place::read("memory.max"), "max");
+    assert_eq!(Place::read("memory.swap.max"), "max");
     runtime.ok(&["resume", "c"]).unwrap();
     assert_eq!(inside("memory.max"), "max\n");
     runtime.ok(&["kill", "c", "KILL"]).unwrap();

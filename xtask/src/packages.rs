@@ -7,12 +7,13 @@ use anyhow::{Context, Result, bail};
 
 use crate::cargo::succeed;
 
-const NEEDED: [&str; 27] = [
+const NEEDED: [&str; 29] = [
     "bc",
     "binutils",
     "bison",
     "busybox-static",
     "crun",
+    "dbus",
     "docker.io",
     "flex",
     "gcc",
@@ -31,6 +32,7 @@ const NEEDED: [&str; 27] = [
     "qemu-system-x86",
     "runc",
     "seabios",
+    "systemd",
     "tar",
     "util-linux",
     "xz-utils",

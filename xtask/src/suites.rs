@@ -26,6 +26,9 @@ const AT_ONCE: usize = 2;
 /// Options of every run in the test host; the time is a bound on hangs.
 const HOST: [&str; 4] = ["--memory", "8192", "--timeout", "2400"];
 
+/// Suites of another host than the plain one, and the option that makes it.
+const OTHER_HOSTS: [(&str, &str); 2] = [("systemd", "--systemd"), ("cgroup_v1", "--cgroup-v1")];
+
 /// Runs everything and prints the final line last, on standard output.
 pub(crate) fn run(clock: &mut Clock) -> Result<ExitCode> {
     image::build(clock)?;
@@ -127,7 +130,11 @@ fn all_inside(host: &Path, guests: Vec<Guest<'_>>) -> Result<Vec<(String, Durati
 fn inside(host: &Path, guest: Guest<'_>) -> Result<Tally> {
     say(&format!("==> {} in the test host", name(guest.test)));
     let mut command = Command::new(host);
-    command.args(HOST).arg("--").arg(&guest.test.executable).arg("--test-threads=1");
+    command.args(HOST);
+    let target = (&guest.test.package, &guest.test.target);
+    let other = OTHER_HOSTS.iter().find(|(suite, _)| target == (&SUITES.into(), &(*suite).into()));
+    command.args(other.map(|(_, option)| option));
+    command.arg("--").arg(&guest.test.executable).arg("--test-threads=1");
     if guest.ignored {
         command.arg("--ignored");
     }

@@ -23,7 +23,7 @@ pub use self::disks::{DISKS_MAX, Disk};
 pub use self::guest::{Kind, Shared};
 pub use self::id_map::IdMap;
 use self::refuse::Refusal;
-pub use self::resources::{merge, total};
+pub use self::resources::{merge, say_no_swap, total};
 pub use self::size::{HostSize, MACHINE_OVERHEAD_MIB, MachineSize};
 use crate::id::ContainerId;
 use crate::neighbours::{Joined, Neighbours};

@@ -54,6 +54,18 @@ pub(super) fn for_guest(resources: &mut LinuxResources) {
     if let Some(cpu) = resources.cpu_mut() {
         cpu.set_cpus(None).set_mems(None);
     }
+    say_no_swap(resources);
+}
+
+/// Names the file that says "no swap" where memory and swap together are the limit: libcgroups takes
+/// a swap of 0 for none given, and leaves `memory.swap.max` of cgroup v2 as it is.
+pub fn say_no_swap(resources: &mut LinuxResources) {
+    let Some(memory) = resources.memory() else { return };
+    if memory.limit().is_some_and(|limit| limit > 0) && memory.swap() == memory.limit() {
+        let mut unified = resources.unified().clone().unwrap_or_default();
+        unified.entry("memory.swap.max".to_owned()).or_insert_with(|| "0".to_owned());
+        resources.set_unified(Some(unified));
+    }
 }
 
 /// What the containers of one pod may use together. What one of them may use without limit, the pod
@@ -191,5 +203,22 @@ mod tests {
         .unwrap();
         for_guest(&mut resources);
         assert_eq!(serde_json::to_value(resources).unwrap(), json!({"cpu": {"quota": 7}}));
+    }
+    #[test]
+    fn no_swap_is_said_only_where_there_is_none() {
+        let said = |memory: Value| {
+            let mut resources = serde_json::from_value(json!({"memory": memory})).unwrap();
+            say_no_swap(&mut resources);
+            resources.unified().clone().and_then(|files| files.get("memory.swap.max").cloned())
+        };
+        assert_eq!(said(json!({"limit": 5, "swap": 5})).as_deref(), Some("0"));
+        for memory in [
+            json!({"limit": 5, "swap": 6}),
+            json!({"limit": 5}),
+            json!({"limit": -1, "swap": -1}),
+            json!({}),
+        ] {
+            assert_eq!(said(memory), None);
+        }
     }
 }

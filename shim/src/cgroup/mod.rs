@@ -7,10 +7,14 @@
 
 mod limits;
 mod lowering;
+mod memory;
+mod stats;
+mod units;
 
 use std::fs;
 use std::io;
 use std::path::{Component, Path, PathBuf};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use libcgroups::common::{
@@ -20,17 +24,25 @@ use libcgroups::common::{
 };
 use libcgroups::stats::Stats;
 use libcgroups_nix::unistd::Pid;
+use nix::sched::{CloneFlags, unshare};
 use oci_spec::runtime::LinuxResources;
+use rustix::process::{Signal, kill_process};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 pub use self::limits::Limits;
+pub use self::memory::{Memory, drain};
+use crate::bundle;
 use crate::id::ContainerId;
 
-/// What a scope of systemd is called before the container's name, when nobody says it.
-const SCOPE_PREFIX: &str = "bulkhead";
+/// Nanoseconds of a microsecond.
+const NANOSECONDS: u64 = 1000;
+/// Microseconds of one of the hundredths of a second in which the kernel tells programs times.
+const TICK: u64 = 10_000;
 /// How long what is in a cgroup that is removed may take to die.
 const DYING: Duration = Duration::from_secs(10);
+/// How long systemd is left alone before it is asked again.
+const ASKED: Duration = Duration::from_millis(10);
 
 /// Why a cgroup is not as it should be.
 #[derive(Debug, Error)]
@@ -74,6 +86,20 @@ pub enum CgroupError {
         /// Who is there.
         count: usize,
     },
+    /// What it uses cannot be read.
+    #[error("what {} uses", .path.display())]
+    Stats {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        source: io::Error,
+    },
+    /// systemd does not remove it.
+    #[error("unit {} is still there {} s after systemd was asked to stop it", .0.display(), DYING.as_secs())]
+    Stays(PathBuf),
+    /// It cannot be done apart.
+    #[error("the thread that sets cgroups")]
+    Thread(#[source] io::Error),
     /// Where this process is cannot be read.
     #[error("/proc/self/cgroup")]
     Own(#[source] io::Error),
@@ -106,7 +132,7 @@ impl Cgroup {
             if !unified {
                 return Err(CgroupError::UnitOnV1);
             }
-            unit(container, given)?
+            units::name(container, given)?
         } else {
             let path = given.unwrap_or(Path::new(container.as_str()));
             let beside = if unified && path.is_relative() { beside_own()? } else { "/".into() };
@@ -121,7 +147,7 @@ impl Cgroup {
     /// [`CgroupError::Taken`].
     pub fn check_free(&self) -> Result<(), CgroupError> {
         // One that does not exist cannot be listed.
-        let count = self.open()?.get_all_pids().map_or(0, |pids| pids.len());
+        let count = self.kept(|cgroup| Ok(cgroup.get_all_pids().map_or(0, |pids| pids.len())))?;
         match count {
             0 => Ok(()),
             count => Err(CgroupError::Taken { path: self.path.clone(), count }),
@@ -133,7 +159,13 @@ impl Cgroup {
     /// # Errors
     /// When the host does not let it.
     pub fn add(&self, pid: u32) -> Result<(), CgroupError> {
-        self.open()?.add_task(Pid::from_raw(pid.cast_signed())).map_err(self.failed())
+        let pid = Pid::from_raw(pid.cast_signed());
+        self.kept(|cgroup| cgroup.add_task(pid))?;
+        if self.systemd {
+            // systemd enables only the controllers that it knows itself.
+            self.files()?.add_task(pid).map_err(self.failed())?;
+        }
+        Ok(())
     }
 
     /// Sets limits; what they leave out stays as it is.
@@ -141,13 +173,13 @@ impl Cgroup {
     /// # Errors
     /// When the host has no such limit, or refuses the value.
     pub fn limit(&self, resources: &LinuxResources) -> Result<(), CgroupError> {
-        let options = ControllerOpt {
-            resources,
-            disable_oom_killer: false,
-            oom_score_adj: None,
-            freezer_state: None,
-        };
-        self.open()?.apply(&options).map_err(self.failed())
+        let mut resources = resources.clone();
+        if self.systemd {
+            // So that it keeps them; what it does not know is only in the files.
+            self.kept(|cgroup| cgroup.apply(&options(&resources)))?;
+        }
+        bundle::say_no_swap(&mut resources);
+        Self::apart(|| self.files()?.apply(&options(&resources)).map_err(self.failed()))
     }
 
     /// What is used.
@@ -155,7 +187,16 @@ impl Cgroup {
     /// # Errors
     /// When it is not there.
     pub fn stats(&self) -> Result<Stats, CgroupError> {
-        self.open()?.stats().map_err(self.failed())
+        if self.systemd {
+            let path = units::path(&self.path);
+            let directory =
+                Path::new(DEFAULT_CGROUP_ROOT).join(path.strip_prefix("/").unwrap_or(&path));
+            return stats::of_scope(&directory)
+                .map_err(|source| CgroupError::Stats { path: self.path.clone(), source });
+        }
+        let cgroup = self.files()?;
+        let stats = cgroup.stats().map_err(self.failed())?;
+        Ok(if matches!(cgroup, AnyCgroupManager::V1(_)) { in_units_of_v2(stats) } else { stats })
     }
 
     /// Removes it, and kills what is still in it; one that is gone already is no error.
@@ -163,23 +204,65 @@ impl Cgroup {
     /// # Errors
     /// When the host does not let it, or what is in it does not die.
     pub fn remove(&self) -> Result<(), CgroupError> {
-        let cgroup = self.open()?;
         let deadline = Instant::now() + DYING;
-        // One try of libcgroups is over in a tenth of a second.
-        loop {
-            match cgroup.remove() {
-                Err(_) if Instant::now() < deadline => {}
-                removed => return removed.map_err(self.failed()),
+        let gone = self.kept(|cgroup| {
+            // One try of libcgroups is over in a tenth of a second.
+            loop {
+                if self.systemd {
+                    kill(cgroup);
+                }
+                match cgroup.remove() {
+                    Err(_) if Instant::now() < deadline => {}
+                    // systemd has only been asked.
+                    Ok(()) if self.systemd && cgroup.get_all_pids().is_ok() => {
+                        if Instant::now() >= deadline {
+                            return Ok(false);
+                        }
+                        thread::sleep(ASKED);
+                    }
+                    removed => return removed.map(|()| true),
+                }
             }
-        }
+        })?;
+        if gone { Ok(()) } else { Err(CgroupError::Stays(self.path.clone())) }
     }
 
-    fn open(&self) -> Result<AnyCgroupManager, CgroupError> {
-        let config = CgroupConfig {
-            cgroup_path: self.path.clone(),
-            systemd_cgroup: self.systemd,
-            container_name: self.container.to_string(),
+    /// Does something with the cgroup by whoever keeps it.
+    fn kept<T: Send>(
+        &self,
+        act: impl FnOnce(&AnyCgroupManager) -> Result<T, AnyManagerError> + Send,
+    ) -> Result<T, CgroupError> {
+        let act = || act(&self.by(self.path.clone(), self.systemd)?).map_err(self.failed());
+        if self.systemd { Self::apart(act) } else { act() }
+    }
+
+    /// Does something in a thread that has a table of descriptors of its own, which goes with it.
+    /// libcgroups neither closes its connection to systemd nor the programs for devices that it loads,
+    /// and lets programs that are started meanwhile inherit the connection.
+    fn apart<T: Send>(
+        act: impl FnOnce() -> Result<T, CgroupError> + Send,
+    ) -> Result<T, CgroupError> {
+        let apart = || {
+            unshare(CloneFlags::CLONE_FILES).map_err(|error| CgroupError::Thread(error.into()))?;
+            act()
         };
+        let ended = thread::scope(|scope| scope.spawn(apart).join());
+        ended.unwrap_or_else(|_| Err(CgroupError::Thread(io::Error::other("it panicked"))))
+    }
+
+    /// The cgroup by its files, also where systemd keeps it.
+    fn files(&self) -> Result<AnyCgroupManager, CgroupError> {
+        let path = if self.systemd { units::path(&self.path) } else { self.path.clone() };
+        self.by(path, false)
+    }
+
+    fn by(
+        &self,
+        cgroup_path: PathBuf,
+        systemd_cgroup: bool,
+    ) -> Result<AnyCgroupManager, CgroupError> {
+        let container_name = self.container.to_string();
+        let config = CgroupConfig { cgroup_path, systemd_cgroup, container_name };
         create_cgroup_manager(config)
             .map_err(|source| CgroupError::Open { path: self.path.clone(), source: source.into() })
     }
@@ -189,56 +272,71 @@ impl Cgroup {
     }
 }
 
+fn options(resources: &LinuxResources) -> ControllerOpt<'_> {
+    ControllerOpt { resources, disable_oom_killer: false, oom_score_adj: None, freezer_state: None }
+}
+
+/// Kills who is in it; systemd would ask them to end, and wait.
+fn kill(cgroup: &AnyCgroupManager) {
+    for pid in cgroup.get_all_pids().unwrap_or_default() {
+        if let Some(pid) = rustix::process::Pid::from_raw(pid.as_raw()) {
+            // It may have ended meanwhile.
+            let _ = kill_process(pid, Signal::KILL);
+        }
+    }
+}
+
 /// Moves this process to the root of the hierarchies, where it does not keep a cgroup from being
 /// removed. Takes the kernel some milliseconds, in which it waits for a grace period.
 ///
 /// # Errors
 /// When the host does not let it.
 pub fn leave(container: &ContainerId) -> Result<(), CgroupError> {
-    if below_root(std::process::id()).is_ok_and(|own| own.as_os_str().is_empty()) {
+    let own = paths_of(std::process::id()).unwrap_or_default();
+    if !own.is_empty() && own.iter().all(|(_, path)| path.as_os_str().is_empty()) {
         return Ok(());
     }
     let root = Cgroup { path: "/".into(), systemd: false, container: container.clone() };
     root.add(std::process::id())
 }
 
-/// The directory of a process's cgroup of version 2.
-///
-/// # Errors
-/// When there is no such process, or no such cgroup.
-pub fn unified(pid: u32) -> io::Result<PathBuf> {
-    Ok(Path::new(DEFAULT_CGROUP_ROOT).join(below_root(pid)?))
+/// The cgroups of a process: the controllers of each hierarchy, none for version 2, and the path from
+/// its root, empty for the root itself.
+fn paths_of(pid: u32) -> io::Result<Vec<(String, PathBuf)>> {
+    let listed = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
+    let paths = listed.lines().filter_map(|line| {
+        let (controllers, path) = line.split_once(':')?.1.split_once(":/")?;
+        Some((controllers.to_owned(), path.into()))
+    });
+    Ok(paths.collect())
 }
 
-/// The path of a process's cgroup of version 2 from the root, empty for the root itself.
-fn below_root(pid: u32) -> io::Result<PathBuf> {
-    let listed = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
-    let path = listed.lines().find_map(|line| line.strip_prefix("0::/"));
-    Ok(path.ok_or(io::ErrorKind::NotFound)?.into())
+/// Numbers of version 1 as version 2 has them: times in microseconds, swap without memory.
+fn in_units_of_v2(mut stats: Stats) -> Stats {
+    let usage = &mut stats.cpu.usage;
+    usage.usage_total /= NANOSECONDS;
+    usage.usage_user *= TICK;
+    usage.usage_kernel *= TICK;
+    stats.cpu.throttling.throttled_time /= NANOSECONDS;
+    let (memory, swap) = (&stats.memory.memory, &mut stats.memory.memswap);
+    swap.usage = swap.usage.saturating_sub(memory.usage);
+    swap.limit = swap.limit.saturating_sub(memory.limit);
+    stats
 }
 
 /// The number behind a name in a file such as `memory.events`; 0 when it is not there.
 #[must_use]
-pub fn flat(text: &str, name: &str) -> u64 {
+fn flat(text: &str, name: &str) -> u64 {
     let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
     value.and_then(|value| value.trim().parse().ok()).unwrap_or(0)
-}
-
-/// The unit of systemd: `slice:prefix:name`.
-fn unit(container: &ContainerId, given: Option<&Path>) -> Result<PathBuf, CgroupError> {
-    let Some(given) = given else {
-        return Ok(format!("system.slice:{SCOPE_PREFIX}:{container}").into());
-    };
-    match given.to_str().map(|path| path.split(':').count()) {
-        Some(3) => Ok(given.to_owned()),
-        _ => Err(CgroupError::NotAUnit(given.to_owned())),
-    }
 }
 
 /// Where a relative path of cgroup v2 begins: the parent of this process's own cgroup, as processes
 /// in it keep it from having limited ones below.
 fn beside_own() -> Result<PathBuf, CgroupError> {
-    let own = below_root(std::process::id()).map_err(CgroupError::Own)?;
+    let listed = paths_of(std::process::id()).map_err(CgroupError::Own)?;
+    let own = listed.into_iter().find(|(controllers, _)| controllers.is_empty());
+    let (_, own) = own.ok_or_else(|| CgroupError::Own(io::ErrorKind::NotFound.into()))?;
     Ok(Path::new("/").join(own.parent().unwrap_or(Path::new(""))))
 }
 
@@ -281,14 +379,14 @@ mod tests {
     }
 
     #[test]
-    fn units_have_three_parts() {
-        let id: ContainerId = "c".parse().unwrap();
-        assert_eq!(unit(&id, None).unwrap(), Path::new("system.slice:bulkhead:c"));
-        let given = Path::new("machine.slice:libpod:1");
-        assert_eq!(unit(&id, Some(given)).unwrap(), given);
-        for given in ["/docker/x", "a:b", "a:b:c:d"] {
-            let error = unit(&id, Some(Path::new(given))).unwrap_err().to_string();
-            assert!(error.contains("slice:prefix:name") && error.contains(given), "{error}");
-        }
+    fn numbers_of_v1_are_told_as_those_of_v2() {
+        let mut stats = Stats::default();
+        stats.cpu.usage.usage_total = 7_000_000;
+        stats.cpu.usage.usage_user = 3;
+        stats.memory.memory.usage = 5;
+        stats.memory.memswap.usage = 7;
+        let stats = in_units_of_v2(stats);
+        assert_eq!((stats.cpu.usage.usage_total, stats.cpu.usage.usage_user), (7_000, 30_000));
+        assert_eq!(stats.memory.memswap.usage, 2);
     }
 }

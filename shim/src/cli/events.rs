@@ -5,23 +5,24 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::{self, Write};
-use std::mem::MaybeUninit;
-use std::path::PathBuf;
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
 use libcgroups::stats::{BlkioDeviceStat, MemoryData, Stats};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 use serde_json::{Map, Value, json};
 
 use super::args::{Events, Global};
-use crate::cgroup;
+use crate::cgroup::{self, Memory};
 use crate::lifecycle::Status;
 use crate::state::Home;
 
 /// How often it is looked whether the container has ended.
 const LOOK: Duration = Duration::from_millis(500);
+
+/// How long a kill may take to be counted.
+const KILLING: Duration = Duration::from_millis(500);
 
 pub(super) fn events(global: &Global, events: &Events) -> anyhow::Result<()> {
     ensure!(!events.interval.is_zero(), "duration interval must be greater than 0");
@@ -41,7 +42,7 @@ pub(super) fn events(global: &Global, events: &Events) -> anyhow::Result<()> {
     if events.stats {
         return Ok(tell("stats", Some(shown(&cgroup.stats()?)))?);
     }
-    let mut kills = Kills::watch(cgroup::unified(state.keeper.pid)?.join("memory.events"))?;
+    let mut kills = Kills::watch(state.keeper.pid).context("memory of the container's cgroup")?;
     let mut next = Instant::now() + events.interval;
     loop {
         let patience = next.saturating_duration_since(Instant::now()).min(LOOK);
@@ -63,17 +64,17 @@ pub(super) fn events(global: &Global, events: &Events) -> anyhow::Result<()> {
 
 /// The kills for want of memory that a cgroup counts.
 struct Kills {
-    file: PathBuf,
-    changes: std::os::fd::OwnedFd,
+    memory: Memory,
+    changes: OwnedFd,
     seen: u64,
 }
 
 impl Kills {
-    fn watch(file: PathBuf) -> anyhow::Result<Self> {
-        let changes = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
-        inotify::add_watch(&changes, &file, WatchFlags::MODIFY)
-            .with_context(|| file.display().to_string())?;
-        let mut kills = Self { file, changes, seen: 0 };
+    /// Those in a process's cgroup from now on.
+    fn watch(pid: u32) -> io::Result<Self> {
+        let memory = Memory::of(pid)?;
+        let changes = memory.watch()?;
+        let mut kills = Self { memory, changes, seen: 0 };
         kills.more();
         Ok(kills)
     }
@@ -85,17 +86,21 @@ impl Kills {
             Ok(0) | Err(rustix::io::Errno::INTR) => return Ok(0),
             other => other?,
         };
-        // Which change it was the file itself says.
-        let mut space = [MaybeUninit::uninit(); 1024];
-        let mut reader = inotify::Reader::new(&self.changes, &mut space);
-        while reader.next().is_ok() {}
-        Ok(self.more())
+        cgroup::drain(&self.changes);
+        let deadline = Instant::now() + KILLING;
+        loop {
+            match self.more() {
+                0 if self.memory.counts_late() && Instant::now() < deadline => {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+                more => return Ok(more),
+            }
+        }
     }
 
     fn more(&mut self) -> u64 {
         // A cgroup that is gone counts nothing more.
-        let events = std::fs::read_to_string(&self.file).unwrap_or_default();
-        let count = cgroup::flat(&events, "oom_kill").max(self.seen);
+        let count = self.memory.kills().unwrap_or(0).max(self.seen);
         count - std::mem::replace(&mut self.seen, count)
     }
 }
@@ -112,6 +117,7 @@ fn shown(stats: &Stats) -> Value {
         limit: memory.limit.saturating_add(swap.limit),
         ..MemoryData::default()
     };
+    let raw_value = |name| stats.memory.stats.get(name);
     let raw: BTreeMap<_, _> = stats.memory.stats.iter().collect();
     json!({
         "cpu": {
@@ -127,7 +133,8 @@ fn shown(stats: &Stats) -> Value {
             ]),
         },
         "memory": {
-            "cache": stats.memory.stats.get("file").unwrap_or(&0),
+            // Of cgroup v2, of v1.
+            "cache": raw_value("file").or(raw_value("cache")).unwrap_or(&0),
             "usage": amount(memory),
             "swap": amount(&with_swap),
             "kernel": {"limit": 0, "failcnt": 0},

@@ -1,0 +1,178 @@
+//! Mounts with the option `tmpcopyup`, which Podman gives its file systems in memory: they begin with
+//! what the root file system has in their place. libcontainer does not know the option, so such a
+//! file system is made and filled here, and is a bind mount to libcontainer.
+
+use std::ffi::CString;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::{Mount, Spec};
+use rustix::fs::{
+    AtFlags, CWD, Dir, FileType, Gid, Mode, OFlags, ResolveFlags, Stat, Uid, chmodat, chownat,
+    fchmod, fchown, fstat, mkdirat, mknodat, openat, openat2, readlinkat, statat, symlinkat,
+};
+use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+
+const OPTION: &str = "tmpcopyup";
+/// Below this directory nothing is copied: a tree that is deeper is nobody's honest root.
+const DEPTH_MAX: usize = 64;
+
+/// File systems that wait to be mounted in a container, at paths of the guest; dropped, they are the
+/// container's alone.
+#[derive(Debug, Default)]
+pub(crate) struct CopiedUp(Vec<PathBuf>);
+
+impl CopiedUp {
+    /// Makes and fills what a specification asks for, below `directory`, and has the specification
+    /// mount it.
+    ///
+    /// # Errors
+    /// When there is no memory for it, or what is to be copied cannot be read.
+    pub(crate) fn prepare(spec: &mut Spec, directory: &Path) -> io::Result<Self> {
+        let mut made = Self::default();
+        let root = spec.root().as_ref().map(|root| root.path().clone()).unwrap_or_default();
+        for (number, mount) in spec.mounts_mut().iter_mut().flatten().enumerate() {
+            let mut options = mount.options().clone().unwrap_or_default();
+            let before = options.len();
+            options.retain(|option| option != OPTION);
+            if options.len() == before {
+                continue;
+            }
+            mount.set_options(Some(options));
+            if mount.typ().as_deref() == Some("tmpfs")
+                && let Some(below) = open_in(&root, mount.destination())?
+            {
+                let target = directory.join(format!("copied-up-{number}"));
+                made.fill(mount, below, target)?;
+            }
+        }
+        Ok(made)
+    }
+
+    fn fill(&mut self, asked: &mut Mount, from: OwnedFd, target: PathBuf) -> io::Result<()> {
+        std::fs::create_dir_all(&target)?;
+        let options = asked.options().clone().unwrap_or_default();
+        // Those with a value are the file system's, the others the mount's.
+        let (data, flags): (Vec<_>, Vec<_>) =
+            options.into_iter().partition(|option| option.contains('='));
+        let has_mode = data.iter().any(|option| option.starts_with("mode="));
+        let joined = CString::new(data.join(","))?;
+        mount("tmpfs", &target, "tmpfs", MountFlags::empty(), joined.as_c_str())?;
+        self.0.push(target.clone());
+        let to = openat(CWD, &target, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+        let stat = fstat(&from)?;
+        if !has_mode {
+            own(to.as_fd(), &stat)?;
+        }
+        copy_directory(&from, &to, DEPTH_MAX)?;
+        asked.set_typ(Some("bind".to_owned()));
+        asked.set_source(Some(target));
+        asked.set_options(Some(flags.into_iter().chain(["bind".to_owned()]).collect()));
+        Ok(())
+    }
+}
+
+impl Drop for CopiedUp {
+    fn drop(&mut self) {
+        for target in &self.0 {
+            // Nothing can be done about what stays but to go on.
+            let _ = unmount(target, UnmountFlags::DETACH);
+            let _ = std::fs::remove_dir(target);
+        }
+    }
+}
+
+/// The directory at a container's path, if there is one.
+fn open_in(root: &Path, path: &Path) -> io::Result<Option<OwnedFd>> {
+    let flags = OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let root = openat(CWD, root, flags | OFlags::PATH, Mode::empty())?;
+    Ok(openat2(&root, path, flags, Mode::empty(), ResolveFlags::IN_ROOT).ok())
+}
+
+/// Copies what is in one directory into another that is empty, names as they are, never through one
+/// of them.
+fn copy_directory(from: &OwnedFd, to: &OwnedFd, depth: usize) -> io::Result<()> {
+    for entry in Dir::read_from(from)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        if matches!(name.to_bytes(), b"." | b"..") {
+            continue;
+        }
+        let stat = statat(from, name, AtFlags::SYMLINK_NOFOLLOW)?;
+        let open = |at: &OwnedFd, flags| {
+            openat(at, name, flags | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::RWXU)
+        };
+        match FileType::from_raw_mode(stat.st_mode) {
+            FileType::Directory if depth == 0 => return Err(io::ErrorKind::InvalidInput.into()),
+            FileType::Directory => {
+                mkdirat(to, name, Mode::RWXU)?;
+                let made = open(to, OFlags::DIRECTORY)?;
+                copy_directory(&open(from, OFlags::DIRECTORY)?, &made, depth - 1)?;
+                own(made.as_fd(), &stat)?;
+            }
+            FileType::RegularFile => {
+                let made = open(to, OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL)?;
+                let mut made = File::from(made);
+                io::copy(&mut File::from(open(from, OFlags::RDONLY)?), &mut made)?;
+                own(made.as_fd(), &stat)?;
+            }
+            FileType::Symlink => {
+                symlinkat(readlinkat(from, name, Vec::new())?, to, name)?;
+                chownat(to, name, owner(&stat), group(&stat), AtFlags::SYMLINK_NOFOLLOW)?;
+            }
+            kind => {
+                let mode = Mode::from_raw_mode(stat.st_mode);
+                mknodat(to, name, kind, mode, stat.st_rdev)?;
+                chownat(to, name, owner(&stat), group(&stat), AtFlags::SYMLINK_NOFOLLOW)?;
+                chmodat(to, name, mode, AtFlags::empty())?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Gives a file the owner and the mode of another.
+fn own(file: BorrowedFd<'_>, stat: &Stat) -> io::Result<()> {
+    fchown(file, owner(stat), group(stat))?;
+    Ok(fchmod(file, Mode::from_raw_mode(stat.st_mode))?)
+}
+
+fn owner(stat: &Stat) -> Option<Uid> {
+    Some(Uid::from_raw(stat.st_uid))
+}
+
+fn group(stat: &Stat) -> Option<Gid> {
+    Some(Gid::from_raw(stat.st_gid))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::unix::fs::{PermissionsExt as _, symlink};
+
+    use super::*;
+
+    fn opened(path: &Path) -> OwnedFd {
+        openat(CWD, path, OFlags::DIRECTORY, Mode::empty()).unwrap()
+    }
+
+    #[test]
+    fn a_tree_is_copied_as_it_is_and_links_are_not_followed() {
+        let (from, to) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        fs::create_dir_all(from.path().join("a/b")).unwrap();
+        fs::write(from.path().join("a/b/file"), "text").unwrap();
+        fs::set_permissions(from.path().join("a/b/file"), fs::Permissions::from_mode(0o640))
+            .unwrap();
+        fs::set_permissions(from.path().join("a"), fs::Permissions::from_mode(0o1777)).unwrap();
+        symlink("/etc", from.path().join("link")).unwrap();
+        copy_directory(&opened(from.path()), &opened(to.path()), DEPTH_MAX).unwrap();
+        let mode = |path: &str| fs::metadata(to.path().join(path)).unwrap().permissions().mode();
+        assert_eq!(fs::read(to.path().join("a/b/file")).unwrap(), b"text");
+        assert_eq!((mode("a") & 0o7777, mode("a/b/file") & 0o7777), (0o1777, 0o640));
+        assert_eq!(fs::read_link(to.path().join("link")).unwrap(), Path::new("/etc"));
+        let deep = copy_directory(&opened(from.path()), &opened(&from.path().join("a/b")), 1);
+        assert_eq!(deep.unwrap_err().kind(), io::ErrorKind::InvalidInput);
+    }
+}

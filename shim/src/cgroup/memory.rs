@@ -1,0 +1,157 @@
+//! The memory controller of a process's cgroup: of version 2 (Documentation/admin-guide/cgroup-v2.rst,
+//! "Memory"), or of version 1 (Documentation/admin-guide/cgroup-v1/memory.rst).
+
+use std::fs::{self, File};
+use std::io;
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use libcgroups::common::DEFAULT_CGROUP_ROOT;
+use rustix::event::{EventfdFlags, eventfd};
+use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
+
+use super::{flat, paths_of};
+
+/// The controller's files.
+#[derive(Debug)]
+struct Files {
+    used: &'static str,
+    limit: &'static str,
+    /// What keeps memory from being swapped out, and the file with the value that does it now; 0
+    /// without one.
+    swap: (&'static str, Option<&'static str>),
+    /// Where kills are counted.
+    kills: &'static str,
+}
+
+const V1: Files = Files {
+    used: "memory.usage_in_bytes",
+    limit: "memory.limit_in_bytes",
+    swap: ("memory.swappiness", None),
+    kills: "memory.oom_control",
+};
+const V2: Files = Files {
+    used: "memory.current",
+    limit: "memory.max",
+    swap: ("memory.swap.max", Some("memory.swap.current")),
+    kills: "memory.events",
+};
+
+/// What a cgroup may use and has used of memory.
+#[derive(Debug)]
+pub struct Memory {
+    directory: PathBuf,
+    files: &'static Files,
+}
+
+/// What [`Memory::hold`] has changed.
+#[derive(Debug)]
+pub struct Held {
+    limit: String,
+    swap: Option<String>,
+}
+
+impl Memory {
+    /// That of a process's cgroup.
+    ///
+    /// # Errors
+    /// When there is no such process, or the controller is nowhere.
+    pub fn of(pid: u32) -> io::Result<Self> {
+        let root = Path::new(DEFAULT_CGROUP_ROOT);
+        let mut unified = None;
+        for (controllers, path) in paths_of(pid)? {
+            if controllers.split(',').any(|name| name == "memory") {
+                return Ok(Self { directory: root.join("memory").join(path), files: &V1 });
+            }
+            if controllers.is_empty() {
+                unified = Some(Self { directory: root.join(path), files: &V2 });
+            }
+        }
+        unified.ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
+
+    /// How often a process in it was killed for want of memory.
+    ///
+    /// # Errors
+    /// When it is gone.
+    pub fn kills(&self) -> io::Result<u64> {
+        Ok(flat(&self.read(self.files.kills)?, "oom_kill"))
+    }
+
+    /// Whether a kill is counted only after [`Memory::watch`] has told of it.
+    #[must_use]
+    pub fn counts_late(&self) -> bool {
+        std::ptr::eq(self.files, &V1)
+    }
+
+    /// What becomes readable when there may be one more kill; reading from it does not block.
+    ///
+    /// # Errors
+    /// When it is gone.
+    pub fn watch(&self) -> io::Result<OwnedFd> {
+        let file = self.directory.join(self.files.kills);
+        if !self.counts_late() {
+            let changes = inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK)?;
+            inotify::add_watch(&changes, &file, WatchFlags::MODIFY)?;
+            return Ok(changes);
+        }
+        let changes = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK)?;
+        let kills = File::open(file)?;
+        let order = format!("{} {}", changes.as_raw_fd(), kills.as_raw_fd());
+        self.write("cgroup.event_control", &order)?;
+        Ok(changes)
+    }
+
+    /// Limits the cgroup to what cannot be taken from it and `more` bytes.
+    ///
+    /// # Errors
+    /// When the kernel does not let it; all is as before then.
+    pub fn hold(&self, more: u64) -> io::Result<Held> {
+        let stat = self.read("memory.stat")?;
+        let files = flat(&stat, "active_file") + flat(&stat, "inactive_file");
+        let used: u64 = self.read(self.files.used)?.trim().parse().map_err(io::Error::other)?;
+        let (swap, now) = self.files.swap;
+        let held = Held {
+            limit: self.read(self.files.limit)?,
+            // A kernel without swap has no such file.
+            swap: self.read(swap).ok(),
+        };
+        if held.swap.is_some() {
+            let now = now.map_or_else(|| Ok("0".to_owned()), |file| self.read(file))?;
+            self.write(swap, now.trim())?;
+        }
+        let most = used.saturating_sub(files) + more;
+        let most = held.limit.trim().parse().map_or(most, |limit: u64| limit.min(most));
+        match self.write(self.files.limit, &most.to_string()) {
+            Ok(()) => Ok(held),
+            Err(error) => self.restore(&held).and(Err(error)),
+        }
+    }
+
+    /// Takes back what [`Memory::hold`] did.
+    ///
+    /// # Errors
+    /// When it is gone.
+    pub fn restore(&self, held: &Held) -> io::Result<()> {
+        if let Some(swap) = &held.swap {
+            self.write(self.files.swap.0, swap.trim())?;
+        }
+        self.write(self.files.limit, held.limit.trim())
+    }
+
+    fn read(&self, file: &str) -> io::Result<String> {
+        fs::read_to_string(self.directory.join(file))
+    }
+
+    fn write(&self, file: &str, value: &str) -> io::Result<()> {
+        fs::write(self.directory.join(file), value)
+    }
+}
+
+/// Takes everything from what [`Memory::watch`] gave.
+pub fn drain(changes: &OwnedFd) {
+    let mut space = [MaybeUninit::uninit(); 1024];
+    // Which change it was the counter itself says.
+    while rustix::io::read(changes, &mut space).is_ok_and(|(read, _)| !read.is_empty()) {}
+}

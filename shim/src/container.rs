@@ -411,7 +411,11 @@ impl Container {
         let (exit, reason) = proxy::until_end(&pod, target, &stand_in).await;
         if exit.oom_killed {
             // Before anybody sees the end, so that it is known why.
-            let reported = tokio::task::spawn_blocking(oom::report).await;
+            let state = self.state().await;
+            // The pod's processes are in another container's cgroup, or were.
+            let own = state.cgroup.filter(|_| state.joined);
+            let report = move || oom::report(own.as_ref());
+            let reported = tokio::task::spawn_blocking(report).await;
             if let Err(error) = reported.map_err(std::io::Error::from).flatten() {
                 tracing::warn!(error = %error, "host was not told that memory ran out");
             }

@@ -1,10 +1,10 @@
 //! Tells the host that the guest's kernel has killed for want of memory.
 //!
 //! Callers learn of such a kill from the cgroup that they know: containerd's shim for runc and
-//! "bulkhead events" watch `memory.events` of cgroup v2 there, or `memory.oom_control` of v1. But the kill was the guest's, and the
-//! host has counted nothing. So the host is made to count one: a child of this process, whose only
-//! purpose it is, takes more memory than the cgroup may have for that moment, and is killed. It is
-//! the first in the kernel's choice, so nothing else of the pod is hurt.
+//! "bulkhead events" watch `memory.events` of cgroup v2 there, or `memory.oom_control` of v1. But the
+//! kill was the guest's, and the host has counted nothing. So the host is made to count one: a child
+//! of this process, whose only purpose it is, takes more memory than the cgroup may have for that
+//! moment, and is killed. It is the first in the kernel's choice, so nothing else of the pod is hurt.
 
 use std::fs;
 use std::io::{self, Read, Write};
@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use rustix::mm::{MlockAllFlags, mlockall};
 
-use crate::cgroup::Memory;
+use crate::cgroup::{Cgroup, Memory};
 
 /// What the pod may have beside what it has, while its victim is being killed, in bytes.
 const HEADROOM: u64 = 16 << 20;
@@ -25,14 +25,17 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// What makes a process the first to be killed: proc(5).
 const FIRST: &str = "1000";
 
-/// Has the host count a kill in this process's cgroup. Blocks for some milliseconds.
+/// Has the host count a kill in a cgroup, or in this process's own. Blocks for some milliseconds.
 ///
 /// # Errors
 /// When the host does not count memory, or did not kill.
-pub fn report() -> io::Result<()> {
-    let cgroup = Memory::of(std::process::id())?;
-    let before = cgroup.kills()?;
+pub fn report(other: Option<&Cgroup>) -> io::Result<()> {
     let mut victim = Victim::spawn()?;
+    if let Some(cgroup) = other {
+        cgroup.add(victim.0.id()).map_err(io::Error::other)?;
+    }
+    let cgroup = Memory::of(victim.0.id())?;
+    let before = cgroup.kills()?;
     let limits = cgroup.hold(HEADROOM)?;
     let killed = victim.demand();
     cgroup.restore(&limits)?;

@@ -121,6 +121,51 @@ fn the_pod_outlives_its_first_container() {
     runtime.assert_clean().unwrap();
 }
 
+#[test]
+fn memory_that_ran_out_in_one_is_told_in_its_cgroup() {
+    let runtime = Runtime::new().unwrap();
+    let _a = first(&runtime);
+    let limits = |spec: &mut Value| {
+        spec["linux"]["cgroupsPath"] = json!("/bulkhead-pods/greedy");
+        spec["linux"]["resources"] = json!({"memory": {"limit": 32 << 20, "swap": 32 << 20}});
+    };
+    let b = joining("tail /dev/zero", NETWORK, stand_in(&runtime, "a")).with(limits).unwrap();
+    runtime.create("b", &b).unwrap();
+    runtime.ok(&["start", "b"]).unwrap();
+    runtime.wait_for_status("b", "stopped").unwrap();
+    let events = fs::read_to_string("/sys/fs/cgroup/bulkhead-pods/greedy/memory.events").unwrap();
+    assert!(events.contains("oom_kill 1"), "{events}");
+    assert_eq!(inside(&runtime, "a", "echo alive"), "alive");
+    for id in ["b", "a"] {
+        runtime.ok(&["delete", "--force", id]).unwrap();
+    }
+    fs::remove_dir("/sys/fs/cgroup/bulkhead-pods").unwrap();
+    runtime.assert_clean().unwrap();
+}
+
+#[test]
+fn the_machine_grows_for_each_that_joins() {
+    let runtime = Runtime::new().unwrap();
+    let _a = first(&runtime);
+    let total = || -> u64 {
+        let line = inside(&runtime, "a", "grep MemTotal /proc/meminfo");
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    };
+    let before = total();
+    let limits = |spec: &mut Value| {
+        spec["linux"]["resources"] = json!({"memory": {"limit": 256 << 20}});
+    };
+    let b = joining("exec sleep 1000", NETWORK, stand_in(&runtime, "a")).with(limits).unwrap();
+    runtime.create("b", &b).unwrap();
+    runtime.ok(&["start", "b"]).unwrap();
+    assert!(total() >= before + (256 << 10), "from {before} to {} kB", total());
+    inside(&runtime, "b", "dd if=/dev/zero of=/dev/shm/full bs=1M count=200");
+    for id in ["a", "b"] {
+        runtime.ok(&["delete", "--force", id]).unwrap();
+    }
+    runtime.assert_clean().unwrap();
+}
+
 /// How many files of a process are open that are in a directory or below.
 fn open_files(pid: u32, directory: &Path) -> usize {
     fn numbers(path: &Path, found: &mut BTreeSet<(u64, u64)>) {

@@ -123,18 +123,11 @@ fn limits_change_inside_and_outside_while_it_runs() {
     let inside =
         |file: &str| runtime.ok(&["exec", "c", "cat", &format!("/sys/fs/cgroup/{file}")]).unwrap();
     let outside = |mib: u64| ((mib + 128 + 64) << 20).to_string();
-    assert_eq!(
-        (inside("memory.swap.max").as_str(), Place::read("memory.swap.max").as_str()),
-        ("max\n", "max")
-    );
     let less = ["--memory", "64m", "--memory-swap", "64m", "--pids-limit", "30"];
     runtime.ok(&[&["update"], &less[..], &["c"]].concat()).unwrap();
     assert_eq!(inside("memory.max"), format!("{}\n", 64 << 20));
     assert_eq!(Place::read("memory.max"), outside(64));
-    assert_eq!(
-        (inside("memory.swap.max").as_str(), Place::read("memory.swap.max").as_str()),
-        ("0\n", "0")
-    );
+    assert_eq!([inside("memory.swap.max").trim(), &Place::read("memory.swap.max")], ["0", "0"]);
     assert_eq!((inside("pids.max").as_str(), Place::read("pids.max").as_str()), ("30\n", "286"));
     // As a file from Docker: what is 0 or empty there stays.
     let update = json!({

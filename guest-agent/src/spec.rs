@@ -88,6 +88,7 @@ pub(crate) fn prepare(
     for disk in disks {
         disk.renumber(linux);
     }
+    name_sources(&mut spec);
     let network_settings =
         if has_new_network(&spec) { Vec::new() } else { take_network_settings(&mut spec)? };
     if has_new(&spec, LinuxNamespaceType::User) && !has_new_network(&spec) {
@@ -180,6 +181,15 @@ fn plain_propagation(name: &str) -> &str {
         "rprivate" => "private",
         "runbindable" => "unbindable",
         other => other,
+    }
+}
+
+/// Gives mounts without a source the one that the kernel shows for them; libcontainer wants one.
+fn name_sources(spec: &mut Spec) {
+    for mount in spec.mounts_mut().iter_mut().flatten() {
+        if mount.source().is_none() {
+            mount.set_source(Some("none".into()));
+        }
     }
 }
 

@@ -271,8 +271,7 @@ fn mounts_of_all_kinds() {
         mounts.extend([
             json!({"destination": "/mnt/small", "type": "tmpfs", "source": "tmpfs",
                 "options": ["size=1m", "mode=1700", "uid=5", "gid=6", "noexec", "nosuid"]}),
-            json!({"destination": "/mnt/ro", "type": "tmpfs", "source": "tmpfs",
-                "options": ["ro", "nodev", "noatime"]}),
+            json!({"destination": "/mnt/ro", "type": "tmpfs", "options": ["ro", "nodev", "noatime"]}),
             bind(&given, "/mnt/host", &["ro"]),
             bind(&given, "/mnt/host-rw", &["rw", "nosuid", "nodev", "noexec"]),
             bind(&given.join("file"), "/mnt/host-file", &["ro"]),

@@ -155,11 +155,13 @@ fn the_machine_grows_for_each_that_joins() {
     let limits = |spec: &mut Value| {
         spec["linux"]["resources"] = json!({"memory": {"limit": 256 << 20}});
     };
+    let space = json!({"destination": "/mnt", "type": "tmpfs", "options": ["size=220m"]});
     let b = joining("exec sleep 1000", NETWORK, stand_in(&runtime, "a")).with(limits).unwrap();
+    let b = b.mount(space).unwrap();
     runtime.create("b", &b).unwrap();
     runtime.ok(&["start", "b"]).unwrap();
     assert!(total() >= before + (256 << 10), "from {before} to {} kB", total());
-    inside(&runtime, "b", "dd if=/dev/zero of=/dev/shm/full bs=1M count=200");
+    inside(&runtime, "b", "dd if=/dev/zero of=/mnt/full bs=1M count=200");
     for id in ["a", "b"] {
         runtime.ok(&["delete", "--force", id]).unwrap();
     }

@@ -187,3 +187,15 @@ fn a_user_namespace_shares_the_sysfs_of_the_machine() {
     let mounts = prepared(&spec).unwrap().spec.mounts().clone().unwrap();
     assert_eq!(mounts[0].typ().as_deref(), Some("sysfs"));
 }
+
+#[test]
+fn a_mount_needs_no_source() {
+    let mut spec = minimal();
+    spec["mounts"] = json!([
+        {"destination": "/a", "type": "tmpfs"},
+        {"destination": "/b", "type": "tmpfs", "source": "named"}
+    ]);
+    let spec = prepared(&spec).unwrap().spec;
+    let sources: Vec<_> = spec.mounts().iter().flatten().map(|mount| mount.source()).collect();
+    assert_eq!(sources, [&Some("none".into()), &Some("named".into())]);
+}

@@ -77,9 +77,17 @@ pub(crate) fn beside_it() -> Result<()> {
         serde_json::from_reader(io::stdin().lock()).context("parse the request")?;
     let control = File::from(rustix::io::dup(io::stdout()).context("the control port")?);
     let started = Instant::now();
-    while !SOCKETS.iter().all(|path| Path::new(path).exists()) {
+    while !(SOCKETS.iter().all(|path| Path::new(path).exists()) && is_on_the_bus()) {
         ensure!(started.elapsed() < PATIENCE, "systemd did not come up within {PATIENCE:?}");
         thread::sleep(POLL);
     }
     init::answer(&request, Ok(()), control)
+}
+
+/// Whether systemd has its name there, which it takes once the bus is up.
+fn is_on_the_bus() -> bool {
+    let mut asked = Command::new("busctl");
+    asked.args(["status", "org.freedesktop.systemd1"]);
+    asked.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    asked.status().is_ok_and(|status| status.success())
 }

@@ -7,6 +7,7 @@ use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::process::Command;
 use std::thread;
 
 use rustix::fs::{
@@ -202,9 +203,12 @@ fn a_program_can_be_run_and_run_again() {
     let pod = Pod::new();
     let program = pod.guest.join("true");
     let source = ["/bin/busybox", "/bin/true"].iter().find(|path| fs::exists(path).unwrap());
-    fs::copy(source.unwrap(), &program).unwrap();
+    // By a process of its own: a child that another test forks would have the file open for writing
+    // until it has executed its program, and nobody can execute this one meanwhile.
+    let copied = Command::new("cp").arg(source.unwrap()).arg(&program).status();
+    assert!(copied.unwrap().success());
     for _ in 0..3 {
-        let mut command = std::process::Command::new(&program);
+        let mut command = Command::new(&program);
         let status = std::os::unix::process::CommandExt::arg0(&mut command, "true").status();
         assert!(status.unwrap().success());
     }

@@ -169,11 +169,13 @@ impl Drop for Server {
 fn spawn(control: &OwnedFd) -> Child {
     // SAFETY: only children are affected.
     unsafe { unshare_unsafe(UnshareFlags::NEWPID) }.unwrap();
-    let control = control.as_raw_fd();
+    // Above the number that it is copied to: a copy onto itself would stay close-on-exec.
+    let control = rustix::io::fcntl_dupfd_cloexec(control, 4).unwrap();
+    let number = control.as_raw_fd();
     let mut command = Command::new(env!("CARGO_BIN_EXE_bulkhead-fs"));
     command.stdin(Stdio::null()).stdout(Stdio::null());
     // SAFETY: all that runs between fork and exec is one system call.
-    unsafe { command.pre_exec(move || inherit(control)) };
+    unsafe { command.pre_exec(move || inherit(number)) };
     command.spawn().unwrap()
 }
 

@@ -184,11 +184,11 @@ fn plain_propagation(name: &str) -> &str {
     }
 }
 
-/// Gives mounts without a source the one that the kernel shows for them; libcontainer wants one.
+/// Gives mounts without a source an empty one, as runc does; libcontainer wants one.
 fn name_sources(spec: &mut Spec) {
     for mount in spec.mounts_mut().iter_mut().flatten() {
         if mount.source().is_none() {
-            mount.set_source(Some("none".into()));
+            mount.set_source(Some(PathBuf::new()));
         }
     }
 }

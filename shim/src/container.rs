@@ -24,6 +24,7 @@ use crate::pod::{Pod, PodError};
 use crate::process::Process;
 use crate::proxy;
 use crate::sandbox::{Departure, Sandbox, SandboxError};
+use crate::share::Place;
 use crate::state::{Exit, Home, State, StateError};
 use crate::trace::Phase;
 use crate::vm::MachineError;
@@ -178,17 +179,9 @@ impl Container {
             if bundle.has_early_hooks() {
                 self.run_early_hooks(&plan.hooks, &stand_in, life.state.clone()).await?;
             }
-            Ok(stand_in)
+            Ok::<_, ContainerError>(stand_in)
         };
-        let up = async {
-            match origin {
-                Origin::Joined(pod) => {
-                    pod.show(&plan.shared, seat.place)?;
-                    Ok::<_, ContainerError>(pod)
-                }
-                Origin::New(kvm) => Ok(Arc::new(Pod::start(&self.home, &plan, kvm).await?)),
-            }
-        };
+        let up = async { Ok(origin.bring_up(&self.home, &plan, seat.place).await?) };
         let (stand_in, pod) = tokio::try_join!(attached, up)?;
         let phase = Phase::begin("container create");
         let (init, streams) = self.create_in_guest(&pod, &stand_in, &plan).await?;
@@ -506,6 +499,19 @@ enum Origin {
     New(File),
     /// It runs.
     Joined(Arc<Pod>),
+}
+
+impl Origin {
+    /// Has the pod show the files of the container.
+    async fn bring_up(self, home: &Home, plan: &Plan, place: Place) -> Result<Arc<Pod>, PodError> {
+        match self {
+            Self::New(kvm) => Ok(Arc::new(Pod::start(home, plan, kvm).await?)),
+            Self::Joined(pod) => {
+                pod.show(&plan.shared, place)?;
+                Ok(pod)
+            }
+        }
+    }
 }
 
 /// What the container is to the host's kernel.

@@ -43,7 +43,8 @@ const GOODBYE: Duration = Duration::from_millis(500);
 /// How long a creator that has connected may take to say what it wants.
 const GREETING: Duration = Duration::from_secs(2);
 
-/// The first and only message of a creator; the sockets of [`Sockets`] ride along, in that order.
+/// The first and only message of a creator; three listening sockets ride along: those of the Task
+/// service, of stand-ins, and of containers that join.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Orders {
     /// The directory of all containers.

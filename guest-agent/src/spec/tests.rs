@@ -197,5 +197,5 @@ fn a_mount_needs_no_source() {
     ]);
     let spec = prepared(&spec).unwrap().spec;
     let sources: Vec<_> = spec.mounts().iter().flatten().map(|mount| mount.source()).collect();
-    assert_eq!(sources, [&Some("none".into()), &Some("named".into())]);
+    assert_eq!(sources, [&Some("".into()), &Some("named".into())]);
 }

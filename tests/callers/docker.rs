@@ -152,6 +152,11 @@ fn a_running_container_does_what_docker_asks() {
     docker.ok(&["update", "--memory", "48m", "--memory-swap", "48m", "one"]).unwrap();
     let limit = docker.ok(&["exec", "one", "cat", "/sys/fs/cgroup/memory.max"]).unwrap();
     assert_eq!(limit, (48 << 20).to_string());
+    // More than the machine was started with.
+    docker.ok(&["update", "--memory", "400m", "--memory-swap", "400m", "one"]).unwrap();
+    let total = docker.ok(&["exec", "one", "grep", "MemTotal", "/proc/meminfo"]).unwrap();
+    let total: u64 = total.split_whitespace().nth(1).unwrap().parse().unwrap();
+    assert!(total > 400 << 10, "{total} kB");
 
     docker.ok(&["pause", "one"]).unwrap();
     assert_eq!(inspect(&docker, "one", "{{.State.Status}}"), "paused");

@@ -40,11 +40,14 @@ use crate::trace::Phase;
 
 /// How long calls that are being answered may take when everything is over.
 const GOODBYE: Duration = Duration::from_millis(500);
+/// What a creator hears that still listens when its container has left a pod that goes on.
+pub const GOES_ON: &str = "the pod goes on";
 /// How long a creator that has connected may take to say what it wants.
 const GREETING: Duration = Duration::from_secs(2);
 
 /// The first and only message of a creator; three listening sockets ride along: those of the Task
-/// service, of stand-ins, and of containers that join.
+/// service, of stand-ins, and of containers that join. The supervisor's end of the link is closed
+/// when it is done with the container, after a message ([`GOES_ON`]) if it stays for others.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Orders {
     /// The directory of all containers.
@@ -161,29 +164,34 @@ async fn serve_one(
         .register_service(create_task(Arc::new(service)));
     server.start().await.context("Task service")?;
     orders.spawned.end();
-    let created = tokio::select! {
-        () = container.is_over() => true,
-        created = is_left(&container, &creator, &leave) => created,
-    };
-    if created {
-        tokio::select! {
-            () = container.is_over() => {}
-            error = let_in(Channel::new(sockets.join)?, door) => {
-                tracing::error!(error = %error, "no further container can join");
-                container.is_over().await;
-            }
+    let life = async {
+        let created = tokio::select! {
+            () = container.is_over() => true,
+            created = is_left(&container, &creator, &leave) => created,
+        };
+        if created {
+            container.is_over().await;
+        } else {
+            container.abandon().await;
         }
-    } else {
-        container.abandon().await;
-    }
+        created
+    };
+    tokio::pin!(life);
+    let created = tokio::select! {
+        created = &mut life => created,
+        error = let_in(Channel::new(sockets.join)?, door) => {
+            tracing::error!(error = %error, "no further container can join");
+            life.await
+        }
+    };
     // Callers that wait are being answered.
     let _ = timeout(GOODBYE, server.shutdown()).await;
-    let home = container.home();
+    let (home, state) = (container.home(), container.state().await);
+    let outlived = state.outlived;
     if !created || orders.ephemeral {
-        let state = home.read()?;
         if let Some(cgroup) = &state.cgroup {
             let phase = Phase::begin("cgroup removed");
-            if !state.outlived {
+            if !outlived {
                 // Unless the container has ended by itself, this process is still in it.
                 cgroup::leave(home.id())?;
             }
@@ -192,6 +200,10 @@ async fn serve_one(
         }
         hooks::poststop(home, state);
         home.remove()?;
+    }
+    if outlived {
+        // Most have gone away long ago.
+        let _ = creator.send(&GOES_ON, &[]).await;
     }
     Ok(())
 }

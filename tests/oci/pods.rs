@@ -3,13 +3,14 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::io::Write;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::Stdio;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bulkhead_tests::bundle::Bundle;
-use bulkhead_tests::runtime::{Runtime, comes_true, finish, kill_9, told};
+use bulkhead_tests::runtime::{Runtime, comes_true, expect_output, finish, kill_9, told};
 use serde_json::{Value, json};
 
 /// The number of the process that stands for a container.
@@ -212,6 +213,25 @@ fn one_that_fails_leaves_the_others_alone() {
         assert_eq!(inside(&runtime, "a", "echo alive"), "alive");
     }
     runtime.ok(&["delete", "--force", "a"]).unwrap();
+    runtime.assert_clean().unwrap();
+}
+
+#[test]
+fn one_in_the_foreground_ends_alone() {
+    let runtime = Runtime::new().unwrap();
+    let bundle = Bundle::script("echo up; read line; exit 7").unwrap();
+    let mut run = runtime.spawn_run("a", &bundle).unwrap();
+    expect_output(&mut run, "up\n").unwrap();
+    let b = joining("exec sleep 1000", NETWORK, run.id().into());
+    runtime.create("b", &b).unwrap();
+    runtime.ok(&["start", "b"]).unwrap();
+    let ended = Instant::now();
+    run.stdin.take().unwrap().write_all(b"end\n").unwrap();
+    assert_eq!(told(&finish(run).unwrap()), (Some(7), String::new(), String::new()));
+    assert!(ended.elapsed() < Duration::from_secs(30), "it waited for the pod");
+    assert!(!runtime.root().join("a").exists());
+    assert_eq!(inside(&runtime, "b", "echo alive"), "alive");
+    runtime.ok(&["delete", "--force", "b"]).unwrap();
     runtime.assert_clean().unwrap();
 }
 

@@ -112,16 +112,44 @@ impl Creation {
     /// Waits until the supervisor is done with the container; false if it had to be killed, or serves
     /// others too and is not done.
     pub(super) fn wait(&mut self, patience: Duration) -> bool {
-        let Some(supervisor) = &mut self.supervisor else {
-            return self.link.as_ref().is_none_or(|link| wait_for_end(link, patience));
-        };
-        let process = Process::find(supervisor.id());
-        let ended = process.is_ok_and(|process| process.wait(patience));
-        if !ended {
-            let _ = supervisor.kill();
+        let farewell = self.link.as_ref().map_or(Farewell::Over, |link| hear(link, patience));
+        match (farewell, &mut self.supervisor) {
+            (Farewell::PodGoesOn, _) | (Farewell::Over, None) => true,
+            (Farewell::None, None) => false,
+            (farewell, Some(supervisor)) => {
+                let left = if farewell == Farewell::Over { patience } else { Duration::ZERO };
+                let process = Process::find(supervisor.id());
+                let ended = process.is_ok_and(|process| process.wait(left));
+                if !ended {
+                    let _ = supervisor.kill();
+                }
+                let _ = supervisor.wait();
+                ended
+            }
         }
-        let _ = supervisor.wait();
-        ended
+    }
+}
+
+/// What a supervisor says at the end of a container.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Farewell {
+    /// It has closed the link, and ends if it serves nobody else.
+    Over,
+    /// It stays for others.
+    PodGoesOn,
+    /// Nothing in time.
+    None,
+}
+
+/// Waits for the end of a link: see [`Orders`].
+fn hear(link: &OwnedFd, patience: Duration) -> Farewell {
+    let timeout = Timespec::try_from(patience).ok();
+    match poll(&mut [PollFd::new(link, PollFlags::IN)], timeout.as_ref()) {
+        Ok(ready) if ready > 0 => match seqpacket::receive(link) {
+            Ok(Some(_)) => Farewell::PodGoesOn,
+            Ok(None) | Err(_) => Farewell::Over,
+        },
+        _ => Farewell::None,
     }
 }
 
@@ -142,13 +170,6 @@ impl Drop for Creation {
             }
         }
     }
-}
-
-/// Waits until the other end of a link is closed; false when the time is up.
-fn wait_for_end(link: &OwnedFd, patience: Duration) -> bool {
-    let timeout = Timespec::try_from(patience).ok();
-    // Nothing is ever sent this way.
-    poll(&mut [PollFd::new(link, PollFlags::IN)], timeout.as_ref()).is_ok_and(|ready| ready > 0)
 }
 
 /// Checks that a terminal has somebody at the other end: this process's own in the foreground, a

@@ -103,6 +103,17 @@ fn a_container_joins_the_machine_of_another() {
     wait_for_nothing(docker.directory());
 }
 
+/// Less memory than the machine was started with, and more.
+fn limits_that_change(docker: &Docker) {
+    docker.ok(&["update", "--memory", "48m", "--memory-swap", "48m", "one"]).unwrap();
+    let limit = docker.ok(&["exec", "one", "cat", "/sys/fs/cgroup/memory.max"]).unwrap();
+    assert_eq!(limit, (48 << 20).to_string());
+    docker.ok(&["update", "--memory", "400m", "--memory-swap", "400m", "one"]).unwrap();
+    let total = docker.ok(&["exec", "one", "grep", "MemTotal", "/proc/meminfo"]).unwrap();
+    let total: u64 = total.split_whitespace().nth(1).unwrap().parse().unwrap();
+    assert!(total > 400 << 10, "{total} kB");
+}
+
 #[test]
 fn a_running_container_does_what_docker_asks() {
     let docker = Docker::start().unwrap();
@@ -149,14 +160,7 @@ fn a_running_container_does_what_docker_asks() {
     // The guest's memory is that of the pod: not some MiB, but some tens.
     let used: f64 = stats.split("MiB").next().unwrap().parse().unwrap();
     assert!(used > 16.0, "{stats}");
-    docker.ok(&["update", "--memory", "48m", "--memory-swap", "48m", "one"]).unwrap();
-    let limit = docker.ok(&["exec", "one", "cat", "/sys/fs/cgroup/memory.max"]).unwrap();
-    assert_eq!(limit, (48 << 20).to_string());
-    // More than the machine was started with.
-    docker.ok(&["update", "--memory", "400m", "--memory-swap", "400m", "one"]).unwrap();
-    let total = docker.ok(&["exec", "one", "grep", "MemTotal", "/proc/meminfo"]).unwrap();
-    let total: u64 = total.split_whitespace().nth(1).unwrap().parse().unwrap();
-    assert!(total > 400 << 10, "{total} kB");
+    limits_that_change(&docker);
 
     docker.ok(&["pause", "one"]).unwrap();
     assert_eq!(inspect(&docker, "one", "{{.State.Status}}"), "paused");

@@ -95,6 +95,7 @@ pub struct Relay {
     supervisor: OwnedFd,
     wants: Wants,
     terminal: Option<Terminal>,
+    detached: bool,
 }
 
 impl Relay {
@@ -119,7 +120,7 @@ impl Relay {
             },
         };
         let supervisor = connect_to(socket)?;
-        let relay = Self { supervisor, wants, terminal };
+        let relay = Self { supervisor, wants, terminal, detached };
         relay.say(&FromStandIn::Attach { wants, exec: exec.to_owned(), detached })?;
         Ok(relay)
     }
@@ -155,8 +156,10 @@ impl Relay {
             match serde_json::from_slice(&message.bytes)? {
                 ToStandIn::Streams => {
                     outputs = self.relay(message.descriptors)?;
-                    // From here on it mostly waits, for as long as the container lives.
-                    own_text::give_back();
+                    if self.detached {
+                        // From here on it mostly waits, for as long as the container lives.
+                        own_text::give_back();
+                    }
                 }
                 ToStandIn::Exited { status, reason } => {
                     for output in outputs {

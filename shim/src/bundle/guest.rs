@@ -12,7 +12,7 @@ use oci_spec::runtime::{
 use rustix::process::{Resource, Rlimit, getrlimit};
 
 use super::id_map::{self, IdMap};
-use super::{BundleError, Place, refuse, resources};
+use super::{BundleError, Place, namespaces, refuse, resources};
 use crate::id::ContainerId;
 
 /// The limits that a process inherits. Of locked memory the guest has its own (`guest-agent`).
@@ -110,10 +110,7 @@ pub(super) fn rewrite(
 /// The name of the machine itself: the container's, or the host's for one that asks for no UTS
 /// namespace and so shows the machine's.
 pub(super) fn machine_hostname(spec: &Spec) -> String {
-    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
-    let own = namespaces.is_some_and(|list| {
-        list.iter().any(|namespace| namespace.typ() == LinuxNamespaceType::Uts)
-    });
+    let own = namespaces(spec).iter().any(|entry| entry.typ() == LinuxNamespaceType::Uts);
     match spec.hostname() {
         Some(name) if own => name.clone(),
         _ => rustix::system::uname().nodename().to_string_lossy().into_owned(),

@@ -8,6 +8,7 @@
 use oci_spec::runtime::{LinuxIdMapping, LinuxNamespaceType, Mount, Spec};
 
 use super::guest::is_bind;
+use super::namespaces;
 use super::refuse::{Refusal, refuse};
 
 /// The option that maps the mount itself, and the one that also maps those below it.
@@ -76,8 +77,7 @@ fn is_foreign(option: &str) -> bool {
 }
 
 fn has_user_namespace(spec: &Spec) -> bool {
-    let namespaces = spec.linux().as_ref().and_then(|linux| linux.namespaces().as_ref());
-    namespaces.is_some_and(|list| list.iter().any(|it| it.typ() == LinuxNamespaceType::User))
+    namespaces(spec).iter().any(|entry| entry.typ() == LinuxNamespaceType::User)
 }
 
 #[cfg(test)]

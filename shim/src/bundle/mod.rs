@@ -16,7 +16,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{Hooks, LinuxNamespaceType, LinuxResources, Spec};
+use oci_spec::runtime::{Hooks, LinuxNamespace, LinuxNamespaceType, LinuxResources, Spec};
 use thiserror::Error;
 
 pub use self::disks::{DISKS_MAX, Disk};
@@ -194,6 +194,12 @@ pub fn resources_for_guest(resources: &LinuxResources) -> Result<Vec<u8>, Bundle
     serde_json::to_vec(&resources).map_err(BundleError::Rewrite)
 }
 
+/// The namespaces that a specification lists.
+fn namespaces(spec: &Spec) -> &[LinuxNamespace] {
+    let linux = spec.linux().as_ref();
+    linux.and_then(|linux| linux.namespaces().as_deref()).unwrap_or_default()
+}
+
 impl Bundle {
     /// Checks that the specification can be kept; gives the namespaces of other containers of this
     /// root that it joins.
@@ -201,9 +207,7 @@ impl Bundle {
     /// # Errors
     /// Names the first thing that cannot be kept.
     pub fn check(&self, root: &Path) -> Result<Joined, BundleError> {
-        let linux = self.spec.linux().as_ref();
-        let mut namespaces =
-            linux.and_then(|linux| linux.namespaces().as_ref()).into_iter().flatten();
+        let mut namespaces = namespaces(&self.spec).iter();
         // Most join nobody, and then nobody has to be looked at.
         let neighbours = match namespaces.any(|entry| entry.path().is_some()) {
             true => Neighbours::of(root)?,
@@ -249,9 +253,8 @@ impl Bundle {
     /// The network namespace of the host that is the container's.
     #[must_use]
     pub fn network(&self) -> Network {
-        let linux = self.spec.linux().as_ref();
-        let namespaces = linux.and_then(|linux| linux.namespaces().as_deref()).unwrap_or_default();
-        let entry = namespaces.iter().find(|entry| entry.typ() == LinuxNamespaceType::Network);
+        let mut namespaces = namespaces(&self.spec).iter();
+        let entry = namespaces.find(|entry| entry.typ() == LinuxNamespaceType::Network);
         entry.and_then(|entry| entry.path().clone()).map_or(Network::New, Network::Join)
     }
 

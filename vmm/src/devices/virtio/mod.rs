@@ -149,34 +149,36 @@ impl ConfigSpace {
 
     /// Changes a little-endian field from the device's side; the caller signals the change.
     pub(crate) fn set_u32(&self, offset: usize, value: u32) {
-        let mut space = self.lock();
-        if let Some(field) = space.bytes.get_mut(offset..offset + 4) {
-            field.copy_from_slice(&value.to_le_bytes());
-            space.generation = space.generation.wrapping_add(1);
-        }
-    }
-
-    /// A little-endian field; 0 outside the space.
-    pub(crate) fn u32(&self, offset: usize) -> u32 {
-        let mut field = [0; 4];
-        self.read(offset as u64, &mut field);
-        u32::from_le_bytes(field)
+        self.set(offset, value.to_le_bytes());
     }
 
     /// Like [`ConfigSpace::set_u32`], of 64 bits.
     pub(crate) fn set_u64(&self, offset: usize, value: u64) {
-        let mut space = self.lock();
-        if let Some(field) = space.bytes.get_mut(offset..offset + 8) {
-            field.copy_from_slice(&value.to_le_bytes());
-            space.generation = space.generation.wrapping_add(1);
-        }
+        self.set(offset, value.to_le_bytes());
+    }
+
+    /// A little-endian field; 0 outside the space.
+    pub(crate) fn u32(&self, offset: usize) -> u32 {
+        u32::from_le_bytes(self.get(offset))
     }
 
     /// Like [`ConfigSpace::u32`], of 64 bits.
     pub(crate) fn u64(&self, offset: usize) -> u64 {
-        let mut field = [0; 8];
+        u64::from_le_bytes(self.get(offset))
+    }
+
+    fn set<const N: usize>(&self, offset: usize, value: [u8; N]) {
+        let mut space = self.lock();
+        if let Some(field) = space.bytes.get_mut(offset..offset + N) {
+            field.copy_from_slice(&value);
+            space.generation = space.generation.wrapping_add(1);
+        }
+    }
+
+    fn get<const N: usize>(&self, offset: usize) -> [u8; N] {
+        let mut field = [0; N];
         self.read(offset as u64, &mut field);
-        u64::from_le_bytes(field)
+        field
     }
 
     fn generation(&self) -> u32 {

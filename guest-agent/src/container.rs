@@ -31,6 +31,7 @@ use crate::cgroup::Cgroup;
 use crate::copy_up::CopiedUp;
 use crate::creator::{self, Place};
 use crate::disks::{self, DiskError};
+use crate::hooks::Hooks;
 use crate::io::{self as streams, Meeting, Pipes, StreamError};
 use crate::process::{Exit, Reaper, Waiter, send_signal};
 use crate::report::{self, Line};
@@ -93,6 +94,7 @@ pub(crate) struct Order {
     pub(crate) spec_json: Vec<u8>,
     pub(crate) streams: Streams,
     pub(crate) disks: Vec<Disk>,
+    pub(crate) bundle: String,
 }
 
 /// All containers of the guest. Clones share them.
@@ -298,7 +300,7 @@ impl Containers {
 
     /// Makes a container whose id is reserved, or leaves nothing of it.
     async fn make(&self, order: Order) -> Result<Container, ContainerError> {
-        let Order { container_id: id, spec_json, streams, disks } = order;
+        let Order { container_id: id, spec_json, streams, disks, bundle } = order;
         self.share.mount().await.map_err(failed("mount the share"))?;
         let preparing = id.clone();
         let terminal = streams.terminal.is_some();
@@ -309,7 +311,7 @@ impl Containers {
         });
         let prepared = prepared.await;
         let prepared = prepared.map_err(|e| failed("read the specification")(e.into()))??;
-        match self.create_connected(&id, prepared, streams).await {
+        match self.create_connected(&id, &bundle, prepared, streams).await {
             Ok((made, terminal)) => Ok(Container::new(id, made, terminal)),
             Err(error) => {
                 if let Err(error) = remove(&id).await {
@@ -324,6 +326,7 @@ impl Containers {
     async fn create_connected(
         &self,
         id: &str,
+        bundle: &str,
         prepared: Prepared,
         mut streams: Streams,
     ) -> Result<(Made, Option<Terminal>), ContainerError> {
@@ -336,16 +339,19 @@ impl Containers {
         if let Some(process) = spec.process() {
             size_terminal(&mut streams, process);
         }
-        let bundle = place.bundle.clone();
+        let files = place.bundle.clone();
         let copying = spawn_blocking(move || {
-            let copied = CopiedUp::prepare(&mut spec, &bundle);
+            let copied = CopiedUp::prepare(&mut spec, &files);
             copied.map(|copied| (copied, spec))
         });
         let copied = copying.await.map_err(io::Error::other).flatten();
         // Until the creator has exited.
-        let (_copied, spec) = copied.map_err(failed("fill a file system in memory"))?;
-        let spec = serde_json::to_vec(&spec).map_err(SpecError::from)?;
+        let (_copied, mut spec) = copied.map_err(failed("fill a file system in memory"))?;
         fs::create_dir_all(&place.bundle).map_err(failed("make the bundle"))?;
+        if let Some(hooks) = Hooks::take(&mut spec, id, bundle).map_err(failed("find hooks"))? {
+            hooks.write(&place).map_err(failed("write the hooks"))?;
+        }
+        let spec = serde_json::to_vec(&spec).map_err(SpecError::from)?;
         fs::write(place.config(), spec).map_err(failed("write the bundle"))?;
         let arguments = [creator::VERB, id];
         let (made, connected) =

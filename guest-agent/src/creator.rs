@@ -21,6 +21,7 @@ use serde_json::{Map, Value};
 use tracing::Level;
 
 use crate::executor::Program;
+use crate::hooks::Hooks;
 use crate::logging;
 use crate::report::{self, Line, Report};
 use crate::{device_directories, init, propagation, spec, terminal};
@@ -75,6 +76,8 @@ enum CreateError {
     NoPid,
     #[error("specification cannot be read back")]
     Spec(#[from] oci_spec::OciSpecError),
+    #[error("hooks cannot be read back")]
+    Hooks(#[source] std::io::Error),
     #[error("loopback of the new network namespace cannot be brought up")]
     Loopback(#[source] std::io::Error),
     #[error("mount namespace of the container cannot be joined")]
@@ -143,10 +146,11 @@ fn sentence(fields: &Map<String, Value>) -> String {
 fn create(container_id: &str, place: &Place, report: Rc<Report>) -> Result<i32, CreateError> {
     let spec = Spec::load(place.config())?;
     let terminal = spec.process().as_ref().and_then(Process::terminal) == Some(true);
+    let hooks = Hooks::read(place).map_err(CreateError::Hooks)?;
     let console = place.bundle.join(terminal::SOCKET);
     let mut container = ContainerBuilder::new(container_id.to_owned(), SyscallType::default())
         .with_root_path(Place::STATES)?
-        .with_executor(Program::new(report))
+        .with_executor(Program::of_init(report, hooks.map(Rc::new)))
         .with_console_socket(terminal.then_some(console))
         .as_init(&place.bundle)
         .with_systemd(false)

@@ -25,6 +25,7 @@ use rustix::fs::{
     Access, AtFlags, CWD, FileType, Mode, OFlags, accessat, fstat, major, minor, open,
 };
 
+use crate::hooks::Hooks;
 use crate::report::{Line, Report};
 use crate::tenant::Confinement;
 
@@ -37,6 +38,8 @@ pub(crate) struct Program {
     report: Rc<Report>,
     /// What libcontainer leaves to this step.
     confinement: Option<Confinement>,
+    /// What to run before it.
+    hooks: Option<Rc<Hooks>>,
 }
 
 /// Why a program cannot be run.
@@ -48,14 +51,14 @@ enum Unusable {
 }
 
 impl Program {
-    /// Reports to `report`.
-    pub(crate) fn new(report: Rc<Report>) -> Self {
-        Self { report, confinement: None }
+    /// A container's first one, which its startContainer hooks precede.
+    pub(crate) fn of_init(report: Rc<Report>, hooks: Option<Rc<Hooks>>) -> Self {
+        Self { report, confinement: None, hooks }
     }
 
     /// One that joins a container, and confines itself.
     pub(crate) fn confined(report: Rc<Report>, confinement: Confinement) -> Self {
-        Self { report, confinement: Some(confinement) }
+        Self { report, confinement: Some(confinement), hooks: None }
     }
 }
 
@@ -95,12 +98,21 @@ impl Executor for Program {
         if let Some(confinement) = &self.confinement {
             confinement.close().map_err(ExecutorError::Other)?;
         }
+        if let Some(Err(error)) = self.hooks.as_ref().map(|hooks| hooks.start()) {
+            say(&error.to_string());
+            // As runc's init.
+            std::process::exit(1);
+        }
         let Err(error) = execute(&path, arguments, environment(spec));
         let message = format!("exec {}: {}", path.display(), words(&error));
-        // The container's standard error is the only place left where it can be read.
-        let _ = io::Write::write_all(&mut io::stderr(), format!("{message}\n").as_bytes());
+        say(&message);
         Err(ExecutorError::Other(message))
     }
+}
+
+/// Says why there is no program: on the container's standard error, the only place that is left.
+fn say(message: &str) {
+    let _ = io::Write::write_all(&mut io::stderr(), format!("{message}\n").as_bytes());
 }
 
 /// Opens the null device again where it stands for standard output or error: libcontainer has put

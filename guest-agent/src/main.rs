@@ -3,7 +3,7 @@
 //! The same binary has several lives. Started by the kernel it prepares the guest (`init`), then serves
 //! the calls of `agent.proto` (`rpc`) and the standard streams (`io`) over vsock, and never returns.
 //! Started by itself as `create` it makes one container with libcontainer and exits (`creator`), as
-//! `exec` it adds a process to one (`tenant`), because a multi-threaded server must not run arbitrary
+//! `exec` it adds a process to one (`tenant`), as `hooks` it runs hooks in one (`hooks`), because a multi-threaded server must not run arbitrary
 //! code between fork and exec.
 //!
 //! It also runs as PID 1 of a process namespace (`unshare --pid --fork --mount bulkhead-agent`),
@@ -17,6 +17,7 @@ mod creator;
 mod device_directories;
 mod disks;
 mod executor;
+mod hooks;
 mod hotplug;
 mod init;
 mod io;
@@ -41,6 +42,7 @@ fn main() -> ExitCode {
         [verb, container_id, exec_id] if verb == tenant::VERB => {
             tenant::main(container_id, exec_id)
         }
+        [verb, container_id] if verb == hooks::VERB => hooks::main(container_id),
         _ => init::main(),
     }
 }

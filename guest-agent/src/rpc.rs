@@ -92,9 +92,11 @@ impl Agent for Calls {
         &self,
         request: Request<CreateRequest>,
     ) -> Result<Response<CreateReply>, Status> {
-        let CreateRequest { container_id, spec_json, streams, disks } = request.into_inner();
+        let CreateRequest { container_id, spec_json, streams, disks, bundle } =
+            request.into_inner();
         let streams = streams.unwrap_or_default();
-        let pid = self.containers.create(Order { container_id, spec_json, streams, disks }).await?;
+        let order = Order { container_id, spec_json, streams, disks, bundle };
+        let pid = self.containers.create(order).await?;
         Ok(Response::new(CreateReply { pid }))
     }
 

@@ -213,7 +213,6 @@ fn refuse_host_hooks(hooks: &Hooks) -> Result<(), SpecError> {
     let kinds = [
         ("prestart", hooks.prestart()),
         ("createRuntime", hooks.create_runtime()),
-        ("createContainer", hooks.create_container()),
         ("poststart", hooks.poststart()),
         ("poststop", hooks.poststop()),
     ];

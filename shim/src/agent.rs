@@ -10,7 +10,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bulkhead_protocol::agent::agent_client::AgentClient;
 use bulkhead_protocol::agent::{
-    CreateRequest, DeleteRequest, Disk, ExecRequest, HelloRequest, KillRequest, PauseRequest,
+    CreateRequest, DeleteRequest, ExecRequest, HelloRequest, KillRequest, PauseRequest,
     ProcessInfo, ProcessesRequest, RescanRequest, ResizeRequest, ResumeRequest,
     StartProcessorsRequest, StartRequest, Streams, SyncRequest, UpdateRequest, WaitReply,
     WaitRequest,
@@ -126,21 +126,13 @@ impl Agent {
         Ok(within(SHORT, "Hello", client.hello(request)).await?.kernel_release)
     }
 
-    /// Creates a container; `disks` were attached to its machine.
+    /// Creates a container; its disks were attached to its machine, and its hooks may take their time.
     ///
     /// # Errors
     /// When the guest cannot.
-    pub async fn create(
-        &self,
-        id: &ContainerId,
-        spec_json: Vec<u8>,
-        streams: Streams,
-        disks: Vec<Disk>,
-    ) -> Result<u32, AgentError> {
-        let container_id = id.to_string();
-        let request = CreateRequest { container_id, spec_json, streams: Some(streams), disks };
+    pub async fn create(&self, request: CreateRequest, hooks: Duration) -> Result<u32, AgentError> {
         let mut client = self.client.clone();
-        Ok(within(CREATE, "Create", client.create(request)).await?.pid)
+        Ok(within(CREATE + hooks, "Create", client.create(request)).await?.pid)
     }
 
     /// Starts a created container.

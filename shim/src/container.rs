@@ -6,7 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bulkhead_protocol::agent::ProcessInfo;
+use bulkhead_protocol::agent::{CreateRequest, ProcessInfo};
 use oci_spec::runtime::{Hook, Hooks, LinuxResources};
 use thiserror::Error;
 use tokio::sync::{Mutex, MutexGuard, watch};
@@ -276,9 +276,16 @@ impl Container {
     ) -> Result<(u32, Vec<UnixStream>), ContainerError> {
         let disks = pod.attach_disks(&plan.disks).await?;
         let (streams, sockets) = proxy::open_streams(pod, stand_in.wants).await?;
-        let spec = plan.spec_json.clone();
+        let request = CreateRequest {
+            container_id: self.home.id().to_string(),
+            spec_json: plan.spec_json.clone(),
+            streams: Some(streams),
+            disks,
+            bundle: plan.bundle.display().to_string(),
+        };
+        let hooks = plan.hooks.create_container().iter().flatten();
         tokio::select! {
-            created = pod.agent.create(self.home.id(), spec, streams, disks) => {
+            created = pod.agent.create(request, hooks.map(bulkhead_hooks::patience).sum()) => {
                 Ok((created?, sockets))
             }
             words = pod.broken() => Err(PodError::Machine(MachineError::Ended(words)).into()),

@@ -12,9 +12,10 @@ use serde_json::Value;
 use crate::cargo::{cargo, output, root};
 
 /// Who may depend on whom among the members. Tests may use all.
-const DIRECTION: [(&str, &[&str]); 7] = [
-    ("bulkhead", &["bulkhead-protocol", "bulkhead-vmm"]),
-    ("bulkhead-agent", &["bulkhead-protocol"]),
+const DIRECTION: [(&str, &[&str]); 8] = [
+    ("bulkhead", &["bulkhead-hooks", "bulkhead-protocol", "bulkhead-vmm"]),
+    ("bulkhead-agent", &["bulkhead-hooks", "bulkhead-protocol"]),
+    ("bulkhead-hooks", &[]),
     ("bulkhead-protocol", &[]),
     ("bulkhead-vmm", &[]),
     ("guest-image", &[]),
@@ -116,6 +117,7 @@ fn tops() -> BTreeSet<&'static str> {
         "docs",
         "guest-agent",
         "guest-image",
+        "hooks",
         "protocol",
         "shim",
         "tests",

@@ -131,7 +131,9 @@ fn what_cannot_be_kept_is_refused_in_words() {
 #[test]
 fn hooks_that_run_in_the_container_are_kept() {
     let mut spec = minimal();
-    spec["hooks"] = json!({"startContainer": [{"path": "/bin/x"}], "poststop": []});
+    spec["hooks"] = json!({
+        "createContainer": [{"path": "/bin/x"}], "startContainer": [{"path": "/bin/x"}], "poststop": []
+    });
     assert!(prepared(&spec).is_ok());
 }
 

@@ -124,6 +124,7 @@ impl Guest {
             spec_json: serde_json::to_vec(spec).unwrap(),
             streams: Some(streams),
             disks: Vec::new(),
+            bundle: String::new(),
         };
         self.agent.create(request).await.map(|reply| reply.into_inner().pid)
     }

@@ -7,12 +7,12 @@ use std::path::{Path, PathBuf};
 
 use bulkhead_protocol::SHARE_DIR;
 use oci_spec::runtime::{
-    Hooks, Linux, LinuxNamespaceType, Mount, PosixRlimitBuilder, PosixRlimitType, Process, Spec,
+    Linux, LinuxNamespaceType, Mount, PosixRlimitBuilder, PosixRlimitType, Process, Spec,
 };
 use rustix::process::{Resource, Rlimit, getrlimit};
 
 use super::id_map::{self, IdMap};
-use super::{BundleError, Place, namespaces, refuse, resources};
+use super::{BundleError, Place, hook_programs, namespaces, refuse, resources};
 use crate::id::ContainerId;
 
 /// The limits that a process inherits. Of locked memory the guest has its own (`guest-agent`).
@@ -103,6 +103,11 @@ pub(super) fn rewrite(
         }
     }
     spec.set_mounts(mounts);
+    if let Some(hooks) = spec.hooks_mut() {
+        let (own, programs) = hook_programs::of_guest(hooks, in_guest)?;
+        *hooks = own;
+        shared.extend(programs);
+    }
     let dropped = adapt(&mut spec, id, place);
     Ok(Guest { spec, shared, dropped })
 }
@@ -154,11 +159,6 @@ fn share(
 /// Takes out what belongs to the host; gives the names of what a caller may miss.
 fn adapt(spec: &mut Spec, id: &ContainerId, place: &Place) -> Vec<&'static str> {
     let mut dropped = Vec::new();
-    if let Some(hooks) = spec.hooks_mut() {
-        let mut guest = Hooks::default();
-        guest.set_start_container(hooks.start_container().clone());
-        *hooks = guest;
-    }
     if let Some(process) = spec.process_mut() {
         let profile = process.apparmor_profile().as_ref().is_some_and(|name| !name.is_empty());
         note(&mut dropped, profile, "process.apparmorProfile");

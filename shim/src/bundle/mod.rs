@@ -6,6 +6,7 @@
 
 mod disks;
 mod guest;
+mod hook_programs;
 mod id_map;
 pub mod refuse;
 mod resources;
@@ -129,6 +130,8 @@ pub struct Plan {
     pub spec_json: Vec<u8>,
     /// The host name of the machine itself.
     pub hostname: String,
+    /// The bundle's directory on the host.
+    pub bundle: PathBuf,
     /// The root file system on the host.
     pub rootfs: PathBuf,
     /// Everything that is shared, the root file system first.
@@ -143,7 +146,7 @@ pub struct Plan {
     pub oom_score_adj: Option<i32>,
     /// For the state.
     pub annotations: HashMap<String, String>,
-    /// Hooks that run on the host.
+    /// Hooks as the bundle has them.
     pub hooks: Hooks,
     /// What is left out for the guest because it cannot mean anything there.
     pub dropped: Vec<&'static str>,
@@ -232,6 +235,7 @@ impl Bundle {
         Ok(Plan {
             spec_json: serde_json::to_vec(&guest.spec).map_err(BundleError::Rewrite)?,
             hostname: guest::machine_hostname(&self.spec),
+            bundle: self.dir.clone(),
             rootfs,
             shared: guest.shared,
             disks: disks::of(self.spec.linux().as_ref())?,

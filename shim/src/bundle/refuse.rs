@@ -53,7 +53,6 @@ pub fn check(spec: &Spec, neighbours: &Neighbours) -> Result<Joined, Refusal> {
     if spec.root().is_none() {
         return Err(refuse("config.json has no root", "add \"root\": {\"path\": \"rootfs\"}"));
     }
-    hooks(spec)?;
     mounts(spec)?;
     let Some(linux) = spec.linux() else {
         return Err(refuse("config.json has no linux section", "only Linux containers are run"));
@@ -92,18 +91,6 @@ fn process(spec: &Spec) -> Result<(), Refusal> {
     if !process.cwd().is_absolute() {
         let what = format!("process.cwd {:?} is not an absolute path", process.cwd());
         return Err(refuse(what, "begin it with '/'"));
-    }
-    Ok(())
-}
-
-fn hooks(spec: &Spec) -> Result<(), Refusal> {
-    let list = spec.hooks().as_ref().and_then(|hooks| hooks.create_container().clone());
-    if list.is_some_and(|list| !list.is_empty()) {
-        return Err(refuse(
-            "hooks.createContainer would run a program of the host inside namespaces that only exist \
-             in the guest",
-            "use startContainer (in the guest), or createRuntime (on the host) instead",
-        ));
     }
     Ok(())
 }

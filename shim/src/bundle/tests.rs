@@ -122,7 +122,6 @@ fn what_cannot_be_kept_is_refused_in_words() {
             json!([{"destination": "/m", "type": "bind", "source": "/", "options": ["idmap"]}]),
             "the mount at /m maps users without mappings",
         ),
-        ("/hooks", json!({"createContainer": [{"path": "/x"}]}), "hooks.createContainer"),
     ] {
         let mut config = good();
         let (parent, key) = pointer.rsplit_once('/').unwrap();
@@ -197,6 +196,22 @@ fn what_only_means_something_on_the_host_is_dropped_and_reported() {
     assert_eq!(spec["hooks"]["startContainer"][0]["path"], "/s");
     assert_eq!(spec["linux"]["resources"]["pids"]["limit"], 5);
     assert!(spec["linux"]["resources"]["cpu"].get("cpus").is_none());
+}
+
+#[test]
+fn the_program_of_a_hook_that_runs_in_the_guest_is_shared() {
+    let mut config = good();
+    config["hooks"] = json!({"createContainer": [
+        {"path": "/bin/sh", "args": ["sh"]}, {"path": "/bin/busybox"}, {"path": "/bin/busybox", "args": ["a"]}
+    ]});
+    let bundle = TestBundle::with(&config);
+    let plan = bundle.plan().unwrap();
+    let targets: Vec<_> = plan.shared.iter().map(|shared| shared.target.as_path()).collect();
+    assert!(targets.ends_with(&["hooks/1".as_ref(), "hooks/2".as_ref()]), "{targets:?}");
+    let hooks = &bundle.guest_spec()["hooks"]["createContainer"];
+    assert_eq!(hooks[0]["path"], "/bin/sh");
+    assert!(hooks[1]["path"].as_str().unwrap().ends_with("/hooks/1"), "{hooks}");
+    assert_eq!((&hooks[1]["args"], &hooks[2]["args"]), (&json!(["/bin/busybox"]), &json!(["a"])));
 }
 
 #[test]

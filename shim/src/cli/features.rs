@@ -5,8 +5,9 @@ use std::io::Write;
 
 use serde_json::{Value, json};
 
-/// Programs of the host, but for startContainer; createContainer is refused.
-const HOOKS: &[&str] = &["prestart", "createRuntime", "startContainer", "poststart", "poststop"];
+/// createContainer and startContainer run in the guest.
+const HOOKS: &[&str] =
+    &["prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"];
 /// Of mounts; what is not here goes to the file system as it is.
 const MOUNT_OPTIONS: &[&str] = &[
     "async",

@@ -1,0 +1,142 @@
+//! Hooks: OCI runtime-spec, "POSIX-platform Hooks".
+//!
+//! A hook is a program that reads the container's state from its standard input and has a time to end.
+//! The supervisor runs those of the host, the agent those of the guest; who runs one says what
+//! executes it ([`Command`]), everything else is alike.
+
+use std::fs::File;
+use std::io::{self, Read, Seek, Write};
+use std::os::unix::process::CommandExt;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use oci_spec::runtime::Hook;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+
+/// For hooks without a timeout of their own.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// As much of a failed hook's standard error becomes part of the error, in bytes.
+const WORDS_MAX: u64 = 1024;
+
+/// How long a hook may take.
+#[must_use]
+pub fn patience(hook: &Hook) -> Duration {
+    let seconds = hook.timeout().and_then(|seconds| u64::try_from(seconds).ok());
+    seconds.map_or(PATIENCE, Duration::from_secs)
+}
+
+/// Names the hook that failed: the `number`th of its kind.
+#[must_use]
+pub fn failed(kind: &str, number: usize, name: &Path, error: &io::Error) -> io::Error {
+    let name = name.display();
+    io::Error::other(format!("error running {kind} hook #{number}, {name}: {error}"))
+}
+
+/// Runs one hook to its end by `command`, which gets its arguments and its environment, and the
+/// container's state as JSON. What the hook writes goes nowhere, but for the words of an error.
+///
+/// # Errors
+/// When it cannot be started, ends with another status than 0, or not in time; it is killed then.
+pub fn run(hook: &Hook, mut command: Command, state: &[u8]) -> io::Result<()> {
+    // A file, which never fills up as a pipe would.
+    let mut words = File::from(memfd_create("hook", MemfdFlags::CLOEXEC)?);
+    command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(words.try_clone()?).env_clear();
+    // The first argument is the name that the hook is called by.
+    match hook.args().as_deref().and_then(<[String]>::split_first) {
+        Some((name, args)) => command.arg0(name).args(args),
+        None => command.arg0(hook.path()),
+    };
+    for variable in hook.env().iter().flatten() {
+        let (name, value) = variable.split_once('=').unwrap_or((variable, ""));
+        command.env(name, value);
+    }
+    let mut child = command.spawn()?;
+    let written = child.stdin.take().map_or(Ok(()), |mut stdin| stdin.write_all(state));
+    let patience = patience(hook);
+    let ended = ends(&child, patience)?;
+    if !ended {
+        child.kill()?;
+    }
+    let status = child.wait()?;
+    match written {
+        _ if !ended => Err(io::Error::other(format!("not done within {patience:?}"))),
+        _ if !status.success() => {
+            let mut said = Vec::new();
+            words.rewind()?;
+            words.take(WORDS_MAX).read_to_end(&mut said)?;
+            let said = String::from_utf8_lossy(&said);
+            Err(io::Error::other(format!("{status}, stderr: {}", said.trim())))
+        }
+        // A hook need not read its input.
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Whether a child ends within a time.
+fn ends(child: &Child, patience: Duration) -> io::Result<bool> {
+    let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
+    let pid = pid.ok_or(io::ErrorKind::InvalidInput)?;
+    // Its number is its own until it has been waited for.
+    let process = pidfd_open(pid, PidfdFlags::empty())?;
+    let deadline = Instant::now() + patience;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let left = Timespec::try_from(left).map_err(io::Error::other)?;
+        match poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&left)) {
+            Err(rustix::io::Errno::INTR) => {}
+            polled => return Ok(polled? > 0),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use oci_spec::runtime::HookBuilder;
+    use std::fs;
+
+    fn shell(script: &str, timeout: i64) -> Hook {
+        let args = ["sh", "-c", script].map(str::to_owned).to_vec();
+        let hook = HookBuilder::default().path("/bin/sh").args(args).timeout(timeout);
+        hook.env(vec!["X=1".to_owned()]).build().unwrap()
+    }
+
+    fn run_here(hook: &Hook) -> io::Result<()> {
+        run(hook, Command::new(hook.path()), b"the state\n")
+    }
+
+    #[test]
+    fn a_hook_reads_the_state_and_has_only_its_own_environment() {
+        let directory = tempfile::tempdir().unwrap();
+        let out = directory.path().join("out");
+        let script = format!("cat >{0}; echo $X$HOME >>{0}", out.display());
+        run_here(&shell(&script, 10)).unwrap();
+        assert_eq!(fs::read_to_string(out).unwrap(), "the state\n1\n");
+    }
+
+    #[test]
+    fn a_hook_that_fails_is_an_error_with_its_words() {
+        let hook = shell("echo broken >&2; exit 3", 10);
+        let error = failed("prestart", 1, hook.path(), &run_here(&hook).unwrap_err());
+        let words = "error running prestart hook #1, /bin/sh: exit status: 3, stderr: broken";
+        assert_eq!(error.to_string(), words);
+    }
+
+    #[test]
+    fn a_hook_that_takes_too_long_is_killed() {
+        let started = Instant::now();
+        let error = run_here(&shell("exec sleep 60", 0)).unwrap_err();
+        assert!(error.to_string().contains("not done within"), "{error}");
+        assert!(started.elapsed() < Duration::from_secs(30));
+    }
+
+    #[test]
+    fn a_hook_need_not_read_and_may_write_as_much_as_it_likes() {
+        run_here(&shell("exec <&-", 10)).unwrap();
+        run_here(&shell("head -c 200000 /dev/zero; head -c 200000 /dev/zero >&2", 10)).unwrap();
+    }
+}

@@ -26,8 +26,12 @@ const AT_ONCE: usize = 2;
 /// Options of every run in the test host; the time is a bound on hangs.
 const HOST: [&str; 4] = ["--memory", "8192", "--timeout", "2400"];
 
-/// Suites of another host than the plain one, and the option that makes it.
-const OTHER_HOSTS: [(&str, &str); 2] = [("systemd", "--systemd"), ("cgroup_v1", "--cgroup-v1")];
+/// Suites of another host than the plain one, and the options that make it.
+const OTHER_HOSTS: [(&str, &[&str]); 3] = [
+    ("systemd", &["--systemd"]),
+    ("cgroup_v1", &["--cgroup-v1"]),
+    ("processors", &["--cpus", "2"]),
+];
 
 /// Runs everything and prints the final line last, on standard output.
 pub(crate) fn run(clock: &mut Clock) -> Result<ExitCode> {
@@ -133,7 +137,7 @@ fn inside(host: &Path, guest: Guest<'_>) -> Result<Tally> {
     command.args(HOST);
     let target = (&guest.test.package, &guest.test.target);
     let other = OTHER_HOSTS.iter().find(|(suite, _)| target == (&SUITES.into(), &(*suite).into()));
-    command.args(other.map(|(_, option)| option));
+    command.args(other.map_or(&[][..], |(_, options)| options));
     command.arg("--").arg(&guest.test.executable).arg("--test-threads=1");
     if guest.ignored {
         command.arg("--ignored");

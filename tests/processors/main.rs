@@ -1,0 +1,56 @@
+//! `update` to more processors than the machine was started with. Runs in a test host that has two.
+//!
+//! All of this stays on the first one: an emulated host of two is not to be trusted with a nested
+//! machine that moves between them (`docs/decisions/0005-test-host.md`).
+
+#![cfg(test)]
+
+use std::thread::available_parallelism;
+
+use bulkhead_tests::bundle::Bundle;
+use bulkhead_tests::runtime::{Runtime, told};
+use rustix::thread::{CpuSet, sched_setaffinity};
+use serde_json::json;
+
+/// Two processes that take turns with the processor, or have one each.
+const TWO_AT_WORK: &str =
+    "count() { n=0; while [ $n -lt 3000 ]; do n=$((n + 1)); done; }; count & count; wait";
+
+/// The clock ticks that each processor of the guest has spent in user mode: proc(5), `stat`.
+fn ticks(runtime: &Runtime) -> Vec<u64> {
+    let stat = runtime.ok(&["exec", "c", "cat", "/proc/stat"]).unwrap();
+    let lines = stat.lines().filter_map(|line| line.strip_prefix("cpu"));
+    let each = lines.filter(|line| line.starts_with(|first: char| first.is_ascii_digit()));
+    each.map(|line| line.split_whitespace().nth(1).unwrap().parse().unwrap()).collect()
+}
+
+#[test]
+fn processors_are_there_when_the_quota_is_raised_and_do_work() {
+    assert!(available_parallelism().unwrap().get() > 1, "run by cargo xtask test");
+    let mut first = CpuSet::new();
+    first.set(0);
+    sched_setaffinity(None, &first).unwrap();
+    let runtime = Runtime::new().unwrap();
+    let bundle = Bundle::new(&["/bin/sleep", "1000"]).unwrap().with(|spec| {
+        spec["linux"]["resources"] = json!({"cpu": {"quota": 100_000, "period": 100_000}});
+    });
+    let bundle = bundle.unwrap();
+    runtime.create("c", &bundle).unwrap();
+    runtime.ok(&["start", "c"]).unwrap();
+    assert_eq!(ticks(&runtime).len(), 1);
+    runtime.ok(&["update", "--cpu-quota", "200000", "--cpu-period", "100000", "c"]).unwrap();
+    let before = ticks(&runtime);
+    assert_eq!(before.len(), 2);
+    let worked = runtime.call(&["exec", "c", "sh", "-c", TWO_AT_WORK]).unwrap();
+    assert_eq!(told(&worked), (Some(0), String::new(), String::new()));
+    let after = ticks(&runtime);
+    assert!(
+        before.iter().zip(&after).all(|(before, after)| after > before),
+        "{before:?} {after:?}"
+    );
+    // The host has no more.
+    runtime.ok(&["update", "--cpu-quota", "400000", "--cpu-period", "100000", "c"]).unwrap();
+    assert_eq!(ticks(&runtime).len(), 2);
+    runtime.ok(&["delete", "--force", "c"]).unwrap();
+    runtime.assert_clean().unwrap();
+}

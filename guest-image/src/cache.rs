@@ -8,6 +8,9 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use sha2::{Digest, Sha256};
+
+use crate::source::hex;
 
 /// A held lock; dropped, it is free.
 #[derive(Debug)]
@@ -30,6 +33,17 @@ pub fn directory() -> Result<PathBuf> {
         Some(home) => Ok(Path::new(&home).join(".cache/bulkhead")),
         None => bail!("no cache directory: set BULKHEAD_CACHE, XDG_CACHE_HOME or HOME"),
     }
+}
+
+/// What stands for these inputs in the name of an entry: their hash, in hexadecimal digits.
+#[must_use]
+pub fn key<'a>(inputs: impl IntoIterator<Item = &'a str>) -> String {
+    let mut hash = Sha256::new();
+    for input in inputs {
+        hash.update(input.len().to_le_bytes());
+        hash.update(input);
+    }
+    hex(&hash.finalize())
 }
 
 /// Waits for the lock of that name and takes it; `waiting` is called once if another holds it.
@@ -93,6 +107,12 @@ mod tests {
         publish(&entry, |path| Ok(fs::write(path.join("new"), "")?)).unwrap();
         assert!(entry.join("new").exists());
         assert!(!entry.join("old").exists());
+    }
+
+    #[test]
+    fn key_tells_where_an_input_ends() {
+        assert_eq!(key(["ab", "c"]), key(["ab", "c"]));
+        assert_ne!(key(["ab", "c"]), key(["a", "bc"]));
     }
 
     #[test]

@@ -15,10 +15,9 @@ use std::process::{Command, Stdio};
 use std::thread;
 
 use anyhow::{Context, Result, bail, ensure};
-use sha2::{Digest, Sha256};
 
 use crate::progress::{Step, say};
-use crate::source::{Source, hex};
+use crate::source::Source;
 use crate::{cache, elf, kconfig};
 
 /// Raised when this file builds something else from the same inputs.
@@ -83,13 +82,8 @@ pub fn build(recipe: Recipe<'_>, source: &Source) -> Result<Kernel> {
 
 /// The hash of everything that decides what comes out.
 fn inputs(recipe: Recipe<'_>, source: &Source) -> Result<String> {
-    let mut hash = Sha256::new();
-    let tools = [version("gcc")?, version("ld")?];
-    for input in [RECIPE, recipe.fragment, &source.identity(), &tools[0], &tools[1]] {
-        hash.update(input.len().to_le_bytes());
-        hash.update(input);
-    }
-    Ok(hex(&hash.finalize()))
+    let (gcc, ld) = (version("gcc")?, version("ld")?);
+    Ok(cache::key([RECIPE, recipe.fragment, &source.identity(), &gcc, &ld]))
 }
 
 fn version(tool: &str) -> Result<String> {

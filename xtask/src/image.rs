@@ -56,7 +56,7 @@ pub(crate) fn build(clock: &mut Clock) -> Result<()> {
 }
 
 /// A copy under a new name, renamed, so that a running program is left as it is.
-fn install(from: &Path, to: &Path) -> Result<()> {
+pub(crate) fn install(from: &Path, to: &Path) -> Result<()> {
     let partial = to.with_extension("partial");
     fs::copy(from, &partial).with_context(|| format!("copy {}", from.display()))?;
     fs::rename(&partial, to).with_context(|| format!("rename to {}", to.display()))

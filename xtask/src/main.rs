@@ -3,6 +3,7 @@
 mod cargo;
 mod check;
 mod clock;
+mod debian_image;
 mod demo;
 mod host;
 mod image;
@@ -25,6 +26,7 @@ const USAGE: &str = "usage: cargo xtask VERB
   check [NAME]            format, clippy, documentation, rules of the repository
   bench [ARGUMENTS]       the benchmark, in the test host; its JSON goes to target/bench
   image                   build everything and lay it out in target/dist
+  debian                  make the Debian image that the suites use, or find it in the cache
   host [OPTIONS] [CMD]    a command, or a shell, in the test host (--help tells the options)";
 
 fn main() -> ExitCode {
@@ -49,6 +51,7 @@ fn run(verb: &str, rest: &[String], clock: &mut Clock) -> Result<ExitCode> {
         "check" => check::run(rest, clock),
         "bench" => host::bench(rest, clock),
         "image" => image::build(clock).map(|()| ExitCode::SUCCESS),
+        "debian" => debian_image::build().map(|()| ExitCode::SUCCESS),
         "host" => host::run(rest),
         _ => usage(),
     }

@@ -7,13 +7,14 @@ use anyhow::{Context, Result, bail};
 
 use crate::cargo::succeed;
 
-const NEEDED: [&str; 29] = [
+const NEEDED: [&str; 30] = [
     "bc",
     "binutils",
     "bison",
     "busybox-static",
     "crun",
     "dbus",
+    "debootstrap",
     "docker.io",
     "flex",
     "gcc",
@@ -45,8 +46,7 @@ pub(crate) fn ensure() -> Result<()> {
     if missing.is_empty() {
         return Ok(());
     }
-    let user = Command::new("id").arg("-u").output().context("run id")?;
-    if user.stdout != b"0\n" {
+    if !is_root()? {
         bail!(
             "missing Debian packages, install them as root: apt-get install {}",
             missing.join(" ")
@@ -57,6 +57,12 @@ pub(crate) fn ensure() -> Result<()> {
     install.env("DEBIAN_FRONTEND", "noninteractive");
     succeed(Command::new("apt-get").arg("update"))?;
     succeed(&mut install)
+}
+
+/// Whether this process may do what only root may.
+pub(crate) fn is_root() -> Result<bool> {
+    let user = Command::new("id").arg("-u").output().context("run id")?;
+    Ok(user.stdout == b"0\n")
 }
 
 fn missing() -> Result<Vec<&'static str>> {

@@ -13,6 +13,7 @@ use guest_image::progress::say;
 
 use crate::cargo::{self, Artifact};
 use crate::clock::Clock;
+use crate::debian_image;
 use crate::host;
 use crate::image;
 use crate::libtest::Tally;
@@ -36,6 +37,7 @@ const OTHER_HOSTS: [(&str, &[&str]); 3] = [
 /// Runs everything and prints the final line last, on standard output.
 pub(crate) fn run(clock: &mut Clock) -> Result<ExitCode> {
     image::build(clock)?;
+    clock.step("Debian image", debian_image::build)?;
     let host = clock.step("test host", || {
         let host = host::program()?;
         cargo::succeed(Command::new(&host).arg("--build-only"))?;

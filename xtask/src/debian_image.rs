@@ -1,0 +1,142 @@
+//! `cargo xtask debian`: the image that the suites give to callers beside busybox, a minimal Debian of this
+//! machine's release, made by debootstrap from the archive that apt is configured for.
+//!
+//! The test host has no network, so it is made before the suites run: once, in the cache, by root. The
+//! suites look for the copy in `target`. debootstrap mounts and starts processes; both are in namespaces
+//! that end with it, and it ends with this process.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail, ensure};
+use guest_image::cache;
+use guest_image::progress::{Step, say};
+
+use crate::cargo::{output, root, succeed};
+use crate::image::install;
+use crate::packages;
+
+/// Raised when this file makes something else from the same inputs.
+const RECIPE: &str = "1";
+const VARIANT: &str = "--variant=minbase";
+/// Something to run that is larger than a shell.
+const INCLUDED: &str = "--include=python3-minimal";
+/// What is not archived, as patterns of tar: what differs from machine to machine, and what nobody reads
+/// there. Directories that belong to a package stay.
+const LEFT_OUT: [&str; 12] = [
+    "./dev/*",
+    "./etc/hostname",
+    "./etc/resolv.conf",
+    "./usr/share/doc/*",
+    "./usr/share/info/*",
+    "./usr/share/locale/*",
+    "./usr/share/man/*",
+    "./var/cache/apt/*.bin",
+    "./var/cache/apt/archives/*.deb",
+    "./var/lib/apt/lists/*_*",
+    "./var/log/*.log",
+    "./var/log/apt/*",
+];
+/// Whatever ends this program ends debootstrap, and its mounts with it.
+const CONFINED: [&str; 8] =
+    ["--pdeathsig", "KILL", "--", "unshare", "--mount", "--pid", "--fork", "--kill-child"];
+/// How much of debootstrap's messages an error shows.
+const LOG_LINES: usize = 25;
+
+/// Makes the image unless the cache has it, and puts it where the suites look.
+pub(crate) fn build() -> Result<()> {
+    packages::ensure()?;
+    let suite = suite(&fs::read_to_string("/etc/os-release").context("/etc/os-release")?)?;
+    let cache = cache::directory()?;
+    let key = cache::key([RECIPE, VARIANT, INCLUDED, &suite].into_iter().chain(LEFT_OUT));
+    let entry = cache.join(format!("debian-{key:.16}"));
+    let archive = entry.join("debian.tar");
+    if !archive.exists() {
+        let waiting = || say("waiting for another making of the same image");
+        let _lock = cache::lock(&cache, "debian", waiting)?;
+        if !archive.exists() {
+            ensure!(packages::is_root()?, "only root can run debootstrap: cargo xtask debian");
+            let step = Step::start(format!("debootstrap {suite}"));
+            cache::publish(&entry, |partial| make(&suite, partial))?;
+            step.done("made");
+        }
+    }
+    install(&archive, &place())
+}
+
+/// Where the suites look.
+fn place() -> PathBuf {
+    root().join("target/debian.tar")
+}
+
+fn make(suite: &str, partial: &Path) -> Result<()> {
+    let files = partial.join("root");
+    debootstrap(suite, &files)?;
+    let mut tar = Command::new("tar");
+    tar.args(["--create", "--sort=name", "--numeric-owner", "--file"]);
+    tar.arg(partial.join("debian.tar")).arg("--directory").arg(&files);
+    succeed(tar.args(LEFT_OUT.map(|pattern| format!("--exclude={pattern}"))).arg("."))?;
+    cache::remove(&files)
+}
+
+fn debootstrap(suite: &str, files: &Path) -> Result<()> {
+    let mut command = Command::new("setpriv");
+    command.args(CONFINED).args(["debootstrap", VARIANT, INCLUDED, suite]);
+    command.arg(files).arg(mirror(suite)?).env("LC_ALL", "C");
+    if let Some(proxy) = proxy()? {
+        command.env("http_proxy", proxy);
+    }
+    let ended = command.output().context("run setpriv (package util-linux)")?;
+    let messages = String::from_utf8_lossy(&ended.stdout);
+    let lines: Vec<&str> = messages.lines().collect();
+    let last = lines[lines.len().saturating_sub(LOG_LINES)..].join("\n");
+    let errors = String::from_utf8_lossy(&ended.stderr);
+    ensure!(ended.status.success(), "debootstrap failed ({}):\n{last}\n{errors}", ended.status);
+    Ok(())
+}
+
+/// The release that this machine runs.
+fn suite(os_release: &str) -> Result<String> {
+    let line = os_release.lines().find_map(|line| line.strip_prefix("VERSION_CODENAME="));
+    let name = line.map(|name| name.trim_matches('"')).filter(|name| !name.is_empty());
+    Ok(name.context("/etc/os-release has no VERSION_CODENAME")?.to_owned())
+}
+
+/// The archive that apt has this release from.
+fn mirror(suite: &str) -> Result<String> {
+    let known = || -> Result<Option<String>> {
+        let mut targets = Command::new("apt-get");
+        targets.args(["indextargets", "--format", "$(REPO_URI)", "Created-By: Packages"]);
+        targets.args(["Origin: Debian", "Component: main", &format!("Codename: {suite}")]);
+        Ok(output(&mut targets)?.lines().next().map(str::to_owned))
+    };
+    if let Some(mirror) = known()? {
+        return Ok(mirror);
+    }
+    // It knows only what it has the lists of.
+    succeed(Command::new("apt-get").arg("update"))?;
+    match known()? {
+        Some(mirror) => Ok(mirror),
+        None => bail!("apt has no archive of Debian {suite} among its sources"),
+    }
+}
+
+/// The one that apt goes through.
+fn proxy() -> Result<Option<String>> {
+    let mut config = Command::new("apt-config");
+    config.args(["dump", "--no-empty", "--format", "%v%n", "Acquire::http::Proxy"]);
+    Ok(output(&mut config)?.lines().next().map(str::to_owned))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn release_is_read_with_and_without_quotes() {
+        assert_eq!(suite("ID=debian\nVERSION_CODENAME=bookworm\n").unwrap(), "bookworm");
+        assert_eq!(suite("VERSION_CODENAME=\"trixie\"\n").unwrap(), "trixie");
+        assert!(suite("ID=debian\n").is_err());
+    }
+}

@@ -4,6 +4,7 @@
 #![cfg(test)]
 
 mod containerd;
+mod debian;
 mod docker;
 mod podman;
 

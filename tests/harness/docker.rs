@@ -67,6 +67,17 @@ impl Docker {
         Ok(docker)
     }
 
+    /// Gives the daemon the image `debian`: a small Debian, as debootstrap makes it.
+    ///
+    /// # Errors
+    /// When nobody has made it, or as [`Docker::ok`].
+    pub fn import_debian(&self) -> Result<()> {
+        let archive = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/debian.tar");
+        let path = archive.display().to_string();
+        ensure!(archive.exists(), "no {path}: make it with `cargo xtask debian`");
+        self.ok(&["import", &path, "debian"]).map(drop)
+    }
+
     /// A command of this daemon's client.
     #[must_use]
     pub fn command(&self, args: &[&str]) -> Command {

@@ -19,7 +19,7 @@ use crate::bundle::Bundle;
 use crate::vm::dist;
 
 /// A bound on hangs under emulation, not a measure.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(300);
 
 /// A runtime with a state directory of its own: Bulkhead, or one to compare it with.
 #[derive(Debug)]

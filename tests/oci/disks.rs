@@ -113,6 +113,6 @@ fn a_disk_that_is_not_there_is_named() {
     let many: Vec<_> = (0..9).map(|number| disk.given(&format!("/dev/d{number}"), "r")).collect();
     let (status, _, errors) = told(&runtime.run("c", &bundle("true", &many)).unwrap());
     assert_eq!(status, Some(1));
-    assert!(errors.contains("9 block devices; a machine has room for 8"), "{errors}");
+    assert!(errors.contains("9 block devices, and a machine has room for 8"), "{errors}");
     runtime.assert_clean().unwrap();
 }

@@ -66,8 +66,11 @@ pub fn check(spec: &Spec, neighbours: &Neighbours) -> Result<Joined, Refusal> {
         others.into_iter().try_for_each(guest_has)?;
         if disks.len() > DISKS_MAX {
             return Err(refuse(
-                format!("linux.devices has {} block devices", disks.len()),
-                "a machine has room for 8",
+                format!(
+                    "linux.devices has {} block devices, and a machine has room for {DISKS_MAX}",
+                    disks.len()
+                ),
+                "leave some out",
             ));
         }
     }

@@ -7,6 +7,10 @@
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+mod net;
+
+pub use net::{NetConfig, PAIRS_MAX, RateLimit};
+
 /// The version of this shape; the monitor refuses any other.
 pub const VERSION: u32 = 1;
 /// The number of virtio-mmio slots of a machine, devices and placeholders together.
@@ -104,6 +108,8 @@ pub enum DeviceConfig {
         /// What the guest sees as the serial number, at most 20 bytes.
         serial: String,
     },
+    /// A network interface.
+    Net(NetConfig),
     /// Gives guest memory back to the host.
     Balloon,
     /// Memory that is plugged while the machine runs; at most one, and it stays.
@@ -236,6 +242,7 @@ impl DeviceConfig {
             Self::Rng { source } => check_fd(&format!("{field}.source"), *source, descriptors),
             Self::Fs { server, .. } => check_fd(&format!("{field}.server"), *server, descriptors),
             Self::Blk { disk, .. } => check_fd(&format!("{field}.disk"), *disk, descriptors),
+            Self::Net(net) => net.validate(field, descriptors),
             Self::Mem { region_mib } if !(1..=PLUGGED_MIB_MAX).contains(region_mib) => {
                 let reason = format!("{region_mib} is not between 1 and {PLUGGED_MIB_MAX}");
                 Err(ConfigError::new(format!("{field}.region_mib"), reason))

@@ -148,6 +148,8 @@ pub struct DeviceStatistics {
     pub notifications: u64,
     /// The driver broke the protocol and the device stopped until reset.
     pub failed: bool,
+    /// Packets of a network that were malformed, too long or refused by the host's interface.
+    pub dropped: u64,
 }
 
 /// Why a call was not done.

@@ -256,6 +256,7 @@ impl Machine {
                 device_id: transport.device_id()?,
                 notifications: line.notifications(),
                 failed: line.failed(),
+                dropped: line.dropped(),
             })
         };
         Statistics {

@@ -22,16 +22,26 @@ fn blk(serial: &str) -> DeviceConfig {
     DeviceConfig::Blk { disk: Fd(0), read_only: true, serial: serial.into() }
 }
 
+fn net(change: fn(&mut NetConfig)) -> DeviceConfig {
+    let mac = [2, 0, 0, 0, 0, 1];
+    let (receive, transmit) = (RateLimit::default(), RateLimit::default());
+    let mut net = NetConfig { taps: vec![Fd(0), Fd(1)], mac, mtu: 1500, receive, transmit };
+    change(&mut net);
+    DeviceConfig::Net(net)
+}
+
 #[test]
 fn a_configuration_survives_json() {
-    let json = serde_json::to_vec(&valid()).unwrap();
-    assert_eq!(VmConfig::from_json(&json, 4).unwrap(), valid());
+    let mut config = valid();
+    config.devices.push(SlotDevice { slot: 12, device: net(|_| {}) });
+    let json = serde_json::to_vec(&config).unwrap();
+    assert_eq!(VmConfig::from_json(&json, 4).unwrap(), config);
 }
 
 #[test]
 fn every_bad_field_is_named() {
     type Spoil = fn(&mut VmConfig);
-    let table: [(&str, Spoil); 15] = [
+    let table: [(&str, Spoil); 20] = [
         ("version", |c| c.version = 2),
         ("jail.uid", |c| c.jail.uid = 0),
         ("jail.gid", |c| c.jail.gid = u32::MAX),
@@ -47,6 +57,11 @@ fn every_bad_field_is_named() {
         ("devices[1].slot", |c| c.devices.push(c.devices[0].clone())),
         ("devices[0].guest_cid", |c| c.devices[0].device = DeviceConfig::Vsock { guest_cid: 2 }),
         ("devices[0].serial", |c| c.devices[0].device = blk(&"s".repeat(21))),
+        ("devices[0].taps", |c| c.devices[0].device = net(|net| net.taps.clear())),
+        ("devices[0].taps", |c| c.devices[0].device = net(|net| net.taps = vec![Fd(0); 9])),
+        ("devices[0].taps[1]", |c| c.devices[0].device = net(|net| net.taps[1] = Fd(4))),
+        ("devices[0].mac", |c| c.devices[0].device = net(|net| net.mac[0] = 3)),
+        ("devices[0].mtu", |c| c.devices[0].device = net(|net| net.mtu = 67)),
     ];
     for (field, spoil) in table {
         let mut config = valid();

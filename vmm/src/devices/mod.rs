@@ -12,9 +12,10 @@ use crate::vm::Descriptors;
 
 pub(crate) mod console;
 pub(crate) mod rate_limit;
+mod token_bucket;
 pub(crate) mod virtio;
 
-use virtio::{VirtioDevice, balloon, block, fs, mem, rng, vsock};
+use virtio::{VirtioDevice, balloon, block, fs, mem, net, rng, vsock};
 
 /// What the control socket needs of devices once they are attached.
 #[derive(Debug, Default)]
@@ -46,6 +47,10 @@ pub(crate) fn build(
         DeviceConfig::Blk { disk, read_only, serial } => {
             let disk = File::from(take("disk", *disk)?);
             Box::new(block::device(disk, *read_only, serial)?)
+        }
+        DeviceConfig::Net(net) => {
+            let taps = net.taps.iter().map(|tap| take("taps", *tap));
+            Box::new(net::device(net, taps.collect::<io::Result<_>>()?)?)
         }
         DeviceConfig::Balloon => {
             let (device, balloon) = balloon::device()?;

@@ -303,7 +303,7 @@ pub(crate) fn survives_malformed<S: Serve>(sizes: &[u16], make: impl Fn() -> S) 
 
 /// Low memory behind the rings: no well-formed buffer lies there.
 fn low_memory(memory: &GuestMemory) -> Vec<u8> {
-    let start = RINGS + 4 * RING_BYTES;
+    let start = RINGS + 8 * RING_BYTES;
     let mut bytes = vec![0; usize::try_from(LOW_END - start).unwrap()];
     memory.read_slice(&mut bytes, GuestAddress(start)).unwrap();
     bytes

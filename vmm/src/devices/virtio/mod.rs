@@ -20,6 +20,7 @@ pub(crate) mod fs;
 pub(crate) mod mem;
 #[cfg(test)]
 pub(crate) mod mock;
+pub(crate) mod net;
 pub(crate) mod queue;
 pub(crate) mod rng;
 pub(crate) mod transport;
@@ -167,7 +168,8 @@ impl ConfigSpace {
         u64::from_le_bytes(self.get(offset))
     }
 
-    fn set<const N: usize>(&self, offset: usize, value: [u8; N]) {
+    /// Like [`ConfigSpace::set_u32`], of bytes.
+    pub(crate) fn set<const N: usize>(&self, offset: usize, value: [u8; N]) {
         let mut space = self.lock();
         if let Some(field) = space.bytes.get_mut(offset..offset + N) {
             field.copy_from_slice(&value);

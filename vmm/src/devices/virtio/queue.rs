@@ -6,10 +6,13 @@
 
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
 
 use thiserror::Error;
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::{GuestAddress, GuestMemory as _, GuestMemoryMmap, Permissions, VolatileSlice};
+use vm_memory::{
+    Bytes, GuestAddress, GuestMemory as _, GuestMemoryMmap, Permissions, VolatileSlice,
+};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::ServeError;
@@ -61,6 +64,11 @@ pub(crate) struct Buffers {
 }
 
 impl Buffers {
+    fn clear(&mut self) {
+        self.segments.clear();
+        (self.left, self.used) = (0, 0);
+    }
+
     fn push(&mut self, segment: Segment) {
         self.left += segment.len as usize;
         self.segments.push(segment);
@@ -76,6 +84,18 @@ impl Buffers {
         self.used
     }
 
+    /// Adds what is not yet consumed to `slices`, and leaves it so.
+    pub(crate) fn gather<'m>(
+        &self,
+        memory: &'m GuestMemory,
+        slices: &mut Vec<VolatileSlice<'m>>,
+    ) -> Result<(), QueueError> {
+        for segment in self.segments.iter().rev() {
+            visit(memory, segment.addr, segment.len as usize, |slice| slices.push(slice))?;
+        }
+        Ok(())
+    }
+
     /// Consumes up to `len` bytes as host slices; fewer when the buffers end.
     pub(crate) fn slices<'m>(
         &mut self,
@@ -83,17 +103,46 @@ impl Buffers {
         len: usize,
     ) -> Result<Vec<VolatileSlice<'m>>, QueueError> {
         let mut slices = Vec::new();
+        self.consume(memory, len, |slice| slices.push(slice))?;
+        Ok(slices)
+    }
+
+    /// Copies exactly `data.len()` bytes out of the guest.
+    pub(crate) fn read(&mut self, memory: &GuestMemory, data: &mut [u8]) -> Result<(), QueueError> {
+        self.check(data.len())?;
+        let len = data.len();
+        let mut rest = data;
+        self.consume(memory, len, |slice| {
+            let (now, later) = std::mem::take(&mut rest).split_at_mut(slice.len());
+            slice.copy_to(now);
+            rest = later;
+        })
+    }
+
+    /// Copies all of `data` into the guest.
+    pub(crate) fn write(&mut self, memory: &GuestMemory, data: &[u8]) -> Result<(), QueueError> {
+        self.check(data.len())?;
+        let mut rest = data;
+        self.consume(memory, data.len(), |slice| {
+            let (now, later) = rest.split_at(slice.len());
+            slice.copy_from(now);
+            rest = later;
+        })
+    }
+
+    /// Consumes up to `len` bytes, one run of host memory after the other.
+    fn consume<'m>(
+        &mut self,
+        memory: &'m GuestMemory,
+        len: usize,
+        mut each: impl FnMut(VolatileSlice<'m>),
+    ) -> Result<(), QueueError> {
         let mut wanted = len.min(self.left);
         while wanted > 0
             && let Some(mut segment) = self.segments.pop()
         {
             let take = (segment.len as usize).min(wanted);
-            let range = memory
-                .get_slices(segment.addr, take, Permissions::ReadWrite)
-                .map_err(virtio_queue::Error::GuestMemoryError)?;
-            for slice in range {
-                slices.push(slice.map_err(virtio_queue::Error::GuestMemoryError)?);
-            }
+            visit(memory, segment.addr, take, &mut each)?;
             if take < segment.len as usize {
                 segment.addr = GuestAddress(segment.addr.0 + take as u64);
                 // `take` is below `segment.len`, which is a u32.
@@ -104,30 +153,6 @@ impl Buffers {
             self.left -= take;
             self.used += take;
         }
-        Ok(slices)
-    }
-
-    /// Copies exactly `data.len()` bytes out of the guest.
-    pub(crate) fn read(&mut self, memory: &GuestMemory, data: &mut [u8]) -> Result<(), QueueError> {
-        self.check(data.len())?;
-        let mut rest = data;
-        for slice in self.slices(memory, rest.len())? {
-            let (now, later) = rest.split_at_mut(slice.len());
-            slice.copy_to(now);
-            rest = later;
-        }
-        Ok(())
-    }
-
-    /// Copies all of `data` into the guest.
-    pub(crate) fn write(&mut self, memory: &GuestMemory, data: &[u8]) -> Result<(), QueueError> {
-        self.check(data.len())?;
-        let mut rest = data;
-        for slice in self.slices(memory, rest.len())? {
-            let (now, later) = rest.split_at(slice.len());
-            slice.copy_from(now);
-            rest = later;
-        }
         Ok(())
     }
 
@@ -137,8 +162,24 @@ impl Buffers {
     }
 }
 
+/// Shows a range of guest memory as the runs of host memory that it is.
+fn visit<'m>(
+    memory: &'m GuestMemory,
+    addr: GuestAddress,
+    len: usize,
+    mut each: impl FnMut(VolatileSlice<'m>),
+) -> Result<(), QueueError> {
+    let range = memory
+        .get_slices(addr, len, Permissions::ReadWrite)
+        .map_err(virtio_queue::Error::GuestMemoryError)?;
+    for slice in range {
+        each(slice.map_err(virtio_queue::Error::GuestMemoryError)?);
+    }
+    Ok(())
+}
+
 /// A request of the driver: what the device reads, then what it writes.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(crate) struct Chain {
     /// Names the chain when it is given back.
     pub(crate) head: u16,
@@ -149,14 +190,18 @@ pub(crate) struct Chain {
 }
 
 impl Chain {
-    /// Copies a chain's descriptors out of guest memory and checks them.
+    /// Copies a chain's descriptors out of guest memory and checks them. What the chain was before
+    /// is forgotten; its room is used again.
     fn walk(
+        &mut self,
         chain: DescriptorChain<&GuestMemory>,
         memory: &GuestMemory,
         length_max: u16,
-    ) -> Result<Self, QueueError> {
+    ) -> Result<(), QueueError> {
         let head = chain.head_index();
-        let mut walked = Self { head, readable: Buffers::default(), writable: Buffers::default() };
+        self.head = head;
+        self.readable.clear();
+        self.writable.clear();
         let mut complete = false;
         let mut total = 0_u32;
         for (descriptor, length) in chain.zip(1_u32..) {
@@ -176,16 +221,16 @@ impl Chain {
                 return Err(QueueError::Buffer { head, addr, len });
             }
             if descriptor.is_write_only() {
-                walked.writable.push(segment);
-            } else if walked.writable.segments.is_empty() {
-                walked.readable.push(segment);
+                self.writable.push(segment);
+            } else if self.writable.segments.is_empty() {
+                self.readable.push(segment);
             } else {
                 return Err(QueueError::Order { head });
             }
         }
-        walked.readable.segments.reverse();
-        walked.writable.segments.reverse();
-        if complete { Ok(walked) } else { Err(QueueError::Chain { head }) }
+        self.readable.segments.reverse();
+        self.writable.segments.reverse();
+        if complete { Ok(()) } else { Err(QueueError::Chain { head }) }
     }
 }
 
@@ -196,11 +241,24 @@ pub(crate) struct DeviceQueue {
     /// Readable when the driver kicked.
     kick: Arc<EventFd>,
     line: Arc<Line>,
+    /// The used index when the driver was last considered for an interrupt.
+    signalled: u16,
 }
 
 impl DeviceQueue {
     pub(crate) fn new(queue: Queue, kick: Arc<EventFd>, line: Arc<Line>) -> Self {
-        Self { queue, kick, line }
+        let signalled = queue.next_used();
+        Self { queue, kick, line, signalled }
+    }
+
+    /// Whether the driver set it up. It may leave out those that it has no use for.
+    pub(crate) fn ready(&self) -> bool {
+        self.queue.ready()
+    }
+
+    /// The most chains that the driver can have made available at once.
+    pub(crate) fn size(&self) -> u16 {
+        self.queue.size()
     }
 
     pub(crate) fn kick(&self) -> &EventFd {
@@ -214,9 +272,16 @@ impl DeviceQueue {
 
     /// The next chain that the driver made available.
     pub(crate) fn pop(&mut self, memory: &GuestMemory) -> Result<Option<Chain>, QueueError> {
+        let mut chain = Chain::default();
+        Ok(self.pop_into(memory, &mut chain)?.then_some(chain))
+    }
+
+    /// Like [`DeviceQueue::pop`], into room that is there already; `false` without a chain.
+    fn pop_into(&mut self, memory: &GuestMemory, chain: &mut Chain) -> Result<bool, QueueError> {
         // The iterator borrows the queue for one step only: the ring index is checked each time.
-        let Some(chain) = self.queue.iter(memory)?.next() else { return Ok(None) };
-        Chain::walk(chain, memory, self.queue.size()).map(Some)
+        let Some(found) = self.queue.iter(memory)?.next() else { return Ok(false) };
+        chain.walk(found, memory, self.queue.size())?;
+        Ok(true)
     }
 
     /// Puts back the chain popped last: nothing can be done with it now.
@@ -231,16 +296,64 @@ impl DeviceQueue {
         head: u16,
         written: usize,
     ) -> Result<(), QueueError> {
+        self.fill(memory, 0, (head, written))?;
+        self.publish(memory, 1)
+    }
+
+    /// Prepares to give a chain back as the `ahead`th of those that the driver does not see before
+    /// [`DeviceQueue::publish`]: it must find all that belong together at once.
+    pub(crate) fn fill(
+        &self,
+        memory: &GuestMemory,
+        ahead: u16,
+        (head, written): (u16, usize),
+    ) -> Result<(), QueueError> {
         let written = u32::try_from(written).unwrap_or(u32::MAX);
-        Ok(self.queue.add_used(memory, head, written)?)
+        let index = self.queue.next_used().wrapping_add(ahead) % self.queue.size();
+        // Inside of memory when the driver set the queue up, as are the other addresses here.
+        let element = GuestAddress(self.queue.used_ring() + 4 + 8 * u64::from(index));
+        // struct virtq_used_elem: the head, then the length.
+        let value = u64::from(head) | u64::from(written) << 32;
+        let result = memory.write_obj(value.to_le(), element);
+        Ok(result.map_err(virtio_queue::Error::GuestMemory)?)
+    }
+
+    /// How many chains the driver was given back, modulo 65536.
+    pub(crate) fn published(&self) -> u16 {
+        self.queue.next_used()
+    }
+
+    /// Lets the driver see so many chains that were filled.
+    pub(crate) fn publish(&mut self, memory: &GuestMemory, count: u16) -> Result<(), QueueError> {
+        let next = self.queue.next_used().wrapping_add(count);
+        self.queue.set_next_used(next);
+        let index = GuestAddress(self.queue.used_ring() + 2);
+        let result = memory.store(next.to_le(), index, Ordering::Release);
+        Ok(result.map_err(virtio_queue::Error::GuestMemory)?)
     }
 
     /// Interrupts the driver if it asked for that since the last time.
     pub(crate) fn signal(&mut self, memory: &GuestMemory) -> Result<(), ServeError> {
-        if self.queue.needs_notification(memory).map_err(QueueError::from)? {
+        if self.wants_signal(memory)? {
             self.line.raise_queue()?;
         }
         Ok(())
+    }
+
+    /// VIRTIO 1.2 §2.7.10: whether the index that the driver waits for was passed.
+    fn wants_signal(&mut self, memory: &GuestMemory) -> Result<bool, QueueError> {
+        let now = self.queue.next_used();
+        let before = std::mem::replace(&mut self.signalled, now);
+        // The driver must see what was published before its own index is read.
+        fence(Ordering::SeqCst);
+        if !self.queue.event_idx_enabled() {
+            return Ok(true);
+        }
+        let size = u64::from(self.queue.size());
+        let used_event = GuestAddress(self.queue.avail_ring() + 4 + 2 * size);
+        let event = memory.load(used_event, Ordering::Relaxed).map(u16::from_le);
+        let event = event.map_err(virtio_queue::Error::GuestMemory)?;
+        Ok(now.wrapping_sub(event).wrapping_sub(1) < now.wrapping_sub(before))
     }
 
     /// Asks for a kick at the next chain; `true` when one arrived meanwhile.
@@ -257,6 +370,15 @@ impl DeviceQueue {
         if self.arm(memory)? { self.pop(memory) } else { Ok(None) }
     }
 
+    /// Like [`DeviceQueue::pop_or_arm`], into room that is there already; `false` without a chain.
+    pub(crate) fn pop_or_arm_into(
+        &mut self,
+        memory: &GuestMemory,
+        chain: &mut Chain,
+    ) -> Result<bool, QueueError> {
+        Ok(self.pop_into(memory, chain)? || (self.arm(memory)? && self.pop_into(memory, chain)?))
+    }
+
     /// Serves what the driver made available, and interrupts it when something was. `answer` does
     /// what a chain asks for and says how many bytes of its writable part it filled.
     ///
@@ -267,13 +389,16 @@ impl DeviceQueue {
         memory: &GuestMemory,
         mut answer: impl FnMut(&mut Chain) -> Result<usize, ServeError>,
     ) -> Result<(), ServeError> {
+        let mut chain = Chain::default();
         let mut served = 0;
         loop {
             if served == BATCH {
                 self.kick_again()?;
                 break;
             }
-            let Some(mut chain) = self.pop_or_arm(memory)? else { break };
+            if !self.pop_or_arm_into(memory, &mut chain)? {
+                break;
+            }
             let written = answer(&mut chain)?;
             self.complete(memory, chain.head, written)?;
             served += 1;

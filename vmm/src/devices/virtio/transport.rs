@@ -45,6 +45,7 @@ pub(crate) struct Line {
     pending: AtomicU32,
     failed: AtomicBool,
     notifications: AtomicU64,
+    dropped: AtomicU64,
 }
 
 impl Line {
@@ -55,6 +56,7 @@ impl Line {
             pending: AtomicU32::new(0),
             failed: AtomicBool::new(false),
             notifications: AtomicU64::new(0),
+            dropped: AtomicU64::new(0),
         })
     }
 
@@ -91,6 +93,14 @@ impl Line {
 
     pub(crate) fn notifications(&self) -> u64 {
         self.notifications.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn count_dropped(&self) {
+        self.dropped.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn dropped(&self) -> u64 {
+        self.dropped.load(Ordering::Relaxed)
     }
 
     fn raise(&self, bit: u32) -> io::Result<()> {

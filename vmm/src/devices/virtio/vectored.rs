@@ -14,7 +14,7 @@ use vm_memory::VolatileSlice;
 use vm_memory::volatile_memory::PtrGuardMut;
 
 /// The most runs that one call takes, `IOV_MAX` of Linux.
-const RUNS_MAX: usize = 1024;
+pub(crate) const RUNS_MAX: usize = 1024;
 
 /// Receives from a socket into guest memory without waiting; 0 at the end of the stream.
 pub(crate) fn receive(socket: impl AsFd, slices: &[VolatileSlice<'_>]) -> io::Result<usize> {
@@ -67,22 +67,69 @@ pub(crate) fn write_at(
     })
 }
 
-/// What the kernel is given, and what keeps it valid.
-struct Vectors {
+/// What the kernel is given, and what keeps it valid. Kept from one call to the next, so that a
+/// packet costs no allocation.
+#[derive(Default)]
+pub(crate) struct Vectors {
     list: Vec<libc::iovec>,
     /// Held so that the memory stays where it is.
-    _guards: Vec<PtrGuardMut>,
+    guards: Vec<PtrGuardMut>,
 }
 
 impl Vectors {
     fn new(slices: &[VolatileSlice<'_>]) -> Self {
-        let slices = slices.get(..RUNS_MAX).unwrap_or(slices);
-        let guards: Vec<_> = slices.iter().map(VolatileSlice::ptr_guard_mut).collect();
-        let list = guards
-            .iter()
-            .map(|guard| libc::iovec { iov_base: guard.as_ptr().cast(), iov_len: guard.len() })
-            .collect();
-        Self { list, _guards: guards }
+        let mut vectors = Self::default();
+        vectors.add(slices.get(..RUNS_MAX).unwrap_or(slices));
+        vectors
+    }
+
+    /// Reads a packet into guest memory, and into `rest` what it is too long for. Fewer than
+    /// [`RUNS_MAX`] slices.
+    pub(crate) fn read(
+        &mut self,
+        file: impl AsFd,
+        slices: &[VolatileSlice<'_>],
+        rest: &mut [u8],
+    ) -> io::Result<usize> {
+        self.clear();
+        self.add(slices);
+        self.list.push(libc::iovec { iov_base: rest.as_mut_ptr().cast(), iov_len: rest.len() });
+        let fd = file.as_fd().as_raw_fd();
+        retry(|| {
+            // SAFETY: as in `receive`; `rest` is borrowed for as long.
+            unsafe { libc::readv(fd, self.list.as_ptr(), self.count()) }
+        })
+    }
+
+    /// Writes a packet: `front`, then guest memory. Fewer than [`RUNS_MAX`] slices.
+    pub(crate) fn write(
+        &mut self,
+        file: impl AsFd,
+        front: &[u8],
+        slices: &[VolatileSlice<'_>],
+    ) -> io::Result<usize> {
+        self.clear();
+        let iov_base = front.as_ptr().cast_mut().cast();
+        self.list.push(libc::iovec { iov_base, iov_len: front.len() });
+        self.add(slices);
+        let fd = file.as_fd().as_raw_fd();
+        retry(|| {
+            // SAFETY: as in `receive`; the kernel only reads.
+            unsafe { libc::writev(fd, self.list.as_ptr(), self.count()) }
+        })
+    }
+
+    fn clear(&mut self) {
+        self.list.clear();
+        self.guards.clear();
+    }
+
+    fn add(&mut self, slices: &[VolatileSlice<'_>]) {
+        for slice in slices {
+            let guard = slice.ptr_guard_mut();
+            self.list.push(libc::iovec { iov_base: guard.as_ptr().cast(), iov_len: guard.len() });
+            self.guards.push(guard);
+        }
     }
 
     /// A message of these vectors and nothing else.

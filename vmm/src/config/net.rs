@@ -1,0 +1,67 @@
+//! The configuration of a network interface.
+
+use std::num::NonZeroU64;
+
+use serde::{Deserialize, Serialize};
+
+use super::{ConfigError, Fd, check_fd};
+
+/// The most pairs of queues that an interface can have.
+pub const PAIRS_MAX: usize = 8;
+/// The least MTU that IPv4 works with.
+const MTU_MIN: u16 = 68;
+
+/// A network interface of the guest: what it sends comes out of a tap of the host, and the other
+/// way round.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetConfig {
+    /// One for each pair of queues, all of one interface. Whoever opens them has set them up:
+    /// `IFF_TAP`, `IFF_NO_PI`, `IFF_VNET_HDR` and, for more than one, `IFF_MULTI_QUEUE`; a header
+    /// of 12 bytes (`TUNSETVNETHDRSZ`); nonblocking.
+    pub taps: Vec<Fd>,
+    /// The address that the guest has at first.
+    pub mac: [u8; 6],
+    /// The most that a packet has behind its Ethernet header.
+    pub mtu: u16,
+    /// Of what the guest receives.
+    #[serde(default)]
+    pub receive: RateLimit,
+    /// Of what the guest sends.
+    #[serde(default)]
+    pub transmit: RateLimit,
+}
+
+/// How much may pass; what has no value is not limited.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RateLimit {
+    /// Bytes of whole frames.
+    #[serde(default)]
+    pub bytes_per_s: Option<NonZeroU64>,
+    /// Packets; several that are segmented by the receiver are one.
+    #[serde(default)]
+    pub packets_per_s: Option<NonZeroU64>,
+}
+
+impl NetConfig {
+    /// Checks every field; `field` is the device's place in the message.
+    pub(super) fn validate(&self, field: &str, descriptors: usize) -> Result<(), ConfigError> {
+        if !(1..=PAIRS_MAX).contains(&self.taps.len()) {
+            let reason = format!("has {}, not between 1 and {PAIRS_MAX}", self.taps.len());
+            return Err(ConfigError::new(format!("{field}.taps"), reason));
+        }
+        for (index, tap) in self.taps.iter().enumerate() {
+            check_fd(&format!("{field}.taps[{index}]"), *tap, descriptors)?;
+        }
+        if self.mac[0] & 1 != 0 || self.mac == [0; 6] {
+            let reason = format!("{:x?} is not the address of one interface", self.mac);
+            return Err(ConfigError::new(format!("{field}.mac"), reason));
+        }
+        if self.mtu < MTU_MIN {
+            let reason = format!("{} is below {MTU_MIN}", self.mtu);
+            return Err(ConfigError::new(format!("{field}.mtu"), reason));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,36 @@
+//! What may pass in one direction: bytes and packets, each with a bucket of its own.
+
+use std::time::{Duration, Instant};
+
+use crate::config::RateLimit;
+use crate::devices::token_bucket::TokenBucket;
+
+/// Both buckets, each only if there is a limit.
+#[derive(Debug)]
+pub(super) struct Limit {
+    bytes: Option<TokenBucket>,
+    packets: Option<TokenBucket>,
+}
+
+impl Limit {
+    pub(super) fn new(limit: RateLimit, now: Instant) -> Self {
+        let bucket = |per_s| TokenBucket::new(per_s, now);
+        let (bytes, packets) = (limit.bytes_per_s.map(bucket), limit.packets_per_s.map(bucket));
+        Self { bytes, packets }
+    }
+
+    /// How long nothing may pass; `None` when something may now.
+    pub(super) fn wait(&self, now: Instant) -> Option<Duration> {
+        let waits = [&self.bytes, &self.packets].map(|bucket| bucket.as_ref().map(|b| b.wait(now)));
+        waits.into_iter().flatten().max().filter(|wait| !wait.is_zero())
+    }
+
+    /// A frame of so many bytes passed.
+    pub(super) fn take(&mut self, bytes: usize, now: Instant) {
+        for (bucket, amount) in [(&mut self.bytes, bytes as u64), (&mut self.packets, 1)] {
+            if let Some(bucket) = bucket {
+                bucket.take(amount, now);
+            }
+        }
+    }
+}

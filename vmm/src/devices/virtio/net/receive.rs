@@ -1,0 +1,289 @@
+//! From a tap to the driver, VIRTIO 1.3 §5.1.6.3 and §5.1.6.4.
+//!
+//! A frame is read straight into the driver's buffers, as many as the longest frame may need; those
+//! that it did not fill are kept for the next one. There is nothing else to keep: a frame for which
+//! there is no room stays in the tap.
+
+use std::collections::VecDeque;
+use std::io;
+use std::time::Instant;
+
+use vm_memory::VolatileSlice;
+
+use super::super::ServeError;
+use super::super::queue::{Chain, DeviceQueue, GuestMemory, QueueError};
+use super::super::vectored::{RUNS_MAX, Vectors};
+use super::filter::{Filter, Mac};
+use super::header::{BUFFERS, FLAGS, FRAME_MAX, FRAME_MIN, HEADER_BYTES};
+use super::limit::Limit;
+use super::tap::Tap;
+use super::{F_GUEST_CSUM, F_GUEST_LARGE, F_MRG_RXBUF};
+
+/// Frames taken before the worker looks at anything else.
+const BATCH: usize = 64;
+
+/// Why a round ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ended {
+    /// The tap has no more frames, or may have but was served for long enough: it says when.
+    Served,
+    /// The driver has no more buffers.
+    NoRoom,
+    /// The limit is reached.
+    Limited,
+    /// The tap is of no interface any more.
+    Gone,
+}
+
+/// One queue of the driver's buffers.
+#[derive(Debug, Default)]
+pub(super) struct Receive {
+    /// Taken from the queue and not yet used, at most as many as the queue has.
+    held: VecDeque<Chain>,
+    /// Chains that were given back; their room is used again.
+    spare: Vec<Chain>,
+    /// A frame may be put into several buffers.
+    mergeable: bool,
+    /// The driver understands what a tap says of checksums.
+    checksums: bool,
+    /// The longest frame that is to be expected, with its header.
+    longest: usize,
+}
+
+/// What a round needs beside its queue.
+pub(super) struct Round<'a, T> {
+    pub(super) tap: &'a T,
+    pub(super) memory: &'a GuestMemory,
+    pub(super) filter: &'a Filter,
+    pub(super) limit: &'a mut Limit,
+}
+
+impl Receive {
+    /// What a driver that negotiated `features` expects.
+    pub(super) fn start(&mut self, features: u64, mtu: u16) {
+        self.mergeable = features & F_MRG_RXBUF != 0;
+        self.checksums = features & F_GUEST_CSUM != 0;
+        let large = features & F_GUEST_LARGE != 0;
+        let frame = if large { FRAME_MAX } else { FRAME_MIN + 8 + usize::from(mtu) };
+        self.longest = HEADER_BYTES + frame;
+    }
+
+    /// The driver has its buffers back.
+    pub(super) fn stop(&mut self) {
+        self.held.clear();
+        self.spare.clear();
+    }
+
+    /// Chains that there is memory for.
+    #[cfg(test)]
+    pub(super) fn chains(&self) -> usize {
+        self.held.len() + self.spare.len()
+    }
+
+    /// Gives the driver frames until there is a reason not to.
+    pub(super) fn round<T: Tap>(
+        &mut self,
+        queue: &mut DeviceQueue,
+        mut round: Round<'_, T>,
+    ) -> Result<Ended, ServeError> {
+        let before = queue.published();
+        let ended = self.frames(queue, &mut round)?;
+        if queue.published() != before {
+            queue.signal(round.memory)?;
+        }
+        Ok(ended)
+    }
+
+    fn frames<T: Tap>(
+        &mut self,
+        queue: &mut DeviceQueue,
+        round: &mut Round<'_, T>,
+    ) -> Result<Ended, ServeError> {
+        let mut room = Room::default();
+        for chain in &self.held {
+            room.add(chain, round.memory)?;
+        }
+        let mut vectors = Vectors::default();
+        let now = Instant::now();
+        for _ in 0..BATCH {
+            if round.limit.wait(now).is_some() {
+                return Ok(Ended::Limited);
+            }
+            if !self.collect(queue, round.memory, &mut room)? {
+                return Ok(Ended::NoRoom);
+            }
+            let bytes = match vectors.read(round.tap, room.usable(), &mut [0]) {
+                Ok(0) => return Ok(Ended::Gone),
+                Ok(bytes) => bytes,
+                Err(error) => match error.raw_os_error() {
+                    Some(libc::EAGAIN) => return Ok(Ended::Served),
+                    // A frame that cannot be told to a reader is lost by itself.
+                    Some(libc::EINVAL | libc::ENOMEM) => {
+                        queue.line().count_dropped();
+                        continue;
+                    }
+                    _ => return Ok(gone(&error)),
+                },
+            };
+            round.limit.take(bytes.saturating_sub(HEADER_BYTES), now);
+            if !(HEADER_BYTES + FRAME_MIN..=room.usable_bytes()).contains(&bytes) {
+                queue.line().count_dropped();
+            } else if round.filter.wants(Mac(room.get(HEADER_BYTES))) {
+                self.give(queue, round.memory, &mut room, bytes)?;
+            }
+        }
+        Ok(Ended::Served)
+    }
+
+    /// Takes chains from the queue until the longest frame fits; `false` when the driver has to
+    /// make more available.
+    fn collect<'m>(
+        &mut self,
+        queue: &mut DeviceQueue,
+        memory: &'m GuestMemory,
+        room: &mut Room<'m>,
+    ) -> Result<bool, ServeError> {
+        while !self.suffices(queue, room) {
+            let mut chain = self.spare.pop().unwrap_or_default();
+            if !queue.pop_or_arm_into(memory, &mut chain)? {
+                self.spare.push(chain);
+                return Ok(false);
+            }
+            // §5.1.6.3.1: a buffer has room for the header at least.
+            if chain.readable.left() > 0 || chain.writable.left() < HEADER_BYTES {
+                return Err(ServeError::Request("receive buffer is not for writing or too short"));
+            }
+            room.add(&chain, memory)?;
+            self.held.push_back(chain);
+        }
+        Ok(true)
+    }
+
+    fn suffices(&self, queue: &DeviceQueue, room: &Room<'_>) -> bool {
+        // Of a queue that is short of room for the longest frame half must do: a driver may wait
+        // for that many to be used before it makes new ones available.
+        let most = if self.mergeable { usize::from(queue.size() / 2).max(1) } else { 1 };
+        let full = self.held.len() >= most || room.slices().len() >= SLICES_MAX;
+        full || (room.bytes >= self.longest && !self.held.is_empty())
+    }
+
+    /// Lets the driver have the frame that is in the first `bytes` bytes of the room.
+    fn give(
+        &mut self,
+        queue: &mut DeviceQueue,
+        memory: &GuestMemory,
+        room: &mut Room<'_>,
+        bytes: usize,
+    ) -> Result<(), QueueError> {
+        let mut left = bytes;
+        let mut count = 0_u16;
+        while left > 0
+            && let Some(chain) = self.held.pop_front()
+        {
+            let filled = left.min(chain.writable.left());
+            queue.fill(memory, count, (chain.head, filled))?;
+            left -= filled;
+            count += 1;
+            self.spare.push(chain);
+        }
+        if !self.checksums {
+            room.put(FLAGS, [0]);
+        }
+        room.put(BUFFERS, count.to_le_bytes());
+        let used = self.spare.iter().rev().take(usize::from(count));
+        room.skip(used.map(|chain| chain.writable.left()).sum());
+        queue.publish(memory, count)
+    }
+}
+
+/// The interface was removed from the host.
+fn gone(error: &io::Error) -> Ended {
+    log::info!("net: a tap gives no more frames: {error}");
+    Ended::Gone
+}
+
+/// Slices that are read into at once; one more is for what does not fit.
+const SLICES_MAX: usize = RUNS_MAX - 1;
+
+/// The chains that are held, as host memory, front to back.
+#[derive(Default)]
+struct Room<'m> {
+    all: Vec<VolatileSlice<'m>>,
+    /// As many are used.
+    skipped: usize,
+    /// In those that are not.
+    bytes: usize,
+}
+
+impl<'m> Room<'m> {
+    fn add(&mut self, chain: &Chain, memory: &'m GuestMemory) -> Result<(), QueueError> {
+        chain.writable.gather(memory, &mut self.all)?;
+        self.bytes += chain.writable.left();
+        Ok(())
+    }
+
+    fn slices(&self) -> &[VolatileSlice<'m>] {
+        self.all.get(self.skipped..).unwrap_or_default()
+    }
+
+    /// Those that one call takes.
+    fn usable(&self) -> &[VolatileSlice<'m>] {
+        let slices = self.slices();
+        slices.get(..SLICES_MAX).unwrap_or(slices)
+    }
+
+    fn usable_bytes(&self) -> usize {
+        self.usable().iter().map(VolatileSlice::len).sum()
+    }
+
+    /// Forgets so many bytes, which are whole slices.
+    fn skip(&mut self, bytes: usize) {
+        self.bytes -= bytes;
+        let mut left = bytes;
+        while left > 0
+            && let Some(slice) = self.all.get(self.skipped)
+        {
+            left -= slice.len();
+            self.skipped += 1;
+        }
+        // A driver may cut its buffers into pieces without number.
+        if self.skipped > RUNS_MAX {
+            self.all.drain(..self.skipped);
+            self.skipped = 0;
+        }
+    }
+
+    /// Copies out of a frame.
+    fn get<const N: usize>(&self, offset: usize) -> [u8; N] {
+        let mut bytes = [0; N];
+        self.visit(offset, N, |slice, at| {
+            let end = at + slice.len();
+            slice.copy_to(&mut bytes[at..end]);
+        });
+        bytes
+    }
+
+    /// Changes a frame.
+    fn put<const N: usize>(&self, offset: usize, bytes: [u8; N]) {
+        self.visit(offset, N, |slice, at| slice.copy_from(&bytes[at..at + slice.len()]));
+    }
+
+    /// Shows the parts of a range that exist, each with its place in it.
+    fn visit(&self, offset: usize, len: usize, mut each: impl FnMut(VolatileSlice<'m>, usize)) {
+        let (mut skip, mut done) = (offset, 0);
+        for slice in self.slices() {
+            let part = (len - done).min(slice.len().saturating_sub(skip));
+            if part > 0
+                && let Ok(found) = slice.subslice(skip, part)
+            {
+                each(found, done);
+                (skip, done) = (0, done + part);
+            } else {
+                skip -= slice.len().min(skip);
+            }
+            if done == len {
+                break;
+            }
+        }
+    }
+}

@@ -3,6 +3,8 @@
 pub mod bundle;
 pub mod docker;
 pub mod memory;
+pub mod network;
+pub mod ping;
 pub mod runtime;
 pub mod soak;
 pub mod systemd;

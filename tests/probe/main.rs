@@ -15,6 +15,11 @@ use rustix::fs::{FallocateFlags, fallocate};
 use rustix::mount::{MountFlags, mount};
 use vsock::{VMADDR_CID_ANY, VsockListener, VsockStream};
 
+mod network;
+// The harness as a whole would not fit into the guest's first memory.
+#[path = "../harness/ping.rs"]
+pub mod ping;
+
 /// What is done with a stream.
 type Behaviour = fn(VsockStream) -> Result<()>;
 
@@ -98,6 +103,12 @@ fn task(mut stream: VsockStream) -> Result<()> {
 fn carry_out(words: &[&str]) -> Result<String> {
     match words {
         ["show", path] => Ok(fs::read_to_string(path)?.trim().into()),
+        ["list", path] => {
+            let names = fs::read_dir(path)?.map(|entry| Ok(entry?.file_name()));
+            let mut names = names.collect::<io::Result<Vec<_>>>()?;
+            names.sort();
+            Ok(names.join(" ".as_ref()).to_string_lossy().into_owned())
+        }
         ["write", path, text] => fs::write(path, text).map(|()| "done".into()).context("write"),
         ["random"] => {
             let mut bytes = [0; 32];
@@ -114,6 +125,7 @@ fn carry_out(words: &[&str]) -> Result<String> {
             Ok(read.to_string())
         }
         ["change", disk] => change(disk).map(|()| "done".into()).context("change"),
+        ["network", words @ ..] => network::carry_out(words),
         _ => bail!("no such task: {words:?}"),
     }
 }

@@ -19,7 +19,7 @@ const BOOT: Duration = Duration::from_secs(60);
 pub(crate) const ECHO: u32 = 1;
 const SEND: u32 = 2;
 const COUNT: u32 = 3;
-const TASK: u32 = 4;
+pub(crate) const TASK: u32 = 4;
 const CLOSE: u32 = 5;
 /// The slot of the disk that is attached late; Linux numbers its platform devices likewise.
 const DISK_SLOT: u8 = 7;

@@ -11,3 +11,5 @@ mod growth;
 mod jail;
 #[cfg(test)]
 mod lifecycle;
+#[cfg(test)]
+mod network;

@@ -1,0 +1,220 @@
+//! The network device between a tap of the host and a real guest kernel.
+
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpStream, UdpSocket};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use bulkhead_tests::network::Tap;
+use bulkhead_tests::ping::ping;
+use bulkhead_vmm::config::{DeviceConfig, Fd, NetConfig, RateLimit};
+use bulkhead_vmm::control::Request;
+
+use crate::devices::{ECHO, Probe, echo, wait_for};
+
+/// The slot of the network, which is attached late; Linux numbers its platform devices likewise.
+const SLOT: u8 = 12;
+const DRIVER: &str = "/sys/bus/platform/drivers/virtio-mmio";
+const HOST: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
+const GUEST: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
+const PATIENCE: Duration = Duration::from_secs(20);
+const ECHO_PORT: u16 = 7;
+const COUNT_PORT: u16 = 9;
+
+/// A network that nothing limits.
+fn network(queues: u8, mtu: u16) -> NetConfig {
+    NetConfig {
+        taps: (0..queues).map(Fd).collect(),
+        mac: [2, 0x42, 0x0a, 0x4d, 0, queues],
+        mtu,
+        receive: RateLimit::default(),
+        transmit: RateLimit::default(),
+    }
+}
+
+/// Attaches a network, and has the guest use it.
+fn attach(probe: &mut Probe, network: NetConfig) -> Tap {
+    // Late is when the guest has looked at all slots.
+    assert!(!has_interface(probe));
+    let tap = Tap::new("bulkhead-test", network.taps.len()).unwrap();
+    tap.up(&format!("{HOST}/24"), network.mtu).unwrap();
+    let device = DeviceConfig::Net(network);
+    probe.vm.call(Request::Attach { slot: SLOT, device }, &tap.descriptors()).unwrap();
+    assert_eq!(probe.task(&format!("write {DRIVER}/bind virtio-mmio.{SLOT}")), "done");
+    assert_eq!(probe.task(&format!("network up eth0 {GUEST} 255.255.255.0")), "done");
+    tap
+}
+
+fn detach(probe: &mut Probe) {
+    assert_eq!(probe.task(&format!("write {DRIVER}/unbind virtio-mmio.{SLOT}")), "done");
+    probe.vm.call(Request::Detach { slot: SLOT }, &[]).unwrap();
+    assert!(!has_interface(probe));
+}
+
+fn has_interface(probe: &mut Probe) -> bool {
+    probe.task("list /sys/class/net").split(' ').any(|name| name == "eth0")
+}
+
+fn of_interface(probe: &mut Probe, what: &str) -> String {
+    probe.task(&format!("show /sys/class/net/eth0/{what}"))
+}
+
+fn packets(probe: &mut Probe) -> u64 {
+    of_interface(probe, "statistics/rx_packets").parse().unwrap()
+}
+
+fn connect() -> TcpStream {
+    TcpStream::connect_timeout(&SocketAddr::from((GUEST, ECHO_PORT)), PATIENCE).unwrap()
+}
+
+/// Sends and receives at once, as neither side could hold it all.
+fn echo_over(stream: &TcpStream, len: usize) {
+    let bytes: Vec<u8> = (0_u8..251).cycle().take(len).collect();
+    let mut back = Vec::new();
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut stream = stream;
+            stream.write_all(&bytes).unwrap();
+            stream.shutdown(Shutdown::Write).unwrap();
+        });
+        let mut stream = stream;
+        stream.read_to_end(&mut back).unwrap();
+    });
+    assert!(back == bytes, "{} of {len} bytes came back as they were", back.len());
+}
+
+fn assert_alive(probe: &mut Probe) {
+    ping(GUEST, 56, PATIENCE).unwrap();
+    let answer = probe.task(&format!("network ping {HOST} 56"));
+    assert!(answer.ends_with(" us"), "{answer}");
+    assert!(probe.statistics().devices.iter().all(|device| !device.failed));
+}
+
+#[test]
+fn an_interface_is_bound_late_and_another_takes_its_slot() {
+    let mut probe = Probe::boot();
+    let tap = attach(&mut probe, network(1, 1400));
+    assert_eq!(of_interface(&mut probe, "address"), "02:42:0a:4d:00:01");
+    assert_eq!(of_interface(&mut probe, "mtu"), "1400");
+    assert_eq!(of_interface(&mut probe, "carrier"), "1");
+    for size in [0, 1300, 9000] {
+        ping(GUEST, size, PATIENCE).unwrap();
+        let answer = probe.task(&format!("network ping {HOST} {size}"));
+        assert!(answer.ends_with(" us"), "{size}: {answer}");
+    }
+    // What the guest listens to follows it, and the host has to ask anew.
+    assert_eq!(probe.task("network address eth0 02:42:0a:4d:00:77"), "done");
+    tap.forget_neighbours().unwrap();
+    assert_alive(&mut probe);
+
+    detach(&mut probe);
+    drop(tap);
+    let _tap = attach(&mut probe, network(2, 9000));
+    assert_eq!(of_interface(&mut probe, "address"), "02:42:0a:4d:00:02");
+    assert_eq!(of_interface(&mut probe, "mtu"), "9000");
+    assert_alive(&mut probe);
+}
+
+#[test]
+fn streams_carry_every_byte_in_few_packets() {
+    let mut probe = Probe::boot();
+    let _tap = attach(&mut probe, network(1, 1500));
+    assert_eq!(probe.task(&format!("network echo {ECHO_PORT}")), "done");
+    let before = packets(&mut probe);
+    echo_over(&connect(), 8 << 20);
+    let received = packets(&mut probe) - before;
+    println!("{received} packets for 8 MiB and the acknowledgements of as much");
+    assert!(received < 4000, "the host segments: {received} packets");
+    assert_alive(&mut probe);
+    assert_eq!(dropped(&mut probe), 0);
+}
+
+fn dropped(probe: &mut Probe) -> u64 {
+    probe.statistics().devices.iter().map(|device| device.dropped).sum()
+}
+
+#[test]
+fn several_queues_are_used_by_several_processors() {
+    let mut probe = Probe::boot_with(|config| (config.vcpus, config.vcpus_max) = (2, 2));
+    assert_eq!(probe.task("write /sys/devices/system/cpu/cpu1/online 1"), "done");
+    let _tap = attach(&mut probe, network(2, 1500));
+    assert_eq!(probe.task("list /sys/class/net/eth0/queues"), "rx-0 rx-1 tx-0 tx-1");
+    assert_eq!(probe.task(&format!("network echo {ECHO_PORT}")), "done");
+    let streams: Vec<_> = (0..6).map(|_| connect()).collect();
+    let echoes =
+        streams.into_iter().map(|stream| thread::spawn(move || echo_over(&stream, 1 << 20)));
+    for echo in echoes.collect::<Vec<_>>() {
+        echo.join().unwrap();
+    }
+    assert_alive(&mut probe);
+}
+
+/// Sends datagrams to the guest as fast as the host can; says how many.
+fn flood(time: Duration) -> u64 {
+    let socket = UdpSocket::bind((HOST, 0)).unwrap();
+    let end = Instant::now() + time;
+    let mut sent = 0;
+    while Instant::now() < end {
+        sent += u64::from(socket.send_to(&[0xa5; 1000], (GUEST, COUNT_PORT)).is_ok());
+    }
+    sent
+}
+
+#[test]
+fn floods_from_either_side_pass_by() {
+    let mut probe = Probe::boot();
+    let _tap = attach(&mut probe, network(1, 1500));
+    assert_alive(&mut probe);
+    echo(probe.open(ECHO), 1 << 20);
+    let resident = probe.resident();
+
+    let outside = thread::spawn(|| flood(Duration::from_secs(4)));
+    echo(probe.open(ECHO), 100_000);
+    println!("{} datagrams were sent to the guest", outside.join().unwrap());
+    assert_alive(&mut probe);
+
+    let inside = UdpSocket::bind((HOST, COUNT_PORT)).unwrap();
+    let flood = probe.open(crate::devices::TASK);
+    let words = format!("network flood {HOST}:{COUNT_PORT} 4");
+    (&flood).write_all(words.as_bytes()).unwrap();
+    flood.shutdown(Shutdown::Write).unwrap();
+    echo(probe.open(ECHO), 100_000);
+    let mut sent = String::new();
+    (&flood).read_to_string(&mut sent).unwrap();
+    println!("{sent} datagrams were sent by the guest");
+    drop(inside);
+    assert_alive(&mut probe);
+
+    // The guest's own memory was touched by its buffers and queues.
+    let grown = probe.resident().saturating_sub(resident);
+    println!("{grown} kB more are in use, guest memory included");
+    assert!(grown < 24_000, "{grown} kB");
+}
+
+#[test]
+fn limits_hold_in_both_directions() {
+    const BYTES: u64 = 256 << 10;
+    const PACKETS: u64 = 50;
+    let mut probe = Probe::boot();
+    let bytes = RateLimit { bytes_per_s: Some(BYTES.try_into().unwrap()), packets_per_s: None };
+    let limited = NetConfig { receive: bytes, transmit: bytes, ..network(1, 1500) };
+    let tap = attach(&mut probe, limited);
+    assert_eq!(probe.task(&format!("network echo {ECHO_PORT}")), "done");
+    let start = Instant::now();
+    echo_over(&connect(), 1 << 20);
+    let took = start.elapsed();
+    println!("1 MiB there and back took {took:?} at {BYTES} bytes a second each way");
+    assert!((3..30).contains(&took.as_secs()), "{took:?}");
+    detach(&mut probe);
+    drop(tap);
+
+    let packets = RateLimit { bytes_per_s: None, packets_per_s: Some(PACKETS.try_into().unwrap()) };
+    let limited = NetConfig { receive: packets, ..network(1, 1500) };
+    let _tap = attach(&mut probe, limited);
+    wait_for("the first packet", || ping(GUEST, 0, PATIENCE).is_ok());
+    let outside = thread::spawn(|| flood(Duration::from_secs(6)));
+    let counted: u64 = probe.task(&format!("network count {COUNT_PORT} 4")).parse().unwrap();
+    println!("{counted} packets in 4 s at {PACKETS} a second");
+    assert!((PACKETS..=PACKETS * 5).contains(&counted), "{counted}");
+    outside.join().unwrap();
+}

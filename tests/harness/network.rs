@@ -1,6 +1,6 @@
 //! Interfaces of the host whose other end is a network of the monitor.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::OpenOptionsExt;
@@ -36,6 +36,15 @@ impl Tap {
         let name = self.name.as_str();
         ip(&["address", "add", address, "dev", name])?;
         ip(&["link", "set", name, "mtu", &mtu.to_string(), "up"])
+    }
+
+    /// The interface's number, which link-local addresses need.
+    ///
+    /// # Errors
+    /// When the host does not know it any more.
+    pub fn index(&self) -> Result<u32> {
+        let text = fs::read_to_string(format!("/sys/class/net/{}/ifindex", self.name))?;
+        Ok(text.trim().parse()?)
     }
 
     /// Has the host ask again who has which address.

@@ -5,34 +5,46 @@ use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use rustix::io::Errno;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketType, ipproto, recv, sendto, socket};
 
-/// Asks an address for one echo of `size` bytes; says how long it took.
+/// How long one echo is waited for, before the next is asked for: the first may be lost.
+const INTERVAL: Duration = Duration::from_secs(1);
+
+/// Asks an address for an echo of `size` bytes; says how long it took.
 ///
 /// # Errors
-/// When none comes in time, or another one.
+/// When none comes in time.
 pub fn ping(address: Ipv4Addr, size: usize, patience: Duration) -> Result<Duration> {
     let socket = socket(AddressFamily::INET, SocketType::RAW, Some(ipproto::ICMP))?;
-    set_socket_timeout(&socket, Timeout::Recv, Some(patience))?;
-    let start = Instant::now();
     let payload: Vec<u8> = (0_u8..251).cycle().take(size).collect();
     let asked = echo_request(std::process::id(), &payload);
-    sendto(&socket, &asked, SendFlags::empty(), &SocketAddrV4::new(address, 0))?;
+    let start = Instant::now();
     while start.elapsed() < patience {
-        let answer = receive(&socket)?;
-        // An answer differs in its type and its checksum.
-        if answer.first() == Some(&0) && answer.get(4..) == asked.get(4..) {
-            return Ok(start.elapsed());
+        sendto(&socket, &asked, SendFlags::empty(), &SocketAddrV4::new(address, 0))?;
+        let next = Instant::now() + INTERVAL;
+        while let left = next.saturating_duration_since(Instant::now())
+            && !left.is_zero()
+        {
+            set_socket_timeout(&socket, Timeout::Recv, Some(left))?;
+            match receive(&socket) {
+                // An answer differs in its type and its checksum.
+                Ok(answer) if answer.first() == Some(&0) && answer.get(4..) == asked.get(4..) => {
+                    return Ok(start.elapsed());
+                }
+                Ok(_) | Err(Errno::AGAIN) => {}
+                Err(error) => return Err(error).context("receive"),
+            }
         }
     }
-    bail!("{address} answers with other echoes")
+    bail!("{address} echoes nothing")
 }
 
 /// An ICMP message without its IP header.
-fn receive(socket: &OwnedFd) -> Result<Vec<u8>> {
+fn receive(socket: &OwnedFd) -> Result<Vec<u8>, Errno> {
     let mut bytes = vec![0; 0x1_0000];
-    let (_, count) = recv(socket, &mut bytes[..], RecvFlags::empty()).context("no echo")?;
+    let (_, count) = recv(socket, &mut bytes[..], RecvFlags::empty())?;
     let header = usize::from(bytes[0] & 15) * 4;
     Ok(bytes.get(header..count).unwrap_or_default().to_vec())
 }

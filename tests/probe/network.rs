@@ -4,7 +4,7 @@
 #![expect(unsafe_code, reason = "ioctls of a socket")]
 
 use std::io::{self, ErrorKind};
-use std::net::{Ipv4Addr, Shutdown, SocketAddrV4, TcpListener, UdpSocket};
+use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddrV4, TcpListener, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -77,7 +77,7 @@ fn change(
 
 /// Sends back what comes over TCP, from now on.
 fn echo(port: u16) -> Result<String> {
-    let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, port))?;
+    let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, port))?;
     thread::spawn(move || {
         for stream in listener.incoming().flatten() {
             thread::spawn(move || {

@@ -1,7 +1,7 @@
 //! The network device between a tap of the host and a real guest kernel.
 
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpStream, UdpSocket};
+use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, SocketAddrV6, TcpStream, UdpSocket};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -17,6 +17,8 @@ const SLOT: u8 = 12;
 const DRIVER: &str = "/sys/bus/platform/drivers/virtio-mmio";
 const HOST: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
 const GUEST: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
+/// What the guest makes of the address of [`network`]'s with one queue, RFC 4291.
+const GUEST_LINK_LOCAL: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0x42, 0x0aff, 0xfe4d, 1);
 const PATIENCE: Duration = Duration::from_secs(20);
 const ECHO_PORT: u16 = 7;
 const COUNT_PORT: u16 = 9;
@@ -118,13 +120,24 @@ fn an_interface_is_bound_late_and_another_takes_its_slot() {
 #[test]
 fn streams_carry_every_byte_in_few_packets() {
     let mut probe = Probe::boot();
-    let _tap = attach(&mut probe, network(1, 1500));
+    let tap = attach(&mut probe, network(1, 1500));
     assert_eq!(probe.task(&format!("network echo {ECHO_PORT}")), "done");
-    let before = packets(&mut probe);
-    echo_over(&connect(), 8 << 20);
-    let received = packets(&mut probe) - before;
-    println!("{received} packets for 8 MiB and the acknowledgements of as much");
-    assert!(received < 4000, "the host segments: {received} packets");
+    let in_few_packets = |probe: &mut Probe, stream: &TcpStream| {
+        let before = packets(probe);
+        echo_over(stream, 8 << 20);
+        let received = packets(probe) - before;
+        println!("{received} packets for 8 MiB and the acknowledgements of as much");
+        assert!(received < 4000, "the host segments: {received} packets");
+    };
+    in_few_packets(&mut probe, &connect());
+    // Neighbours ask a group for each other, so this needs the guest's list of groups too.
+    let address = SocketAddrV6::new(GUEST_LINK_LOCAL, ECHO_PORT, 0, tap.index().unwrap());
+    let mut stream = None;
+    wait_for("an address without a duplicate", || {
+        stream = TcpStream::connect_timeout(&address.into(), PATIENCE).ok();
+        stream.is_some()
+    });
+    in_few_packets(&mut probe, &stream.unwrap());
     assert_alive(&mut probe);
     assert_eq!(dropped(&mut probe), 0);
 }
@@ -171,6 +184,16 @@ fn floods_from_either_side_pass_by() {
     let outside = thread::spawn(|| flood(Duration::from_secs(4)));
     echo(probe.open(ECHO), 100_000);
     println!("{} datagrams were sent to the guest", outside.join().unwrap());
+    assert_alive(&mut probe);
+
+    // What a guest does not take stays in the tap and wakes nobody.
+    probe.vm.call(Request::Pause, &[]).unwrap();
+    let before = probe.vm.ticks().unwrap();
+    flood(Duration::from_secs(2));
+    let used = probe.vm.ticks().unwrap() - before;
+    probe.vm.call(Request::Resume, &[]).unwrap();
+    println!("{used} ticks in two seconds for a guest that takes nothing");
+    assert!(used <= 20, "{used} ticks");
     assert_alive(&mut probe);
 
     let inside = UdpSocket::bind((HOST, COUNT_PORT)).unwrap();

@@ -22,6 +22,7 @@ mod hotplug;
 mod init;
 mod io;
 mod logging;
+mod network;
 mod process;
 mod propagation;
 mod report;

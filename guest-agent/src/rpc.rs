@@ -7,11 +7,12 @@ use std::time::UNIX_EPOCH;
 
 use bulkhead_protocol::agent::agent_server::{Agent, AgentServer};
 use bulkhead_protocol::agent::{
-    CreateReply, CreateRequest, DeleteReply, DeleteRequest, ExecReply, ExecRequest, HelloReply,
-    HelloRequest, KillReply, KillRequest, PauseReply, PauseRequest, ProcessesReply,
-    ProcessesRequest, RescanReply, RescanRequest, ResizeReply, ResizeRequest, ResumeReply,
-    ResumeRequest, StartProcessorsReply, StartProcessorsRequest, StartReply, StartRequest,
-    SyncReply, SyncRequest, UpdateReply, UpdateRequest, WaitReply, WaitRequest,
+    ConfigureReply, ConfigureRequest, CreateReply, CreateRequest, DeleteReply, DeleteRequest,
+    ExecReply, ExecRequest, HelloReply, HelloRequest, KillReply, KillRequest, PauseReply,
+    PauseRequest, ProcessesReply, ProcessesRequest, RescanReply, RescanRequest, ResizeReply,
+    ResizeRequest, ResumeReply, ResumeRequest, StartProcessorsReply, StartProcessorsRequest,
+    StartReply, StartRequest, SyncReply, SyncRequest, UpdateReply, UpdateRequest, WaitReply,
+    WaitRequest,
 };
 use bulkhead_protocol::{MAX_MESSAGE_BYTES, VERSION};
 use rustix::system::uname;
@@ -24,7 +25,7 @@ use tonic::{Request, Response, Status};
 use crate::container::exec::ExecOrder;
 use crate::container::{ContainerError, Containers, End, Order};
 use crate::share::Share;
-use crate::{clock, hotplug, logging};
+use crate::{clock, hotplug, logging, network};
 
 /// What the calls act on.
 struct Calls {
@@ -199,6 +200,18 @@ impl Agent for Calls {
             self.share.mount().await.map_err(internal("share cannot be mounted"))?;
         }
         Ok(Response::new(RescanReply { bound }))
+    }
+
+    async fn configure(
+        &self,
+        request: Request<ConfigureRequest>,
+    ) -> Result<Response<ConfigureReply>, Status> {
+        let ConfigureRequest { interfaces, settings } = request.into_inner();
+        spawn_blocking(move || network::configure(&interfaces, &settings))
+            .await
+            .map_err(|error| Status::internal(error.to_string()))?
+            .map_err(|error| Status::failed_precondition(logging::chain(&error)))?;
+        Ok(Response::new(ConfigureReply {}))
     }
 
     async fn start_processors(

@@ -10,8 +10,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bulkhead_protocol::agent::agent_client::AgentClient;
 use bulkhead_protocol::agent::{
-    CreateRequest, DeleteRequest, ExecRequest, HelloRequest, KillRequest, PauseRequest,
-    ProcessInfo, ProcessesRequest, RescanRequest, ResizeRequest, ResumeRequest,
+    ConfigureRequest, CreateRequest, DeleteRequest, ExecRequest, HelloRequest, KillRequest,
+    PauseRequest, ProcessInfo, ProcessesRequest, RescanRequest, ResizeRequest, ResumeRequest,
     StartProcessorsRequest, StartRequest, Streams, SyncRequest, UpdateRequest, WaitReply,
     WaitRequest,
 };
@@ -255,6 +255,15 @@ impl Agent {
     pub async fn rescan(&self) -> Result<(), AgentError> {
         let mut client = self.client.clone();
         within(SHORT, "Rescan", client.rescan(RescanRequest {})).await.map(drop)
+    }
+
+    /// Has interfaces that the machine was given be as the host's are.
+    ///
+    /// # Errors
+    /// When the guest's kernel refuses something.
+    pub async fn configure(&self, request: ConfigureRequest) -> Result<(), AgentError> {
+        let mut client = self.client.clone();
+        within(SHORT, "Configure", client.configure(request)).await.map(drop)
     }
 
     /// Brings processors online until `count` of them run.

@@ -13,12 +13,13 @@ use tokio::sync::{Mutex, MutexGuard, watch};
 
 use crate::agent::{AgentError, Target};
 use crate::attach::{Attachments, StandIn};
-use crate::bundle::{self, BundleError, HostSize, Plan, refuse};
+use crate::bundle::{self, Bundle, BundleError, HostSize, Plan};
 use crate::cgroup::{self, Cgroup, CgroupError, Limits};
 use crate::exec::{ExecError, Execs};
 use crate::hooks;
 use crate::kvm;
 use crate::lifecycle::{Event, InvalidTransition, Status};
+use crate::network::Network;
 use crate::oom;
 use crate::pod::{Pod, PodError};
 use crate::process::Process;
@@ -183,6 +184,9 @@ impl Container {
         };
         let up = async { Ok(origin.bring_up(&self.home, &plan, seat.place).await?) };
         let (stand_in, pod) = tokio::try_join!(attached, up)?;
+        if first {
+            self.attach_network(&mut life.state, &bundle, &pod, &stand_in).await?;
+        }
         let phase = Phase::begin("container create");
         let (init, streams) = self.create_in_guest(&pod, &stand_in, &plan).await?;
         if first && limits.has_quota() {
@@ -248,7 +252,7 @@ impl Container {
         Ok(())
     }
 
-    /// Runs the hooks that look at the container before it is created, and looks at what they did.
+    /// Runs the hooks that look at the container before it is created.
     async fn run_early_hooks(
         &self,
         hooks: &Hooks,
@@ -264,8 +268,24 @@ impl Container {
             let ran = tokio::task::spawn_blocking(ran).await.map_err(std::io::Error::from);
             ran.flatten().map_err(ContainerError::Hook)?;
         }
-        let network = format!("/proc/{}/ns/net", stand_in.process.pid);
-        Ok(refuse::network(network.as_ref()).map_err(BundleError::from)?)
+        Ok(())
+    }
+
+    /// Gives the pod the interfaces that it finds in the container's network.
+    async fn attach_network(
+        &self,
+        state: &mut State,
+        bundle: &Bundle,
+        pod: &Pod,
+        stand_in: &StandIn,
+    ) -> Result<(), ContainerError> {
+        let Some(network) = bundle.found_network(&stand_in.process) else { return Ok(()) };
+        if let Network::Join(path) = bundle.network() {
+            // On disk before anything is done there: whoever cleans up looks there.
+            state.network = Some(path);
+            self.home.write(state)?;
+        }
+        Ok(pod.attach_network(network).await?)
     }
 
     async fn create_in_guest(

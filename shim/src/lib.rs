@@ -28,6 +28,7 @@ pub mod id;
 pub mod kvm;
 pub mod lifecycle;
 pub mod logging;
+pub mod mirror;
 pub mod neighbours;
 pub mod network;
 pub mod oom;

@@ -18,6 +18,7 @@ use bulkhead_vmm::config::JailConfig;
 use bulkhead_vmm::seqpacket;
 use rustix::net::sockopt::{set_socket_recv_buffer_size_force, set_socket_send_buffer_size_force};
 use thiserror::Error;
+use tokio::task::spawn_blocking;
 use tokio::time::{sleep, timeout};
 
 use crate::agent::{Agent, AgentError, Target};
@@ -27,12 +28,13 @@ use crate::file_server::{FileServer, FileServerError};
 use crate::growth::{Growth, GrowthError};
 use crate::id::ContainerId;
 use crate::kvm::{self, KvmError};
+use crate::mirror::{Mirror, MirrorError};
 use crate::process::Process;
 use crate::share::{Files, Place, ShareError};
 use crate::spawn::Launch;
 use crate::state::Home;
 use crate::trace::Phase;
-use crate::vm::{self, Machine, MachineError, Parts};
+use crate::vm::{self, FIRST_NETWORK_SLOT, Machine, MachineError, Parts};
 
 /// How long a guest may take to boot, unless [`BOOT_SECONDS`] says otherwise.
 const BOOT_PATIENCE: Duration = Duration::from_secs(30);
@@ -90,6 +92,9 @@ pub enum PodError {
     /// Too many of them, counted over all containers of the pod.
     #[error("a machine has room for {DISKS_MAX} disks; use another pod")]
     Disks,
+    /// The container's network.
+    #[error(transparent)]
+    Network(#[from] MirrorError),
     /// A log, a socket.
     #[error("{0}")]
     Io(&'static str, #[source] io::Error),
@@ -105,6 +110,8 @@ pub struct Pod {
     pub agent: Agent,
     /// How many the machine has.
     disks: Mutex<u8>,
+    /// The host's interfaces that the machine's are joined with.
+    mirror: Mutex<Option<Mirror>>,
 }
 
 impl Pod {
@@ -150,7 +157,14 @@ impl Pod {
         };
         let ((machine, agent), file_server) = tokio::try_join!(machine, files)?;
         let growth = Growth::new(plan.size, plan.most);
-        Ok(Self { machine, file_server, growth, agent, disks: Mutex::default() })
+        Ok(Self {
+            machine,
+            file_server,
+            growth,
+            agent,
+            disks: Mutex::default(),
+            mirror: Mutex::default(),
+        })
     }
 
     /// A place for the files of a further container.
@@ -232,6 +246,35 @@ impl Pod {
             named.push(agent::Disk { path: disk.path.display().to_string(), serial });
         }
         Ok(named)
+    }
+
+    /// Gives the machine an interface for each that a network namespace has, and the guest its
+    /// addresses, routes and neighbours. They stay as long as the machine.
+    ///
+    /// # Errors
+    /// When one cannot be had; the machine may have others then.
+    pub async fn attach_network(&self, namespace: PathBuf) -> Result<(), PodError> {
+        let made = spawn_blocking(move || Mirror::new(&namespace)).await;
+        let made = made.map_err(|error| PodError::Io("network", error.into()))??;
+        let Some((mirror, copy)) = made else { return Ok(()) };
+        *self.mirror.lock().unwrap_or_else(PoisonError::into_inner) = Some(mirror);
+        let mut interfaces = Vec::with_capacity(copy.interfaces.len());
+        for (slot, (interface, tap)) in (FIRST_NETWORK_SLOT..).zip(copy.interfaces) {
+            let mtu = u16::try_from(interface.mtu).unwrap_or(u16::MAX);
+            self.machine.attach_network(slot, tap.as_fd(), interface.mac, mtu).await?;
+            interfaces.push(agent::Interface {
+                slot: slot.into(),
+                index: interface.index,
+                name: interface.name,
+                mtu: mtu.into(),
+                queue_len: interface.queue_len,
+                up: interface.up,
+                ipv6: interface.ipv6,
+            });
+        }
+        self.agent.rescan().await?;
+        let settings = copy.settings;
+        Ok(self.agent.configure(agent::ConfigureRequest { interfaces, settings }).await?)
     }
 
     /// The number of a disk that no container has had.

@@ -115,6 +115,9 @@ pub struct State {
     /// It has ended and its pod goes on for others: keeper and helpers are not its own any more.
     #[serde(default)]
     pub outlived: bool,
+    /// The network namespace whose interfaces its pod has, unless it goes with the container.
+    #[serde(default)]
+    pub network: Option<PathBuf>,
 }
 
 impl State {
@@ -200,6 +203,7 @@ impl Home {
             poststop: Vec::new(),
             joined: false,
             outlived: false,
+            network: None,
         })
     }
 

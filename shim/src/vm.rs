@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use bulkhead_protocol::SHARE_TAG;
 use bulkhead_vmm::config::{
-    DeviceConfig, Fd, JailConfig, SLOT_COUNT, SlotDevice, VERSION, VmConfig,
+    DeviceConfig, Fd, JailConfig, NetConfig, SLOT_COUNT, SlotDevice, VERSION, VmConfig,
 };
 use bulkhead_vmm::control::{
     Answer, Call, Client, ClientError, Ending, FromMonitor, Refusal, Reply, Request, Statistics,
@@ -168,6 +168,23 @@ impl Machine {
         self.done(request, &[disk.as_fd()]).await
     }
 
+    /// Gives the machine an interface whose other end is a tap; the guest has to bind it.
+    ///
+    /// # Errors
+    /// When the monitor cannot use it.
+    pub async fn attach_network(
+        &self,
+        slot: u8,
+        tap: BorrowedFd<'_>,
+        mac: [u8; 6],
+        mtu: u16,
+    ) -> Result<(), MachineError> {
+        let (receive, transmit) = Default::default();
+        let network = NetConfig { taps: vec![Fd(0)], mac, mtu, receive, transmit };
+        let device = DeviceConfig::Net(network);
+        self.done(Request::Attach { slot, device }, &[tap]).await
+    }
+
     /// Gives the machine the device by which memory is plugged, at most so much; the guest has to
     /// bind it.
     ///
@@ -319,6 +336,8 @@ pub fn quote(lines: &[String]) -> String {
 
 /// Behind the devices of every machine, [`configuration`].
 const FIRST_FREE_SLOT: u8 = 4;
+/// Behind the disks.
+pub const FIRST_NETWORK_SLOT: u8 = 12;
 /// The last one, so that what there may be several of lies together.
 const MEMORY_SLOT: u8 = SLOT_COUNT - 1;
 

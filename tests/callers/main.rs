@@ -6,6 +6,7 @@
 mod containerd;
 mod debian;
 mod docker;
+mod network;
 mod podman;
 
 use std::path::Path;

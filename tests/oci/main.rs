@@ -30,6 +30,8 @@ mod load;
 #[cfg(test)]
 mod mounts;
 #[cfg(test)]
+mod network;
+#[cfg(test)]
 mod pods;
 #[cfg(test)]
 mod process;

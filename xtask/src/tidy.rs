@@ -12,10 +12,11 @@ use serde_json::Value;
 use crate::cargo::{cargo, output, root};
 
 /// Who may depend on whom among the members. Tests may use all.
-const DIRECTION: [(&str, &[&str]); 8] = [
-    ("bulkhead", &["bulkhead-hooks", "bulkhead-protocol", "bulkhead-vmm"]),
-    ("bulkhead-agent", &["bulkhead-hooks", "bulkhead-protocol"]),
+const DIRECTION: [(&str, &[&str]); 9] = [
+    ("bulkhead", &["bulkhead-hooks", "bulkhead-netlink", "bulkhead-protocol", "bulkhead-vmm"]),
+    ("bulkhead-agent", &["bulkhead-hooks", "bulkhead-netlink", "bulkhead-protocol"]),
     ("bulkhead-hooks", &[]),
+    ("bulkhead-netlink", &[]),
     ("bulkhead-protocol", &[]),
     ("bulkhead-vmm", &[]),
     ("guest-image", &[]),
@@ -118,6 +119,7 @@ fn tops() -> BTreeSet<&'static str> {
         "guest-agent",
         "guest-image",
         "hooks",
+        "netlink",
         "protocol",
         "shim",
         "tests",

@@ -5,9 +5,8 @@
 //! mounts) passes and is not looked at here.
 
 use std::fs;
-use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::thread;
 
 use oci_spec::runtime::{
     Linux, LinuxDevice, LinuxDeviceType, LinuxNamespace, LinuxNamespaceType, LinuxSeccompAction,
@@ -18,7 +17,6 @@ use thiserror::Error;
 use super::disks::DISKS_MAX;
 use super::id_map;
 use crate::neighbours::{Joined, Neighbours};
-use crate::network::Network;
 
 /// Something that is asked for and cannot be kept.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
@@ -34,11 +32,8 @@ pub(crate) fn refuse(what: impl Into<String>, instead: &'static str) -> Refusal 
     Refusal { what: what.into(), instead }
 }
 
-/// Interfaces that the kernel puts into every new network namespace; all of them are down.
-const KERNEL_INTERFACES: [&str; 10] = [
-    "lo", "tunl0", "gre0", "gretap0", "erspan0", "ip_vti0", "ip6_vti0", "sit0", "ip6tnl0",
-    "ip6gre0",
-];
+/// The network namespace that this process is in.
+const OWN_NETWORK: &str = "/proc/self/ns/net";
 
 /// Character devices that the guest has itself, by major and minor number.
 const GUEST_DEVICES: [(i64, i64); 11] =
@@ -58,7 +53,7 @@ pub fn check(spec: &Spec, neighbours: &Neighbours) -> Result<Joined, Refusal> {
         return Err(refuse("config.json has no linux section", "only Linux containers are run"));
     };
     let list = linux.namespaces().as_deref().unwrap_or_default();
-    let joined = namespaces(list, neighbours, interfaces)?;
+    let joined = namespaces(list, neighbours, Path::new(OWN_NETWORK))?;
     // A caller that allows every device lists those of the host without asking for any.
     if !every_device_allowed(linux) {
         let (disks, others): (Vec<_>, Vec<_>) =
@@ -105,7 +100,7 @@ fn mounts(spec: &Spec) -> Result<(), Refusal> {
 fn namespaces(
     namespaces: &[LinuxNamespace],
     neighbours: &Neighbours,
-    interfaces: impl Fn(&Path) -> io::Result<Vec<String>>,
+    own_network: &Path,
 ) -> Result<Joined, Refusal> {
     use LinuxNamespaceType::{Ipc, Mount, Network, Pid};
     let entry = |typ| namespaces.iter().find(|namespace| namespace.typ() == typ);
@@ -152,50 +147,26 @@ fn namespaces(
             );
             return Err(refuse(what, "leave the path out to get a new one"));
         }
-        empty_network(path, &interfaces)?;
+        network(path, own_network)?;
     }
     joined.check()
 }
 
-/// Checks that a network namespace has nothing that would have to be passed into the machine.
-///
-/// # Errors
-/// Names the interface.
-pub fn network(path: &Path) -> Result<(), Refusal> {
-    empty_network(path, interfaces)
-}
-
-fn empty_network(
-    path: &Path,
-    interfaces: impl Fn(&Path) -> io::Result<Vec<String>>,
-) -> Result<(), Refusal> {
-    let found = interfaces(path).map_err(|error| {
-        let what = format!("network namespace {} cannot be used: {error}", path.display());
-        refuse(what, "name an existing one, or leave the path out to get a new one")
-    })?;
-    let own: Vec<_> =
-        found.iter().filter(|name| !KERNEL_INTERFACES.contains(&name.as_str())).collect();
-    match own.first() {
-        None => Ok(()),
-        Some(name) => Err(refuse(
-            format!("network namespace {} has the interface {name:?}", path.display()),
-            "interfaces are not passed into the machine yet: ask for a network with loopback only \
-             (--network none)",
+/// Checks that a network namespace is there and not the one that this process is in, `own`: its
+/// interfaces become the guest's.
+fn network(path: &Path, own: &Path) -> Result<(), Refusal> {
+    let number = |path| fs::metadata(path).map(|found| (found.dev(), found.ino()));
+    match number(path) {
+        Err(error) => Err(refuse(
+            format!("network namespace {} cannot be used: {error}", path.display()),
+            "name an existing one, or leave the path out to get a new one",
         )),
+        Ok(found) if number(own).is_ok_and(|own| own == found) => Err(refuse(
+            format!("linux.namespaces joins {}, the network of the host", path.display()),
+            "a machine has interfaces of its own: leave the path out, or name a namespace for it",
+        )),
+        Ok(_) => Ok(()),
     }
-}
-
-/// The interfaces of a network namespace, as a thread sees them that has joined it.
-fn interfaces(path: &Path) -> io::Result<Vec<String>> {
-    let network = Network::Join(path.to_owned());
-    let read = move || -> io::Result<String> {
-        network.enter()?;
-        fs::read_to_string("/proc/thread-self/net/dev")
-    };
-    let table = thread::Builder::new().spawn(read)?.join();
-    let table = table.unwrap_or_else(|_| Err(io::Error::other("thread failed")))?;
-    let names = table.lines().filter_map(|line| Some(line.split_once(':')?.0.trim().to_owned()));
-    Ok(names.collect())
 }
 
 /// Whether the container may use any device there is, which is what a privileged one is given.
@@ -267,10 +238,9 @@ mod tests {
     use super::*;
     use serde_json::{Value, json};
 
-    fn refused(list: &Value, found: &[&str]) -> Option<String> {
+    fn refused(list: &Value) -> Option<String> {
         let list: Vec<LinuxNamespace> = serde_json::from_value(list.clone()).unwrap();
-        let found = |_: &Path| Ok(found.iter().map(ToString::to_string).collect());
-        let found = namespaces(&list, &Neighbours::default(), found);
+        let found = namespaces(&list, &Neighbours::default(), Path::new(OWN_NETWORK));
         found.err().map(|refusal| refusal.to_string())
     }
 
@@ -279,17 +249,20 @@ mod tests {
     }
 
     #[test]
-    fn new_namespaces_and_an_empty_network_are_taken() {
-        assert_eq!(refused(&with(json!({"type": "network"})), &["eth0"]), None);
-        let joined = with(json!({"type": "network", "path": "/n"}));
-        assert_eq!(refused(&joined, &["lo", "sit0"]), None);
+    fn new_namespaces_and_a_network_that_is_not_the_hosts_are_taken() {
+        assert_eq!(refused(&with(json!({"type": "network"}))), None);
+        // Of another file, as every other namespace is.
+        let other = with(json!({"type": "network", "path": "/proc/self/ns/uts"}));
+        assert_eq!(refused(&other), None);
     }
 
     #[test]
-    fn a_network_with_interfaces_is_refused_by_name() {
-        let joined = with(json!({"type": "network", "path": "/n"}));
-        let words = refused(&joined, &["lo", "eth0"]).unwrap();
-        assert!(words.starts_with("network namespace /n has the interface \"eth0\"; "), "{words}");
+    fn the_network_of_the_host_and_one_that_is_not_there_are_refused() {
+        let words =
+            refused(&with(json!({"type": "network", "path": "/proc/self/ns/net"}))).unwrap();
+        assert!(words.contains("/proc/self/ns/net, the network of the host"), "{words}");
+        let words = refused(&with(json!({"type": "network", "path": "/nonexistent"}))).unwrap();
+        assert!(words.starts_with("network namespace /nonexistent cannot be used: "), "{words}");
     }
 
     #[test]
@@ -297,7 +270,7 @@ mod tests {
         for missing in ["network", "pid", "ipc", "mount"] {
             let mut list = with(json!({"type": "network"}));
             list.as_array_mut().unwrap().retain(|entry| entry["type"] != missing);
-            let words = refused(&list, &[]).unwrap();
+            let words = refused(&list).unwrap();
             assert!(words.contains(&format!("no {missing:?} entry")), "{words}");
             assert!(words.contains(&format!("add {{\"type\": {missing:?}}}")), "{words}");
         }
@@ -307,18 +280,8 @@ mod tests {
     fn joining_any_other_namespace_is_refused() {
         let mut list = with(json!({"type": "network"}));
         list[0]["path"] = json!("/proc/1/ns/pid");
-        let words = refused(&list, &[]).unwrap();
+        let words = refused(&list).unwrap();
         assert!(words.contains("/proc/1/ns/pid"), "{words}");
-    }
-
-    #[test]
-    fn the_network_of_this_process_has_loopback() {
-        // Reading another namespace takes privilege; its own a process may always read.
-        match interfaces(Path::new("/proc/self/ns/net")) {
-            Ok(found) => assert!(found.contains(&"lo".to_owned()), "{found:?}"),
-            Err(error) => assert_eq!(error.kind(), io::ErrorKind::PermissionDenied),
-        }
-        assert!(interfaces(Path::new("/nonexistent")).is_err());
     }
 
     #[test]

@@ -23,6 +23,7 @@ use super::args::{Create, Global};
 use crate::attach;
 use crate::bundle;
 use crate::id::ContainerId;
+use crate::mirror;
 use crate::network::Network;
 use crate::process::Process;
 use crate::socket_path::SocketPath;
@@ -256,6 +257,11 @@ pub(super) fn clean_up(home: &Home) -> anyhow::Result<()> {
         }
         if let Some(cgroup) = &state.cgroup {
             cgroup.remove()?;
+        }
+        if let Some(network) = &state.network
+            && let Err(error) = mirror::restore(network)
+        {
+            tracing::warn!(network = %network.display(), error = %error, "interfaces not restored");
         }
     }
     Ok(home.remove()?)

@@ -1,0 +1,285 @@
+//! What a network namespace has: its interfaces, and what is set on them.
+
+use std::fs;
+use std::io;
+
+use bulkhead_netlink::route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
+use bulkhead_netlink::route::link::{LinkAttribute, LinkFlags, LinkLayerType, LinkMessage};
+use bulkhead_netlink::route::neighbour::{NeighbourMessage, NeighbourState};
+use bulkhead_netlink::route::route::{
+    RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
+};
+use bulkhead_netlink::route::{AddressFamily, RouteNetlinkMessage};
+use bulkhead_netlink::{Connection, encode};
+use thiserror::Error;
+
+use super::MirrorError;
+
+/// Routes that the kernel makes by itself when an address is set.
+const TABLE_LOCAL: u32 = 255;
+
+/// Ethernet over tunnels, of which the kernel puts one into every network namespace.
+const KERNEL_INTERFACES: [&str; 2] = ["gretap0", "erspan0"];
+
+/// An interface that the guest gets.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Interface {
+    /// Its number in the namespace.
+    pub index: u32,
+    /// Its name.
+    pub name: String,
+    /// Its address.
+    pub mac: [u8; 6],
+    /// The most that a packet has behind its Ethernet header.
+    pub mtu: u32,
+    /// As many packets wait to be sent.
+    pub queue_len: u32,
+    /// It is up.
+    pub up: bool,
+    /// It has IPv6.
+    pub ipv6: bool,
+}
+
+/// An interface that cannot be had.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[error("interface {0} is no Ethernet: the guest can only have those that are; take it out")]
+pub struct Unusable(String);
+
+/// Those of the calling thread's namespace that somebody has put there. The kernel's own, which are
+/// in each and down, are not.
+pub(super) fn interfaces(connection: &mut Connection) -> Result<Vec<Interface>, MirrorError> {
+    let request = RouteNetlinkMessage::GetLink(LinkMessage::default());
+    let listed = connection
+        .list(&request)
+        .map_err(|source| MirrorError::Step { what: "interfaces", source })?;
+    let mut found = Vec::new();
+    for message in listed {
+        let RouteNetlinkMessage::NewLink(link) = message else { continue };
+        found.extend(interface(&link)?);
+    }
+    Ok(found)
+}
+
+/// The numbers of all interfaces.
+pub(super) fn numbers(connection: &mut Connection) -> io::Result<Vec<u32>> {
+    let listed = connection.list(&RouteNetlinkMessage::GetLink(LinkMessage::default()))?;
+    let number = |message| match message {
+        RouteNetlinkMessage::NewLink(link) => Some(link.header.index),
+        _ => None,
+    };
+    Ok(listed.into_iter().filter_map(number).collect())
+}
+
+fn interface(link: &LinkMessage) -> Result<Option<Interface>, Unusable> {
+    let (header, up) = (&link.header, link.header.flags.contains(LinkFlags::Up));
+    if header.flags.contains(LinkFlags::Loopback) {
+        return Ok(None);
+    }
+    let mut interface = Interface {
+        index: header.index,
+        name: String::new(),
+        mac: [0; 6],
+        mtu: 0,
+        queue_len: 0,
+        up,
+        ipv6: true,
+    };
+    for attribute in &link.attributes {
+        match attribute {
+            LinkAttribute::IfName(name) => interface.name.clone_from(name),
+            LinkAttribute::Mtu(mtu) => interface.mtu = *mtu,
+            LinkAttribute::TxQueueLen(length) => interface.queue_len = *length,
+            LinkAttribute::Address(mac) => {
+                interface.mac = mac.as_slice().try_into().unwrap_or_default();
+            }
+            _ => {}
+        }
+    }
+    let ethernet = header.link_layer_type == LinkLayerType::Ether;
+    let kernels = KERNEL_INTERFACES.contains(&interface.name.as_str());
+    match (ethernet && (up || !kernels), up) {
+        (true, _) => {
+            let switch = format!("/proc/sys/net/ipv6/conf/{}/disable_ipv6", interface.name);
+            interface.ipv6 = fs::read_to_string(switch).is_ok_and(|text| text.trim() == "0");
+            Ok(Some(interface))
+        }
+        (false, true) => Err(Unusable(interface.name)),
+        // Tunnels, which the kernel puts into every namespace.
+        (_, false) => Ok(None),
+    }
+}
+
+/// Addresses, routes and static neighbours of the interfaces, and routes that are of none.
+pub(super) fn settings(
+    connection: &mut Connection,
+    interfaces: &[Interface],
+) -> io::Result<Vec<Vec<u8>>> {
+    let known = |index| interfaces.iter().any(|interface| interface.index == index);
+    let mut settings = Vec::new();
+    for message in connection.list(&RouteNetlinkMessage::GetAddress(AddressMessage::default()))? {
+        if let RouteNetlinkMessage::NewAddress(address) = message
+            && known(address.header.index)
+        {
+            settings.push(RouteNetlinkMessage::NewAddress(as_is(address)));
+        }
+    }
+    let mut routes = Vec::new();
+    for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+        let mut request = RouteMessage::default();
+        request.header.address_family = family;
+        for message in connection.list(&RouteNetlinkMessage::GetRoute(request))? {
+            if let RouteNetlinkMessage::NewRoute(route) = message {
+                routes.extend(kept(route, known));
+            }
+        }
+    }
+    // Gateways are found by routes that need none.
+    routes.sort_by_key(needs_gateway);
+    settings.extend(routes.into_iter().map(RouteNetlinkMessage::NewRoute));
+    let request = RouteNetlinkMessage::GetNeighbour(NeighbourMessage::default());
+    for message in connection.list(&request)? {
+        if let RouteNetlinkMessage::NewNeighbour(neighbour) = message
+            && known(neighbour.header.ifindex)
+            && neighbour.header.state == NeighbourState::Permanent
+        {
+            settings.push(RouteNetlinkMessage::NewNeighbour(neighbour));
+        }
+    }
+    Ok(settings.into_iter().map(encode).collect())
+}
+
+/// An address as it can be set; what has become of it on the host since does not matter.
+fn as_is(mut address: AddressMessage) -> AddressMessage {
+    address.header.flags.remove(AddressHeaderFlags::Tentative);
+    address.attributes.retain(|attribute| {
+        !matches!(attribute, AddressAttribute::CacheInfo(_) | AddressAttribute::Flags(_))
+    });
+    address
+}
+
+/// A route that somebody has set; the kernel's own come with the addresses.
+fn kept(mut route: RouteMessage, known: impl Fn(u32) -> bool) -> Option<RouteMessage> {
+    let RouteHeader { table, protocol, kind, .. } = route.header;
+    let table = route
+        .attributes
+        .iter()
+        .find_map(|attribute| match attribute {
+            RouteAttribute::Table(table) => Some(*table),
+            _ => None,
+        })
+        .unwrap_or(table.into());
+    let learnt = matches!(protocol, RouteProtocol::Kernel | RouteProtocol::Ra);
+    if table == TABLE_LOCAL || learnt || kind == RouteType::Multicast {
+        return None;
+    }
+    route.attributes.retain(|attribute| !matches!(attribute, RouteAttribute::CacheInfo(_)));
+    let nowhere = matches!(
+        kind,
+        RouteType::BlackHole | RouteType::Unreachable | RouteType::Prohibit | RouteType::Throw
+    );
+    if nowhere {
+        // IPv6 says loopback, which is none of ours.
+        route.attributes.retain(|attribute| !matches!(attribute, RouteAttribute::Oif(_)));
+        return Some(route);
+    }
+    let ours = route.attributes.iter().all(|attribute| match attribute {
+        RouteAttribute::Oif(index) => known(*index),
+        RouteAttribute::MultiPath(hops) => hops.iter().all(|hop| known(hop.interface_index)),
+        _ => true,
+    });
+    ours.then_some(route)
+}
+
+fn needs_gateway(route: &RouteMessage) -> bool {
+    let by_gateway = |attribute: &RouteAttribute| {
+        matches!(
+            attribute,
+            RouteAttribute::Gateway(_) | RouteAttribute::Via(_) | RouteAttribute::MultiPath(_)
+        )
+    };
+    route.header.scope == RouteScope::Universe && route.attributes.iter().any(by_gateway)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bulkhead_netlink::route::route::{RouteAddress, RouteNextHop};
+
+    fn link(name: &str, layer: LinkLayerType, flags: LinkFlags) -> LinkMessage {
+        let mut link = LinkMessage::default();
+        (link.header.index, link.header.link_layer_type, link.header.flags) = (7, layer, flags);
+        link.attributes = vec![
+            LinkAttribute::IfName(name.to_owned()),
+            LinkAttribute::Mtu(1400),
+            LinkAttribute::Address(vec![2, 0, 0, 0, 0, 1]),
+        ];
+        link
+    }
+
+    #[test]
+    fn an_interface_that_somebody_made_is_had_up_or_down() {
+        for flags in [LinkFlags::Up, LinkFlags::empty()] {
+            let found = interface(&link("eth0", LinkLayerType::Ether, flags)).unwrap().unwrap();
+            assert_eq!((found.name.as_str(), found.index, found.mtu), ("eth0", 7, 1400));
+            assert_eq!((found.mac, found.up), ([2, 0, 0, 0, 0, 1], flags == LinkFlags::Up));
+        }
+    }
+
+    #[test]
+    fn what_the_kernel_put_there_is_not_and_what_is_no_ethernet_is_refused() {
+        let none = LinkFlags::empty();
+        for (name, layer, flags) in [
+            ("lo", LinkLayerType::Loopback, LinkFlags::Up | LinkFlags::Loopback),
+            ("sit0", LinkLayerType::Sit, none),
+            ("gretap0", LinkLayerType::Ether, none),
+        ] {
+            assert_eq!(interface(&link(name, layer, flags)), Ok(None), "{name}");
+        }
+        let tunnel = link("wg0", LinkLayerType::None, LinkFlags::Up);
+        let words = interface(&tunnel).unwrap_err().to_string();
+        assert!(words.starts_with("interface wg0 is no Ethernet"), "{words}");
+    }
+
+    fn route(protocol: RouteProtocol, attributes: Vec<RouteAttribute>) -> RouteMessage {
+        let mut route = RouteMessage::default();
+        (route.header.protocol, route.header.kind) = (protocol, RouteType::Unicast);
+        route.attributes = attributes;
+        route
+    }
+
+    #[test]
+    fn routes_that_somebody_set_by_known_interfaces_are_kept() {
+        let known = |index| index == 7;
+        let hop = |index| {
+            let mut hop = RouteNextHop::default();
+            hop.interface_index = index;
+            hop
+        };
+        let by = |attribute| kept(route(RouteProtocol::Boot, vec![attribute]), known);
+        assert!(by(RouteAttribute::Oif(7)).is_some());
+        assert!(by(RouteAttribute::Oif(8)).is_none());
+        assert!(by(RouteAttribute::MultiPath(vec![hop(7), hop(7)])).is_some());
+        assert!(by(RouteAttribute::MultiPath(vec![hop(7), hop(8)])).is_none());
+        assert!(by(RouteAttribute::Table(TABLE_LOCAL)).is_none());
+        assert!(by(RouteAttribute::Table(100)).is_some());
+        assert!(kept(route(RouteProtocol::Kernel, vec![RouteAttribute::Oif(7)]), known).is_none());
+    }
+
+    #[test]
+    fn a_route_to_nowhere_is_of_no_interface() {
+        let mut nowhere = route(RouteProtocol::Static, vec![RouteAttribute::Oif(1)]);
+        nowhere.header.kind = RouteType::BlackHole;
+        assert_eq!(kept(nowhere, |_| false).unwrap().attributes, []);
+    }
+
+    #[test]
+    fn gateways_come_last() {
+        let via = RouteAttribute::Gateway(RouteAddress::Inet([10, 0, 0, 1].into()));
+        let mut routes = [
+            route(RouteProtocol::Boot, vec![via]),
+            route(RouteProtocol::Boot, vec![RouteAttribute::Oif(7)]),
+        ];
+        routes.sort_by_key(needs_gateway);
+        assert_eq!(routes[0].attributes, [RouteAttribute::Oif(7)]);
+    }
+}

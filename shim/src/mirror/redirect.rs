@@ -1,0 +1,146 @@
+//! Joining two interfaces: what arrives at one leaves by the other, tc(8) with its ingress qdisc and the
+//! actions of mirred.
+
+use std::io;
+
+use bulkhead_netlink::route::RouteNetlinkMessage;
+use bulkhead_netlink::route::link::{LinkAttribute, LinkFlags, LinkMessage};
+use bulkhead_netlink::route::tc::{
+    TcAction, TcActionAttribute, TcActionMirrorOption, TcActionOption, TcActionType, TcAttribute,
+    TcFilterMatchAllOption, TcHandle, TcMessage, TcMirror, TcMirrorActionType, TcOption,
+};
+use bulkhead_netlink::{Connection, NLM_F_CREATE, NLM_F_EXCL};
+
+use super::Interface;
+
+/// The ingress qdisc's own number.
+const INGRESS: TcHandle = TcHandle { major: 0xffff, minor: 0 };
+/// Every protocol: `ETH_P_ALL` of Linux.
+const ALL: u16 = 3;
+/// Before all others.
+const PRIORITY: u32 = 1;
+
+/// Makes a tap fit for the frames of an interface, and lets it run; gives its number.
+pub(super) fn prepare(
+    connection: &mut Connection,
+    tap: &str,
+    interface: &Interface,
+) -> io::Result<u32> {
+    let mut link = LinkMessage::default();
+    link.attributes = vec![LinkAttribute::IfName(tap.to_owned())];
+    let index = |message| match message {
+        RouteNetlinkMessage::NewLink(link) => {
+            let name = LinkAttribute::IfName(tap.to_owned());
+            link.attributes.contains(&name).then_some(link.header.index)
+        }
+        _ => None,
+    };
+    let request = RouteNetlinkMessage::GetLink(LinkMessage::default());
+    let found = connection.list(&request)?.into_iter().find_map(index);
+    link.header.index = found.ok_or(io::ErrorKind::NotFound)?;
+    let number = link.header.index;
+    link.header.flags = LinkFlags::Up;
+    link.header.change_mask = LinkFlags::Up;
+    link.attributes = vec![LinkAttribute::Mtu(interface.mtu)];
+    connection.change(RouteNetlinkMessage::SetLink(link), 0)?;
+    Ok(number)
+}
+
+/// Joins two interfaces.
+pub(super) fn join(connection: &mut Connection, one: u32, other: u32) -> io::Result<()> {
+    for (from, to) in [(one, other), (other, one)] {
+        let new = NLM_F_CREATE | NLM_F_EXCL;
+        connection.change(RouteNetlinkMessage::NewQueueDiscipline(ingress(from)?), new)?;
+        connection.change(RouteNetlinkMessage::NewTrafficFilter(redirect(from, to)?), new)?;
+    }
+    Ok(())
+}
+
+/// Ends what [`join`] did to one of the two.
+pub(super) fn part(connection: &mut Connection, one: u32) -> io::Result<()> {
+    connection.change(RouteNetlinkMessage::DelQueueDiscipline(ingress(one)?), 0)
+}
+
+/// Whether an interface is redirected to one that is gone.
+pub(super) fn leads_nowhere(connection: &mut Connection, one: u32) -> io::Result<bool> {
+    let mut request = TcMessage::default();
+    request.header.index = i32::try_from(one).map_err(io::Error::other)?;
+    request.header.parent = INGRESS;
+    let filters = connection.list(&RouteNetlinkMessage::GetTrafficFilter(request))?;
+    Ok(filters.iter().any(|message| match message {
+        RouteNetlinkMessage::NewTrafficFilter(filter) => targets(filter).contains(&0),
+        _ => false,
+    }))
+}
+
+/// Where a filter redirects to.
+fn targets(filter: &TcMessage) -> Vec<u32> {
+    let mut targets = Vec::new();
+    for attribute in &filter.attributes {
+        let TcAttribute::Options(options) = attribute else { continue };
+        for option in options {
+            let TcOption::MatchAll(TcFilterMatchAllOption::Action(actions)) = option else {
+                continue;
+            };
+            let attributes = actions.iter().flat_map(|action| &action.attributes);
+            targets.extend(attributes.flat_map(redirected));
+        }
+    }
+    targets
+}
+
+fn redirected(attribute: &TcActionAttribute) -> Option<u32> {
+    let TcActionAttribute::Options(options) = attribute else { return None };
+    options.iter().find_map(|option| match option {
+        TcActionOption::Mirror(TcActionMirrorOption::Parms(mirror)) => {
+            (mirror.eaction == TcMirrorActionType::EgressRedir).then_some(mirror.ifindex)
+        }
+        _ => None,
+    })
+}
+
+fn ingress(index: u32) -> io::Result<TcMessage> {
+    let mut message = TcMessage::default();
+    message.header.index = i32::try_from(index).map_err(io::Error::other)?;
+    message.header.handle = INGRESS;
+    message.header.parent = TcHandle::INGRESS;
+    message.attributes = vec![TcAttribute::Kind("ingress".to_owned())];
+    Ok(message)
+}
+
+fn redirect(from: u32, to: u32) -> io::Result<TcMessage> {
+    let mut mirror = TcMirror::default();
+    mirror.generic.action = TcActionType::Stolen;
+    mirror.eaction = TcMirrorActionType::EgressRedir;
+    mirror.ifindex = to;
+    let mut action = TcAction::default();
+    action.tab = 1;
+    action.attributes = vec![
+        TcActionAttribute::Kind("mirred".to_owned()),
+        TcActionAttribute::Options(vec![TcActionOption::Mirror(TcActionMirrorOption::Parms(
+            mirror,
+        ))]),
+    ];
+    let mut message = TcMessage::default();
+    message.header.index = i32::try_from(from).map_err(io::Error::other)?;
+    message.header.parent = INGRESS;
+    message.header.info = PRIORITY << 16 | u32::from(ALL.to_be());
+    message.attributes = vec![
+        TcAttribute::Kind("matchall".to_owned()),
+        TcAttribute::Options(vec![TcOption::MatchAll(TcFilterMatchAllOption::Action(vec![
+            action,
+        ]))]),
+    ];
+    Ok(message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_redirection_has_one_target_and_other_filters_have_none() {
+        assert_eq!(targets(&redirect(7, 9).unwrap()), [9]);
+        assert!(targets(&ingress(7).unwrap()).is_empty());
+    }
+}

@@ -1,0 +1,41 @@
+//! Taps: interfaces of the host whose other end is a descriptor, `Documentation/networking/tuntap.rst`
+//! of Linux. One is gone when its last descriptor is closed, whoever had it.
+
+// UNSAFETY: a tap is made by ioctl.
+#![expect(unsafe_code, reason = "TUNSETIFF and TUNSETVNETHDRSZ of a descriptor")]
+
+use std::ffi::CStr;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::unix::fs::OpenOptionsExt;
+
+/// The kernel puts a number in.
+const NAME: &[u8; 12] = b"bulkhead%d\0\0";
+/// What the monitor expects before each frame: VIRTIO 1.3 §5.1.6, with the number of buffers.
+const HEADER_BYTES: libc::c_int = 12;
+
+/// Makes one in the calling thread's network namespace; gives its name too.
+pub(super) fn open() -> io::Result<(OwnedFd, String)> {
+    let mut options = File::options();
+    let tap = options.read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun")?;
+    // SAFETY: all zeroes is a valid request.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (place, byte) in request.ifr_name.iter_mut().zip(NAME) {
+        *place = byte.cast_signed();
+    }
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    request.ifr_ifru.ifru_flags = flags.try_into().map_err(io::Error::other)?;
+    // SAFETY: the kernel reads and writes one request.
+    done(unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETIFF, &raw mut request) })?;
+    let bytes = HEADER_BYTES;
+    // SAFETY: the kernel reads one integer.
+    done(unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const bytes) })?;
+    let name = request.ifr_name.map(libc::c_char::cast_unsigned);
+    let name = CStr::from_bytes_until_nul(&name).map_err(io::Error::other)?;
+    Ok((tap.into(), name.to_string_lossy().into_owned()))
+}
+
+fn done(result: libc::c_int) -> io::Result<()> {
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}

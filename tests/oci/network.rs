@@ -1,0 +1,161 @@
+//! The network that a caller has prepared is the container's, as under runc.
+
+use std::process::Command;
+
+use bulkhead_tests::bundle::Bundle;
+use bulkhead_tests::runtime::{Runtime, kill_9, told};
+use serde_json::json;
+
+/// A network namespace with an interface whose other end is here; both are gone with it.
+struct Prepared;
+
+const NAMESPACE: &str = "pod";
+const HERE: &str = "10.9.0.1";
+const THERE: &str = "10.9.0.2";
+
+fn ip(line: &str) -> String {
+    let output = Command::new("ip").args(line.split(' ')).output().unwrap();
+    let (status, out, err) = told(&output);
+    assert_eq!(status, Some(0), "ip {line}: {err}");
+    out
+}
+
+fn in_pod(line: &str) -> String {
+    ip(&format!("-netns {NAMESPACE} {line}"))
+}
+
+/// What the caller of a container sees of its interfaces, and who redirects their frames.
+fn seen() -> [String; 3] {
+    let tc = ["-netns", NAMESPACE, "qdisc", "show", "ingress"];
+    let tc = told(&Command::new("tc").args(tc).output().unwrap());
+    assert_eq!(tc.0, Some(0), "{tc:?}");
+    [in_pod("-details link show eth0"), in_pod("link show type tun"), tc.1]
+}
+
+impl Prepared {
+    fn new() -> Self {
+        ip(&format!("netns add {NAMESPACE}"));
+        let prepared = Self;
+        ip(&format!("link add here type veth peer name eth0 netns {NAMESPACE}"));
+        ip(&format!("address add {HERE}/24 dev here"));
+        ip("address add fd09::1/64 dev here nodad");
+        ip("link set here mtu 1400 up");
+        in_pod("link set lo up");
+        in_pod("link set eth0 address 02:00:00:00:09:02 mtu 1400 txqueuelen 500 up");
+        in_pod(&format!("address add {THERE}/24 broadcast 10.9.0.255 dev eth0"));
+        in_pod("address add 10.9.0.3/24 dev eth0");
+        in_pod("address add fd09::2/64 dev eth0 nodad");
+        in_pod(&format!("route add default via {HERE} metric 7"));
+        in_pod("route add 10.20.0.0/16 via 192.0.2.1 dev eth0 onlink");
+        in_pod("route add blackhole 10.66.0.0/16");
+        in_pod("route add default via fd09::1");
+        in_pod("neighbour add 10.9.0.9 lladdr 02:00:00:00:00:99 dev eth0");
+        prepared
+    }
+
+    fn bundle(script: &str) -> Bundle {
+        Bundle::script(script)
+            .unwrap()
+            .with(|spec| {
+                for entry in spec["linux"]["namespaces"].as_array_mut().unwrap() {
+                    if entry["type"] == "network" {
+                        entry["path"] = json!(format!("/run/netns/{NAMESPACE}"));
+                    }
+                }
+            })
+            .unwrap()
+    }
+}
+
+impl Drop for Prepared {
+    fn drop(&mut self) {
+        let _ = Command::new("ip").args(["link", "delete", "here"]).status();
+        let _ = Command::new("ip").args(["netns", "delete", NAMESPACE]).status();
+    }
+}
+
+#[test]
+fn an_interface_is_as_under_runc_and_is_left_as_it_was() {
+    let _prepared = Prepared::new();
+    let (ours, runc) = (Runtime::new().unwrap(), Runtime::runc().unwrap());
+    let bundle = Prepared::bundle(
+        "cat /sys/class/net/eth0/address /sys/class/net/eth0/mtu /sys/class/net/eth0/tx_queue_len; \
+         ip -o address show dev eth0 | sed 's/^[0-9]*: //;s/@[^ ]*//'; ip route; ip -6 route | sort; \
+         ip neigh | grep PERMANENT; ping -c 1 -W 20 10.9.0.1 >/dev/null && echo reached; \
+         ping -c 1 -W 20 fd09::1 >/dev/null && echo reached by six",
+    );
+    let before = seen();
+    let [theirs, our] = [&runc, &ours].map(|runtime| told(&runtime.run("one", &bundle).unwrap()));
+    assert!(theirs.1.contains("reached by six"), "{theirs:?}");
+    assert_eq!(our, theirs);
+    assert_eq!(seen(), before);
+    ours.assert_clean().unwrap();
+}
+
+#[test]
+fn streams_go_both_ways_and_the_container_is_reached() {
+    let _prepared = Prepared::new();
+    let runtime = Runtime::new().unwrap();
+    let bundle = Prepared::bundle("nc -l -p 7 -e cat");
+    runtime.create("served", &bundle).unwrap();
+    runtime.ok(&["start", "served"]).unwrap();
+    let ping =
+        Command::new("busybox").args(["ping", "-c", "3", "-W", "20", THERE]).output().unwrap();
+    assert!(ping.status.success(), "{ping:?}");
+    let data: Vec<u8> = (0..3_000_000_u32).map(|n| (n % 251).to_le_bytes()[0]).collect();
+    assert!(echoed(&data), "what comes back is not what was sent");
+    runtime.ok(&["delete", "--force", "served"]).unwrap();
+    runtime.assert_clean().unwrap();
+}
+
+/// Whether the container sends back what it is sent.
+fn echoed(data: &[u8]) -> bool {
+    use std::io::{Read, Write};
+    use std::net::{Shutdown, TcpStream};
+    let mut stream = TcpStream::connect((THERE, 7)).unwrap();
+    let mut writer = stream.try_clone().unwrap();
+    std::thread::scope(|scope| {
+        scope.spawn(move || {
+            writer.write_all(data).unwrap();
+            writer.shutdown(Shutdown::Write).unwrap();
+        });
+        let mut back = Vec::new();
+        stream.read_to_end(&mut back).unwrap();
+        back == data
+    })
+}
+
+#[test]
+fn whoever_is_killed_the_interface_is_as_it_was() {
+    let _prepared = Prepared::new();
+    let runtime = Runtime::new().unwrap();
+    let bundle = Prepared::bundle("exec sleep 1000");
+    let before = seen();
+    for victim in ["bulkhead-vmm", "supervise"] {
+        runtime.create("victim", &bundle).unwrap();
+        runtime.ok(&["start", "victim"]).unwrap();
+        assert_ne!(seen(), before);
+        let [process] = runtime.processes(victim).unwrap()[..] else { panic!("one {victim}") };
+        kill_9(process).unwrap();
+        runtime.wait_for_status("victim", "stopped").unwrap();
+        runtime.ok(&["delete", "victim"]).unwrap();
+        assert_eq!(seen(), before, "{victim}");
+        runtime.assert_clean().unwrap();
+    }
+}
+
+#[test]
+fn the_network_of_the_host_is_refused() {
+    let runtime = Runtime::new().unwrap();
+    let bundle = Prepared::bundle("true").with(|spec| {
+        for entry in spec["linux"]["namespaces"].as_array_mut().unwrap() {
+            if entry["type"] == "network" {
+                entry["path"] = json!("/proc/1/ns/net");
+            }
+        }
+    });
+    let path = bundle.unwrap();
+    let error = runtime.fails(&["run", "--bundle", path.path().to_str().unwrap(), "x"]).unwrap();
+    assert!(error.contains("the network of the host"), "{error}");
+    runtime.assert_clean().unwrap();
+}

@@ -43,11 +43,16 @@ pub(crate) fn configure(
     let mut numbers = Vec::with_capacity(interfaces.len());
     for interface in interfaces {
         let found = find(Path::new(PLATFORM_BUS), interface.slot);
-        let (own_name, number) =
+        let number =
             found.ok_or_else(|| NetworkError::Missing(interface.name.clone(), interface.slot))?;
-        set_up(&mut connection, interface, &own_name, number)
+        // Each is to have a name that another may have been given here.
+        name(&mut connection, number, &format!("slot{}", interface.slot))
             .map_err(|error| NetworkError::Interface(interface.name.clone(), error))?;
         numbers.push((interface.index, number));
+    }
+    for (interface, (_, number)) in interfaces.iter().zip(&numbers) {
+        set_up(&mut connection, interface, *number)
+            .map_err(|error| NetworkError::Interface(interface.name.clone(), error))?;
     }
     for setting in settings {
         let message = decode(setting).map_err(NetworkError::Open)?;
@@ -64,8 +69,8 @@ pub(crate) fn configure(
     Ok(())
 }
 
-/// The name and the number of the interface in a slot.
-fn find(bus: &Path, slot: u32) -> Option<(String, u32)> {
+/// The number of the interface in a slot.
+fn find(bus: &Path, slot: u32) -> Option<u32> {
     let slot = bus.join(format!("devices/virtio-mmio.{slot}"));
     let device = fs::read_dir(slot).ok()?.flatten();
     let mut device =
@@ -73,22 +78,23 @@ fn find(bus: &Path, slot: u32) -> Option<(String, u32)> {
     let mut interfaces = fs::read_dir(device.next()?.path().join("net")).ok()?.flatten();
     let interface = interfaces.next()?;
     let number = fs::read_to_string(interface.path().join("ifindex")).ok()?;
-    Some((interface.file_name().into_string().ok()?, number.trim().parse().ok()?))
+    number.trim().parse().ok()
 }
 
-fn set_up(
-    connection: &mut Connection,
-    interface: &Interface,
-    own_name: &str,
-    number: u32,
-) -> io::Result<()> {
+/// Names an interface that is down.
+fn name(connection: &mut Connection, number: u32, name: &str) -> io::Result<()> {
+    let mut link = LinkMessage::default();
+    link.header.index = number;
+    link.attributes = vec![LinkAttribute::IfName(name.to_owned())];
+    connection.change(RouteNetlinkMessage::SetLink(link), 0)
+}
+
+fn set_up(connection: &mut Connection, interface: &Interface, number: u32) -> io::Result<()> {
+    name(connection, number, &interface.name)?;
     let mut link = LinkMessage::default();
     link.header.index = number;
     link.attributes =
         vec![LinkAttribute::Mtu(interface.mtu), LinkAttribute::TxQueueLen(interface.queue_len)];
-    if own_name != interface.name {
-        link.attributes.push(LinkAttribute::IfName(interface.name.clone()));
-    }
     connection.change(RouteNetlinkMessage::SetLink(link), 0)?;
     switch(interface, "disable_ipv6", if interface.ipv6 { "0" } else { "1" })?;
     // The host has found out that nobody else has its addresses.
@@ -155,7 +161,7 @@ mod tests {
         let net = bus.path().join("devices/virtio-mmio.12/virtio5/net/eth7");
         fs::create_dir_all(&net).unwrap();
         fs::write(net.join("ifindex"), "9\n").unwrap();
-        assert_eq!(find(bus.path(), 12), Some(("eth7".to_owned(), 9)));
+        assert_eq!(find(bus.path(), 12), Some(9));
         assert_eq!(find(bus.path(), 13), None);
     }
 

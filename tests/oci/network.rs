@@ -93,6 +93,33 @@ fn an_interface_is_as_under_runc_and_is_left_as_it_was() {
 }
 
 #[test]
+fn several_interfaces_keep_their_names_and_a_fourth_is_refused() {
+    let _prepared = Prepared::new();
+    in_pod("link set eth0 down");
+    in_pod("link set eth0 name eth1");
+    in_pod("link add eth0 type dummy");
+    in_pod("link set eth0 address 02:00:00:00:00:0a up");
+    in_pod("address add 10.10.0.2/24 dev eth0");
+    in_pod("link add down0 type dummy");
+    in_pod("link set eth1 up");
+    in_pod(&format!("route add default via {HERE} metric 7"));
+    let bundle = Prepared::bundle(
+        "for i in eth0 eth1 down0; do echo $i $(cat /sys/class/net/$i/address); \
+         ip -o -4 address show dev $i | sed 's/^[0-9]*: //'; done; ip route; \
+         ip link show down0 | grep -c UP; ping -c 1 -W 20 10.9.0.1 >/dev/null && echo reached",
+    );
+    let (ours, runc) = (Runtime::new().unwrap(), Runtime::runc().unwrap());
+    let [theirs, our] = [&runc, &ours].map(|runtime| told(&runtime.run("one", &bundle).unwrap()));
+    assert!(theirs.1.contains("reached"), "{theirs:?}");
+    assert_eq!(our, theirs);
+
+    in_pod("link add more type dummy");
+    let error = ours.fails(&["run", "--bundle", bundle.path().to_str().unwrap(), "one"]).unwrap();
+    assert!(error.contains("4 interfaces") && error.contains("room for 3"), "{error}");
+    ours.assert_clean().unwrap();
+}
+
+#[test]
 fn streams_go_both_ways_and_the_container_is_reached() {
     let _prepared = Prepared::new();
     let runtime = Runtime::new().unwrap();

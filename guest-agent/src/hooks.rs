@@ -44,7 +44,7 @@ impl Hooks {
     /// Takes the hooks out of a specification that has been checked, and leaves the one there that
     /// runs them; none if there are none. `bundle` is the container's directory on the host.
     pub(crate) fn take(spec: &mut Spec, id: &str, bundle: &str) -> io::Result<Option<Self>> {
-        let hooks = spec.hooks().clone().unwrap_or_default();
+        let Some(hooks) = spec.hooks_mut().take() else { return Ok(None) };
         let process = spec.process().as_ref();
         let environment = process.and_then(|process| process.env().clone());
         let take = |list: &Option<Vec<Hook>>| {
@@ -55,9 +55,11 @@ impl Hooks {
             list
         };
         let (create, start) = (take(hooks.create_container()), take(hooks.start_container()));
-        spec.set_hooks(if create.is_empty() { None } else { Some(this_binary(id)?) });
         if create.is_empty() && start.is_empty() {
             return Ok(None);
+        }
+        if !create.is_empty() {
+            spec.set_hooks(Some(this_binary(id)?));
         }
         let mut state = State::default();
         state.set_version(spec.version().clone()).set_id(id.to_owned());

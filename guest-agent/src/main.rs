@@ -3,8 +3,8 @@
 //! The same binary has several lives. Started by the kernel it prepares the guest (`init`), then serves
 //! the calls of `agent.proto` (`rpc`) and the standard streams (`io`) over vsock, and never returns.
 //! Started by itself as `create` it makes one container with libcontainer and exits (`creator`), as
-//! `exec` it adds a process to one (`tenant`), as `hooks` it runs hooks in one (`hooks`), because a multi-threaded server must not run arbitrary
-//! code between fork and exec.
+//! `exec` it adds a process to one (`tenant`), because a multi-threaded server must not run arbitrary
+//! code between fork and exec. As `hooks` it is a hook that runs others (`hooks`).
 //!
 //! It also runs as PID 1 of a process namespace (`unshare --pid --fork --mount bulkhead-agent`),
 //! which is how its tests run it without a monitor.

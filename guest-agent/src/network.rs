@@ -8,7 +8,7 @@ use std::io;
 use std::path::Path;
 
 use bulkhead_netlink::route::RouteNetlinkMessage;
-use bulkhead_netlink::route::link::{LinkAttribute, LinkFlags, LinkMessage};
+use bulkhead_netlink::route::link::LinkAttribute;
 use bulkhead_netlink::route::route::RouteAttribute;
 use bulkhead_netlink::{Connection, NLM_F_CREATE, NLM_F_REPLACE, decode};
 use bulkhead_protocol::agent::Interface;
@@ -46,7 +46,9 @@ pub(crate) fn configure(
         let number =
             found.ok_or_else(|| NetworkError::Missing(interface.name.clone(), interface.slot))?;
         // Each is to have a name that another may have been given here.
-        name(&mut connection, number, &format!("slot{}", interface.slot))
+        let other_name = LinkAttribute::IfName(format!("slot{}", interface.slot));
+        connection
+            .set_link(number, false, vec![other_name])
             .map_err(|error| NetworkError::Interface(interface.name.clone(), error))?;
         numbers.push((interface.index, number));
     }
@@ -81,32 +83,17 @@ fn find(bus: &Path, slot: u32) -> Option<u32> {
     number.trim().parse().ok()
 }
 
-/// Names an interface that is down.
-fn name(connection: &mut Connection, number: u32, name: &str) -> io::Result<()> {
-    let mut link = LinkMessage::default();
-    link.header.index = number;
-    link.attributes = vec![LinkAttribute::IfName(name.to_owned())];
-    connection.change(RouteNetlinkMessage::SetLink(link), 0)
-}
-
 fn set_up(connection: &mut Connection, interface: &Interface, number: u32) -> io::Result<()> {
-    name(connection, number, &interface.name)?;
-    let mut link = LinkMessage::default();
-    link.header.index = number;
-    link.attributes =
-        vec![LinkAttribute::Mtu(interface.mtu), LinkAttribute::TxQueueLen(interface.queue_len)];
-    connection.change(RouteNetlinkMessage::SetLink(link), 0)?;
+    let attributes = vec![
+        LinkAttribute::IfName(interface.name.clone()),
+        LinkAttribute::Mtu(interface.mtu),
+        LinkAttribute::TxQueueLen(interface.queue_len),
+    ];
+    connection.set_link(number, false, attributes)?;
     switch(interface, "disable_ipv6", if interface.ipv6 { "0" } else { "1" })?;
     // The host has found out that nobody else has its addresses.
     switch(interface, DETECTION, "0")?;
-    if interface.up {
-        let mut link = LinkMessage::default();
-        link.header.index = number;
-        link.header.flags = LinkFlags::Up;
-        link.header.change_mask = LinkFlags::Up;
-        connection.change(RouteNetlinkMessage::SetLink(link), 0)?;
-    }
-    Ok(())
+    if interface.up { connection.set_link(number, true, Vec::new()) } else { Ok(()) }
 }
 
 /// Sets one of the switches that an interface has for IPv6.

@@ -13,6 +13,7 @@ use netlink_packet_core::{
 pub use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 pub use netlink_packet_route as route;
 use netlink_packet_route::RouteNetlinkMessage;
+use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{Socket, SocketAddr};
 
@@ -77,6 +78,25 @@ impl Connection {
         self.send(request, flags | NLM_F_ACK)?;
         while !self.receive()?.1 {}
         Ok(())
+    }
+
+    /// Sets something of the interface with this number, and lets it run if it is to be `up`.
+    ///
+    /// # Errors
+    /// Those of the kernel.
+    pub fn set_link(
+        &mut self,
+        number: u32,
+        up: bool,
+        attributes: Vec<LinkAttribute>,
+    ) -> io::Result<()> {
+        let mut link = LinkMessage::default();
+        link.header.index = number;
+        if up {
+            (link.header.flags, link.header.change_mask) = (LinkFlags::Up, LinkFlags::Up);
+        }
+        link.attributes = attributes;
+        self.change(RouteNetlinkMessage::SetLink(link), 0)
     }
 
     fn send(&mut self, request: RouteNetlinkMessage, flags: u16) -> io::Result<()> {
@@ -150,7 +170,6 @@ fn parse(bytes: &[u8]) -> io::Result<Answer> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use route::link::{LinkAttribute, LinkMessage};
     use route::route::{RouteMessage, RouteType};
 
     #[test]
@@ -166,10 +185,8 @@ mod tests {
 
     #[test]
     fn what_the_kernel_refuses_is_an_error() {
-        let mut link = LinkMessage::default();
-        link.header.index = 0x7fff_fff0;
         let mut connection = Connection::open().unwrap();
-        let error = connection.change(RouteNetlinkMessage::SetLink(link), 0).unwrap_err();
+        let error = connection.set_link(0x7fff_fff0, false, Vec::new()).unwrap_err();
         assert!(error.raw_os_error().is_some(), "{error}");
         // The connection goes on.
         let request = RouteNetlinkMessage::GetLink(LinkMessage::default());

@@ -271,7 +271,8 @@ impl Container {
         Ok(())
     }
 
-    /// Gives the pod the interfaces that it finds in the container's network.
+    /// Gives the pod the interfaces that it finds in the container's network: one that was there
+    /// before, or the new one that its stand-in is in and hooks have seen.
     async fn attach_network(
         &self,
         state: &mut State,
@@ -279,12 +280,18 @@ impl Container {
         pod: &Pod,
         stand_in: &StandIn,
     ) -> Result<(), ContainerError> {
-        let Some(network) = bundle.found_network(&stand_in.process) else { return Ok(()) };
-        if let Network::Join(path) = bundle.network() {
-            // On disk before anything is done there: whoever cleans up looks there.
-            state.network = Some(path);
-            self.home.write(state)?;
-        }
+        let network = match bundle.network() {
+            Network::Join(path) => {
+                // On disk before anything is done there: whoever cleans up looks there.
+                state.network = Some(path.clone());
+                self.home.write(state)?;
+                path
+            }
+            Network::New if bundle.has_early_hooks() => {
+                format!("/proc/{}/ns/net", stand_in.process.pid).into()
+            }
+            Network::New => return Ok(()),
+        };
         Ok(pod.attach_network(network).await?)
     }
 

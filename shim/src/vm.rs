@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use bulkhead_protocol::SHARE_TAG;
 use bulkhead_vmm::config::{
-    DeviceConfig, Fd, JailConfig, NetConfig, SLOT_COUNT, SlotDevice, VERSION, VmConfig,
+    DeviceConfig, Fd, JailConfig, NetConfig, RateLimit, SLOT_COUNT, SlotDevice, VERSION, VmConfig,
 };
 use bulkhead_vmm::control::{
     Answer, Call, Client, ClientError, Ending, FromMonitor, Refusal, Reply, Request, Statistics,
@@ -179,9 +179,10 @@ impl Machine {
         mac: [u8; 6],
         mtu: u16,
     ) -> Result<(), MachineError> {
-        let (receive, transmit) = Default::default();
-        let network = NetConfig { taps: vec![Fd(0)], mac, mtu, receive, transmit };
-        let device = DeviceConfig::Net(network);
+        let unlimited = RateLimit::default();
+        let (receive, transmit) = (unlimited, unlimited);
+        let device =
+            DeviceConfig::Net(NetConfig { taps: vec![Fd(0)], mac, mtu, receive, transmit });
         self.done(Request::Attach { slot, device }, &[tap]).await
     }
 

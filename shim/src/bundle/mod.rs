@@ -29,7 +29,6 @@ pub use self::size::{HostSize, MACHINE_OVERHEAD_MIB, MachineSize};
 use crate::id::ContainerId;
 use crate::neighbours::{Joined, Neighbours};
 use crate::network::Network;
-use crate::process::Process;
 use crate::state::StateError;
 
 /// The file that makes a directory a bundle.
@@ -261,18 +260,6 @@ impl Bundle {
         let mut namespaces = namespaces(&self.spec).iter();
         let entry = namespaces.find(|entry| entry.typ() == LinuxNamespaceType::Network);
         entry.and_then(|entry| entry.path().clone()).map_or(Network::New, Network::Join)
-    }
-
-    /// The network namespace in which there may be interfaces for the guest: one that was there before,
-    /// or the new one that `stand_in` is in and hooks have seen.
-    #[must_use]
-    pub fn found_network(&self, stand_in: &Process) -> Option<PathBuf> {
-        match self.network() {
-            Network::Join(path) => Some(path),
-            Network::New => {
-                self.has_early_hooks().then(|| format!("/proc/{}/ns/net", stand_in.pid).into())
-            }
-        }
     }
 
     /// The cgroup of the host that is the pod's.

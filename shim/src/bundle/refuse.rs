@@ -53,7 +53,7 @@ pub fn check(spec: &Spec, neighbours: &Neighbours) -> Result<Joined, Refusal> {
         return Err(refuse("config.json has no linux section", "only Linux containers are run"));
     };
     let list = linux.namespaces().as_deref().unwrap_or_default();
-    let joined = namespaces(list, neighbours, Path::new(OWN_NETWORK))?;
+    let joined = namespaces(list, neighbours)?;
     // A caller that allows every device lists those of the host without asking for any.
     if !every_device_allowed(linux) {
         let (disks, others): (Vec<_>, Vec<_>) =
@@ -97,11 +97,7 @@ fn mounts(spec: &Spec) -> Result<(), Refusal> {
     spec.mounts().iter().flatten().try_for_each(|mount| id_map::of(mount, spec).map(drop))
 }
 
-fn namespaces(
-    namespaces: &[LinuxNamespace],
-    neighbours: &Neighbours,
-    own_network: &Path,
-) -> Result<Joined, Refusal> {
+fn namespaces(namespaces: &[LinuxNamespace], neighbours: &Neighbours) -> Result<Joined, Refusal> {
     use LinuxNamespaceType::{Ipc, Mount, Network, Pid};
     let entry = |typ| namespaces.iter().find(|namespace| namespace.typ() == typ);
     for (typ, name, instead) in [
@@ -147,21 +143,21 @@ fn namespaces(
             );
             return Err(refuse(what, "leave the path out to get a new one"));
         }
-        network(path, own_network)?;
+        network(path)?;
     }
     joined.check()
 }
 
-/// Checks that a network namespace is there and not the one that this process is in, `own`: its
-/// interfaces become the guest's.
-fn network(path: &Path, own: &Path) -> Result<(), Refusal> {
+/// Checks that a network namespace is there and not the one that this process is in: its interfaces
+/// become the guest's.
+fn network(path: &Path) -> Result<(), Refusal> {
     let number = |path| fs::metadata(path).map(|found| (found.dev(), found.ino()));
     match number(path) {
         Err(error) => Err(refuse(
             format!("network namespace {} cannot be used: {error}", path.display()),
             "name an existing one, or leave the path out to get a new one",
         )),
-        Ok(found) if number(own).is_ok_and(|own| own == found) => Err(refuse(
+        Ok(found) if number(Path::new(OWN_NETWORK)).is_ok_and(|own| own == found) => Err(refuse(
             format!("linux.namespaces joins {}, the network of the host", path.display()),
             "a machine has interfaces of its own: leave the path out, or name a namespace for it",
         )),
@@ -240,7 +236,7 @@ mod tests {
 
     fn refused(list: &Value) -> Option<String> {
         let list: Vec<LinuxNamespace> = serde_json::from_value(list.clone()).unwrap();
-        let found = namespaces(&list, &Neighbours::default(), Path::new(OWN_NETWORK));
+        let found = namespaces(&list, &Neighbours::default());
         found.err().map(|refusal| refusal.to_string())
     }
 

@@ -85,35 +85,26 @@ impl Mirror {
     pub fn new(path: &Path) -> Result<Option<(Self, Copy)>, MirrorError> {
         let bad = |error| MirrorError::Namespace(path.to_owned(), error);
         let namespace = File::open(path).map_err(bad)?;
+        // Knows those that were joined before another failed too.
         let mut mirror = Self { namespace, joined: Vec::new() };
-        let inside = mirror.namespace.try_clone().map_err(bad)?;
-        let (joined, copied) = within(inside, |connection| {
-            let mut joined = Vec::new();
-            let copied = join_all(connection, &mut joined);
-            (joined, copied)
-        })
-        .map_err(bad)?;
-        // Also of those that were joined before another failed.
-        mirror.joined = joined;
+        let Self { namespace, joined } = &mut mirror;
+        let copied = within(namespace, |connection| join_all(connection, joined)).map_err(bad)?;
         Ok(copied?.map(|copied| (mirror, copied)))
     }
 }
 
 impl Drop for Mirror {
     fn drop(&mut self) {
-        let joined = std::mem::take(&mut self.joined);
-        if joined.is_empty() {
+        if self.joined.is_empty() {
             return;
         }
-        let parted = self.namespace.try_clone().and_then(|inside| {
-            within(inside, move |connection| {
-                for index in joined {
-                    if let Err(error) = redirect::part(connection, index) {
-                        // It may be gone with whoever made it.
-                        tracing::debug!(index, error = %error, "interface was not parted");
-                    }
+        let parted = within(&self.namespace, |connection| {
+            for index in &self.joined {
+                if let Err(error) = redirect::part(connection, *index) {
+                    // It may be gone with whoever made it.
+                    tracing::debug!(index, error = %error, "interface was not parted");
                 }
-            })
+            }
         });
         if let Err(error) = parted {
             tracing::warn!(error = %error, "the container's interfaces were left redirected");
@@ -130,10 +121,10 @@ pub fn restore(namespace: &Path) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         opened => opened?,
     };
-    within(namespace, |connection| {
-        for index in observe::numbers(connection)? {
-            if redirect::leads_nowhere(connection, index)? {
-                redirect::part(connection, index)?;
+    within(&namespace, |connection| {
+        for link in observe::links(connection)? {
+            if redirect::leads_nowhere(connection, link.header.index)? {
+                redirect::part(connection, link.header.index)?;
             }
         }
         Ok(())
@@ -170,14 +161,17 @@ fn join_all(
 }
 
 /// Does something in a network namespace, on a thread of its own.
-fn within<T: Send + 'static>(
-    namespace: File,
-    work: impl FnOnce(&mut Connection) -> T + Send + 'static,
+fn within<T: Send>(
+    namespace: &File,
+    work: impl FnOnce(&mut Connection) -> T + Send,
 ) -> io::Result<T> {
-    let inside = move || -> io::Result<T> {
+    let inside = || -> io::Result<T> {
         move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?;
         Ok(work(&mut Connection::open()?))
     };
-    let ended = thread::Builder::new().name("network".to_owned()).spawn(inside)?.join();
-    ended.unwrap_or_else(|_| Err(io::Error::other("thread failed")))
+    thread::scope(|scope| {
+        let thread = thread::Builder::new().name("network".to_owned());
+        let ended = thread.spawn_scoped(scope, inside)?.join();
+        ended.unwrap_or_else(|_| Err(io::Error::other("thread failed")))
+    })
 }

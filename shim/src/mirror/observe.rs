@@ -48,26 +48,21 @@ pub struct Unusable(String);
 /// Those of the calling thread's namespace that somebody has put there. The kernel's own, which are
 /// in each and down, are not.
 pub(super) fn interfaces(connection: &mut Connection) -> Result<Vec<Interface>, MirrorError> {
-    let request = RouteNetlinkMessage::GetLink(LinkMessage::default());
-    let listed = connection
-        .list(&request)
-        .map_err(|source| MirrorError::Step { what: "interfaces", source })?;
-    let mut found = Vec::new();
-    for message in listed {
-        let RouteNetlinkMessage::NewLink(link) = message else { continue };
-        found.extend(interface(&link)?);
-    }
-    Ok(found)
+    let links =
+        links(connection).map_err(|source| MirrorError::Step { what: "interfaces", source })?;
+    let found: Result<Vec<_>, _> =
+        links.iter().filter_map(|it| interface(it).transpose()).collect();
+    Ok(found?)
 }
 
-/// The numbers of all interfaces.
-pub(super) fn numbers(connection: &mut Connection) -> io::Result<Vec<u32>> {
+/// All interfaces of the calling thread's namespace.
+pub(super) fn links(connection: &mut Connection) -> io::Result<Vec<LinkMessage>> {
     let listed = connection.list(&RouteNetlinkMessage::GetLink(LinkMessage::default()))?;
-    let number = |message| match message {
-        RouteNetlinkMessage::NewLink(link) => Some(link.header.index),
+    let link = |message| match message {
+        RouteNetlinkMessage::NewLink(link) => Some(link),
         _ => None,
     };
-    Ok(listed.into_iter().filter_map(number).collect())
+    Ok(listed.into_iter().filter_map(link).collect())
 }
 
 fn interface(link: &LinkMessage) -> Result<Option<Interface>, Unusable> {
@@ -97,16 +92,16 @@ fn interface(link: &LinkMessage) -> Result<Option<Interface>, Unusable> {
     }
     let ethernet = header.link_layer_type == LinkLayerType::Ether;
     let kernels = KERNEL_INTERFACES.contains(&interface.name.as_str());
-    match (ethernet && (up || !kernels), up) {
-        (true, _) => {
-            let switch = format!("/proc/sys/net/ipv6/conf/{}/disable_ipv6", interface.name);
-            interface.ipv6 = fs::read_to_string(switch).is_ok_and(|text| text.trim() == "0");
-            Ok(Some(interface))
-        }
-        (false, true) => Err(Unusable(interface.name)),
+    if !up && (kernels || !ethernet) {
         // Tunnels, which the kernel puts into every namespace.
-        (_, false) => Ok(None),
+        return Ok(None);
     }
+    if !ethernet {
+        return Err(Unusable(interface.name));
+    }
+    let switch = format!("/proc/sys/net/ipv6/conf/{}/disable_ipv6", interface.name);
+    interface.ipv6 = fs::read_to_string(switch).is_ok_and(|text| text.trim() == "0");
+    Ok(Some(interface))
 }
 
 /// Addresses, routes and static neighbours of the interfaces, and routes that are of none.

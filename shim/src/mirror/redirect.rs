@@ -4,14 +4,14 @@
 use std::io;
 
 use bulkhead_netlink::route::RouteNetlinkMessage;
-use bulkhead_netlink::route::link::{LinkAttribute, LinkFlags, LinkMessage};
+use bulkhead_netlink::route::link::LinkAttribute;
 use bulkhead_netlink::route::tc::{
     TcAction, TcActionAttribute, TcActionMirrorOption, TcActionOption, TcActionType, TcAttribute,
     TcFilterMatchAllOption, TcHandle, TcMessage, TcMirror, TcMirrorActionType, TcOption,
 };
 use bulkhead_netlink::{Connection, NLM_F_CREATE, NLM_F_EXCL};
 
-use super::Interface;
+use super::{Interface, observe};
 
 /// The ingress qdisc's own number.
 const INGRESS: TcHandle = TcHandle { major: 0xffff, minor: 0 };
@@ -26,23 +26,11 @@ pub(super) fn prepare(
     tap: &str,
     interface: &Interface,
 ) -> io::Result<u32> {
-    let mut link = LinkMessage::default();
-    link.attributes = vec![LinkAttribute::IfName(tap.to_owned())];
-    let index = |message| match message {
-        RouteNetlinkMessage::NewLink(link) => {
-            let name = LinkAttribute::IfName(tap.to_owned());
-            link.attributes.contains(&name).then_some(link.header.index)
-        }
-        _ => None,
-    };
-    let request = RouteNetlinkMessage::GetLink(LinkMessage::default());
-    let found = connection.list(&request)?.into_iter().find_map(index);
-    link.header.index = found.ok_or(io::ErrorKind::NotFound)?;
-    let number = link.header.index;
-    link.header.flags = LinkFlags::Up;
-    link.header.change_mask = LinkFlags::Up;
-    link.attributes = vec![LinkAttribute::Mtu(interface.mtu)];
-    connection.change(RouteNetlinkMessage::SetLink(link), 0)?;
+    let name = LinkAttribute::IfName(tap.to_owned());
+    let links = observe::links(connection)?;
+    let found = links.into_iter().find(|link| link.attributes.contains(&name));
+    let number = found.ok_or(io::ErrorKind::NotFound)?.header.index;
+    connection.set_link(number, true, vec![LinkAttribute::Mtu(interface.mtu)])?;
     Ok(number)
 }
 

@@ -1,6 +1,6 @@
 //! A virtqueue from the device's side, VIRTIO 1.2 §2.7.
 //!
-//! [`DeviceQueue::pop`] walks a chain once: every descriptor is copied out of guest memory, its
+//! [`DeviceQueue::pop_or_arm`] walks a chain once: every descriptor is copied out of guest memory, its
 //! range checked against the memory that exists, and only then kept in a [`Chain`]. A chain owns
 //! addresses, not references, so a device can keep it for as long as a request takes.
 
@@ -271,12 +271,13 @@ impl DeviceQueue {
     }
 
     /// The next chain that the driver made available.
+    #[cfg(test)]
     pub(crate) fn pop(&mut self, memory: &GuestMemory) -> Result<Option<Chain>, QueueError> {
         let mut chain = Chain::default();
         Ok(self.pop_into(memory, &mut chain)?.then_some(chain))
     }
 
-    /// Like [`DeviceQueue::pop`], into room that is there already; `false` without a chain.
+    /// The next chain that the driver made available, into room that is there already; `false` without one.
     fn pop_into(&mut self, memory: &GuestMemory, chain: &mut Chain) -> Result<bool, QueueError> {
         // The iterator borrows the queue for one step only: the ring index is checked each time.
         let Some(found) = self.queue.iter(memory)?.next() else { return Ok(false) };
@@ -363,11 +364,8 @@ impl DeviceQueue {
 
     /// The next chain that the driver made available; without one, the driver kicks at the next.
     pub(crate) fn pop_or_arm(&mut self, memory: &GuestMemory) -> Result<Option<Chain>, QueueError> {
-        if let Some(chain) = self.pop(memory)? {
-            return Ok(Some(chain));
-        }
-        // One may have come before the driver saw that a kick is wanted.
-        if self.arm(memory)? { self.pop(memory) } else { Ok(None) }
+        let mut chain = Chain::default();
+        Ok(self.pop_or_arm_into(memory, &mut chain)?.then_some(chain))
     }
 
     /// Like [`DeviceQueue::pop_or_arm`], into room that is there already; `false` without a chain.
@@ -376,6 +374,7 @@ impl DeviceQueue {
         memory: &GuestMemory,
         chain: &mut Chain,
     ) -> Result<bool, QueueError> {
+        // One may have come before the driver saw that a kick is wanted.
         Ok(self.pop_into(memory, chain)? || (self.arm(memory)? && self.pop_into(memory, chain)?))
     }
 

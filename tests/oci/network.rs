@@ -1,9 +1,10 @@
 //! The network that a caller has prepared is the container's, as under runc.
 
 use std::process::Command;
+use std::time::Duration;
 
 use bulkhead_tests::bundle::Bundle;
-use bulkhead_tests::runtime::{Runtime, kill_9, told};
+use bulkhead_tests::runtime::{Runtime, comes_true, kill_9, told};
 use serde_json::json;
 
 /// A network namespace with an interface whose other end is here; both are gone with it.
@@ -50,6 +51,9 @@ impl Prepared {
         in_pod("route add blackhole 10.66.0.0/16");
         in_pod("route add default via fd09::1");
         in_pod("neighbour add 10.9.0.9 lladdr 02:00:00:00:00:99 dev eth0");
+        // Until the kernel has found out that nobody else has its link-local address.
+        let settled = || in_pod("-6 address show tentative").is_empty();
+        assert!(comes_true(Duration::from_secs(30), settled), "an address stays tentative");
         prepared
     }
 
@@ -150,6 +154,21 @@ fn echoed(data: &[u8]) -> bool {
         stream.read_to_end(&mut back).unwrap();
         back == data
     })
+}
+
+#[test]
+fn an_interface_that_somebody_else_redirects_is_refused_and_left_to_him() {
+    let _prepared = Prepared::new();
+    let tc = ["-netns", NAMESPACE, "qdisc", "add", "dev", "eth0", "ingress"];
+    assert!(Command::new("tc").args(tc).status().unwrap().success());
+    let before = seen();
+    let runtime = Runtime::new().unwrap();
+    let bundle = Prepared::bundle("true");
+    let path = bundle.path().to_str().unwrap();
+    let error = runtime.fails(&["run", "--bundle", path, "x"]).unwrap();
+    assert!(error.contains("interface eth0: somebody else may redirect its frames"), "{error}");
+    assert_eq!(seen(), before);
+    runtime.assert_clean().unwrap();
 }
 
 #[test]

@@ -152,8 +152,12 @@ fn join_all(
         let (tap, name) = tap::open().map_err(failed("no tap for it"))?;
         let index = redirect::prepare(connection, &name, &interface)
             .map_err(failed("its tap cannot be set up"))?;
+        redirect::take(connection, interface.index)
+            .map_err(failed("somebody else may redirect its frames; let nobody (tc qdisc show)"))?;
+        // From here on it is given back, whatever fails.
         joined.push(interface.index);
-        redirect::join(connection, interface.index, index)
+        redirect::take(connection, index)
+            .and_then(|()| redirect::join(connection, interface.index, index))
             .map_err(failed("its frames cannot be redirected"))?;
         interfaces.push((interface, tap));
     }

@@ -19,6 +19,8 @@ const INGRESS: TcHandle = TcHandle { major: 0xffff, minor: 0 };
 const ALL: u16 = 3;
 /// Before all others.
 const PRIORITY: u32 = 1;
+/// How what nobody else has made is asked for.
+const NEW: u16 = NLM_F_CREATE | NLM_F_EXCL;
 
 /// Makes a tap fit for the frames of an interface, and lets it run; gives its number.
 pub(super) fn prepare(
@@ -34,17 +36,20 @@ pub(super) fn prepare(
     Ok(number)
 }
 
-/// Joins two interfaces.
+/// Takes an interface, unless somebody else redirects what arrives there.
+pub(super) fn take(connection: &mut Connection, one: u32) -> io::Result<()> {
+    connection.change(RouteNetlinkMessage::NewQueueDiscipline(ingress(one)?), NEW)
+}
+
+/// Joins two interfaces that were taken.
 pub(super) fn join(connection: &mut Connection, one: u32, other: u32) -> io::Result<()> {
     for (from, to) in [(one, other), (other, one)] {
-        let new = NLM_F_CREATE | NLM_F_EXCL;
-        connection.change(RouteNetlinkMessage::NewQueueDiscipline(ingress(from)?), new)?;
-        connection.change(RouteNetlinkMessage::NewTrafficFilter(redirect(from, to)?), new)?;
+        connection.change(RouteNetlinkMessage::NewTrafficFilter(redirect(from, to)?), NEW)?;
     }
     Ok(())
 }
 
-/// Ends what [`join`] did to one of the two.
+/// Gives back an interface that was taken, joined or not.
 pub(super) fn part(connection: &mut Connection, one: u32) -> io::Result<()> {
     connection.change(RouteNetlinkMessage::DelQueueDiscipline(ingress(one)?), 0)
 }

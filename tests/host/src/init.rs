@@ -26,7 +26,7 @@ use rustix::system::RebootCommand;
 use rustix::termios::{Winsize, tcsetwinsize};
 
 use crate::request::{
-    CONTROL_PORT, Hosted, Outcome, Request, SHARE_DIRECTORY, SHARE_TAG, STDERR_PORT, STDOUT_PORT,
+    Answer, CONTROL_PORT, Hosted, Request, SHARE_DIRECTORY, SHARE_TAG, STDERR_PORT, STDOUT_PORT,
 };
 use crate::{cgroups, systemd};
 
@@ -88,17 +88,22 @@ pub(crate) fn answer(request: &Request, ready: Result<()>, mut control: File) ->
     let beats = control.try_clone().context("port for the answer")?;
     // Reading is all that they are for. The thread ends with the host.
     thread::spawn(move || io::copy(&mut &beats, &mut io::sink()));
+    tell(&mut control, &Answer::Ready)?;
     let outcome = match ready.and_then(|()| ports()).and_then(|ports| serve(request, &ports)) {
-        Ok(status) => Outcome::Ended(status),
-        Err(error) => Outcome::NotRun(format!("{error:#}")),
+        Ok(status) => Answer::Ended(status),
+        Err(error) => Answer::NotRun(format!("{error:#}")),
     };
     rustix::fs::sync();
-    let mut answer = serde_json::to_vec(&outcome)?;
-    answer.push(b'\n');
-    control.write_all(&answer).context("answer")?;
+    tell(&mut control, &outcome)?;
     // The outer side ends QEMU as soon as it has read that.
     thread::sleep(PATIENCE);
     Ok(())
+}
+
+fn tell(control: &mut File, answer: &Answer) -> Result<()> {
+    let mut line = serde_json::to_vec(answer)?;
+    line.push(b'\n');
+    control.write_all(&line).context("answer")
 }
 
 /// Everything written below `/` goes to memory and is gone with the host.

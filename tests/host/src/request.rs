@@ -1,5 +1,6 @@
-//! What the two sides of the test host say to each other over the control port: one JSON line each way,
-//! and empty lines from the outer side, which keep the inner one awake.
+//! What the two sides of the test host say to each other over the control port: one JSON line from the
+//! outer side, two from the inner one, and empty lines from the outer side, which keep the inner one
+//! awake.
 
 use std::collections::BTreeMap;
 
@@ -44,10 +45,12 @@ pub(crate) enum Hosted {
     BySystemd,
 }
 
-/// How it ended.
+/// What comes back.
 #[derive(Debug, Serialize, Deserialize)]
-pub(crate) enum Outcome {
-    /// With this exit status, 128 and the number for a signal.
+pub(crate) enum Answer {
+    /// The host is up, and from here on the command may have had effects.
+    Ready,
+    /// The command ended with this exit status, 128 and the number for a signal.
     Ended(u8),
     /// It could not be run, and why.
     NotRun(String),

@@ -11,7 +11,7 @@ use std::path::Path;
 use std::process::{Child, Stdio};
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use guest_image::kernel::{self, Recipe};
@@ -24,21 +24,32 @@ use rustix::termios::tcgetwinsize;
 
 use crate::Options;
 use crate::qemu::{Machine, Sockets};
-use crate::request::{Outcome, Request};
+use crate::request::{Answer, Request};
 
 /// How much of the kernel's messages an error shows.
 const CONSOLE_LINES: usize = 20;
 const TIMED_OUT: u8 = 124;
 const NOT_RUN: u8 = 127;
+/// How often a host is started whose command has not begun when it ends. QEMU's emulation with two
+/// processors loses one start in some hundreds: it ends before the kernel says its first word.
+const STARTS: usize = 3;
 /// How long a host that has lost its timer sleeps at most.
 const HEARTBEAT: Duration = Duration::from_secs(2);
 /// No time-out was asked for.
 const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
 
 enum Event {
-    Answer(Outcome),
+    Answer(Answer),
     /// QEMU closed the console: it has ended. Here is what it showed.
     Gone(String),
+}
+
+/// How a host ended.
+enum End {
+    /// With this exit status for the command.
+    Told(u8),
+    /// By itself, before the command could have had any effect, and what was seen of it.
+    TooEarly(String),
 }
 
 /// Runs the command in the host and returns its exit status.
@@ -65,10 +76,19 @@ pub(crate) fn run(options: &Options) -> Result<u8> {
         share: share.as_deref(),
         shell: options.command.is_empty(),
     };
-    let mut session = Session::start(&machine, &request(options)?, options.console)?;
-    let outcome = session.outcome(options.timeout.unwrap_or(FOREVER));
-    session.finish()?;
-    outcome
+    let request = request(options)?;
+    let mut why = String::new();
+    for _ in 0..STARTS {
+        let mut session = Session::start(&machine, &request, options.console)?;
+        let end = session.end(options.timeout.unwrap_or(FOREVER));
+        session.finish()?;
+        match end? {
+            End::Told(status) => return Ok(status),
+            End::TooEarly(seen) => why = seen,
+        }
+        say(&format!("test-host: the host ended before the command began: {why}"));
+    }
+    bail!("the host did not come up in {STARTS} starts: {why}")
 }
 
 fn request(options: &Options) -> Result<Request> {
@@ -125,7 +145,7 @@ impl Session {
             thread::spawn(move || copy(&stderr, &mut io::stderr())),
             thread::spawn({
                 let tell = tell.clone();
-                move || read_answer(control, &tell)
+                move || read_answers(control, &tell)
             }),
             thread::spawn(move || read_console(&console, show_console, &tell)),
         ];
@@ -134,19 +154,32 @@ impl Session {
         Ok(Self { qemu, events, copies })
     }
 
-    fn outcome(&mut self, timeout: Duration) -> Result<u8> {
-        match self.events.recv_timeout(timeout) {
-            Ok(Event::Answer(Outcome::Ended(status))) => Ok(status),
-            Ok(Event::Answer(Outcome::NotRun(reason))) => {
-                say(&format!("test-host: {reason}"));
-                Ok(NOT_RUN)
+    /// Waits until the command has ended, or the host.
+    fn end(&mut self, timeout: Duration) -> Result<End> {
+        let started = Instant::now();
+        let mut began = false;
+        loop {
+            match self.events.recv_timeout(timeout.saturating_sub(started.elapsed())) {
+                Ok(Event::Answer(Answer::Ready)) => began = true,
+                Ok(Event::Answer(Answer::Ended(status))) => return Ok(End::Told(status)),
+                Ok(Event::Answer(Answer::NotRun(reason))) => {
+                    say(&format!("test-host: {reason}"));
+                    return Ok(End::Told(NOT_RUN));
+                }
+                Ok(Event::Gone(console)) => {
+                    let status = self.qemu.wait().context("wait for QEMU")?;
+                    let seen = format!("QEMU {status}\n{}", tail(&console));
+                    if !began {
+                        return Ok(End::TooEarly(seen));
+                    }
+                    bail!("the host ended by itself: {seen}");
+                }
+                Err(RecvTimeoutError::Timeout) => {
+                    say(&format!("test-host: not done after {} s, ended", timeout.as_secs()));
+                    return Ok(End::Told(TIMED_OUT));
+                }
+                Err(RecvTimeoutError::Disconnected) => bail!("the host's ports closed"),
             }
-            Ok(Event::Gone(console)) => bail!("the host ended by itself:\n{}", tail(&console)),
-            Err(RecvTimeoutError::Timeout) => {
-                say(&format!("test-host: not done after {} s, ended", timeout.as_secs()));
-                Ok(TIMED_OUT)
-            }
-            Err(RecvTimeoutError::Disconnected) => bail!("the host's ports closed"),
         }
     }
 
@@ -201,13 +234,13 @@ fn copy(mut from: &UnixStream, to: &mut impl Write) -> io::Result<()> {
     }
 }
 
-fn read_answer(control: UnixStream, tell: &Sender<Event>) -> io::Result<()> {
-    let mut line = String::new();
+fn read_answers(control: UnixStream, tell: &Sender<Event>) -> io::Result<()> {
     // An end without a line is reported by the console.
-    _ = BufReader::new(control).read_line(&mut line);
-    if let Ok(outcome) = serde_json::from_str(&line) {
-        // The receiver is gone when the time-out came first.
-        _ = tell.send(Event::Answer(outcome));
+    for line in BufReader::new(control).lines().map_while(Result::ok) {
+        if let Ok(answer) = serde_json::from_str(&line) {
+            // The receiver is gone when the time-out came first.
+            _ = tell.send(Event::Answer(answer));
+        }
     }
     Ok(())
 }

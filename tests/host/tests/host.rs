@@ -109,7 +109,7 @@ fn host_that_ends_by_itself_is_125_with_its_last_messages() {
 
 #[test]
 fn host_that_ends_before_the_command_is_started_again() {
-    let (output, starts) = with_qemu_that_fails(1, "exit 7");
+    let (output, starts) = with_qemu_that_fails(1, "exit 7").unwrap();
     assert_eq!(output.status.code(), Some(7), "{}", String::from_utf8_lossy(&output.stderr));
     assert!(String::from_utf8_lossy(&output.stderr).contains("QEMU exit status: 9"));
     assert_eq!(starts, 2);
@@ -117,7 +117,7 @@ fn host_that_ends_before_the_command_is_started_again() {
 
 #[test]
 fn host_that_never_comes_up_is_125_and_says_how_qemu_ended() {
-    let (output, starts) = with_qemu_that_fails(9, "exit 7");
+    let (output, starts) = with_qemu_that_fails(9, "exit 7").unwrap();
     assert_eq!(output.status.code(), Some(125));
     let told = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(told.contains("did not come up in 3 starts: QEMU exit status: 9"), "{told}");
@@ -125,19 +125,19 @@ fn host_that_never_comes_up_is_125_and_says_how_qemu_ended() {
 }
 
 /// Runs a script where the first starts of QEMU fail; how many starts there were, too.
-fn with_qemu_that_fails(times: usize, script: &str) -> (Output, usize) {
-    let directory = tempfile::tempdir().unwrap();
+fn with_qemu_that_fails(times: usize, script: &str) -> io::Result<(Output, usize)> {
+    let directory = tempfile::tempdir()?;
     let (program, log) = (directory.path().join(QEMU), directory.path().join("starts"));
-    let (log_path, path) = (log.display(), std::env::var("PATH").unwrap());
+    let (log_path, path) = (log.display(), std::env::var("PATH").unwrap_or_default());
     let fails = format!(
         "#!/bin/sh\necho start >> {log_path}\ntest $(wc -l < {log_path}) -gt {times} || exit 9\n\
          PATH='{path}' exec {QEMU} \"$@\"\n"
     );
-    fs::write(&program, fails).unwrap();
-    fs::set_permissions(&program, fs::Permissions::from_mode(0o755)).unwrap();
+    fs::write(&program, fails)?;
+    fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
     let path = format!("{}:{path}", directory.path().display());
-    let output = host(&[], script).env("PATH", path).output().unwrap();
-    (output, fs::read_to_string(&log).unwrap().lines().count())
+    let output = host(&[], script).env("PATH", path).output()?;
+    Ok((output, fs::read_to_string(&log)?.lines().count()))
 }
 
 #[test]

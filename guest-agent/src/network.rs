@@ -1,11 +1,12 @@
 //! The guest's interfaces, made as the host's are: names, addresses, routes, neighbours.
 //!
 //! The host sends the messages of rtnetlink(7) that its own kernel has; here they are said again to this
-//! one, with the numbers that the interfaces have here.
+//! one, with the numbers that the interfaces have here. It sends all of them each time that one has
+//! changed. What it does not name any more is taken away; what the guest has set itself stays.
 
 use std::fs;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use bulkhead_netlink::route::RouteNetlinkMessage;
 use bulkhead_netlink::route::link::LinkAttribute;
@@ -31,50 +32,142 @@ pub(crate) enum NetworkError {
     Setting(String, #[source] io::Error),
 }
 
-/// Makes interfaces that were bound as those of the host, and sets `settings` in their order.
-///
-/// # Errors
-/// Names what the kernel refused; what was set before stays.
-pub(crate) fn configure(
-    interfaces: &[Interface],
-    settings: &[Vec<u8>],
-) -> Result<(), NetworkError> {
-    let mut connection = Connection::open().map_err(NetworkError::Open)?;
-    let mut numbers = Vec::with_capacity(interfaces.len());
-    for interface in interfaces {
-        let found = find(Path::new(PLATFORM_BUS), interface.slot);
-        let number =
-            found.ok_or_else(|| NetworkError::Missing(interface.name.clone(), interface.slot))?;
-        // Each is to have a name that another may have been given here.
-        let other_name = LinkAttribute::IfName(format!("slot{}", interface.slot));
-        connection
-            .set_link(number, false, vec![other_name])
-            .map_err(|error| NetworkError::Interface(interface.name.clone(), error))?;
-        numbers.push((interface.index, number));
+/// What the host has said.
+#[derive(Debug, Default)]
+pub(crate) struct Network {
+    /// Each with its number here.
+    interfaces: Vec<(Interface, u32)>,
+    /// Messages with the numbers of this side.
+    settings: Vec<RouteNetlinkMessage>,
+}
+
+impl Network {
+    /// Makes interfaces that were bound as those of the host, sets `settings` in their order, and
+    /// takes away those that were set before and are not among them.
+    ///
+    /// # Errors
+    /// Names what could not be done first; all that can be is done.
+    pub(crate) fn configure(
+        &mut self,
+        interfaces: Vec<Interface>,
+        settings: &[Vec<u8>],
+    ) -> Result<(), NetworkError> {
+        let mut connection = Connection::open().map_err(NetworkError::Open)?;
+        let numbered = numbered(interfaces)?;
+        let numbers: Vec<_> = numbered.iter().map(|(it, number)| (it.index, *number)).collect();
+        let wanted = settings.iter().map(|setting| Ok(renumbered(decode(setting)?, &numbers)));
+        let wanted: Vec<_> = wanted.collect::<io::Result<_>>().map_err(NetworkError::Open)?;
+        let mut errors = Vec::new();
+        let changed = self.set_up(&mut connection, numbered, &mut errors);
+        if changed || wanted != self.settings {
+            // The host has found out that nobody else has its addresses.
+            self.detect("0", &mut errors);
+            self.set(&mut connection, wanted, changed, &mut errors);
+            self.detect("1", &mut errors);
+        }
+        errors.into_iter().next().map_or(Ok(()), Err)
     }
-    for (interface, (_, number)) in interfaces.iter().zip(&numbers) {
-        set_up(&mut connection, interface, *number)
-            .map_err(|error| NetworkError::Interface(interface.name.clone(), error))?;
+
+    /// Makes interfaces as they should be; whether one was not.
+    fn set_up(
+        &mut self,
+        connection: &mut Connection,
+        interfaces: Vec<(Interface, u32)>,
+        errors: &mut Vec<NetworkError>,
+    ) -> bool {
+        let before = std::mem::replace(&mut self.interfaces, interfaces);
+        let changed = || self.interfaces.iter().filter(|interface| !before.contains(interface));
+        let was = |number: u32| {
+            let known = before.iter().find(|(_, known)| *known == number);
+            known.map(|(interface, _)| interface)
+        };
+        for (interface, number) in changed() {
+            if was(*number).is_none_or(|was| was.name != interface.name) {
+                // It may be to have the name that a third has.
+                let other_name = LinkAttribute::IfName(format!("slot{}", interface.slot));
+                let freed = connection.set_link(*number, None, vec![other_name]);
+                errors.extend(of(interface, freed));
+            }
+        }
+        for (interface, number) in changed() {
+            let set_up = set_up(connection, interface, *number, was(*number));
+            errors.extend(of(interface, set_up));
+        }
+        changed().next().is_some()
     }
-    for setting in settings {
-        let message = decode(setting).map_err(NetworkError::Open)?;
-        let message = renumbered(message, &numbers);
-        let said = format!("{message:?}");
-        connection
-            .change(message, NLM_F_CREATE | NLM_F_REPLACE)
-            .map_err(|error| NetworkError::Setting(said, error))?;
+
+    /// Sets what is not set yet, or all, and takes away what was and is not to be.
+    fn set(
+        &mut self,
+        connection: &mut Connection,
+        wanted: Vec<RouteNetlinkMessage>,
+        all: bool,
+        errors: &mut Vec<NetworkError>,
+    ) {
+        let before = std::mem::take(&mut self.settings);
+        let lost: Vec<_> = before.iter().filter(|setting| !wanted.contains(setting)).collect();
+        // With an address the kernel takes away routes, also such as another address would keep.
+        let all = all || !lost.is_empty();
+        for setting in lost {
+            undo(connection, setting.clone());
+        }
+        for setting in wanted {
+            if all || !before.contains(&setting) {
+                let set = connection.change(setting.clone(), NLM_F_CREATE | NLM_F_REPLACE);
+                if let Err(error) = set {
+                    errors.push(NetworkError::Setting(format!("{setting:?}"), error));
+                    continue;
+                }
+            }
+            self.settings.push(setting);
+        }
     }
-    for interface in interfaces {
-        switch(interface, DETECTION, "1")
-            .map_err(|error| NetworkError::Interface(interface.name.clone(), error))?;
+
+    /// Whether the kernel asks on the link before it uses an address.
+    fn detect(&self, value: &str, errors: &mut Vec<NetworkError>) {
+        for (interface, _) in &self.interfaces {
+            errors.extend(of(interface, switch(interface, DETECTION, value)));
+        }
     }
-    Ok(())
+
+    /// Gives up the interfaces in slots.
+    ///
+    /// # Errors
+    /// When the driver does not let one go.
+    pub(crate) fn release(&mut self, slots: &[u32]) -> io::Result<()> {
+        self.interfaces.retain(|(interface, _)| !slots.contains(&interface.slot));
+        for slot in slots {
+            let name = format!("virtio-mmio.{slot}");
+            let driver = slot_directory(Path::new(PLATFORM_BUS), *slot).join("driver");
+            if fs::symlink_metadata(&driver).is_ok() {
+                fs::write(driver.join("unbind"), name)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Interfaces with their numbers here.
+fn numbered(interfaces: Vec<Interface>) -> Result<Vec<(Interface, u32)>, NetworkError> {
+    let number = |interface: Interface| match find(Path::new(PLATFORM_BUS), interface.slot) {
+        Some(number) => Ok((interface, number)),
+        None => Err(NetworkError::Missing(interface.name, interface.slot)),
+    };
+    interfaces.into_iter().map(number).collect()
+}
+
+/// The error of an interface, if there is one.
+fn of(interface: &Interface, done: io::Result<()>) -> Option<NetworkError> {
+    done.err().map(|error| NetworkError::Interface(interface.name.clone(), error))
+}
+
+fn slot_directory(bus: &Path, slot: u32) -> PathBuf {
+    bus.join(format!("devices/virtio-mmio.{slot}"))
 }
 
 /// The number of the interface in a slot.
 fn find(bus: &Path, slot: u32) -> Option<u32> {
-    let slot = bus.join(format!("devices/virtio-mmio.{slot}"));
-    let device = fs::read_dir(slot).ok()?.flatten();
+    let device = fs::read_dir(slot_directory(bus, slot)).ok()?.flatten();
     let mut device =
         device.filter(|entry| entry.file_name().to_string_lossy().starts_with("virtio"));
     let mut interfaces = fs::read_dir(device.next()?.path().join("net")).ok()?.flatten();
@@ -83,17 +176,46 @@ fn find(bus: &Path, slot: u32) -> Option<u32> {
     number.trim().parse().ok()
 }
 
-fn set_up(connection: &mut Connection, interface: &Interface, number: u32) -> io::Result<()> {
-    let attributes = vec![
-        LinkAttribute::IfName(interface.name.clone()),
-        LinkAttribute::Mtu(interface.mtu),
-        LinkAttribute::TxQueueLen(interface.queue_len),
-    ];
-    connection.set_link(number, false, attributes)?;
+/// Sets what is not as it `was`.
+fn set_up(
+    connection: &mut Connection,
+    interface: &Interface,
+    number: u32,
+    was: Option<&Interface>,
+) -> io::Result<()> {
+    let attributes = |it: &Interface| {
+        [
+            LinkAttribute::IfName(it.name.clone()),
+            LinkAttribute::Address(it.mac.clone()),
+            LinkAttribute::Mtu(it.mtu),
+            LinkAttribute::TxQueueLen(it.queue_len),
+        ]
+    };
+    let mut wanted = attributes(interface).to_vec();
+    if let Some(was) = was {
+        let known = attributes(was);
+        wanted.retain(|attribute| !known.contains(attribute));
+    }
+    connection.set_link(number, None, wanted)?;
     switch(interface, "disable_ipv6", if interface.ipv6 { "0" } else { "1" })?;
-    // The host has found out that nobody else has its addresses.
+    // Also for the address that the kernel gives it when it is let run.
     switch(interface, DETECTION, "0")?;
-    if interface.up { connection.set_link(number, true, Vec::new()) } else { Ok(()) }
+    connection.set_link(number, Some(interface.up), Vec::new())
+}
+
+/// Takes back what was set. It may be gone, with an address or an interface.
+fn undo(connection: &mut Connection, setting: RouteNetlinkMessage) {
+    let opposite = match setting {
+        RouteNetlinkMessage::NewAddress(address) => RouteNetlinkMessage::DelAddress(address),
+        RouteNetlinkMessage::NewRoute(route) => RouteNetlinkMessage::DelRoute(route),
+        RouteNetlinkMessage::NewNeighbour(neighbour) => {
+            RouteNetlinkMessage::DelNeighbour(neighbour)
+        }
+        _ => return,
+    };
+    if let Err(error) = connection.change(opposite, 0) {
+        tracing::debug!(error = %error, "a setting of the host was gone");
+    }
 }
 
 /// Sets one of the switches that an interface has for IPv6.

@@ -3,19 +3,21 @@
 
 use std::io;
 use std::path::Path;
+use std::sync::Arc;
 use std::time::UNIX_EPOCH;
 
 use bulkhead_protocol::agent::agent_server::{Agent, AgentServer};
 use bulkhead_protocol::agent::{
     ConfigureReply, ConfigureRequest, CreateReply, CreateRequest, DeleteReply, DeleteRequest,
     ExecReply, ExecRequest, HelloReply, HelloRequest, KillReply, KillRequest, PauseReply,
-    PauseRequest, ProcessesReply, ProcessesRequest, RescanReply, RescanRequest, ResizeReply,
-    ResizeRequest, ResumeReply, ResumeRequest, StartProcessorsReply, StartProcessorsRequest,
-    StartReply, StartRequest, SyncReply, SyncRequest, UpdateReply, UpdateRequest, WaitReply,
-    WaitRequest,
+    PauseRequest, ProcessesReply, ProcessesRequest, ReleaseReply, ReleaseRequest, RescanReply,
+    RescanRequest, ResizeReply, ResizeRequest, ResumeReply, ResumeRequest, StartProcessorsReply,
+    StartProcessorsRequest, StartReply, StartRequest, SyncReply, SyncRequest, UpdateReply,
+    UpdateRequest, WaitReply, WaitRequest,
 };
 use bulkhead_protocol::{MAX_MESSAGE_BYTES, VERSION};
 use rustix::system::uname;
+use tokio::sync::Mutex;
 use tokio::task::spawn_blocking;
 use tokio_vsock::{VsockConnectInfo, VsockListener};
 use tonic::service::interceptor::InterceptedService;
@@ -24,13 +26,15 @@ use tonic::{Request, Response, Status};
 
 use crate::container::exec::ExecOrder;
 use crate::container::{ContainerError, Containers, End, Order};
+use crate::network::Network;
 use crate::share::Share;
-use crate::{clock, hotplug, logging, network};
+use crate::{clock, hotplug, logging};
 
 /// What the calls act on.
 struct Calls {
     containers: Containers,
     share: Share,
+    network: Arc<Mutex<Network>>,
 }
 
 /// Serves the calls that come from the vsock address `host`, for ever.
@@ -43,7 +47,7 @@ pub(crate) async fn serve(
     containers: Containers,
     share: Share,
 ) -> Result<(), tonic::transport::Error> {
-    let service = AgentServer::new(Calls { containers, share })
+    let service = AgentServer::new(Calls { containers, share, network: Arc::default() })
         .max_decoding_message_size(MAX_MESSAGE_BYTES)
         .max_encoding_message_size(MAX_MESSAGE_BYTES);
     let service = InterceptedService::new(service, move |request| from_host(request, host));
@@ -207,11 +211,25 @@ impl Agent for Calls {
         request: Request<ConfigureRequest>,
     ) -> Result<Response<ConfigureReply>, Status> {
         let ConfigureRequest { interfaces, settings } = request.into_inner();
-        spawn_blocking(move || network::configure(&interfaces, &settings))
+        let mut network = self.network.clone().lock_owned().await;
+        spawn_blocking(move || network.configure(interfaces, &settings))
             .await
             .map_err(|error| Status::internal(error.to_string()))?
             .map_err(|error| Status::failed_precondition(logging::chain(&error)))?;
         Ok(Response::new(ConfigureReply {}))
+    }
+
+    async fn release(
+        &self,
+        request: Request<ReleaseRequest>,
+    ) -> Result<Response<ReleaseReply>, Status> {
+        let slots = request.into_inner().slots;
+        let mut network = self.network.clone().lock_owned().await;
+        spawn_blocking(move || network.release(&slots))
+            .await
+            .map_err(|error| Status::internal(error.to_string()))?
+            .map_err(internal("an interface cannot be released"))?;
+        Ok(Response::new(ReleaseReply {}))
     }
 
     async fn start_processors(

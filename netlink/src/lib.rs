@@ -3,9 +3,12 @@
 //! The supervisor reads a network namespace of the host with it, the agent makes the guest's the same;
 //! messages go between them as the kernel has them ([`encode`], [`decode`]).
 
+mod changes;
+
 use std::fmt;
 use std::io;
 
+pub use changes::Changes;
 use netlink_packet_core::{
     NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage,
     NetlinkPayload,
@@ -80,20 +83,21 @@ impl Connection {
         Ok(())
     }
 
-    /// Sets something of the interface with this number, and lets it run if it is to be `up`.
+    /// Sets something of the interface with this number; with `up` it runs afterwards, or does not.
     ///
     /// # Errors
     /// Those of the kernel.
     pub fn set_link(
         &mut self,
         number: u32,
-        up: bool,
+        up: Option<bool>,
         attributes: Vec<LinkAttribute>,
     ) -> io::Result<()> {
         let mut link = LinkMessage::default();
         link.header.index = number;
-        if up {
-            (link.header.flags, link.header.change_mask) = (LinkFlags::Up, LinkFlags::Up);
+        if let Some(up) = up {
+            link.header.flags.set(LinkFlags::Up, up);
+            link.header.change_mask = LinkFlags::Up;
         }
         link.attributes = attributes;
         self.change(RouteNetlinkMessage::SetLink(link), 0)
@@ -186,7 +190,7 @@ mod tests {
     #[test]
     fn what_the_kernel_refuses_is_an_error() {
         let mut connection = Connection::open().unwrap();
-        let error = connection.set_link(0x7fff_fff0, false, Vec::new()).unwrap_err();
+        let error = connection.set_link(0x7fff_fff0, None, Vec::new()).unwrap_err();
         assert!(error.raw_os_error().is_some(), "{error}");
         // The connection goes on.
         let request = RouteNetlinkMessage::GetLink(LinkMessage::default());

@@ -11,9 +11,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use bulkhead_protocol::agent::agent_client::AgentClient;
 use bulkhead_protocol::agent::{
     ConfigureRequest, CreateRequest, DeleteRequest, ExecRequest, HelloRequest, KillRequest,
-    PauseRequest, ProcessInfo, ProcessesRequest, RescanRequest, ResizeRequest, ResumeRequest,
-    StartProcessorsRequest, StartRequest, Streams, SyncRequest, UpdateRequest, WaitReply,
-    WaitRequest,
+    PauseRequest, ProcessInfo, ProcessesRequest, ReleaseRequest, RescanRequest, ResizeRequest,
+    ResumeRequest, StartProcessorsRequest, StartRequest, Streams, SyncRequest, UpdateRequest,
+    WaitReply, WaitRequest,
 };
 use bulkhead_protocol::{MAX_MESSAGE_BYTES, VERSION};
 use hyper_util::rt::TokioIo;
@@ -255,6 +255,15 @@ impl Agent {
     pub async fn rescan(&self) -> Result<(), AgentError> {
         let mut client = self.client.clone();
         within(SHORT, "Rescan", client.rescan(RescanRequest {})).await.map(drop)
+    }
+
+    /// Has the guest give up interfaces, which can be taken out of the machine then.
+    ///
+    /// # Errors
+    /// When its driver does not.
+    pub async fn release(&self, slots: Vec<u32>) -> Result<(), AgentError> {
+        let mut client = self.client.clone();
+        within(SHORT, "Release", client.release(ReleaseRequest { slots })).await.map(drop)
     }
 
     /// Has interfaces that the machine was given be as the host's are.

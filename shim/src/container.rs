@@ -272,12 +272,12 @@ impl Container {
     }
 
     /// Gives the pod the interfaces that it finds in the container's network: one that was there
-    /// before, or the new one that its stand-in is in and hooks have seen.
+    /// before, or the new one that its stand-in is in.
     async fn attach_network(
         &self,
         state: &mut State,
         bundle: &Bundle,
-        pod: &Pod,
+        pod: &Arc<Pod>,
         stand_in: &StandIn,
     ) -> Result<(), ContainerError> {
         let network = match bundle.network() {
@@ -287,7 +287,8 @@ impl Container {
                 self.home.write(state)?;
                 path
             }
-            Network::New if bundle.has_early_hooks() => {
+            // A caller that stands for its container itself is in none of its own, unless hooks look.
+            Network::New if stand_in.detached || bundle.has_early_hooks() => {
                 format!("/proc/{}/ns/net", stand_in.process.pid).into()
             }
             Network::New => return Ok(()),
@@ -327,6 +328,8 @@ impl Container {
         let mut life = self.life.lock().await;
         life.state.status.on(Event::Started)?;
         let (pod, process) = running(&life)?;
+        // What has come since the container was created.
+        pod.follow_network().await;
         pod.agent.start(self.home.id()).await?;
         self.advance(&mut life, Event::Started)?;
         let (hooks, view) = (life.poststart.clone(), self.home.view(life.state.clone()));

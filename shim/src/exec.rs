@@ -193,6 +193,7 @@ impl Container {
         self.adopt(&stand_in).await?;
         let (streams, sockets) = proxy::open_streams(&pod, stand_in.wants).await?;
         let target = Target { container: self.home().id(), exec: name };
+        pod.follow_network().await;
         pod.agent.exec(target, process_json, streams).await?;
         if let Err(error) = stand_in.hand_over(&sockets).await {
             // Nobody is there to stand for it.

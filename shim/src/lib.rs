@@ -25,6 +25,7 @@ pub mod file_server;
 pub mod growth;
 pub mod hooks;
 pub mod id;
+pub mod interfaces;
 pub mod kvm;
 pub mod lifecycle;
 pub mod logging;

@@ -9,7 +9,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use bulkhead_protocol::agent;
@@ -18,7 +18,7 @@ use bulkhead_vmm::config::JailConfig;
 use bulkhead_vmm::seqpacket;
 use rustix::net::sockopt::{set_socket_recv_buffer_size_force, set_socket_send_buffer_size_force};
 use thiserror::Error;
-use tokio::task::spawn_blocking;
+use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 
 use crate::agent::{Agent, AgentError, Target};
@@ -27,14 +27,14 @@ use crate::bundle::{DISKS_MAX, Disk, MachineSize, Plan, Shared};
 use crate::file_server::{FileServer, FileServerError};
 use crate::growth::{Growth, GrowthError};
 use crate::id::ContainerId;
+use crate::interfaces::{Bell, Interfaces, NetworkError};
 use crate::kvm::{self, KvmError};
-use crate::mirror::{Mirror, MirrorError};
 use crate::process::Process;
 use crate::share::{Files, Place, ShareError};
 use crate::spawn::Launch;
 use crate::state::Home;
 use crate::trace::Phase;
-use crate::vm::{self, FIRST_NETWORK_SLOT, Machine, MachineError, Parts};
+use crate::vm::{self, Machine, MachineError, Parts};
 
 /// How long a guest may take to boot, unless [`BOOT_SECONDS`] says otherwise.
 const BOOT_PATIENCE: Duration = Duration::from_secs(30);
@@ -94,7 +94,7 @@ pub enum PodError {
     Disks,
     /// The container's network.
     #[error(transparent)]
-    Network(#[from] MirrorError),
+    Network(#[from] NetworkError),
     /// A log, a socket.
     #[error("{0}")]
     Io(&'static str, #[source] io::Error),
@@ -110,8 +110,8 @@ pub struct Pod {
     pub agent: Agent,
     /// How many the machine has.
     disks: Mutex<u8>,
-    /// The host's interfaces that the machine's are joined with.
-    mirror: Mutex<Option<Mirror>>,
+    interfaces: Interfaces,
+    follower: OnceLock<AbortOnDrop>,
 }
 
 impl Pod {
@@ -163,7 +163,8 @@ impl Pod {
             growth,
             agent,
             disks: Mutex::default(),
-            mirror: Mutex::default(),
+            interfaces: Interfaces::default(),
+            follower: OnceLock::new(),
         })
     }
 
@@ -248,33 +249,24 @@ impl Pod {
         Ok(named)
     }
 
-    /// Gives the machine an interface for each that a network namespace has, and the guest its
-    /// addresses, routes and neighbours. They stay as long as the machine.
+    /// Gives the machine the interfaces of a network namespace, and follows what becomes of them.
     ///
     /// # Errors
     /// When one cannot be had; the machine may have others then.
-    pub async fn attach_network(&self, namespace: PathBuf) -> Result<(), PodError> {
-        let made = spawn_blocking(move || Mirror::new(&namespace)).await;
-        let made = made.map_err(|error| PodError::Io("network", error.into()))??;
-        let Some((mirror, copy)) = made else { return Ok(()) };
-        *self.mirror.lock().unwrap_or_else(PoisonError::into_inner) = Some(mirror);
-        let mut interfaces = Vec::with_capacity(copy.interfaces.len());
-        for (slot, (interface, tap)) in (FIRST_NETWORK_SLOT..).zip(copy.interfaces) {
-            let mtu = u16::try_from(interface.mtu).unwrap_or(u16::MAX);
-            self.machine.attach_network(slot, tap.as_fd(), interface.mac, mtu).await?;
-            interfaces.push(agent::Interface {
-                slot: slot.into(),
-                index: interface.index,
-                name: interface.name,
-                mtu: mtu.into(),
-                queue_len: interface.queue_len,
-                up: interface.up,
-                ipv6: interface.ipv6,
-            });
+    pub async fn attach_network(self: &Arc<Self>, namespace: PathBuf) -> Result<(), PodError> {
+        let bell = self.interfaces.attach((&self.machine, &self.agent), namespace).await?;
+        let follower = tokio::spawn(follow(Arc::downgrade(self), bell));
+        // Set once, as a pod has one network.
+        let _ = self.follower.set(AbortOnDrop(follower.abort_handle()));
+        Ok(())
+    }
+
+    /// Has the guest's interfaces be what the host's are now; what is not is a warning.
+    pub async fn follow_network(&self) {
+        if let Err(error) = self.interfaces.update(&self.machine, &self.agent).await {
+            let error = format!("{:#}", anyhow::Error::from(error));
+            tracing::warn!(error, "the guest does not follow the container's network");
         }
-        self.agent.rescan().await?;
-        let settings = copy.settings;
-        Ok(self.agent.configure(agent::ConfigureRequest { interfaces, settings }).await?)
     }
 
     /// The number of a disk that no container has had.
@@ -320,6 +312,24 @@ impl Pod {
         self.machine.stop().await;
         drop(self.file_server);
         phase.end();
+    }
+}
+
+/// A task that ends with the pod.
+#[derive(Debug)]
+struct AbortOnDrop(AbortHandle);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+/// Has a pod's network be looked at whenever it changes.
+async fn follow(pod: Weak<Pod>, bell: Bell) {
+    while bell.rung().await.is_ok() {
+        let Some(pod) = pod.upgrade() else { return };
+        pod.follow_network().await;
     }
 }
 

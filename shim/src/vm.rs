@@ -186,6 +186,22 @@ impl Machine {
         self.done(Request::Attach { slot, device }, &[tap]).await
     }
 
+    /// Takes out the device of a slot; the guest has unbound it.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub async fn detach(&self, slot: u8) -> Result<(), MachineError> {
+        self.done(Request::Detach { slot }, &[]).await
+    }
+
+    /// Tells the guest whether the cable of an interface is plugged.
+    ///
+    /// # Errors
+    /// When there is none in the slot.
+    pub async fn set_link(&self, slot: u8, up: bool) -> Result<(), MachineError> {
+        self.done(Request::Link { slot, up }, &[]).await
+    }
+
     /// Gives the machine the device by which memory is plugged, at most so much; the guest has to
     /// bind it.
     ///

@@ -156,6 +156,94 @@ fn echoed(data: &[u8]) -> bool {
     })
 }
 
+/// What interfaces are and have, without the numbers by which they are known.
+const LOOK: &str = "for i in $(ls /sys/class/net | grep -v -e ^lo$ -e ^bulkhead -e gre -e erspan -e tunl -e sit); do \
+     echo $i $(cat /sys/class/net/$i/address /sys/class/net/$i/mtu /sys/class/net/$i/carrier 2>&1 | sed 's/.*carrier.*/down/'); \
+     ip -o address show dev $i | sed 's/^[0-9]*: //;s/@[^ ]*//'; done; ip route; ip -6 route | sort";
+
+#[test]
+fn a_container_follows_what_becomes_of_its_network() {
+    let _prepared = Prepared::new();
+    let runtime = Runtime::new().unwrap();
+    let bundle = Prepared::bundle("exec sleep 1000");
+    runtime.create("follows", &bundle).unwrap();
+    let inside = || runtime.ok(&["exec", "follows", "sh", "-c", LOOK]).unwrap();
+    let outside = || {
+        let shell = ["netns", "exec", NAMESPACE, "busybox", "sh", "-c", LOOK];
+        told(&Command::new("ip").args(shell).output().unwrap()).1
+    };
+    assert_eq!(inside(), outside());
+    for steps in [
+        // Before it is started, and then while it runs: from here on each has to be there at once.
+        "link add eth1 type dummy;link set eth1 address 02:00:00:00:00:11 up;\
+         address add 10.11.0.1/24 dev eth1;route add 10.12.0.0/16 via 10.11.0.9 dev eth1",
+        "link set eth0 mtu 1300;link set eth1 mtu 9000",
+        "address add 10.9.0.4/24 dev eth0;address del 10.9.0.3/24 dev eth0",
+        "address del 10.9.0.2/24 dev eth0;address add 10.9.0.2/24 dev eth0 broadcast 10.9.0.255;\
+         route add default via 10.9.0.1 metric 9",
+        "route del blackhole 10.66.0.0/16;-6 route add fd77::/64 via fd09::1",
+        "link set eth1 down;link set eth1 name other;link set other address 02:00:00:00:00:12",
+        "link set other up;link add eth1 type dummy;link set eth1 up",
+        "link delete other",
+        "link add third type dummy;link set third up;address add fd33::1/64 dev third nodad",
+        "link delete eth1;link delete third",
+    ] {
+        for step in steps.split(';') {
+            in_pod(step.trim());
+        }
+        let settled = || in_pod("-6 address show tentative").is_empty();
+        assert!(comes_true(Duration::from_secs(30), settled), "an address stays tentative");
+        assert_eq!(inside(), outside(), "after {steps}");
+        // Only the first is in a container that is created and not running.
+        runtime.call(&["start", "follows"]).unwrap();
+    }
+    ip("link set here down");
+    let unplugged = || inside().starts_with("eth0 02:00:00:00:09:02 1300 0\n");
+    assert!(comes_true(Duration::from_secs(30), unplugged), "{}", inside());
+    ip("link set here up");
+    let ping = || {
+        let ping = ["ping", "-c", "1", "-W", "20", THERE];
+        Command::new("busybox").args(ping).output().unwrap().status.success()
+    };
+    assert!(comes_true(Duration::from_secs(60), ping));
+    runtime.ok(&["delete", "--force", "follows"]).unwrap();
+    runtime.assert_clean().unwrap();
+}
+
+#[test]
+fn a_process_finds_a_new_interface_that_nobody_has_told_it_of() {
+    let _prepared = Prepared::new();
+    let runtime = Runtime::new().unwrap();
+    let waits = "until ip -4 address show dev late | grep -q 10.13.0.1; do sleep 0.1; done";
+    let bundle = Prepared::bundle(waits);
+    runtime.create("waits", &bundle).unwrap();
+    runtime.ok(&["start", "waits"]).unwrap();
+    in_pod("link add late type dummy");
+    in_pod("address add 10.13.0.1/24 dev late");
+    runtime.wait_for_status("waits", "stopped").unwrap();
+    runtime.ok(&["delete", "waits"]).unwrap();
+    runtime.assert_clean().unwrap();
+}
+
+#[test]
+fn an_interface_that_cannot_be_had_leaves_a_running_container_alone() {
+    let _prepared = Prepared::new();
+    let runtime = Runtime::new().unwrap();
+    let bundle = Prepared::bundle("exec sleep 1000");
+    runtime.create("goes-on", &bundle).unwrap();
+    runtime.ok(&["start", "goes-on"]).unwrap();
+    for name in ["one", "two", "three"] {
+        in_pod(&format!("link add {name} type dummy"));
+    }
+    let names = || runtime.ok(&["exec", "goes-on", "ls", "/sys/class/net"]).unwrap();
+    let there = |name: &str| names().split_whitespace().any(|found| found == name);
+    assert!(there("eth0") && there("one") && there("two") && !there("three"), "{}", names());
+    in_pod("link delete one");
+    assert!(there("three") && !there("one"), "{}", names());
+    runtime.ok(&["delete", "--force", "goes-on"]).unwrap();
+    runtime.assert_clean().unwrap();
+}
+
 #[test]
 fn an_interface_that_somebody_else_redirects_is_refused_and_left_to_him() {
     let _prepared = Prepared::new();

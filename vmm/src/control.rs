@@ -62,6 +62,14 @@ pub enum Request {
         /// A slot that holds a device.
         slot: u8,
     },
+    /// Tells the guest whether the cable of a network device is plugged. Plugged is what it is at
+    /// first.
+    Link {
+        /// A slot that holds one.
+        slot: u8,
+        /// Plugged.
+        up: bool,
+    },
     /// Asks the guest to keep its hands off so much of its memory, in all. It gives what it can;
     /// [`Statistics::balloon_mib`] says how much that is.
     Balloon {

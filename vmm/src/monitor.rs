@@ -166,6 +166,9 @@ impl Monitor {
             Request::Detach { slot } => {
                 self.machine.detach(slot).map_err(|error| refusal(&error))?;
             }
+            Request::Link { slot, up } => {
+                self.machine.set_link(slot, up).map_err(|error| refusal(&error))?;
+            }
             Request::Balloon { target_mib } => {
                 let balloon = self.machine.balloon();
                 let balloon = balloon.ok_or_else(|| said("the machine has no balloon"))?;

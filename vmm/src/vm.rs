@@ -18,6 +18,7 @@ use crate::control::{DeviceStatistics, Statistics};
 use crate::devices::console::Console;
 use crate::devices::virtio::balloon::BalloonHandle;
 use crate::devices::virtio::mem::{self, MemHandle};
+use crate::devices::virtio::net;
 use crate::devices::virtio::transport::{QUEUE_NOTIFY, Transport};
 use crate::devices::virtio::vsock::Opener;
 use crate::devices::{self, Handles};
@@ -245,6 +246,16 @@ impl Machine {
         }
         unwire(&self.vm, slot, &transport)?;
         transport.detach().map(drop).ok_or_else(missing)
+    }
+
+    /// Plugs the cable of a network device, or unplugs it.
+    pub(crate) fn set_link(&self, slot: u8, up: bool) -> Result<(), VmError> {
+        let failed = |source| VmError::Device { slot, source };
+        let transport = self.bus.slot(slot).filter(|it| it.device_id() == Some(net::DEVICE_ID));
+        let transport = transport.ok_or_else(|| {
+            failed(io::Error::new(io::ErrorKind::NotFound, "slot holds no network device"))
+        })?;
+        transport.change_config(|config| net::set_link(config, up)).map_err(failed)
     }
 
     pub(crate) fn statistics(&self) -> Statistics {

@@ -3,7 +3,8 @@
 //! For each interface that somebody has put there the guest gets one: a tap beside it, to which all
 //! that arrives at the interface is redirected, and the other way round. What the interface is called,
 //! its addresses, routes and neighbours are copied into the guest; on the host they stay,
-//! where nothing reaches them any more.
+//! where nothing reaches them any more. What is added, changed or taken away later is found by
+//! looking again ([`Mirror::update`]).
 
 mod observe;
 mod redirect;
@@ -15,7 +16,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::thread;
 
-use bulkhead_netlink::Connection;
+use bulkhead_netlink::{Changes, Connection};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use thiserror::Error;
 
@@ -23,7 +24,7 @@ pub use self::observe::Interface;
 use self::observe::Unusable;
 
 /// The most interfaces that a machine has slots for.
-pub const INTERFACES_MAX: usize = 3;
+pub const INTERFACES_MAX: u8 = 3;
 
 /// Why a network cannot be brought into the guest.
 #[derive(Debug, Error)]
@@ -60,11 +61,26 @@ pub enum MirrorError {
     },
 }
 
+/// What has become different since the last time.
+#[derive(Debug, Default)]
+pub struct Update {
+    /// Places whose interface is gone.
+    pub gone: Vec<u8>,
+    /// Places that have an interface now, each with the tap that is its other end.
+    pub new: Vec<(u8, OwnedFd)>,
+    /// Places whose cable was plugged or unplugged; that of a new one is plugged.
+    pub cables: Vec<(u8, bool)>,
+    /// What the guest is to have.
+    pub view: View,
+    /// Interfaces that the guest cannot have, each told once.
+    pub refused: Vec<MirrorError>,
+}
+
 /// What the guest is to have.
-#[derive(Debug)]
-pub struct Copy {
-    /// Each with the tap that is its other end.
-    pub interfaces: Vec<(Interface, OwnedFd)>,
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct View {
+    /// Interfaces by their places, which are below [`INTERFACES_MAX`].
+    pub interfaces: Vec<(u8, Interface)>,
     /// Addresses, routes and neighbours, as rtnetlink(7) has them, in the order in which they can be
     /// set.
     pub settings: Vec<Vec<u8>>,
@@ -74,41 +90,148 @@ pub struct Copy {
 #[derive(Debug)]
 pub struct Mirror {
     namespace: File,
-    joined: Vec<u32>,
+    connection: Connection,
+    joined: Vec<Joined>,
+    /// Numbers of all taps that were made here and are not gone yet.
+    taps: Vec<u32>,
+    /// Numbers of interfaces that cannot be had.
+    refused: Vec<u32>,
+    /// What was found the last time.
+    view: View,
+}
+
+/// An interface whose frames are a tap's.
+#[derive(Debug)]
+struct Joined {
+    place: u8,
+    interface: Interface,
+    /// The tap's number.
+    tap: u32,
 }
 
 impl Mirror {
-    /// Joins each interface of a namespace with a tap of its own; nothing if it has none.
+    /// A namespace of which nothing is joined yet, and what tells of changes there.
     ///
     /// # Errors
-    /// Names the interface that cannot be had; all are as they were then.
-    pub fn new(path: &Path) -> Result<Option<(Self, Copy)>, MirrorError> {
+    /// When it cannot be entered.
+    pub fn open(path: &Path) -> Result<(Self, Changes), MirrorError> {
         let bad = |error| MirrorError::Namespace(path.to_owned(), error);
         let namespace = File::open(path).map_err(bad)?;
-        // Knows those that were joined before another failed too.
-        let mut mirror = Self { namespace, joined: Vec::new() };
-        let Self { namespace, joined } = &mut mirror;
-        let copied = within(namespace, |connection| join_all(connection, joined)).map_err(bad)?;
-        Ok(copied?.map(|copied| (mirror, copied)))
+        let opened = within(&namespace, || Ok((Connection::open()?, Changes::open()?)));
+        let (connection, changes) = opened.map_err(bad)?;
+        let (joined, view) = (Vec::new(), View::default());
+        let (taps, refused) = (Vec::new(), Vec::new());
+        Ok((Self { namespace, connection, joined, taps, refused, view }, changes))
     }
+
+    /// Looks at all of it, and joins each interface that is new with a tap of its own. None if it is
+    /// as it was.
+    ///
+    /// # Errors
+    /// When the kernel does not tell.
+    pub fn update(&mut self) -> Result<Option<Update>, MirrorError> {
+        let unknown = |what| move |source| MirrorError::Step { what, source };
+        let mut found = observe::interfaces(&mut self.connection).map_err(unknown("interfaces"))?;
+        let mut update = Update { gone: self.forget_all_but(&found), ..Update::default() };
+        found.retain(|(index, _)| !self.taps.contains(index));
+        let count = found.len();
+        for (index, interface) in found {
+            let taken = interface.map_err(MirrorError::from);
+            match taken.and_then(|interface| self.take(interface, count, &mut update)) {
+                Ok(()) => {}
+                Err(_) if self.refused.contains(&index) => {}
+                Err(error) => {
+                    self.refused.push(index);
+                    update.refused.push(error);
+                }
+            }
+        }
+        let joined = &self.joined;
+        let known = |index| joined.iter().any(|joined| joined.interface.index == index);
+        let settings = observe::settings(&mut self.connection, known)
+            .map_err(unknown("addresses and routes"))?;
+        let interfaces = joined.iter().map(|it| (it.place, it.interface.clone())).collect();
+        let view = View { interfaces, settings };
+        let same = view == self.view && update.refused.is_empty();
+        self.view.clone_from(&view);
+        Ok((!same).then_some(Update { view, ..update }))
+    }
+
+    /// Gives up what is not there any more; the places that are free now.
+    fn forget_all_but(&mut self, found: &[(u32, Result<Interface, Unusable>)]) -> Vec<u8> {
+        let is_there = |index: &u32| found.iter().any(|(there, _)| there == index);
+        self.refused.retain(is_there);
+        self.taps.retain(is_there);
+        let gone = self.joined.extract_if(.., |joined| !is_there(&joined.interface.index));
+        gone.map(|joined| joined.place).collect()
+    }
+
+    /// Joins an interface that is not yet; of one that is, follows what it has become.
+    fn take(
+        &mut self,
+        interface: Interface,
+        count: usize,
+        update: &mut Update,
+    ) -> Result<(), MirrorError> {
+        let known = self.joined.iter_mut().find(|it| it.interface.index == interface.index);
+        let Some(known) = known else {
+            let carrier = interface.carrier;
+            let (place, tap) = self.join(interface, count)?;
+            update.new.push((place, tap));
+            update.cables.extend((!carrier).then_some((place, false)));
+            return Ok(());
+        };
+        if known.interface.mtu != interface.mtu {
+            redirect::fit(&mut self.connection, known.tap, interface.mtu)
+                .map_err(failed(&interface.name, "its tap cannot be set up"))?;
+        }
+        if known.interface.carrier != interface.carrier {
+            update.cables.push((known.place, interface.carrier));
+        }
+        known.interface = interface;
+        Ok(())
+    }
+
+    fn join(&mut self, interface: Interface, count: usize) -> Result<(u8, OwnedFd), MirrorError> {
+        let taken = |place: &u8| self.joined.iter().any(|joined| joined.place == *place);
+        let place = (0..INTERFACES_MAX).find(|place| !taken(place));
+        let place = place.ok_or(MirrorError::TooMany(count))?;
+        let failed = |what| failed(&interface.name, what);
+        let (tap, number) = within(&self.namespace, tap::open).map_err(failed("no tap for it"))?;
+        self.taps.push(number);
+        let connection = &mut self.connection;
+        redirect::fit(connection, number, interface.mtu)
+            .map_err(failed("its tap cannot be set up"))?;
+        redirect::take(connection, interface.index)
+            .map_err(failed("somebody else may redirect its frames; let nobody (tc qdisc show)"))?;
+        let redirected = redirect::take(connection, number)
+            .and_then(|()| redirect::join(connection, interface.index, number));
+        if let Err(error) = redirected {
+            part(connection, interface.index);
+            return Err(failed("its frames cannot be redirected")(error));
+        }
+        self.joined.push(Joined { place, interface, tap: number });
+        Ok((place, tap))
+    }
+}
+
+fn failed(interface: &str, what: &'static str) -> impl Fn(io::Error) -> MirrorError + use<> {
+    let interface = interface.to_owned();
+    move |source| MirrorError::Link { interface: interface.clone(), what, source }
 }
 
 impl Drop for Mirror {
     fn drop(&mut self) {
-        if self.joined.is_empty() {
-            return;
+        for joined in &self.joined {
+            part(&mut self.connection, joined.interface.index);
         }
-        let parted = within(&self.namespace, |connection| {
-            for index in &self.joined {
-                if let Err(error) = redirect::part(connection, *index) {
-                    // It may be gone with whoever made it.
-                    tracing::debug!(index, error = %error, "interface was not parted");
-                }
-            }
-        });
-        if let Err(error) = parted {
-            tracing::warn!(error = %error, "the container's interfaces were left redirected");
-        }
+    }
+}
+
+fn part(connection: &mut Connection, index: u32) {
+    if let Err(error) = redirect::part(connection, index) {
+        // It may be gone with whoever made it.
+        tracing::debug!(index, error = %error, "interface was not parted");
     }
 }
 
@@ -121,57 +244,20 @@ pub fn restore(namespace: &Path) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         opened => opened?,
     };
-    within(&namespace, |connection| {
-        for link in observe::links(connection)? {
-            if redirect::leads_nowhere(connection, link.header.index)? {
-                redirect::part(connection, link.header.index)?;
-            }
+    let mut connection = within(&namespace, Connection::open)?;
+    for link in observe::links(&mut connection)? {
+        if redirect::leads_nowhere(&mut connection, link.header.index)? {
+            redirect::part(&mut connection, link.header.index)?;
         }
-        Ok(())
-    })?
+    }
+    Ok(())
 }
 
-fn join_all(
-    connection: &mut Connection,
-    joined: &mut Vec<u32>,
-) -> Result<Option<Copy>, MirrorError> {
-    let found = observe::interfaces(connection)?;
-    match found.len() {
-        0 => return Ok(None),
-        count if count > INTERFACES_MAX => return Err(MirrorError::TooMany(count)),
-        _ => {}
-    }
-    let settings = observe::settings(connection, &found)
-        .map_err(|source| MirrorError::Step { what: "addresses and routes", source })?;
-    let mut interfaces = Vec::with_capacity(found.len());
-    for interface in found {
-        let failed = |what| {
-            let interface = interface.name.clone();
-            move |source| MirrorError::Link { interface, what, source }
-        };
-        let (tap, name) = tap::open().map_err(failed("no tap for it"))?;
-        let index = redirect::prepare(connection, &name, &interface)
-            .map_err(failed("its tap cannot be set up"))?;
-        redirect::take(connection, interface.index)
-            .map_err(failed("somebody else may redirect its frames; let nobody (tc qdisc show)"))?;
-        // From here on it is given back, whatever fails.
-        joined.push(interface.index);
-        redirect::take(connection, index)
-            .and_then(|()| redirect::join(connection, interface.index, index))
-            .map_err(failed("its frames cannot be redirected"))?;
-        interfaces.push((interface, tap));
-    }
-    Ok(Some(Copy { interfaces, settings }))
-}
-
-/// Does something in a network namespace, on a thread of its own.
-fn within<T: Send>(
-    namespace: &File,
-    work: impl FnOnce(&mut Connection) -> T + Send,
-) -> io::Result<T> {
+/// Opens something in a network namespace, on a thread of its own.
+fn within<T: Send>(namespace: &File, open: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
     let inside = || -> io::Result<T> {
         move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?;
-        Ok(work(&mut Connection::open()?))
+        open()
     };
     thread::scope(|scope| {
         let thread = thread::Builder::new().name("network".to_owned());

@@ -1,10 +1,11 @@
 //! What a network namespace has: its interfaces, and what is set on them.
 
-use std::fs;
 use std::io;
 
 use bulkhead_netlink::route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
-use bulkhead_netlink::route::link::{LinkAttribute, LinkFlags, LinkLayerType, LinkMessage};
+use bulkhead_netlink::route::link::{
+    AfSpecInet6, AfSpecUnspec, LinkAttribute, LinkFlags, LinkLayerType, LinkMessage,
+};
 use bulkhead_netlink::route::neighbour::{NeighbourMessage, NeighbourState};
 use bulkhead_netlink::route::route::{
     RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
@@ -12,8 +13,6 @@ use bulkhead_netlink::route::route::{
 use bulkhead_netlink::route::{AddressFamily, RouteNetlinkMessage};
 use bulkhead_netlink::{Connection, encode};
 use thiserror::Error;
-
-use super::MirrorError;
 
 /// Routes that the kernel makes by itself when an address is set.
 const TABLE_LOCAL: u32 = 255;
@@ -36,6 +35,8 @@ pub struct Interface {
     pub queue_len: u32,
     /// It is up.
     pub up: bool,
+    /// Its cable is plugged, as far as it can tell: one that is down cannot.
+    pub carrier: bool,
     /// It has IPv6.
     pub ipv6: bool,
 }
@@ -45,17 +46,16 @@ pub struct Interface {
 #[error("interface {0} is no Ethernet: the guest can only have those that are; take it out")]
 pub struct Unusable(String);
 
-/// Those of the calling thread's namespace that somebody has put there. The kernel's own, which are
-/// in each and down, are not.
-pub(super) fn interfaces(connection: &mut Connection) -> Result<Vec<Interface>, MirrorError> {
-    let links =
-        links(connection).map_err(|source| MirrorError::Step { what: "interfaces", source })?;
-    let found: Result<Vec<_>, _> =
-        links.iter().filter_map(|it| interface(it).transpose()).collect();
-    Ok(found?)
+/// Those that somebody has put there, each number with the interface or why it cannot be had. The
+/// kernel's own, which are in each namespace and down, are not.
+pub(super) fn interfaces(
+    connection: &mut Connection,
+) -> io::Result<Vec<(u32, Result<Interface, Unusable>)>> {
+    let found = |link: &LinkMessage| Some((link.header.index, interface(link).transpose()?));
+    Ok(links(connection)?.iter().filter_map(found).collect())
 }
 
-/// All interfaces of the calling thread's namespace.
+/// All interfaces of the namespace.
 pub(super) fn links(connection: &mut Connection) -> io::Result<Vec<LinkMessage>> {
     let listed = connection.list(&RouteNetlinkMessage::GetLink(LinkMessage::default()))?;
     let link = |message| match message {
@@ -77,7 +77,8 @@ fn interface(link: &LinkMessage) -> Result<Option<Interface>, Unusable> {
         mtu: 0,
         queue_len: 0,
         up,
-        ipv6: true,
+        carrier: !up || header.flags.contains(LinkFlags::LowerUp),
+        ipv6: false,
     };
     for attribute in &link.attributes {
         match attribute {
@@ -87,6 +88,7 @@ fn interface(link: &LinkMessage) -> Result<Option<Interface>, Unusable> {
             LinkAttribute::Address(mac) => {
                 interface.mac = mac.as_slice().try_into().unwrap_or_default();
             }
+            LinkAttribute::AfSpecUnspec(families) => interface.ipv6 = has_ipv6(families),
             _ => {}
         }
     }
@@ -99,17 +101,26 @@ fn interface(link: &LinkMessage) -> Result<Option<Interface>, Unusable> {
     if !ethernet {
         return Err(Unusable(interface.name));
     }
-    let switch = format!("/proc/sys/net/ipv6/conf/{}/disable_ipv6", interface.name);
-    interface.ipv6 = fs::read_to_string(switch).is_ok_and(|text| text.trim() == "0");
     Ok(Some(interface))
 }
 
-/// Addresses, routes and static neighbours of the interfaces, and routes that are of none.
+fn has_ipv6(families: &[AfSpecUnspec]) -> bool {
+    let settings = families.iter().filter_map(|family| match family {
+        AfSpecUnspec::Inet6(settings) => Some(settings),
+        _ => None,
+    });
+    settings.flatten().any(|setting| match setting {
+        AfSpecInet6::DevConf(switches) => switches.disable_ipv6 == 0,
+        _ => false,
+    })
+}
+
+/// Addresses, routes and static neighbours of the interfaces that are `known`, and routes that are of
+/// none.
 pub(super) fn settings(
     connection: &mut Connection,
-    interfaces: &[Interface],
+    known: impl Fn(u32) -> bool,
 ) -> io::Result<Vec<Vec<u8>>> {
-    let known = |index| interfaces.iter().any(|interface| interface.index == index);
     let mut settings = Vec::new();
     for message in connection.list(&RouteNetlinkMessage::GetAddress(AddressMessage::default()))? {
         if let RouteNetlinkMessage::NewAddress(address) = message
@@ -124,7 +135,7 @@ pub(super) fn settings(
         request.header.address_family = family;
         for message in connection.list(&RouteNetlinkMessage::GetRoute(request))? {
             if let RouteNetlinkMessage::NewRoute(route) = message {
-                routes.extend(kept(route, known));
+                routes.extend(kept(route, &known));
             }
         }
     }
@@ -198,6 +209,7 @@ fn needs_gateway(route: &RouteMessage) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use bulkhead_netlink::route::link::Inet6DevConf;
     use bulkhead_netlink::route::route::{RouteAddress, RouteNextHop};
 
     fn link(name: &str, layer: LinkLayerType, flags: LinkFlags) -> LinkMessage {
@@ -217,7 +229,22 @@ mod tests {
             let found = interface(&link("eth0", LinkLayerType::Ether, flags)).unwrap().unwrap();
             assert_eq!((found.name.as_str(), found.index, found.mtu), ("eth0", 7, 1400));
             assert_eq!((found.mac, found.up), ([2, 0, 0, 0, 0, 1], flags == LinkFlags::Up));
+            assert!(!found.ipv6);
         }
+    }
+
+    #[test]
+    fn an_interface_has_a_carrier_and_ipv6_as_the_kernel_says() {
+        let mut message = link("eth0", LinkLayerType::Ether, LinkFlags::Up | LinkFlags::LowerUp);
+        let switches = vec![AfSpecInet6::DevConf(Inet6DevConf::default())];
+        let families = vec![AfSpecUnspec::Inet6(switches)];
+        message.attributes.push(LinkAttribute::AfSpecUnspec(families));
+        let plugged = interface(&message).unwrap().unwrap();
+        assert_eq!((plugged.carrier, plugged.ipv6), (true, true));
+        message.header.flags.remove(LinkFlags::LowerUp);
+        assert!(!interface(&message).unwrap().unwrap().carrier);
+        message.header.flags.remove(LinkFlags::Up);
+        assert!(interface(&message).unwrap().unwrap().carrier);
     }
 
     #[test]

@@ -11,8 +11,6 @@ use bulkhead_netlink::route::tc::{
 };
 use bulkhead_netlink::{Connection, NLM_F_CREATE, NLM_F_EXCL};
 
-use super::{Interface, observe};
-
 /// The ingress qdisc's own number.
 const INGRESS: TcHandle = TcHandle { major: 0xffff, minor: 0 };
 /// Every protocol: `ETH_P_ALL` of Linux.
@@ -22,18 +20,9 @@ const PRIORITY: u32 = 1;
 /// How what nobody else has made is asked for.
 const NEW: u16 = NLM_F_CREATE | NLM_F_EXCL;
 
-/// Makes a tap fit for the frames of an interface, and lets it run; gives its number.
-pub(super) fn prepare(
-    connection: &mut Connection,
-    tap: &str,
-    interface: &Interface,
-) -> io::Result<u32> {
-    let name = LinkAttribute::IfName(tap.to_owned());
-    let links = observe::links(connection)?;
-    let found = links.into_iter().find(|link| link.attributes.contains(&name));
-    let number = found.ok_or(io::ErrorKind::NotFound)?.header.index;
-    connection.set_link(number, true, vec![LinkAttribute::Mtu(interface.mtu)])?;
-    Ok(number)
+/// Lets a tap run with packets as large as those of its interface.
+pub(super) fn fit(connection: &mut Connection, tap: u32, mtu: u32) -> io::Result<()> {
+    connection.set_link(tap, Some(true), vec![LinkAttribute::Mtu(mtu)])
 }
 
 /// Takes an interface, unless somebody else redirects what arrives there.

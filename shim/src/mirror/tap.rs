@@ -5,18 +5,21 @@
 #![expect(unsafe_code, reason = "TUNSETIFF and TUNSETVNETHDRSZ of a descriptor")]
 
 use std::ffi::CStr;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
+
+use rustix::net::netdevice::name_to_index;
+use rustix::net::{AddressFamily, SocketType, socket};
 
 /// The kernel puts a number in.
 const NAME: &[u8; 12] = b"bulkhead%d\0\0";
 /// What the monitor expects before each frame: VIRTIO 1.3 §5.1.6, with the number of buffers.
 const HEADER_BYTES: libc::c_int = 12;
 
-/// Makes one in the calling thread's network namespace; gives its name too.
-pub(super) fn open() -> io::Result<(OwnedFd, String)> {
+/// Makes one in the calling thread's network namespace; gives its number too.
+pub(super) fn open() -> io::Result<(OwnedFd, u32)> {
     let mut options = File::options();
     let tap = options.read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun")?;
     // SAFETY: all zeroes is a valid request.
@@ -32,8 +35,19 @@ pub(super) fn open() -> io::Result<(OwnedFd, String)> {
     // SAFETY: the kernel reads one integer.
     done(unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const bytes) })?;
     let name = request.ifr_name.map(libc::c_char::cast_unsigned);
-    let name = CStr::from_bytes_until_nul(&name).map_err(io::Error::other)?;
-    Ok((tap.into(), name.to_string_lossy().into_owned()))
+    let name = CStr::from_bytes_until_nul(&name).map_err(io::Error::other)?.to_string_lossy();
+    be_silent(&name)?;
+    let asked = socket(AddressFamily::INET, SocketType::DGRAM, None)?;
+    Ok((tap.into(), name_to_index(asked, &name)?))
+}
+
+/// Has the host send nothing of its own to the guest: with IPv6 it would look for routers there.
+fn be_silent(name: &str) -> io::Result<()> {
+    match fs::write(format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6"), "1") {
+        // A kernel without IPv6.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        written => written,
+    }
 }
 
 fn done(result: libc::c_int) -> io::Result<()> {

@@ -19,7 +19,7 @@ use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::queue::DeviceQueue;
-use super::{Activation, VirtioDevice};
+use super::{Activation, ConfigSpace, VirtioDevice};
 use crate::devices::rate_limit::guest_warn;
 use crate::memory::Memory;
 
@@ -186,6 +186,16 @@ impl Transport {
     /// The attached device's type.
     pub(crate) fn device_id(&self) -> Option<u32> {
         self.attached.as_ref().map(|attached| attached.device.identity().device_id)
+    }
+
+    /// Changes the configuration of the device, if there is one, and tells the driver.
+    ///
+    /// # Errors
+    /// When the driver cannot be told; it sees the change when it next looks.
+    pub(crate) fn change_config(&self, change: impl FnOnce(&ConfigSpace)) -> io::Result<()> {
+        let Some(attached) = &self.attached else { return Ok(()) };
+        change(attached.device.config());
+        attached.line.raise_config()
     }
 
     /// A guest's read of `data.len()` bytes at `offset` of the slot.

@@ -30,7 +30,7 @@ pub(crate) use serve::Net;
 use tap::Tap;
 
 /// The device type, §5.1.1.
-const DEVICE_ID: u32 = 1;
+pub(crate) const DEVICE_ID: u32 = 1;
 /// Of every queue: which one is the control queue depends on what the driver negotiates.
 const QUEUE_SIZE: u16 = 256;
 const QUEUE_SIZES: &[u16] = &[QUEUE_SIZE; 2 * PAIRS_MAX + 1];
@@ -104,10 +104,15 @@ pub(crate) fn device(config: &NetConfig, taps: Vec<OwnedFd>) -> io::Result<Devic
     Ok(Device::new(identity, space, logic))
 }
 
+/// Plugs the cable of an interface, or unplugs it; the driver has to be told.
+pub(crate) fn set_link(config: &ConfigSpace, up: bool) {
+    config.set(STATUS, if up { LINK_UP } else { 0 }.to_le_bytes());
+}
+
 fn logic<T: Tap>(config: &NetConfig, taps: Vec<T>) -> io::Result<(Net<T>, ConfigSpace)> {
     let space = ConfigSpace::read_only(vec![0; CONFIG_BYTES]);
     space.set(MAC, config.mac);
-    space.set(STATUS, LINK_UP.to_le_bytes());
+    set_link(&space, true);
     // At most PAIRS_MAX.
     let pairs = u16::try_from(taps.len()).unwrap_or(u16::MAX);
     space.set(PAIRS, pairs.to_le_bytes());

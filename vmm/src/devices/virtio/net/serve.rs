@@ -24,7 +24,7 @@ use super::limit::Limit;
 use super::receive::{self, Receive, Round};
 use super::tap::{HostTap, Tap};
 use super::transmit::{self, Transmit};
-use super::{F_CTRL_VQ, F_MQ, MAC, STATUS};
+use super::{F_CTRL_VQ, F_MQ, MAC};
 
 /// Token of the timer; a tap's is its place.
 const TIMER: u32 = u32::MAX;
@@ -205,7 +205,7 @@ impl<T: Tap> Net<T> {
         match ended {
             receive::Ended::Limited => self.set_timer()?,
             receive::Ended::Gone => {
-                self.config.set(STATUS, [0; 2]);
+                super::set_link(&self.config, false);
                 queue.line().raise_config()?;
             }
             receive::Ended::Served | receive::Ended::NoRoom => {}

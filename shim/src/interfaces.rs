@@ -1,0 +1,186 @@
+//! The machine's interfaces: those that a container's network namespace has, as long as it has them.
+//!
+//! Whoever made the container may add interfaces, change them and take them away at any time. The
+//! guest follows by itself, some milliseconds later; a process that is started then finds what was
+//! there before ([`Interfaces::update`]).
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use bulkhead_netlink::Changes;
+use bulkhead_protocol::agent;
+use thiserror::Error;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::Mutex;
+use tokio::task::spawn_blocking;
+use tokio::time::sleep;
+
+use crate::agent::{Agent, AgentError};
+use crate::channel::watch;
+use crate::mirror::{Mirror, MirrorError, Update, View};
+use crate::vm::{FIRST_NETWORK_SLOT, Machine, MachineError};
+
+/// Whoever sets up an interface does it in several steps: so long is waited for the next one.
+const SETTLE: Duration = Duration::from_millis(20);
+/// An interface of the machine may get any MTU that there is; the agent sets the one that it has.
+const MTU_MAX: u16 = u16::MAX;
+
+/// Why the machine's network is not the container's.
+#[derive(Debug, Error)]
+pub enum NetworkError {
+    /// The host's side.
+    #[error(transparent)]
+    Mirror(#[from] MirrorError),
+    /// The monitor.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// The guest's side.
+    #[error(transparent)]
+    Agent(#[from] AgentError),
+    /// What tells of changes.
+    #[error("changes of the container's network")]
+    Changes(#[source] io::Error),
+}
+
+/// The interfaces of one machine.
+#[derive(Debug, Default)]
+pub struct Interfaces {
+    /// None while the machine has no network of a container.
+    mirror: Mutex<Option<Mirror>>,
+    changes: OnceLock<Changes>,
+    /// Something was told that has not been looked at.
+    stale: AtomicBool,
+}
+
+impl Interfaces {
+    /// Gives the machine an interface for each that a network namespace has, and the guest its
+    /// addresses, routes and neighbours. To be called once; gives what tells when to call
+    /// [`Interfaces::update`].
+    ///
+    /// # Errors
+    /// When one cannot be had; the machine may have others then.
+    pub async fn attach(
+        &self,
+        (machine, agent): (&Machine, &Agent),
+        namespace: PathBuf,
+    ) -> Result<Bell, NetworkError> {
+        let opened = spawn_blocking(move || Mirror::open(&namespace)).await;
+        let (mirror, changes) = opened.map_err(|error| NetworkError::Changes(error.into()))??;
+        let bell = Bell::of(&changes).map_err(NetworkError::Changes)?;
+        // Set once, as this is called once.
+        let _ = self.changes.set(changes);
+        let mut place = self.mirror.lock().await;
+        let (mirror, update) = looked_at(mirror).await?;
+        *place = Some(mirror);
+        let Some(mut update) = update? else { return Ok(bell) };
+        if !update.refused.is_empty() {
+            return Err(update.refused.swap_remove(0).into());
+        }
+        pass_on(machine, agent, update).await?;
+        Ok(bell)
+    }
+
+    /// Has the guest follow what has changed since the last time. What cannot be followed is a
+    /// warning.
+    ///
+    /// # Errors
+    /// When the machine or the guest does not take all of the rest.
+    pub async fn update(&self, machine: &Machine, agent: &Agent) -> Result<(), NetworkError> {
+        let Some(changes) = self.changes.get() else { return Ok(()) };
+        if changes.take().map_err(NetworkError::Changes)? {
+            self.stale.store(true, Ordering::Relaxed);
+        }
+        // Whoever is here already may not have seen it.
+        let mut place = self.mirror.lock().await;
+        if !self.stale.swap(false, Ordering::Relaxed) {
+            return Ok(());
+        }
+        let Some(mirror) = place.take() else { return Ok(()) };
+        let (mirror, update) = looked_at(mirror).await?;
+        *place = Some(mirror);
+        let update = update.inspect_err(|_| self.stale.store(true, Ordering::Relaxed))?;
+        let Some(mut update) = update else { return Ok(()) };
+        for error in update.refused.drain(..) {
+            let error = format!("{:#}", anyhow::Error::from(error));
+            tracing::warn!(
+                error,
+                "the guest does not have an interface of the container's network"
+            );
+        }
+        pass_on(machine, agent, update).await
+    }
+}
+
+/// Looks at the host, which may take its time.
+async fn looked_at(
+    mut mirror: Mirror,
+) -> Result<(Mirror, Result<Option<Update>, MirrorError>), NetworkError> {
+    let looked = spawn_blocking(move || {
+        let update = mirror.update();
+        (mirror, update)
+    });
+    looked.await.map_err(|error| NetworkError::Changes(error.into()))
+}
+
+/// Has machine and guest be as an update says.
+async fn pass_on(machine: &Machine, agent: &Agent, update: Update) -> Result<(), NetworkError> {
+    if !update.gone.is_empty() {
+        let slots = update.gone.iter().map(|place| FIRST_NETWORK_SLOT + place);
+        agent.release(slots.clone().map(u32::from).collect()).await?;
+        for slot in slots {
+            machine.detach(slot).await?;
+        }
+    }
+    for (place, tap) in &update.new {
+        let interface = update.view.interfaces.iter().find(|(it, _)| it == place);
+        let mac = interface.map(|(_, interface)| interface.mac).unwrap_or_default();
+        let slot = FIRST_NETWORK_SLOT + place;
+        machine.attach_network(slot, tap.as_fd(), mac, MTU_MAX).await?;
+    }
+    for (place, plugged) in update.cables {
+        machine.set_link(FIRST_NETWORK_SLOT + place, plugged).await?;
+    }
+    if !update.new.is_empty() {
+        agent.rescan().await?;
+    }
+    Ok(agent.configure(request(update.view)).await?)
+}
+
+fn request(view: View) -> agent::ConfigureRequest {
+    let interfaces = view.interfaces.into_iter().map(|(place, interface)| agent::Interface {
+        slot: (FIRST_NETWORK_SLOT + place).into(),
+        index: interface.index,
+        name: interface.name,
+        mac: interface.mac.to_vec(),
+        mtu: interface.mtu.min(MTU_MAX.into()),
+        queue_len: interface.queue_len,
+        up: interface.up,
+        ipv6: interface.ipv6,
+    });
+    agent::ConfigureRequest { interfaces: interfaces.collect(), settings: view.settings }
+}
+
+/// Rings when something changes in a network namespace.
+#[derive(Debug)]
+pub struct Bell(AsyncFd<OwnedFd>);
+
+impl Bell {
+    fn of(changes: &Changes) -> io::Result<Self> {
+        let socket = changes.as_fd().try_clone_to_owned()?;
+        Ok(Self(watch(socket)?))
+    }
+
+    /// Waits until something has changed, and nothing seems to follow.
+    ///
+    /// # Errors
+    /// When the runtime is over.
+    pub async fn rung(&self) -> io::Result<()> {
+        self.0.readable().await?.clear_ready();
+        sleep(SETTLE).await;
+        Ok(())
+    }
+}

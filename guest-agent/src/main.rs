@@ -22,6 +22,7 @@ mod hotplug;
 mod init;
 mod io;
 mod logging;
+mod names;
 mod network;
 mod process;
 mod propagation;

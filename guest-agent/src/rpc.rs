@@ -9,32 +9,39 @@ use std::time::UNIX_EPOCH;
 use bulkhead_protocol::agent::agent_server::{Agent, AgentServer};
 use bulkhead_protocol::agent::{
     ConfigureReply, ConfigureRequest, CreateReply, CreateRequest, DeleteReply, DeleteRequest,
-    ExecReply, ExecRequest, HelloReply, HelloRequest, KillReply, KillRequest, PauseReply,
-    PauseRequest, ProcessesReply, ProcessesRequest, ReleaseReply, ReleaseRequest, RescanReply,
-    RescanRequest, ResizeReply, ResizeRequest, ResumeReply, ResumeRequest, StartProcessorsReply,
-    StartProcessorsRequest, StartReply, StartRequest, SyncReply, SyncRequest, UpdateReply,
-    UpdateRequest, WaitReply, WaitRequest,
+    ExecReply, ExecRequest, HelloReply, HelloRequest, KillReply, KillRequest, NameQuery,
+    NamesRequest, PauseReply, PauseRequest, ProcessesReply, ProcessesRequest, ReleaseReply,
+    ReleaseRequest, RescanReply, RescanRequest, ResizeReply, ResizeRequest, ResumeReply,
+    ResumeRequest, StartProcessorsReply, StartProcessorsRequest, StartReply, StartRequest,
+    SyncReply, SyncRequest, UpdateReply, UpdateRequest, WaitReply, WaitRequest,
 };
 use bulkhead_protocol::{MAX_MESSAGE_BYTES, VERSION};
 use rustix::system::uname;
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, mpsc};
 use tokio::task::spawn_blocking;
 use tokio_vsock::{VsockConnectInfo, VsockListener};
+use tonic::codegen::tokio_stream::wrappers::ReceiverStream;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::Server;
-use tonic::{Request, Response, Status};
+use tonic::{Request, Response, Status, Streaming};
 
 use crate::container::exec::ExecOrder;
 use crate::container::{ContainerError, Containers, End, Order};
+use crate::names::Names;
 use crate::network::Network;
 use crate::share::Share;
 use crate::{clock, hotplug, logging};
+
+/// Queries for the host that are not sent yet.
+const QUERIES: usize = 64;
 
 /// What the calls act on.
 struct Calls {
     containers: Containers,
     share: Share,
     network: Arc<Mutex<Network>>,
+    /// Once the host has asked for it.
+    names: Mutex<Option<Names>>,
 }
 
 /// Serves the calls that come from the vsock address `host`, for ever.
@@ -47,9 +54,14 @@ pub(crate) async fn serve(
     containers: Containers,
     share: Share,
 ) -> Result<(), tonic::transport::Error> {
-    let service = AgentServer::new(Calls { containers, share, network: Arc::default() })
-        .max_decoding_message_size(MAX_MESSAGE_BYTES)
-        .max_encoding_message_size(MAX_MESSAGE_BYTES);
+    let service = AgentServer::new(Calls {
+        containers,
+        share,
+        network: Arc::default(),
+        names: Mutex::default(),
+    })
+    .max_decoding_message_size(MAX_MESSAGE_BYTES)
+    .max_encoding_message_size(MAX_MESSAGE_BYTES);
     let service = InterceptedService::new(service, move |request| from_host(request, host));
     Server::builder().add_service(service).serve_with_incoming(listener.incoming()).await
 }
@@ -230,6 +242,25 @@ impl Agent for Calls {
             .map_err(|error| Status::internal(error.to_string()))?
             .map_err(internal("an interface cannot be released"))?;
         Ok(Response::new(ReleaseReply {}))
+    }
+
+    type NamesStream = ReceiverStream<Result<NameQuery, Status>>;
+
+    async fn names(
+        &self,
+        request: Request<Streaming<NamesRequest>>,
+    ) -> Result<Response<Self::NamesStream>, Status> {
+        let mut answers = request.into_inner();
+        let first = answers.message().await?;
+        let first = first.ok_or_else(|| Status::invalid_argument("no servers are named"))?;
+        let mut names = self.names.lock().await;
+        if names.is_some() {
+            return Err(Status::failed_precondition("name servers are stood in for already"));
+        }
+        let (queries, asked) = mpsc::channel(QUERIES);
+        let serving = Names::serve(&first.servers, answers, queries).await;
+        *names = Some(serving.map_err(internal("name servers cannot be stood in for"))?);
+        Ok(Response::new(ReceiverStream::new(asked)))
     }
 
     async fn start_processors(

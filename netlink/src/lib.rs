@@ -1,9 +1,11 @@
 //! Requests of rtnetlink(7): one at a time, each with its answer.
 //!
 //! The supervisor reads a network namespace of the host with it, the agent makes the guest's the same;
-//! messages go between them as the kernel has them ([`encode`], [`decode`]).
+//! messages go between them as the kernel has them ([`encode`], [`decode`]). Beside that the agent needs
+//! rules of nf_tables ([`nat`]).
 
 mod changes;
+pub mod nat;
 
 use std::fmt;
 use std::io;

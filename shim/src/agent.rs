@@ -11,16 +11,19 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use bulkhead_protocol::agent::agent_client::AgentClient;
 use bulkhead_protocol::agent::{
     ConfigureRequest, CreateRequest, DeleteRequest, ExecRequest, HelloRequest, KillRequest,
-    PauseRequest, ProcessInfo, ProcessesRequest, ReleaseRequest, RescanRequest, ResizeRequest,
-    ResumeRequest, StartProcessorsRequest, StartRequest, Streams, SyncRequest, UpdateRequest,
-    WaitReply, WaitRequest,
+    NameQuery, NamesRequest, PauseRequest, ProcessInfo, ProcessesRequest, ReleaseRequest,
+    RescanRequest, ResizeRequest, ResumeRequest, StartProcessorsRequest, StartRequest, Streams,
+    SyncRequest, UpdateRequest, WaitReply, WaitRequest,
 };
 use bulkhead_protocol::{MAX_MESSAGE_BYTES, VERSION};
 use hyper_util::rt::TokioIo;
 use thiserror::Error;
+use tokio::sync::mpsc;
 use tokio::time::timeout;
+use tonic::codegen::tokio_stream::wrappers::ReceiverStream;
+use tonic::codegen::tokio_stream::{self, StreamExt};
 use tonic::transport::{Channel, Endpoint, Uri};
-use tonic::{Code, Status};
+use tonic::{Code, Status, Streaming};
 
 use crate::attach::TerminalSize;
 use crate::id::ContainerId;
@@ -273,6 +276,21 @@ impl Agent {
     pub async fn configure(&self, request: ConfigureRequest) -> Result<(), AgentError> {
         let mut client = self.client.clone();
         within(SHORT, "Configure", client.configure(request)).await.map(drop)
+    }
+
+    /// Has it stand in for name servers; gives its queries, and takes answers to them.
+    ///
+    /// # Errors
+    /// When it does so already, or cannot.
+    pub async fn names(
+        &self,
+        servers: Vec<u32>,
+        answers: mpsc::Receiver<NamesRequest>,
+    ) -> Result<Streaming<NameQuery>, AgentError> {
+        let first = NamesRequest { servers, ..NamesRequest::default() };
+        let requests = tokio_stream::once(first).chain(ReceiverStream::new(answers));
+        let mut client = self.client.clone();
+        within(SHORT, "Names", client.names(requests)).await
     }
 
     /// Brings processors online until `count` of them run.

@@ -293,7 +293,7 @@ impl Container {
             }
             Network::New => return Ok(()),
         };
-        Ok(pod.attach_network(network).await?)
+        Ok(pod.attach_network(network, bundle.resolv_conf()).await?)
     }
 
     async fn create_in_guest(

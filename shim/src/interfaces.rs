@@ -84,26 +84,26 @@ impl Interfaces {
         Ok(bell)
     }
 
-    /// Has the guest follow what has changed since the last time. What cannot be followed is a
-    /// warning.
+    /// Has the guest follow what has changed since the last time; whether anything had. What cannot be
+    /// followed is a warning.
     ///
     /// # Errors
     /// When the machine or the guest does not take all of the rest.
-    pub async fn update(&self, machine: &Machine, agent: &Agent) -> Result<(), NetworkError> {
-        let Some(changes) = self.changes.get() else { return Ok(()) };
+    pub async fn update(&self, machine: &Machine, agent: &Agent) -> Result<bool, NetworkError> {
+        let Some(changes) = self.changes.get() else { return Ok(false) };
         if changes.take().map_err(NetworkError::Changes)? {
             self.stale.store(true, Ordering::Relaxed);
         }
         // Whoever is here already may not have seen it.
         let mut place = self.mirror.lock().await;
         if !self.stale.swap(false, Ordering::Relaxed) {
-            return Ok(());
+            return Ok(false);
         }
-        let Some(mirror) = place.take() else { return Ok(()) };
+        let Some(mirror) = place.take() else { return Ok(false) };
         let (mirror, update) = looked_at(mirror).await?;
         *place = Some(mirror);
         let update = update.inspect_err(|_| self.stale.store(true, Ordering::Relaxed))?;
-        let Some(mut update) = update else { return Ok(()) };
+        let Some(mut update) = update else { return Ok(false) };
         for error in update.refused.drain(..) {
             let error = format!("{:#}", anyhow::Error::from(error));
             tracing::warn!(
@@ -111,7 +111,8 @@ impl Interfaces {
                 "the guest does not have an interface of the container's network"
             );
         }
-        pass_on(machine, agent, update).await
+        pass_on(machine, agent, update).await?;
+        Ok(true)
     }
 }
 

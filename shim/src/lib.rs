@@ -30,6 +30,7 @@ pub mod kvm;
 pub mod lifecycle;
 pub mod logging;
 pub mod mirror;
+pub mod names;
 pub mod neighbours;
 pub mod network;
 pub mod oom;

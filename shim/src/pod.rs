@@ -29,6 +29,7 @@ use crate::growth::{Growth, GrowthError};
 use crate::id::ContainerId;
 use crate::interfaces::{Bell, Interfaces, NetworkError};
 use crate::kvm::{self, KvmError};
+use crate::names;
 use crate::process::Process;
 use crate::share::{Files, Place, ShareError};
 use crate::spawn::Launch;
@@ -112,6 +113,7 @@ pub struct Pod {
     disks: Mutex<u8>,
     interfaces: Interfaces,
     follower: OnceLock<AbortOnDrop>,
+    names: tokio::sync::Mutex<Names>,
 }
 
 impl Pod {
@@ -165,6 +167,7 @@ impl Pod {
             disks: Mutex::default(),
             interfaces: Interfaces::default(),
             follower: OnceLock::new(),
+            names: tokio::sync::Mutex::default(),
         })
     }
 
@@ -249,23 +252,63 @@ impl Pod {
         Ok(named)
     }
 
-    /// Gives the machine the interfaces of a network namespace, and follows what becomes of them.
+    /// Gives the machine the interfaces of a network namespace, and follows what becomes of them;
+    /// name servers there that `resolv_conf` names are asked by the guest.
     ///
     /// # Errors
     /// When one cannot be had; the machine may have others then.
-    pub async fn attach_network(self: &Arc<Self>, namespace: PathBuf) -> Result<(), PodError> {
-        let bell = self.interfaces.attach((&self.machine, &self.agent), namespace).await?;
+    pub async fn attach_network(
+        self: &Arc<Self>,
+        namespace: PathBuf,
+        resolv_conf: Option<PathBuf>,
+    ) -> Result<(), PodError> {
+        let bell = self.interfaces.attach((&self.machine, &self.agent), namespace.clone()).await?;
         let follower = tokio::spawn(follow(Arc::downgrade(self), bell));
         // Set once, as a pod has one network.
         let _ = self.follower.set(AbortOnDrop(follower.abort_handle()));
+        if let Some(file) = resolv_conf {
+            *self.names.lock().await = Names::Unasked { file, namespace };
+            self.learn_names().await;
+        }
         Ok(())
     }
 
     /// Has the guest's interfaces be what the host's are now; what is not is a warning.
     pub async fn follow_network(&self) {
-        if let Err(error) = self.interfaces.update(&self.machine, &self.agent).await {
-            let error = format!("{:#}", anyhow::Error::from(error));
-            tracing::warn!(error, "the guest does not follow the container's network");
+        match self.interfaces.update(&self.machine, &self.agent).await {
+            Ok(false) => {}
+            // Whoever adds a network with names may write down only now where they are known.
+            Ok(true) => self.learn_names().await,
+            Err(error) => {
+                let error = format!("{:#}", anyhow::Error::from(error));
+                tracing::warn!(error, "the guest does not follow the container's network");
+            }
+        }
+    }
+
+    /// Has the guest ask name servers of the container's network namespace, once there are any.
+    async fn learn_names(&self) {
+        let mut names = self.names.lock().await;
+        let Names::Unasked { file, namespace } = &*names else { return };
+        let servers = names::on_loopback(file).unwrap_or_else(|error| {
+            tracing::debug!(error = %error, "resolv.conf was not read");
+            Vec::new()
+        });
+        if servers.is_empty() {
+            return;
+        }
+        match names::Names::open(&self.agent, namespace, &servers).await {
+            Ok(opened) => {
+                let serving = tokio::spawn(opened.serve());
+                *names = Names::Asked { _by: AbortOnDrop(serving.abort_handle()) };
+            }
+            Err(error) => {
+                let error = format!("{:#}", anyhow::Error::from(error));
+                tracing::warn!(
+                    error,
+                    "names of the container's network are not known in the guest"
+                );
+            }
         }
     }
 
@@ -313,6 +356,18 @@ impl Pod {
         drop(self.file_server);
         phase.end();
     }
+}
+
+/// Whether names are asked in the container's network namespace.
+#[derive(Debug, Default)]
+enum Names {
+    /// It has no such file, or no network.
+    #[default]
+    Unknown,
+    /// No server of the namespace is in the file yet.
+    Unasked { file: PathBuf, namespace: PathBuf },
+    /// They are.
+    Asked { _by: AbortOnDrop },
 }
 
 /// A task that ends with the pod.

@@ -70,3 +70,50 @@ fn containers_of_a_bridge_reach_each_other_and_are_reached() {
     assert!(left.iter().all(|name| !name.to_string_lossy().starts_with("bulkhead")), "{left:?}");
     wait_for_nothing(docker.directory());
 }
+
+/// A query for the address of `two`, over a connection: RFC 1035 §4.2.2.
+const BY_CONNECTION: &str = "printf '\\000\\025\\022\\064\\001\\000\\000\\001\\000\\000\\000\\000\\000\\000\\003two\\000\\000\\001\\000\\001' \
+     | nc -w 5 127.0.0.11 53 | od -A n -t x1";
+
+#[test]
+fn networks_of_a_daemon_have_names_and_are_joined_and_left_while_a_container_runs() {
+    let docker = Docker::start_with(&BRIDGED).unwrap();
+    docker.ok(&["network", "create", "own"]).unwrap();
+    let serve = |runtime: &str, name: &str, network: &str| {
+        let fixed = ["run", "-d", "--runtime", runtime, "--name", name, "--hostname", name];
+        let line = [&fixed[..], &["--network", network, "box", "sh", "-c", SERVES]].concat();
+        docker.ok(&line).unwrap();
+    };
+    serve("bulkhead", "one", "own");
+    serve("runc", "two", "own");
+    let inside = |name: &str, line: &str| {
+        let (_, out, err) = told(&docker.call(&["exec", name, "sh", "-c", line]).unwrap());
+        (out + &err).trim().to_owned()
+    };
+    let asks = |who: &str, whom: &str| inside(who, &format!("wget -q -O - http://{whom}/"));
+    assert_eq!((asks("one", "two"), asks("two", "one")), ("two".to_owned(), "one".to_owned()));
+    for line in
+        ["nslookup two | sort", "nslookup one.own | sort", "cat /etc/resolv.conf", BY_CONNECTION]
+    {
+        assert_eq!(inside("one", line), inside("two", line), "{line}");
+    }
+    // A name server of the container's own has its port.
+    assert_eq!(inside("one", "httpd -p 53 -h / && wget -q -O - http://127.0.0.1:53/"), "one");
+
+    serve("bulkhead", "late", "bridge");
+    let interfaces = || inside("late", "ls /sys/class/net | grep eth");
+    assert_eq!(interfaces(), "eth0");
+    // The daemon counts on.
+    for added in ["eth1", "eth2"] {
+        docker.ok(&["network", "connect", "own", "late"]).unwrap();
+        assert_eq!(interfaces(), format!("eth0\n{added}"));
+        assert_eq!(
+            (asks("late", "two"), asks("two", "late")),
+            ("two".to_owned(), "late".to_owned())
+        );
+        docker.ok(&["network", "disconnect", "own", "late"]).unwrap();
+        assert_eq!(interfaces(), "eth0");
+    }
+    docker.ok(&["rm", "--force", "one", "two", "late"]).unwrap();
+    wait_for_nothing(docker.directory());
+}

@@ -15,9 +15,9 @@ use crate::vm::dist;
 /// How long the daemon may take to come up, and to go.
 const PATIENCE: Duration = Duration::from_secs(120);
 /// What the image has beside a shell.
-const APPLETS: [&str; 18] = [
+const APPLETS: [&str; 22] = [
     "cat", "chmod", "cut", "df", "echo", "grep", "hostname", "httpd", "id", "ip", "ls", "mount",
-    "sed", "sh", "sleep", "touch", "true", "wget",
+    "nc", "nslookup", "od", "ping", "sed", "sh", "sleep", "touch", "true", "wget",
 ];
 
 /// A daemon; dropping it ends it.

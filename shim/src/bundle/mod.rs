@@ -262,6 +262,14 @@ impl Bundle {
         entry.and_then(|entry| entry.path().clone()).map_or(Network::New, Network::Join)
     }
 
+    /// The file of the host that is the container's resolv.conf(5).
+    #[must_use]
+    pub fn resolv_conf(&self) -> Option<PathBuf> {
+        let mounts = self.spec.mounts().iter().flatten();
+        let mut mounts = mounts.filter(|it| it.destination() == Path::new("/etc/resolv.conf"));
+        mounts.next_back()?.source().clone()
+    }
+
     /// The cgroup of the host that is the pod's.
     #[must_use]
     pub fn cgroups_path(&self) -> Option<&Path> {

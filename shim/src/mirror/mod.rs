@@ -254,7 +254,10 @@ pub fn restore(namespace: &Path) -> io::Result<()> {
 }
 
 /// Opens something in a network namespace, on a thread of its own.
-fn within<T: Send>(namespace: &File, open: impl FnOnce() -> io::Result<T> + Send) -> io::Result<T> {
+pub(crate) fn within<T: Send>(
+    namespace: &File,
+    open: impl FnOnce() -> io::Result<T> + Send,
+) -> io::Result<T> {
     let inside = || -> io::Result<T> {
         move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?;
         open()

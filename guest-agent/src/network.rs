@@ -16,6 +16,9 @@ use bulkhead_protocol::agent::Interface;
 
 use crate::hotplug::PLATFORM_BUS;
 
+const LOOPBACK: &str = "lo";
+/// Whether an interface has no IPv6.
+const IPV6_OFF: &str = "disable_ipv6";
 /// Whether an address is used only after nobody on the link has said that it is his.
 const DETECTION: &str = "accept_dad";
 
@@ -39,6 +42,8 @@ pub(crate) struct Network {
     interfaces: Vec<(Interface, u32)>,
     /// Messages with the numbers of this side.
     settings: Vec<RouteNetlinkMessage>,
+    /// Nothing has been said of it yet.
+    loopback_ipv6: Option<bool>,
 }
 
 impl Network {
@@ -51,6 +56,7 @@ impl Network {
         &mut self,
         interfaces: Vec<Interface>,
         settings: &[Vec<u8>],
+        loopback_ipv6: bool,
     ) -> Result<(), NetworkError> {
         let mut connection = Connection::open().map_err(NetworkError::Open)?;
         let numbered = numbered(interfaces)?;
@@ -58,6 +64,11 @@ impl Network {
         let wanted = settings.iter().map(|setting| Ok(renumbered(decode(setting)?, &numbers)));
         let wanted: Vec<_> = wanted.collect::<io::Result<_>>().map_err(NetworkError::Open)?;
         let mut errors = Vec::new();
+        if self.loopback_ipv6 != Some(loopback_ipv6) {
+            self.loopback_ipv6 = Some(loopback_ipv6);
+            let switched = switch(LOOPBACK, IPV6_OFF, if loopback_ipv6 { "0" } else { "1" });
+            errors.extend(of(LOOPBACK, switched));
+        }
         let changed = self.set_up(&mut connection, numbered, &mut errors);
         if changed || wanted != self.settings {
             // The host has found out that nobody else has its addresses.
@@ -86,12 +97,12 @@ impl Network {
                 // It may be to have the name that a third has.
                 let other_name = LinkAttribute::IfName(format!("slot{}", interface.slot));
                 let freed = connection.set_link(*number, None, vec![other_name]);
-                errors.extend(of(interface, freed));
+                errors.extend(of(&interface.name, freed));
             }
         }
         for (interface, number) in changed() {
             let set_up = set_up(connection, interface, *number, was(*number));
-            errors.extend(of(interface, set_up));
+            errors.extend(of(&interface.name, set_up));
         }
         changed().next().is_some()
     }
@@ -126,7 +137,8 @@ impl Network {
     /// Whether the kernel asks on the link before it uses an address.
     fn detect(&self, value: &str, errors: &mut Vec<NetworkError>) {
         for (interface, _) in &self.interfaces {
-            errors.extend(of(interface, switch(interface, DETECTION, value)));
+            let name = &interface.name;
+            errors.extend(of(name, switch(name, DETECTION, value)));
         }
     }
 
@@ -157,8 +169,8 @@ fn numbered(interfaces: Vec<Interface>) -> Result<Vec<(Interface, u32)>, Network
 }
 
 /// The error of an interface, if there is one.
-fn of(interface: &Interface, done: io::Result<()>) -> Option<NetworkError> {
-    done.err().map(|error| NetworkError::Interface(interface.name.clone(), error))
+fn of(interface: &str, done: io::Result<()>) -> Option<NetworkError> {
+    done.err().map(|error| NetworkError::Interface(interface.to_owned(), error))
 }
 
 fn slot_directory(bus: &Path, slot: u32) -> PathBuf {
@@ -197,9 +209,9 @@ fn set_up(
         wanted.retain(|attribute| !known.contains(attribute));
     }
     connection.set_link(number, None, wanted)?;
-    switch(interface, "disable_ipv6", if interface.ipv6 { "0" } else { "1" })?;
+    switch(&interface.name, IPV6_OFF, if interface.ipv6 { "0" } else { "1" })?;
     // Also for the address that the kernel gives it when it is let run.
-    switch(interface, DETECTION, "0")?;
+    switch(&interface.name, DETECTION, "0")?;
     connection.set_link(number, Some(interface.up), Vec::new())
 }
 
@@ -219,8 +231,8 @@ fn undo(connection: &mut Connection, setting: RouteNetlinkMessage) {
 }
 
 /// Sets one of the switches that an interface has for IPv6.
-fn switch(interface: &Interface, name: &str, value: &str) -> io::Result<()> {
-    let switch = Path::new("/proc/sys/net/ipv6/conf").join(&interface.name).join(name);
+fn switch(interface: &str, name: &str, value: &str) -> io::Result<()> {
+    let switch = Path::new("/proc/sys/net/ipv6/conf").join(interface).join(name);
     match fs::write(switch, value) {
         // A kernel without IPv6 has none.
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),

@@ -222,9 +222,9 @@ impl Agent for Calls {
         &self,
         request: Request<ConfigureRequest>,
     ) -> Result<Response<ConfigureReply>, Status> {
-        let ConfigureRequest { interfaces, settings } = request.into_inner();
+        let ConfigureRequest { interfaces, settings, ipv6 } = request.into_inner();
         let mut network = self.network.clone().lock_owned().await;
-        spawn_blocking(move || network.configure(interfaces, &settings))
+        spawn_blocking(move || network.configure(interfaces, &settings, ipv6))
             .await
             .map_err(|error| Status::internal(error.to_string()))?
             .map_err(|error| Status::failed_precondition(logging::chain(&error)))?;

@@ -162,7 +162,11 @@ fn request(view: View) -> agent::ConfigureRequest {
         up: interface.up,
         ipv6: interface.ipv6,
     });
-    agent::ConfigureRequest { interfaces: interfaces.collect(), settings: view.settings }
+    agent::ConfigureRequest {
+        interfaces: interfaces.collect(),
+        settings: view.settings,
+        ipv6: view.ipv6,
+    }
 }
 
 /// Rings when something changes in a network namespace.

@@ -159,7 +159,7 @@ fn echoed(data: &[u8]) -> bool {
 /// What interfaces are and have, without the numbers by which they are known.
 const LOOK: &str = "for i in $(ls /sys/class/net | grep -v -e ^lo$ -e ^bulkhead -e gre -e erspan -e tunl -e sit); do \
      echo $i $(cat /sys/class/net/$i/address /sys/class/net/$i/mtu /sys/class/net/$i/carrier 2>&1 | sed 's/.*carrier.*/down/'); \
-     ip -o address show dev $i | sed 's/^[0-9]*: //;s/@[^ ]*//'; done; ip route; ip -6 route | sort";
+     ip -o address show dev $i | sed 's/^[0-9]*: //;s/@[^ ]*//'; done; ip -o address show dev lo; ip route; ip -6 route | sort";
 
 #[test]
 fn a_container_follows_what_becomes_of_its_network() {
@@ -187,6 +187,7 @@ fn a_container_follows_what_becomes_of_its_network() {
         "link delete other",
         "link add third type dummy;link set third up;address add fd33::1/64 dev third nodad",
         "link delete eth1;link delete third",
+        "address add 10.99.0.1/32 dev lo;route add 10.98.0.0/16 dev lo",
     ] {
         for step in steps.split(';') {
             in_pod(step.trim());
@@ -197,6 +198,11 @@ fn a_container_follows_what_becomes_of_its_network() {
         // Only the first is in a container that is created and not running.
         runtime.call(&["start", "follows"]).unwrap();
     }
+    let off = "echo 1 > /proc/sys/net/ipv6/conf/lo/disable_ipv6";
+    let off = Command::new("ip").args(["netns", "exec", NAMESPACE, "sh", "-c", off]).status();
+    assert!(off.unwrap().success());
+    assert!(!outside().contains("::1/128"));
+    assert_eq!(inside(), outside());
     ip("link set here down");
     let unplugged = || inside().starts_with("eth0 02:00:00:00:09:02 1300 0\n");
     assert!(comes_true(Duration::from_secs(30), unplugged), "{}", inside());
@@ -257,6 +263,21 @@ fn an_interface_that_somebody_else_redirects_is_refused_and_left_to_him() {
     assert!(error.contains("interface eth0: somebody else may redirect its frames"), "{error}");
     assert_eq!(seen(), before);
     runtime.assert_clean().unwrap();
+}
+
+#[test]
+fn an_interface_of_another_pod_is_refused_by_name() {
+    let _prepared = Prepared::new();
+    let (one, other) = (Runtime::new().unwrap(), Runtime::new().unwrap());
+    let bundle = Prepared::bundle("exec sleep 1000");
+    one.create("owner", &bundle).unwrap();
+    let path = bundle.path().to_str().unwrap();
+    let error = other.fails(&["run", "--bundle", path, "late"]).unwrap();
+    assert!(error.contains("the frames of interface eth0 go to bulkhead0"), "{error}");
+    one.ok(&["delete", "--force", "owner"]).unwrap();
+    other.create("late", &bundle).unwrap();
+    other.ok(&["delete", "--force", "late"]).unwrap();
+    one.assert_clean().unwrap();
 }
 
 #[test]

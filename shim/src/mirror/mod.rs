@@ -41,6 +41,12 @@ pub enum MirrorError {
          take some out"
     )]
     TooMany(usize),
+    /// Somebody else has its frames.
+    #[error(
+        "the frames of interface {0} go to {1}, a tap of another pod of Bulkhead, which has another \
+         --root; give this container a network namespace of its own"
+    )]
+    Owned(String, String),
     /// What the kernel did not do.
     #[error("{what} of the container's network")]
     Step {
@@ -84,6 +90,8 @@ pub struct View {
     /// Addresses, routes and neighbours, as rtnetlink(7) has them, in the order in which they can be
     /// set.
     pub settings: Vec<Vec<u8>>,
+    /// The loopback has IPv6.
+    pub ipv6: bool,
 }
 
 /// Interfaces of the host that are joined with taps. Dropped, they are as they were.
@@ -119,7 +127,8 @@ impl Mirror {
         let namespace = File::open(path).map_err(bad)?;
         let opened = within(&namespace, || Ok((Connection::open()?, Changes::open()?)));
         let (connection, changes) = opened.map_err(bad)?;
-        let (joined, view) = (Vec::new(), View::default());
+        // A guest has it from the beginning.
+        let (joined, view) = (Vec::new(), View { ipv6: true, ..View::default() });
         let (taps, refused) = (Vec::new(), Vec::new());
         Ok((Self { namespace, connection, joined, taps, refused, view }, changes))
     }
@@ -151,7 +160,9 @@ impl Mirror {
         let settings = observe::settings(&mut self.connection, known)
             .map_err(unknown("addresses and routes"))?;
         let interfaces = joined.iter().map(|it| (it.place, it.interface.clone())).collect();
-        let view = View { interfaces, settings };
+        let ipv6 =
+            observe::loopback_has_ipv6(&mut self.connection).map_err(unknown("the loopback"))?;
+        let view = View { interfaces, settings, ipv6 };
         let same = view == self.view && update.refused.is_empty();
         self.view.clone_from(&view);
         Ok((!same).then_some(Update { view, ..update }))
@@ -202,8 +213,13 @@ impl Mirror {
         let connection = &mut self.connection;
         redirect::fit(connection, number, interface.mtu)
             .map_err(failed("its tap cannot be set up"))?;
-        redirect::take(connection, interface.index)
-            .map_err(failed("somebody else may redirect its frames; let nobody (tc qdisc show)"))?;
+        if let Err(error) = redirect::take(connection, interface.index) {
+            let what = "somebody else may redirect its frames; let nobody (tc qdisc show)";
+            return Err(match observe::tap_of(connection, interface.index) {
+                Ok(Some(tap)) => MirrorError::Owned(interface.name, tap),
+                _ => failed(what)(error),
+            });
+        }
         let redirected = redirect::take(connection, number)
             .and_then(|()| redirect::join(connection, interface.index, number));
         if let Err(error) = redirected {

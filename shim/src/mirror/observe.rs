@@ -2,7 +2,9 @@
 
 use std::io;
 
-use bulkhead_netlink::route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
+use bulkhead_netlink::route::address::{
+    AddressAttribute, AddressHeaderFlags, AddressMessage, AddressScope,
+};
 use bulkhead_netlink::route::link::{
     AfSpecInet6, AfSpecUnspec, LinkAttribute, LinkFlags, LinkLayerType, LinkMessage,
 };
@@ -14,8 +16,13 @@ use bulkhead_netlink::route::{AddressFamily, RouteNetlinkMessage};
 use bulkhead_netlink::{Connection, encode};
 use thiserror::Error;
 
+use super::{redirect, tap};
+
 /// Routes that the kernel makes by itself when an address is set.
 const TABLE_LOCAL: u32 = 255;
+
+/// The loopback's number in every network namespace.
+const LOOPBACK: u32 = 1;
 
 /// Ethernet over tunnels, of which the kernel puts one into every network namespace.
 const KERNEL_INTERFACES: [&str; 2] = ["gretap0", "erspan0"];
@@ -53,6 +60,31 @@ pub(super) fn interfaces(
 ) -> io::Result<Vec<(u32, Result<Interface, Unusable>)>> {
     let found = |link: &LinkMessage| Some((link.header.index, interface(link).transpose()?));
     Ok(links(connection)?.iter().filter_map(found).collect())
+}
+
+/// The tap of Bulkhead that an interface is redirected to, if it is.
+pub(super) fn tap_of(connection: &mut Connection, index: u32) -> io::Result<Option<String>> {
+    let targets = redirect::leads_to(connection, index)?;
+    let mut links = links(connection)?.into_iter();
+    let target = links.find(|link| targets.contains(&link.header.index));
+    let names = target.into_iter().flat_map(|link| link.attributes);
+    Ok(names.filter_map(name).find(|name| name.starts_with(tap::PREFIX)))
+}
+
+fn name(attribute: LinkAttribute) -> Option<String> {
+    match attribute {
+        LinkAttribute::IfName(name) => Some(name),
+        _ => None,
+    }
+}
+
+/// Whether IPv6 is switched on for the namespace's loopback.
+pub(super) fn loopback_has_ipv6(connection: &mut Connection) -> io::Result<bool> {
+    let links = links(connection)?.into_iter().filter(|link| link.header.index == LOOPBACK);
+    Ok(links.flat_map(|link| link.attributes).any(|attribute| match attribute {
+        LinkAttribute::AfSpecUnspec(families) => has_ipv6(&families),
+        _ => false,
+    }))
 }
 
 /// All interfaces of the namespace.
@@ -124,7 +156,7 @@ pub(super) fn settings(
     let mut settings = Vec::new();
     for message in connection.list(&RouteNetlinkMessage::GetAddress(AddressMessage::default()))? {
         if let RouteNetlinkMessage::NewAddress(address) = message
-            && known(address.header.index)
+            && (known(address.header.index) || is_added_to_loopback(&address))
         {
             settings.push(RouteNetlinkMessage::NewAddress(as_is(address)));
         }
@@ -135,7 +167,8 @@ pub(super) fn settings(
         request.header.address_family = family;
         for message in connection.list(&RouteNetlinkMessage::GetRoute(request))? {
             if let RouteNetlinkMessage::NewRoute(route) = message {
-                routes.extend(kept(route, &known));
+                let known = |index| index == LOOPBACK || known(index);
+                routes.extend(kept(route, known));
             }
         }
     }
@@ -152,6 +185,11 @@ pub(super) fn settings(
         }
     }
     Ok(settings.into_iter().map(encode).collect())
+}
+
+/// The loopback has its first addresses from the kernel, there as here.
+fn is_added_to_loopback(address: &AddressMessage) -> bool {
+    address.header.index == LOOPBACK && address.header.scope != AddressScope::Host
 }
 
 /// An address as it can be set; what has become of it on the host since does not matter.

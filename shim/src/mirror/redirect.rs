@@ -45,14 +45,20 @@ pub(super) fn part(connection: &mut Connection, one: u32) -> io::Result<()> {
 
 /// Whether an interface is redirected to one that is gone.
 pub(super) fn leads_nowhere(connection: &mut Connection, one: u32) -> io::Result<bool> {
+    Ok(leads_to(connection, one)?.contains(&0))
+}
+
+/// Where an interface is redirected to; 0 is one that is gone.
+pub(super) fn leads_to(connection: &mut Connection, one: u32) -> io::Result<Vec<u32>> {
     let mut request = TcMessage::default();
     request.header.index = i32::try_from(one).map_err(io::Error::other)?;
     request.header.parent = INGRESS;
     let filters = connection.list(&RouteNetlinkMessage::GetTrafficFilter(request))?;
-    Ok(filters.iter().any(|message| match message {
-        RouteNetlinkMessage::NewTrafficFilter(filter) => targets(filter).contains(&0),
-        _ => false,
-    }))
+    let targets = |message: &RouteNetlinkMessage| match message {
+        RouteNetlinkMessage::NewTrafficFilter(filter) => targets(filter),
+        _ => Vec::new(),
+    };
+    Ok(filters.iter().flat_map(targets).collect())
 }
 
 /// Where a filter redirects to.

@@ -15,6 +15,8 @@ use rustix::net::{AddressFamily, SocketType, socket};
 
 /// The kernel puts a number in.
 const NAME: &[u8; 12] = b"bulkhead%d\0\0";
+/// What all names of ours begin with.
+pub(super) const PREFIX: &str = "bulkhead";
 /// What the monitor expects before each frame: VIRTIO 1.3 §5.1.6, with the number of buffers.
 const HEADER_BYTES: libc::c_int = 12;
 

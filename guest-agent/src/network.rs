@@ -17,6 +17,8 @@ use bulkhead_protocol::agent::Interface;
 use crate::hotplug::PLATFORM_BUS;
 
 const LOOPBACK: &str = "lo";
+/// In every network namespace.
+const LOOPBACK_NUMBER: u32 = 1;
 /// Whether an interface has no IPv6.
 const IPV6_OFF: &str = "disable_ipv6";
 /// Whether an address is used only after nobody on the link has said that it is his.
@@ -59,11 +61,14 @@ impl Network {
         loopback_ipv6: bool,
     ) -> Result<(), NetworkError> {
         let mut connection = Connection::open().map_err(NetworkError::Open)?;
-        let numbered = numbered(interfaces)?;
-        let numbers: Vec<_> = numbered.iter().map(|(it, number)| (it.index, *number)).collect();
-        let wanted = settings.iter().map(|setting| Ok(renumbered(decode(setting)?, &numbers)));
-        let wanted: Vec<_> = wanted.collect::<io::Result<_>>().map_err(NetworkError::Open)?;
         let mut errors = Vec::new();
+        let numbered = numbered(interfaces, &mut errors);
+        let mut numbers: Vec<_> = numbered.iter().map(|(it, number)| (it.index, *number)).collect();
+        numbers.push((LOOPBACK_NUMBER, LOOPBACK_NUMBER));
+        let messages =
+            settings.iter().map(|setting| decode(setting)).collect::<io::Result<Vec<_>>>();
+        let messages = messages.map_err(NetworkError::Open)?.into_iter();
+        let wanted: Vec<_> = messages.filter_map(|it| renumbered(it, &numbers)).collect();
         if self.loopback_ipv6 != Some(loopback_ipv6) {
             self.loopback_ipv6 = Some(loopback_ipv6);
             let switched = switch(LOOPBACK, IPV6_OFF, if loopback_ipv6 { "0" } else { "1" });
@@ -159,13 +164,16 @@ impl Network {
     }
 }
 
-/// Interfaces with their numbers here.
-fn numbered(interfaces: Vec<Interface>) -> Result<Vec<(Interface, u32)>, NetworkError> {
-    let number = |interface: Interface| match find(Path::new(PLATFORM_BUS), interface.slot) {
-        Some(number) => Ok((interface, number)),
-        None => Err(NetworkError::Missing(interface.name, interface.slot)),
-    };
-    interfaces.into_iter().map(number).collect()
+/// Interfaces with their numbers here, those that are.
+fn numbered(interfaces: Vec<Interface>, errors: &mut Vec<NetworkError>) -> Vec<(Interface, u32)> {
+    let mut numbered = Vec::with_capacity(interfaces.len());
+    for interface in interfaces {
+        match find(Path::new(PLATFORM_BUS), interface.slot) {
+            Some(number) => numbered.push((interface, number)),
+            None => errors.push(NetworkError::Missing(interface.name, interface.slot)),
+        }
+    }
+    numbered
 }
 
 /// The error of an interface, if there is one.
@@ -240,26 +248,29 @@ fn switch(interface: &str, name: &str, value: &str) -> io::Result<()> {
     }
 }
 
-/// A message of the host with this guest's numbers of interfaces.
-fn renumbered(mut message: RouteNetlinkMessage, numbers: &[(u32, u32)]) -> RouteNetlinkMessage {
+/// A message of the host with this guest's numbers of interfaces; none if it is about another.
+fn renumbered(
+    mut message: RouteNetlinkMessage,
+    numbers: &[(u32, u32)],
+) -> Option<RouteNetlinkMessage> {
     let here = |there: u32| {
         let found = numbers.iter().find(|(number, _)| *number == there);
-        found.map_or(there, |(_, number)| *number)
+        found.map(|(_, number)| *number)
     };
     match &mut message {
         RouteNetlinkMessage::NewAddress(address) => {
-            address.header.index = here(address.header.index);
+            address.header.index = here(address.header.index)?;
         }
         RouteNetlinkMessage::NewNeighbour(neighbour) => {
-            neighbour.header.ifindex = here(neighbour.header.ifindex);
+            neighbour.header.ifindex = here(neighbour.header.ifindex)?;
         }
         RouteNetlinkMessage::NewRoute(route) => {
             for attribute in &mut route.attributes {
                 match attribute {
-                    RouteAttribute::Oif(index) => *index = here(*index),
+                    RouteAttribute::Oif(index) => *index = here(*index)?,
                     RouteAttribute::MultiPath(hops) => {
                         for hop in hops {
-                            hop.interface_index = here(hop.interface_index);
+                            hop.interface_index = here(hop.interface_index)?;
                         }
                     }
                     _ => {}
@@ -268,7 +279,7 @@ fn renumbered(mut message: RouteNetlinkMessage, numbers: &[(u32, u32)]) -> Route
         }
         _ => {}
     }
-    message
+    Some(message)
 }
 
 #[cfg(test)]
@@ -296,8 +307,10 @@ mod tests {
             RouteAttribute::MultiPath(vec![hop]),
             RouteAttribute::Priority(41),
         ];
-        let message = renumbered(RouteNetlinkMessage::NewRoute(route), &[(40, 2), (41, 3)]);
-        let RouteNetlinkMessage::NewRoute(route) = message else { panic!("a route") };
+        let message = RouteNetlinkMessage::NewRoute(route);
+        assert_eq!(renumbered(message.clone(), &[(41, 3)]), None);
+        let message = renumbered(message, &[(40, 2), (41, 3)]);
+        let Some(RouteNetlinkMessage::NewRoute(route)) = message else { panic!("a route") };
         assert_eq!(route.attributes[0], RouteAttribute::Oif(3));
         let RouteAttribute::MultiPath(hops) = &route.attributes[1] else { panic!("hops") };
         assert_eq!(hops[0].interface_index, 2);

@@ -6,29 +6,33 @@
 //! where the host counts instructions (`test-host --count`) they say how much is executed. Memory
 //! figures are real.
 //!
-//! `bench [--rounds N] [--json FILE] [--only start,verbs,memory,files,soak]`
+//! `bench [--rounds N] [--json FILE] [--only start,verbs,memory,files,network,soak]`
 
 mod files;
 mod memory;
+mod network;
 mod soak;
 mod start;
 mod table;
 mod verbs;
 
+use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result, bail};
+use rustix::system::{RebootCommand, reboot};
 use serde_json::{Map, Value};
 
 /// How often each contender runs, unless told otherwise.
 const ROUNDS: usize = 7;
 
 /// The parts, in the order in which they run.
-const PARTS: [(&str, Measure); 5] = [
+const PARTS: [(&str, Measure); 6] = [
     ("start", start::measure),
     ("verbs", verbs::measure),
     ("memory", memory::measure),
     ("files", files::measure),
+    ("network", network::measure),
     (SOAK, soak::measure),
 ];
 /// The one that takes half an hour and is a test more than a measure: only run when it is asked for.
@@ -58,7 +62,8 @@ impl Arguments {
         }
         for part in &arguments.only {
             let known = PARTS.iter().any(|(name, _)| name == part);
-            anyhow::ensure!(known, "--only is of start, verbs, memory, files and soak, not {part}");
+            let names = PARTS.map(|(name, _)| name).join(", ");
+            anyhow::ensure!(known, "--only is of {names}, not {part}");
         }
         anyhow::ensure!(arguments.rounds > 0, "--rounds must be at least 1");
         Ok(arguments)
@@ -66,11 +71,25 @@ impl Arguments {
 }
 
 fn main() -> Result<()> {
-    if std::process::id() == 1 {
+    let words: Vec<String> = std::env::args().skip(1).collect();
+    match words.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        // The ends of the network's measures.
+        ["near"] => network::near(),
+        ["wait", address] => network::wait(address.parse()?),
+        ["far", address] => far(address.parse()?),
         // The guest of the bare boot: it got as far as its init, which is all that is timed.
-        rustix::system::reboot(rustix::system::RebootCommand::Restart)?;
+        _ if std::process::id() == 1 => Ok(reboot(RebootCommand::Restart)?),
+        _ => bench(&Arguments::parse(words.into_iter())?),
     }
-    let arguments = Arguments::parse(std::env::args().skip(1))?;
+}
+
+#[expect(clippy::print_stdout, reason = "the figures go to whoever asked for them")]
+fn far(address: Ipv4Addr) -> Result<()> {
+    println!("{}", network::far(address)?);
+    Ok(())
+}
+
+fn bench(arguments: &Arguments) -> Result<()> {
     let mut results = Map::new();
     results.insert("rounds".into(), Value::from(arguments.rounds));
     for (part, measure) in PARTS {
@@ -79,8 +98,8 @@ fn main() -> Result<()> {
             results.insert(part.into(), measure(arguments.rounds).context(part)?);
         }
     }
-    if let Some(path) = arguments.json {
-        std::fs::write(&path, serde_json::to_vec_pretty(&results)?)
+    if let Some(path) = &arguments.json {
+        std::fs::write(path, serde_json::to_vec_pretty(&results)?)
             .with_context(|| path.display().to_string())?;
     }
     Ok(())

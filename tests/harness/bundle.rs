@@ -173,6 +173,22 @@ pub(crate) fn install_busybox(root: &Path, applets: &[&str]) -> Result<()> {
     Ok(())
 }
 
+/// Puts a program of the host into a root file system, with the libraries that it needs.
+///
+/// # Errors
+/// When it is not there, or something cannot be copied.
+pub fn install(root: &Path, program: &Path) -> Result<()> {
+    let needed = Command::new("ldd").arg(program).output().context("run ldd")?;
+    let needed = String::from_utf8(needed.stdout)?;
+    let libraries = needed.split_whitespace().filter(|word| word.starts_with('/')).map(Path::new);
+    for file in libraries.chain([program]) {
+        let place = root.join(file.strip_prefix("/")?);
+        fs::create_dir_all(place.parent().context("a file has no directory")?)?;
+        fs::copy(file, &place).with_context(|| file.display().to_string())?;
+    }
+    Ok(())
+}
+
 /// Makes an archive in `directory` that engines import as an image: busybox under these names.
 ///
 /// # Errors

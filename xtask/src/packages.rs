@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::cargo::succeed;
 
-const NEEDED: [&str; 30] = [
+const NEEDED: [&str; 31] = [
     "bc",
     "binutils",
     "bison",
@@ -18,6 +18,7 @@ const NEEDED: [&str; 30] = [
     "docker.io",
     "flex",
     "gcc",
+    "iperf3",
     "iproute2",
     "kmod",
     "libc6-dev",

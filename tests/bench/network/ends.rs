@@ -1,0 +1,151 @@
+//! The two ends of what iperf3 does not measure: datagrams that arrive, and single bytes to and fro.
+//!
+//! The near end runs in each contender and does what the far end asks for over TCP, one letter and
+//! then the matter itself. Both send and count datagrams with the same code.
+
+use std::io::{Read, Write};
+use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::{Value, json};
+
+const PORT: u16 = 5300;
+/// Where the far end's datagrams go.
+const COUNTED_PORT: u16 = 5301;
+/// How long a machine may take until its near end listens; a bound on hangs.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// What the near end is asked for.
+const PING_PONG: u8 = b'p';
+const COUNT: u8 = b'c';
+const FLOOD: u8 = b'f';
+
+/// Bytes of a datagram.
+const DATAGRAM: [u8; 64] = [0x5a; 64];
+/// How long datagrams are counted, from the first on.
+const WINDOW: Duration = Duration::from_millis(500);
+/// How long they are sent, so that they do not end before the count does.
+const FLOODED: Duration = Duration::from_millis(700);
+/// Datagrams after which the sender lets others run: with one processor it would otherwise measure
+/// how long a turn is.
+const BATCH: usize = 32;
+/// Bytes that go to and fro, and how many of them come before it counts.
+const TURNS: usize = 1000;
+const WARM_UP: usize = 50;
+
+/// Serves until it is killed.
+pub(crate) fn near() -> Result<()> {
+    let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT))?;
+    for stream in listener.incoming().flatten() {
+        // A far end that goes away is no concern of the next.
+        thread::spawn(move || answer(stream));
+    }
+    Ok(())
+}
+
+fn answer(mut stream: TcpStream) -> Result<()> {
+    stream.set_nodelay(true)?;
+    let mut asked = [0];
+    stream.read_exact(&mut asked)?;
+    match asked[0] {
+        PING_PONG => loop {
+            let mut byte = [0];
+            stream.read_exact(&mut byte)?;
+            stream.write_all(&byte)?;
+        },
+        COUNT => {
+            let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, COUNTED_PORT))?;
+            stream.write_all(&asked)?;
+            Ok(stream.write_all(&count(&socket)?.to_le_bytes())?)
+        }
+        FLOOD => {
+            let mut port = [0; 2];
+            stream.read_exact(&mut port)?;
+            flood((stream.peer_addr()?.ip(), u16::from_le_bytes(port)).into())
+        }
+        other => bail!("asked for {other}"),
+    }
+}
+
+/// Measures against the near end at an address.
+pub(crate) fn far(address: Ipv4Addr) -> Result<Value> {
+    let [p50, p99] = ping_pong(ask(address, PING_PONG)?)?;
+    let mut stream = ask(address, COUNT)?;
+    stream.read_exact(&mut [0]).context("the near end does not count")?;
+    flood(SocketAddrV4::new(address, COUNTED_PORT).into())?;
+    let mut to = [0; 8];
+    stream.read_exact(&mut to).context("the near end has no count")?;
+
+    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+    let mut stream = ask(address, FLOOD)?;
+    stream.write_all(&socket.local_addr()?.port().to_le_bytes())?;
+    let from = count(&socket)?;
+    // Until the flood is over.
+    stream.read_to_end(&mut Vec::new())?;
+    Ok(json!({"p50": p50, "p99": p99, "to": f64::from_le_bytes(to), "from": from}))
+}
+
+/// Waits until there is a near end.
+pub(crate) fn wait(address: Ipv4Addr) -> Result<()> {
+    let deadline = Instant::now() + PATIENCE;
+    while let Err(error) = ask(address, PING_PONG) {
+        ensure!(Instant::now() < deadline, "nothing answers at {address}: {error:#}");
+        thread::sleep(Duration::from_millis(100));
+    }
+    Ok(())
+}
+
+fn ask(address: Ipv4Addr, what: u8) -> Result<TcpStream> {
+    let address = SocketAddrV4::new(address, PORT).into();
+    let mut stream = TcpStream::connect_timeout(&address, Duration::from_secs(5))?;
+    stream.set_nodelay(true)?;
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.write_all(&[what])?;
+    Ok(stream)
+}
+
+/// Microseconds of the middle turn and of the slowest but one in a hundred.
+fn ping_pong(mut stream: TcpStream) -> Result<[f64; 2]> {
+    let mut turns = Vec::with_capacity(TURNS);
+    for turn in 0..WARM_UP + TURNS {
+        let begun = Instant::now();
+        stream.write_all(&[1])?;
+        stream.read_exact(&mut [0])?;
+        if turn >= WARM_UP {
+            turns.push(begun.elapsed().as_secs_f64() * 1e6);
+        }
+    }
+    turns.sort_by(f64::total_cmp);
+    Ok([turns[TURNS / 2], turns[TURNS - TURNS / 100]])
+}
+
+/// Datagrams that arrive in a second.
+fn count(socket: &UdpSocket) -> Result<f64> {
+    let mut bytes = [0; 2 * DATAGRAM.len()];
+    socket.set_read_timeout(Some(PATIENCE))?;
+    socket.recv(&mut bytes).context("no datagram came")?;
+    // A flood that ends early is counted by how long this takes.
+    socket.set_read_timeout(Some(WINDOW))?;
+    let begun = Instant::now();
+    let mut counted = 0_u32;
+    while begun.elapsed() < WINDOW && socket.recv(&mut bytes).is_ok() {
+        counted += 1;
+    }
+    Ok(f64::from(counted) / begun.elapsed().as_secs_f64())
+}
+
+/// Sends datagrams as fast as they go.
+fn flood(to: SocketAddr) -> Result<()> {
+    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+    let begun = Instant::now();
+    while begun.elapsed() < FLOODED {
+        for _ in 0..BATCH {
+            // Full queues refuse some, and whoever has counted enough does not listen any more.
+            let _ = socket.send_to(&DATAGRAM, to);
+        }
+        thread::yield_now();
+    }
+    Ok(())
+}

@@ -1,0 +1,171 @@
+//! The network of a container: throughput, small packets, turns and processor time, against a runc
+//! container and QEMU's microvm on the same bridge, measured from one more namespace on it.
+//!
+//! iperf3 measures throughput. While it does, what goes through the bridge and how long the host is
+//! busy meanwhile are taken, from a quarter of the transfer to three quarters: so the time has all
+//! in it that the transfer needs on the host, kernel threads too, and nothing that only begins or
+//! ends it. Datagrams and turns are measured by [`ends`].
+
+use std::fs;
+use std::net::Ipv4Addr;
+use std::process::{Child, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use bulkhead_tests::runtime::{Runtime, finish, output};
+use serde_json::{Map, Value};
+use tempfile::TempDir;
+
+use crate::table::{self, median};
+
+mod ends;
+mod pods;
+
+pub(crate) use ends::{far, near, wait};
+use pods::{Bridge, Container, FAR_PORT, Microvm};
+
+/// Bytes that iperf3 sends in each direction.
+const TRANSFER: u64 = 96 << 20;
+/// Rounds, however many the others have.
+const ROUNDS_MAX: usize = 5;
+const GIB: f64 = (1_u64 << 30) as f64;
+
+/// The figures of one contender, in the order of [`FIGURES`].
+type Figures = [Vec<f64>; FIGURES.len()];
+
+/// Names, and whether more of it is better.
+const FIGURES: [(&str, bool); 8] = [
+    ("TCP to it, Mbit/s", true),
+    ("TCP from it, Mbit/s", true),
+    ("busy to it, s/GiB", false),
+    ("busy from it, s/GiB", false),
+    ("64-byte UDP to it, /s", true),
+    ("64-byte UDP from it, /s", true),
+    ("turn p50, us", false),
+    ("turn p99, us", false),
+];
+
+/// Starts everybody, measures in turn, prints the table, gives the medians.
+pub(crate) fn measure(rounds: usize) -> Result<Value> {
+    let work = TempDir::new()?;
+    let _bridge = Bridge::new()?;
+    let names = ["bulkhead", "runc", "QEMU", "QEMU, vhost"];
+    let addresses = [2, 3, 4, 5].map(|last| Ipv4Addr::new(10, 77, 0, last));
+    let [ours, runc, qemu, vhost] = addresses;
+    let _ours = Container::start(Runtime::new()?, "ours", ours)?;
+    let _runc = Container::start(Runtime::runc()?, "runc", runc)?;
+    let _qemu = Microvm::start(work.path(), "qemu", "vhost=off", qemu)?;
+    let _vhost = Microvm::start(work.path(), "vhost", "vhost=on", vhost)?;
+    for (name, address) in names.iter().zip(addresses) {
+        own("wait", address).context(*name)?;
+    }
+    let mut all: [Figures; 4] = Default::default();
+    for _ in 0..rounds.min(ROUNDS_MAX) {
+        for ((name, address), figures) in names.iter().zip(addresses).zip(&mut all) {
+            let round = round(address).context(*name)?;
+            figures.iter_mut().zip(round).for_each(|(figures, figure)| figures.push(figure));
+        }
+    }
+    Ok(table(&names, &all))
+}
+
+/// Prints and gives the medians, and how ours stand to the others' (above 1 is better).
+fn table(names: &[&str], all: &[Figures]) -> Value {
+    let mut heading = vec![""];
+    heading.extend(names);
+    let mut rows = Vec::new();
+    let mut results = Map::new();
+    for (index, (figure, more)) in FIGURES.into_iter().enumerate() {
+        let medians: Vec<f64> = all.iter().map(|figures| median(&figures[index])).collect();
+        let own = medians[0];
+        let cells = medians.iter().map(|theirs| {
+            let better = if more { own / theirs } else { theirs / own };
+            format!("{theirs:.*} ({better:.2})", usize::from(*theirs < 100.0))
+        });
+        rows.push(std::iter::once(figure.into()).chain(cells).collect());
+        let named = names.iter().map(|name| (*name).to_owned());
+        let named = named.zip(medians.into_iter().map(Value::from));
+        results.insert(figure.into(), named.collect::<Map<_, _>>().into());
+    }
+    let title = "Network, medians; in brackets how much better bulkhead's first column is";
+    table::print(title, &heading, &rows);
+    Value::Object(results)
+}
+
+/// All figures of one contender, once.
+fn round(address: Ipv4Addr) -> Result<[f64; FIGURES.len()]> {
+    let (to, busy_to) = iperf(address, &[])?;
+    let (from, busy_from) = iperf(address, &["--reverse"])?;
+    let ends = own("far", address)?;
+    let ends: Value = serde_json::from_slice(&ends)?;
+    let [to_pps, from_pps, p50, p99] = ["to", "from", "p50", "p99"].map(|key| ends[key].as_f64());
+    let missing = "a figure is missing";
+    Ok([
+        to,
+        from,
+        busy_to,
+        busy_from,
+        to_pps.context(missing)?,
+        from_pps.context(missing)?,
+        p50.context(missing)?,
+        p99.context(missing)?,
+    ])
+}
+
+/// Runs this very program where measuring is done; gives what it writes.
+fn own(task: &str, address: Ipv4Addr) -> Result<Vec<u8>> {
+    let program = std::env::current_exe()?;
+    let mut command = pods::far(program.to_str().context("the program's path is not UTF-8")?);
+    let output = output(command.args([task, &address.to_string()]))?;
+    let errors = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "{task}: {}: {errors}", output.status);
+    Ok(output.stdout)
+}
+
+/// One transfer: Mbit/s that arrive, and seconds that the host is busy for a GiB.
+fn iperf(address: Ipv4Addr, options: &[&str]) -> Result<(f64, f64)> {
+    let mut command = pods::far("iperf3");
+    command.args(["--json", "--bytes", &TRANSFER.to_string(), "--client"]);
+    command.arg(address.to_string()).args(options);
+    let begun = transferred()?;
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    let busy = busy(&mut child, begun);
+    let output = finish(child)?;
+    let told: Value = serde_json::from_slice(&output.stdout).context("iperf3's report")?;
+    ensure!(output.status.success(), "iperf3: {}", told["error"]);
+    let rate = told["end"]["sum_received"]["bits_per_second"].as_f64();
+    Ok((rate.context("iperf3 reports no rate")? / 1e6, busy?))
+}
+
+/// Seconds that the host is busy for a GiB, taken in the middle of a transfer.
+fn busy(transfer: &mut Child, begun: u64) -> Result<f64> {
+    let until = |transfer: &mut Child, bytes: u64| {
+        while transferred()? < begun + bytes {
+            ensure!(transfer.try_wait()?.is_none(), "the transfer ended early");
+            thread::sleep(Duration::from_millis(10));
+        }
+        Ok((transferred()?, Instant::now(), idle()?))
+    };
+    let (bytes, started, idle) = until(transfer, TRANSFER / 4)?;
+    let (bytes_then, then, idle_then) = until(transfer, TRANSFER / 4 * 3)?;
+    let processors = thread::available_parallelism()?.get() as f64;
+    let busy = (then - started).as_secs_f64() * processors - (idle_then - idle);
+    Ok(busy / ((bytes_then - bytes) as f64 / GIB))
+}
+
+/// Bytes that have gone through the port of whoever measures, both ways.
+fn transferred() -> Result<u64> {
+    let counters = ["rx_bytes", "tx_bytes"].map(|name| {
+        let path = format!("/sys/class/net/{FAR_PORT}/statistics/{name}");
+        anyhow::Ok(fs::read_to_string(&path).context(path)?.trim().parse::<u64>()?)
+    });
+    counters.into_iter().sum()
+}
+
+/// Seconds that the host's processors have been idle.
+fn idle() -> Result<f64> {
+    let uptime = fs::read_to_string("/proc/uptime").context("/proc/uptime")?;
+    let idle = uptime.split_whitespace().nth(1).context("/proc/uptime has no idle time")?;
+    idle.parse().context("/proc/uptime")
+}

@@ -1,0 +1,177 @@
+//! The contenders: all on one bridge, each with the same programs, and whoever measures them.
+
+use std::fs;
+use std::net::Ipv4Addr;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+use bulkhead_tests::bundle::{Bundle, install};
+use bulkhead_tests::runtime::{Runtime, output};
+use bulkhead_tests::vm::dist;
+use serde_json::json;
+
+const BRIDGE: &str = "bench";
+/// The namespace of whoever measures.
+const FAR: &str = "far";
+/// The bridge's end of what leads there; what goes through it is counted.
+pub(super) const FAR_PORT: &str = "far0";
+const FAR_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
+/// The near end, in every contender.
+const PROGRAM: &str = "/bin/bench";
+const IPERF: &str = "/usr/bin/iperf3";
+/// What every contender runs.
+const SERVE: &str = "iperf3 -s >/dev/null & /bin/bench near";
+
+/// A bridge of the host's with the namespace of whoever measures; gone when dropped.
+pub(super) struct Bridge;
+
+impl Bridge {
+    pub(super) fn new() -> Result<Self> {
+        let bridge = Self;
+        ip(&format!("link add {BRIDGE} type bridge"))?;
+        ip(&format!("link set {BRIDGE} up"))?;
+        namespace(FAR, FAR_PORT, FAR_ADDRESS)?;
+        Ok(bridge)
+    }
+}
+
+impl Drop for Bridge {
+    fn drop(&mut self) {
+        // What it was not got as far as is not there.
+        let _ = ip(&format!("netns delete {FAR}"));
+        let _ = ip(&format!("link delete {BRIDGE}"));
+    }
+}
+
+/// A command where measuring is done.
+pub(super) fn far(program: &str) -> Command {
+    let mut command = Command::new("ip");
+    command.args(["netns", "exec", FAR, program]).stdin(Stdio::null());
+    command
+}
+
+fn ip(line: &str) -> Result<()> {
+    let output = output(Command::new("ip").args(line.split(' ')))?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "ip {line}: {said}");
+    Ok(())
+}
+
+/// Makes a network namespace whose `eth0` is on the bridge, by a port of that name.
+fn namespace(name: &str, port: &str, address: Ipv4Addr) -> Result<()> {
+    ip(&format!("netns add {name}"))?;
+    ip(&format!("link add {port} type veth peer name eth0 netns {name}"))?;
+    ip(&format!("link set {port} master {BRIDGE} up"))?;
+    ip(&format!("-netns {name} link set lo up"))?;
+    ip(&format!("-netns {name} address add {address}/24 dev eth0"))?;
+    ip(&format!("-netns {name} link set eth0 up"))
+}
+
+/// A container of a runtime, in a namespace that was prepared; both are gone when it is dropped.
+pub(super) struct Container {
+    runtime: Runtime,
+    name: &'static str,
+    bundle: Bundle,
+}
+
+impl Container {
+    pub(super) fn start(runtime: Runtime, name: &'static str, address: Ipv4Addr) -> Result<Self> {
+        let bundle = bundle()?.with(|spec| {
+            for entry in spec["linux"]["namespaces"].as_array_mut().into_iter().flatten() {
+                if entry["type"] == "network" {
+                    entry["path"] = json!(format!("/run/netns/{name}"));
+                }
+            }
+        })?;
+        namespace(name, &format!("{name}0"), address)?;
+        let container = Self { runtime, name, bundle };
+        container.runtime.create(name, &container.bundle)?;
+        container.runtime.ok(&["start", name])?;
+        Ok(container)
+    }
+}
+
+impl Drop for Container {
+    fn drop(&mut self) {
+        // What has failed to start is not there.
+        let _ = self.runtime.call(&["delete", "--force", self.name]);
+        let _ = ip(&format!("netns delete {}", self.name));
+    }
+}
+
+/// QEMU's microvm with the guest's kernel and a tap on the bridge; both are gone when it is dropped.
+pub(super) struct Microvm {
+    process: Child,
+    tap: &'static str,
+}
+
+impl Microvm {
+    /// `options` are those of the network back end.
+    pub(super) fn start(
+        work: &Path,
+        tap: &'static str,
+        options: &str,
+        address: Ipv4Addr,
+    ) -> Result<Self> {
+        let initramfs = initramfs(work, tap, address)?;
+        ip(&format!("tuntap add dev {tap} mode tap vnet_hdr"))?;
+        ip(&format!("link set {tap} master {BRIDGE} up"))?;
+        let log = fs::File::create(work.join(format!("{tap}.log")))?;
+        let mut command = Command::new("qemu-system-x86_64");
+        command
+            .args(["-M", "microvm,acpi=off,rtc=off,pit=off,pic=off,isa-serial=off"])
+            .args(["-accel", "kvm", "-cpu", "host", "-m", "256", "-smp", "1", "-nodefaults"])
+            .args(["-no-user-config", "-display", "none", "-no-reboot"])
+            .args(["-global", "virtio-mmio.force-legacy=false", "-append"])
+            .arg("quiet panic=-1 reboot=t no_timer_check tsc=reliable cryptomgr.notests")
+            .arg("-kernel")
+            .arg(dist().join("share/bulkhead/vmlinux"))
+            .arg("-initrd")
+            .arg(initramfs)
+            .arg("-netdev")
+            .arg(format!("tap,id=net,ifname={tap},script=no,downscript=no,{options}"))
+            .args(["-device", "virtio-net-device,netdev=net"]);
+        let process = command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn()?;
+        Ok(Self { process, tap })
+    }
+}
+
+impl Drop for Microvm {
+    fn drop(&mut self) {
+        // Both fail when it has ended by itself, which nobody has reason to.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+        let _ = ip(&format!("link delete {}", self.tap));
+    }
+}
+
+/// A bundle with both servers. iperf3 maps a file of its `/tmp`, which is memory everywhere.
+fn bundle() -> Result<Bundle> {
+    let bundle = Bundle::script(SERVE)?;
+    let bundle =
+        bundle.mount(json!({"destination": "/tmp", "type": "tmpfs", "source": "tmpfs"}))?;
+    let own = std::env::current_exe()?;
+    fs::copy(own, bundle.rootfs().join(&PROGRAM[1..])).context(PROGRAM)?;
+    install(&bundle.rootfs(), Path::new(IPERF))?;
+    Ok(bundle)
+}
+
+/// The same files as a machine's first, with an init that does what a runtime and `ip` do for others.
+fn initramfs(work: &Path, name: &str, address: Ipv4Addr) -> Result<PathBuf> {
+    let bundle = bundle()?;
+    let init = format!(
+        "#!/bin/sh\nexport PATH=/bin:/usr/bin\nmount -t devtmpfs devtmpfs /dev\n\
+         mount -t proc proc /proc\nip link set lo up\nip address add {address}/24 dev eth0\n\
+         ip link set eth0 up\n{SERVE}\n"
+    );
+    let path = bundle.rootfs().join("init");
+    fs::write(&path, init)?;
+    fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o755))?;
+    let archive = work.join(format!("{name}.cpio"));
+    let mut pack = Command::new("busybox");
+    pack.args(["sh", "-c", "find . | busybox cpio -o -H newc"]).current_dir(bundle.rootfs());
+    let status = pack.stdout(fs::File::create(&archive)?).stderr(Stdio::null()).status()?;
+    ensure!(status.success(), "busybox cpio: {status}");
+    Ok(archive)
+}

@@ -84,6 +84,11 @@ impl Buffers {
         self.used
     }
 
+    /// How many pieces of guest memory they are.
+    pub(crate) fn pieces(&self) -> usize {
+        self.segments.len()
+    }
+
     /// Adds what is not yet consumed to `slices`, and leaves it so.
     pub(crate) fn gather<'m>(
         &self,

@@ -1,7 +1,9 @@
 //! From a tap to the driver, VIRTIO 1.3 §5.1.6.3 and §5.1.6.4.
 //!
-//! A frame is read straight into the driver's buffers, as many as the longest frame may need; those
-//! that it did not fill are kept for the next one. There is nothing else to keep: a frame for which
+//! The driver's buffers are taken until the longest frame fits, but a frame is read straight into only
+//! as many of them as the frames before it have filled: looking up all of them each time costs more
+//! than a small frame does. The end of one that is longer comes over a buffer of the device. Buffers
+//! that were not filled are kept for the next frame. There is nothing else to keep: a frame for which
 //! there is no room stays in the tap.
 
 use std::collections::VecDeque;
@@ -40,6 +42,13 @@ pub(super) enum Ended {
 pub(super) struct Receive {
     /// Taken from the queue and not yet used, at most as many as the queue has.
     held: VecDeque<Chain>,
+    /// What those have room for, in bytes, and in how many pieces.
+    room: usize,
+    pieces: usize,
+    /// As many of them a frame will fill, going by those before.
+    expected: usize,
+    /// For the end of a frame that fills more.
+    rest: Vec<u8>,
     /// Chains that were given back; their room is used again.
     spare: Vec<Chain>,
     /// A frame may be put into several buffers.
@@ -66,12 +75,16 @@ impl Receive {
         let large = features & F_GUEST_LARGE != 0;
         let frame = if large { FRAME_MAX } else { FRAME_MIN + 8 + usize::from(mtu) };
         self.longest = HEADER_BYTES + frame;
+        self.expected = 1;
+        // Memory that is not touched until a frame is longer than expected.
+        self.rest = vec![0; HEADER_BYTES + FRAME_MAX];
     }
 
     /// The driver has its buffers back.
     pub(super) fn stop(&mut self) {
         self.held.clear();
         self.spare.clear();
+        (self.room, self.pieces) = (0, 0);
     }
 
     /// Chains that there is memory for.
@@ -100,19 +113,17 @@ impl Receive {
         round: &mut Round<'_, T>,
     ) -> Result<Ended, ServeError> {
         let mut room = Room::default();
-        for chain in &self.held {
-            room.add(chain, round.memory)?;
-        }
         let mut vectors = Vectors::default();
         let now = Instant::now();
         for _ in 0..BATCH {
             if round.limit.wait(now).is_some() {
                 return Ok(Ended::Limited);
             }
-            if !self.collect(queue, round.memory, &mut room)? {
+            if !self.collect(queue, round.memory)? {
                 return Ok(Ended::NoRoom);
             }
-            let bytes = match vectors.read(round.tap, room.usable(), &mut [0]) {
+            room.become_of(self.held.iter().take(self.expected), round.memory)?;
+            let bytes = match vectors.read(round.tap, room.usable(), &mut self.rest) {
                 Ok(0) => return Ok(Ended::Gone),
                 Ok(bytes) => bytes,
                 Err(error) => match error.raw_os_error() {
@@ -126,10 +137,10 @@ impl Receive {
                 },
             };
             round.limit.take(bytes.saturating_sub(HEADER_BYTES), now);
-            if !(HEADER_BYTES + FRAME_MIN..=room.usable_bytes()).contains(&bytes) {
+            if bytes < HEADER_BYTES + FRAME_MIN || !self.spread(round.memory, &mut room, bytes)? {
                 queue.line().count_dropped();
             } else if round.filter.wants(Mac(room.get(HEADER_BYTES))) {
-                self.give(queue, round.memory, &mut room, bytes)?;
+                self.give(queue, round.memory, &room, bytes)?;
             }
         }
         Ok(Ended::Served)
@@ -137,13 +148,12 @@ impl Receive {
 
     /// Takes chains from the queue until the longest frame fits; `false` when the driver has to
     /// make more available.
-    fn collect<'m>(
+    fn collect(
         &mut self,
         queue: &mut DeviceQueue,
-        memory: &'m GuestMemory,
-        room: &mut Room<'m>,
+        memory: &GuestMemory,
     ) -> Result<bool, ServeError> {
-        while !self.suffices(queue, room) {
+        while !self.suffices(queue) {
             let mut chain = self.spare.pop().unwrap_or_default();
             if !queue.pop_or_arm_into(memory, &mut chain)? {
                 self.spare.push(chain);
@@ -153,18 +163,42 @@ impl Receive {
             if chain.readable.left() > 0 || chain.writable.left() < HEADER_BYTES {
                 return Err(ServeError::Request("receive buffer is not for writing or too short"));
             }
-            room.add(&chain, memory)?;
+            self.room += chain.writable.left();
+            self.pieces += chain.writable.pieces();
             self.held.push_back(chain);
         }
         Ok(true)
     }
 
-    fn suffices(&self, queue: &DeviceQueue, room: &Room<'_>) -> bool {
+    fn suffices(&self, queue: &DeviceQueue) -> bool {
         // Of a queue that is short of room for the longest frame half must do: a driver may wait
         // for that many to be used before it makes new ones available.
         let most = if self.mergeable { usize::from(queue.size() / 2).max(1) } else { 1 };
-        let full = self.held.len() >= most || room.slices().len() >= SLICES_MAX;
-        full || (room.bytes >= self.longest && !self.held.is_empty())
+        // A driver may cut its buffers into pieces without number.
+        let full = self.held.len() >= most || self.pieces >= RUNS_MAX;
+        full || (self.room >= self.longest && !self.held.is_empty())
+    }
+
+    /// Copies the end of a frame of `bytes` bytes to where it belongs; `false` if it is too long.
+    fn spread<'m>(
+        &self,
+        memory: &'m GuestMemory,
+        room: &mut Room<'m>,
+        bytes: usize,
+    ) -> Result<bool, QueueError> {
+        let direct = room.usable_bytes();
+        let Some(rest) = self.rest.get(..bytes.saturating_sub(direct)) else { return Ok(false) };
+        for chain in self.held.iter().skip(self.expected) {
+            if room.bytes >= bytes {
+                break;
+            }
+            room.add(chain, memory)?;
+        }
+        if room.bytes < bytes {
+            return Ok(false);
+        }
+        room.put(direct, rest);
+        Ok(true)
     }
 
     /// Lets the driver have the frame that is in the first `bytes` bytes of the room.
@@ -172,7 +206,7 @@ impl Receive {
         &mut self,
         queue: &mut DeviceQueue,
         memory: &GuestMemory,
-        room: &mut Room<'_>,
+        room: &Room<'_>,
         bytes: usize,
     ) -> Result<(), QueueError> {
         let mut left = bytes;
@@ -184,14 +218,16 @@ impl Receive {
             queue.fill(memory, count, (chain.head, filled))?;
             left -= filled;
             count += 1;
+            self.room -= chain.writable.left();
+            self.pieces -= chain.writable.pieces();
             self.spare.push(chain);
         }
         if !self.checksums {
-            room.put(FLAGS, [0]);
+            room.put(FLAGS, &[0]);
         }
-        room.put(BUFFERS, count.to_le_bytes());
-        let used = self.spare.iter().rev().take(usize::from(count));
-        room.skip(used.map(|chain| chain.writable.left()).sum());
+        room.put(BUFFERS, &count.to_le_bytes());
+        // More at once, fewer by and by.
+        self.expected = usize::from(count).max((3 * self.expected + usize::from(count)) / 4);
         queue.publish(memory, count)
     }
 }
@@ -205,52 +241,44 @@ fn gone(error: &io::Error) -> Ended {
 /// Slices that are read into at once; one more is for what does not fit.
 const SLICES_MAX: usize = RUNS_MAX - 1;
 
-/// The chains that are held, as host memory, front to back.
+/// The first chains of those that are held, as host memory, front to back.
 #[derive(Default)]
 struct Room<'m> {
-    all: Vec<VolatileSlice<'m>>,
-    /// As many are used.
-    skipped: usize,
-    /// In those that are not.
+    slices: Vec<VolatileSlice<'m>>,
+    /// In all of them.
     bytes: usize,
 }
 
 impl<'m> Room<'m> {
+    fn become_of<'c>(
+        &mut self,
+        chains: impl Iterator<Item = &'c Chain>,
+        memory: &'m GuestMemory,
+    ) -> Result<(), QueueError> {
+        self.slices.clear();
+        self.bytes = 0;
+        for chain in chains {
+            self.add(chain, memory)?;
+        }
+        Ok(())
+    }
+
     fn add(&mut self, chain: &Chain, memory: &'m GuestMemory) -> Result<(), QueueError> {
-        chain.writable.gather(memory, &mut self.all)?;
+        chain.writable.gather(memory, &mut self.slices)?;
         self.bytes += chain.writable.left();
         Ok(())
     }
 
-    fn slices(&self) -> &[VolatileSlice<'m>] {
-        self.all.get(self.skipped..).unwrap_or_default()
-    }
-
     /// Those that one call takes.
     fn usable(&self) -> &[VolatileSlice<'m>] {
-        let slices = self.slices();
-        slices.get(..SLICES_MAX).unwrap_or(slices)
+        self.slices.get(..SLICES_MAX).unwrap_or(&self.slices)
     }
 
     fn usable_bytes(&self) -> usize {
+        if self.slices.len() <= SLICES_MAX {
+            return self.bytes;
+        }
         self.usable().iter().map(VolatileSlice::len).sum()
-    }
-
-    /// Forgets so many bytes, which are whole slices.
-    fn skip(&mut self, bytes: usize) {
-        self.bytes -= bytes;
-        let mut left = bytes;
-        while left > 0
-            && let Some(slice) = self.all.get(self.skipped)
-        {
-            left -= slice.len();
-            self.skipped += 1;
-        }
-        // A driver may cut its buffers into pieces without number.
-        if self.skipped > RUNS_MAX {
-            self.all.drain(..self.skipped);
-            self.skipped = 0;
-        }
     }
 
     /// Copies out of a frame.
@@ -264,14 +292,17 @@ impl<'m> Room<'m> {
     }
 
     /// Changes a frame.
-    fn put<const N: usize>(&self, offset: usize, bytes: [u8; N]) {
-        self.visit(offset, N, |slice, at| slice.copy_from(&bytes[at..at + slice.len()]));
+    fn put(&self, offset: usize, bytes: &[u8]) {
+        self.visit(offset, bytes.len(), |slice, at| slice.copy_from(&bytes[at..at + slice.len()]));
     }
 
     /// Shows the parts of a range that exist, each with its place in it.
     fn visit(&self, offset: usize, len: usize, mut each: impl FnMut(VolatileSlice<'m>, usize)) {
         let (mut skip, mut done) = (offset, 0);
-        for slice in self.slices() {
+        for slice in &self.slices {
+            if done == len {
+                break;
+            }
             let part = (len - done).min(slice.len().saturating_sub(skip));
             if part > 0
                 && let Ok(found) = slice.subslice(skip, part)
@@ -280,9 +311,6 @@ impl<'m> Room<'m> {
                 (skip, done) = (0, done + part);
             } else {
                 skip -= slice.len().min(skip);
-            }
-            if done == len {
-                break;
             }
         }
     }

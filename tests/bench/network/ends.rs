@@ -2,6 +2,10 @@
 //!
 //! The near end runs in each contender and does what the far end asks for over TCP, one letter and
 //! then the matter itself. Both send and count datagrams with the same code.
+//!
+//! Whoever counts tells so now and then, and whoever sends is never far ahead of that. Without it most
+//! datagrams are lost where a kernel has no time left for the process that would read them, and what
+//! is counted says how that falls out, not how many get through.
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
@@ -25,12 +29,15 @@ const FLOOD: u8 = b'f';
 /// Bytes of a datagram.
 const DATAGRAM: [u8; 64] = [0x5a; 64];
 /// How long datagrams are counted, from the first on.
-const WINDOW: Duration = Duration::from_millis(500);
+const WINDOW: Duration = Duration::from_millis(1000);
 /// How long they are sent, so that they do not end before the count does.
-const FLOODED: Duration = Duration::from_millis(700);
-/// Datagrams after which the sender lets others run: with one processor it would otherwise measure
-/// how long a turn is.
-const BATCH: usize = 32;
+const FLOODED: Duration = Duration::from_millis(1400);
+/// Datagrams after which whoever counts tells so.
+const TOLD: u64 = 32;
+/// As many may be on their way: a socket has room for them.
+const AHEAD: u64 = 128;
+/// After that time what has not been counted is lost.
+const LOST: Duration = Duration::from_millis(50);
 /// Bytes that go to and fro, and how many of them come before it counts.
 const TURNS: usize = 1000;
 const WARM_UP: usize = 50;
@@ -125,27 +132,38 @@ fn ping_pong(mut stream: TcpStream) -> Result<[f64; 2]> {
 fn count(socket: &UdpSocket) -> Result<f64> {
     let mut bytes = [0; 2 * DATAGRAM.len()];
     socket.set_read_timeout(Some(PATIENCE))?;
-    socket.recv(&mut bytes).context("no datagram came")?;
+    let (_, sender) = socket.recv_from(&mut bytes).context("no datagram came")?;
     // A flood that ends early is counted by how long this takes.
     socket.set_read_timeout(Some(WINDOW))?;
     let begun = Instant::now();
-    let mut counted = 0_u32;
+    let mut counted = 1_u64;
     while begun.elapsed() < WINDOW && socket.recv(&mut bytes).is_ok() {
         counted += 1;
+        if counted.is_multiple_of(TOLD) {
+            // As lost as any other: the next one says more.
+            let _ = socket.send_to(&counted.to_le_bytes(), sender);
+        }
     }
-    Ok(f64::from(counted) / begun.elapsed().as_secs_f64())
+    Ok(counted as f64 / begun.elapsed().as_secs_f64())
 }
 
-/// Sends datagrams as fast as they go.
+/// Sends datagrams as fast as they are counted.
 fn flood(to: SocketAddr) -> Result<()> {
     let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
+    socket.set_read_timeout(Some(LOST))?;
     let begun = Instant::now();
+    let (mut sent, mut lost, mut counted) = (0_u64, 0_u64, 0_u64);
     while begun.elapsed() < FLOODED {
-        for _ in 0..BATCH {
-            // Full queues refuse some, and whoever has counted enough does not listen any more.
+        while sent - lost - counted < AHEAD {
+            // Whoever has counted enough does not listen any more.
             let _ = socket.send_to(&DATAGRAM, to);
+            sent += 1;
         }
-        thread::yield_now();
+        let mut told = [0; 8];
+        match socket.recv(&mut told) {
+            Ok(_) => counted = u64::from_le_bytes(told).clamp(counted, sent - lost),
+            Err(_) => lost = sent - counted,
+        }
     }
     Ok(())
 }

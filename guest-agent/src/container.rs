@@ -12,12 +12,13 @@
 use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use bulkhead_protocol::agent::{Disk, ProcessInfo, Streams};
+use bulkhead_protocol::agent::{Descriptor, Disk, ProcessInfo, Streams};
 use oci_spec::runtime::{LinuxResources, Process, Spec};
 use rustix::fs::{Uid, fchown};
 use rustix::process::Pid;
@@ -30,8 +31,10 @@ use tokio_vsock::VsockStream;
 use crate::cgroup::Cgroup;
 use crate::copy_up::CopiedUp;
 use crate::creator::{self, Place};
+use crate::descriptors;
 use crate::disks::{self, DiskError};
 use crate::hooks::Hooks;
+use crate::inherit;
 use crate::io::{self as streams, Meeting, Pipes, StreamError};
 use crate::process::{Exit, Reaper, Waiter, send_signal};
 use crate::report::{self, Line};
@@ -93,6 +96,7 @@ pub(crate) struct Order {
     pub(crate) container_id: String,
     pub(crate) spec_json: Vec<u8>,
     pub(crate) streams: Streams,
+    pub(crate) descriptors: Vec<Descriptor>,
     pub(crate) disks: Vec<Disk>,
     pub(crate) bundle: String,
 }
@@ -300,7 +304,7 @@ impl Containers {
 
     /// Makes a container whose id is reserved, or leaves nothing of it.
     async fn make(&self, order: Order) -> Result<Container, ContainerError> {
-        let Order { container_id: id, spec_json, streams, disks, bundle } = order;
+        let Order { container_id: id, spec_json, streams, descriptors, disks, bundle } = order;
         self.share.mount().await.map_err(failed("mount the share"))?;
         let preparing = id.clone();
         let terminal = streams.terminal.is_some();
@@ -311,7 +315,7 @@ impl Containers {
         });
         let prepared = prepared.await;
         let prepared = prepared.map_err(|e| failed("read the specification")(e.into()))??;
-        match self.create_connected(&id, &bundle, prepared, streams).await {
+        match self.create_connected(&id, &bundle, prepared, (streams, descriptors)).await {
             Ok((made, terminal)) => Ok(Container::new(id, made, terminal)),
             Err(error) => {
                 if let Err(error) = remove(&id).await {
@@ -328,7 +332,7 @@ impl Containers {
         id: &str,
         bundle: &str,
         prepared: Prepared,
-        mut streams: Streams,
+        (mut streams, descriptors): (Streams, Vec<Descriptor>),
     ) -> Result<(Made, Option<Terminal>), ContainerError> {
         let place = Place::of(id);
         let Prepared { mut spec, stream_owner, network_settings } = prepared;
@@ -354,8 +358,9 @@ impl Containers {
         let spec = serde_json::to_vec(&spec).map_err(SpecError::from)?;
         fs::write(place.config(), spec).map_err(failed("write the bundle"))?;
         let arguments = [creator::VERB, id];
+        let ends = (streams, descriptors);
         let (made, connected) =
-            self.make_process(&arguments, stream_owner, &place.bundle, streams).await?;
+            self.make_process(&arguments, stream_owner, &place.bundle, ends).await?;
         Ok((made, connected?))
     }
 
@@ -366,13 +371,18 @@ impl Containers {
         arguments: &[&str],
         stream_owner: u32,
         directory: &Path,
-        streams: Streams,
+        (streams, descriptors): (Streams, Vec<Descriptor>),
     ) -> Result<(Made, Result<Option<Terminal>, StreamError>), ContainerError> {
         let Streams { stdin, stdout, stderr, terminal } = streams;
         let awaited = terminal.map(|asked| Awaited::listen(directory, &asked)).transpose()?;
         let (pipes, stdio) = Pipes::new([&stdin, &stdout, &stderr])?;
-        let command = command(arguments, stdio, stream_owner)?;
-        let connecting = pipes.connect(&self.meeting);
+        // Files are opened, which may be slow to come from the host.
+        let prepared = spawn_blocking(move || descriptors::prepare(&descriptors)).await;
+        let (relays, theirs) = prepared.map_err(|e| failed("open descriptors")(e.into()))??;
+        let command = command(arguments, stdio, &theirs, stream_owner)?;
+        drop(theirs);
+        let connecting =
+            async { tokio::try_join!(pipes.connect(&self.meeting), relays.connect(&self.meeting)) };
         tokio::pin!(connecting);
         let report = directory.join(report::FILE);
         let creating = self.run_creator(command, &report);
@@ -389,7 +399,7 @@ impl Containers {
             match connected {
                 Some(connected) => connected?,
                 None => connecting.await?,
-            }
+            };
             match awaited {
                 Some(awaited) => Ok(Some(awaited.connect(&self.meeting).await?)),
                 None => Ok(None),
@@ -470,9 +480,11 @@ impl Container {
 fn command(
     arguments: &[&str],
     stdio: streams::Stdio,
+    descriptors: &[OwnedFd],
     owner: u32,
 ) -> Result<Command, ContainerError> {
     let mut command = Command::new("/proc/self/exe");
+    inherit::hand_down(&mut command, descriptors).map_err(failed("hand descriptors down"))?;
     command.args(arguments).env_clear().current_dir("/");
     let mut given = [Stdio::null(), Stdio::null(), Stdio::null()];
     for (slot, end) in given.iter_mut().zip([stdio.stdin, stdio.stdout, stdio.stderr]) {

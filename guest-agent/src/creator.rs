@@ -88,15 +88,16 @@ enum CreateError {
     Directory(PathBuf, #[source] std::io::Error),
 }
 
-/// Creates the container and reports how it went.
-pub(crate) fn main(container_id: &str) -> ExitCode {
+/// Creates the container, whose init gets so many descriptors beyond the standard streams, and reports
+/// how it went.
+pub(crate) fn main(container_id: &str, descriptors: i32) -> ExitCode {
     let place = Place::of(container_id);
     let Ok(report) = Report::open(&place.report()) else {
         return ExitCode::FAILURE;
     };
     log_to(&place.report());
     let report = Rc::new(report);
-    conclude(&report, create(container_id, &place, Rc::clone(&report)))
+    conclude(&report, create(container_id, &place, descriptors, Rc::clone(&report)))
 }
 
 /// Reports the pid that was made, or why none was.
@@ -143,7 +144,12 @@ fn sentence(fields: &Map<String, Value>) -> String {
     sentence
 }
 
-fn create(container_id: &str, place: &Place, report: Rc<Report>) -> Result<i32, CreateError> {
+fn create(
+    container_id: &str,
+    place: &Place,
+    descriptors: i32,
+    report: Rc<Report>,
+) -> Result<i32, CreateError> {
     let spec = Spec::load(place.config())?;
     let terminal = spec.process().as_ref().and_then(Process::terminal) == Some(true);
     let hooks = Hooks::read(place).map_err(CreateError::Hooks)?;
@@ -152,6 +158,7 @@ fn create(container_id: &str, place: &Place, report: Rc<Report>) -> Result<i32, 
         .with_root_path(Place::STATES)?
         .with_executor(Program::of_init(report, hooks.map(Rc::new)))
         .with_console_socket(terminal.then_some(console))
+        .with_preserved_fds(descriptors)
         .as_init(&place.bundle)
         .with_systemd(false)
         .build()?;

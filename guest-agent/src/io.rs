@@ -1,4 +1,4 @@
-//! Standard streams: one raw vsock connection each, matched by its [`StreamHeader`] to the process
+//! Streams of processes: one raw vsock connection each, matched by its [`StreamHeader`] to the process
 //! that it belongs to, and copied from or to that process's pipe with half-close in both directions.
 //!
 //! A connection and the call that names it may come in either order; each waits [`PATIENCE`] for the
@@ -13,7 +13,7 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use bulkhead_protocol::StreamHeader;
+use bulkhead_protocol::{DESCRIPTORS_MAX, StreamHeader};
 use rustix::pipe::{PipeFlags, pipe_with};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, Interest};
 use tokio::net::unix::pipe;
@@ -23,8 +23,9 @@ use tokio_vsock::{VsockListener, VsockStream};
 
 /// How long a connection waits for its call, and a call for its connection.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
-/// How many connections may be open that no call has claimed.
-const UNCLAIMED: usize = 64;
+/// How many connections may be open that no call has claimed: those of a few processes that are given
+/// all that one can have.
+const UNCLAIMED: usize = 4 * (DESCRIPTORS_MAX + 3);
 /// The most bytes that one step of a copy moves: what a pipe holds.
 const CHUNK: usize = 64 << 10;
 
@@ -37,11 +38,15 @@ pub(crate) enum StreamError {
     Taken { stream: Kind },
     #[error("{stream} was not connected in {} seconds", PATIENCE.as_secs())]
     Missing { stream: Kind },
-    #[error("{stream} cannot be made a pipe")]
+    #[error("{stream} cannot be made, or opened")]
     Pipe { stream: Kind, source: io::Error },
+    #[error("{stream} is of no kind")]
+    NoKind { stream: Kind },
+    #[error("{0} descriptors; a process gets {DESCRIPTORS_MAX} at most")]
+    TooMany(usize),
 }
 
-/// Which of a process's standard streams.
+/// Which of a process's streams.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Kind {
     Stdin,
@@ -49,6 +54,8 @@ pub(crate) enum Kind {
     Stderr,
     /// All three, see [`crate::terminal`].
     Terminal,
+    /// One beyond them, see [`crate::descriptors`].
+    Descriptor(u32),
 }
 
 impl fmt::Display for Kind {
@@ -58,6 +65,7 @@ impl fmt::Display for Kind {
             Self::Stdout => "stdout",
             Self::Stderr => "stderr",
             Self::Terminal => "terminal",
+            Self::Descriptor(number) => return write!(f, "descriptor {number}"),
         })
     }
 }
@@ -247,7 +255,7 @@ impl Pipes {
         let stderr = claim(meeting, self.stderr, Kind::Stderr);
         let (stdin, stdout, stderr) = tokio::try_join!(stdin, stdout, stderr)?;
         if let Some((connection, pipe)) = stdin {
-            tokio::spawn(feed(connection, pipe));
+            tokio::spawn(feed(Kind::Stdin, connection, pipe));
         }
         if let Some((connection, pipe)) = stdout {
             tokio::spawn(drain(Kind::Stdout, pipe, connection));
@@ -282,11 +290,11 @@ fn new_pipe() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok(pipe_with(PipeFlags::CLOEXEC)?)
 }
 
-/// Copies the host's bytes into a process's standard input, then closes it. Ends early when the
+/// Copies the host's bytes into a pipe that a process reads, then closes it. Ends early when the
 /// process has closed it.
-async fn feed(mut connection: VsockStream, mut pipe: pipe::Sender) {
+pub(crate) async fn feed(stream: Kind, mut connection: VsockStream, mut pipe: pipe::Sender) {
     let copied = feed_all(&mut connection, &mut pipe).await;
-    log_end(Kind::Stdin, copied);
+    log_end(stream, copied);
 }
 
 async fn feed_all<R>(connection: &mut R, pipe: &mut pipe::Sender) -> io::Result<()>

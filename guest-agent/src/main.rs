@@ -14,11 +14,13 @@ mod clock;
 mod container;
 mod copy_up;
 mod creator;
+mod descriptors;
 mod device_directories;
 mod disks;
 mod executor;
 mod hooks;
 mod hotplug;
+mod inherit;
 mod init;
 mod io;
 mod logging;
@@ -38,11 +40,14 @@ use std::env;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    let arguments: Vec<String> = env::args().skip(1).collect();
+    let mut arguments: Vec<String> = env::args().skip(1).collect();
+    let Ok(descriptors) = inherit::settle(&mut arguments) else {
+        return ExitCode::FAILURE;
+    };
     match arguments.as_slice() {
-        [verb, container_id] if verb == creator::VERB => creator::main(container_id),
+        [verb, container_id] if verb == creator::VERB => creator::main(container_id, descriptors),
         [verb, container_id, exec_id] if verb == tenant::VERB => {
-            tenant::main(container_id, exec_id)
+            tenant::main(container_id, exec_id, descriptors)
         }
         [verb, container_id] if verb == hooks::VERB => hooks::main(container_id),
         _ => init::main(),

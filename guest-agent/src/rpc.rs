@@ -109,10 +109,10 @@ impl Agent for Calls {
         &self,
         request: Request<CreateRequest>,
     ) -> Result<Response<CreateReply>, Status> {
-        let CreateRequest { container_id, spec_json, streams, disks, bundle } =
+        let CreateRequest { container_id, spec_json, streams, disks, bundle, descriptors } =
             request.into_inner();
         let streams = streams.unwrap_or_default();
-        let order = Order { container_id, spec_json, streams, disks, bundle };
+        let order = Order { container_id, spec_json, streams, descriptors, disks, bundle };
         let pid = self.containers.create(order).await?;
         Ok(Response::new(CreateReply { pid }))
     }
@@ -165,9 +165,10 @@ impl Agent for Calls {
     }
 
     async fn exec(&self, request: Request<ExecRequest>) -> Result<Response<ExecReply>, Status> {
-        let ExecRequest { container_id, exec_id, process_json, streams } = request.into_inner();
+        let ExecRequest { container_id, exec_id, process_json, streams, descriptors } =
+            request.into_inner();
         let streams = streams.unwrap_or_default();
-        let order = ExecOrder { container_id, exec_id, process_json, streams };
+        let order = ExecOrder { container_id, exec_id, process_json, streams, descriptors };
         let pid = self.containers.exec(order).await?;
         Ok(Response::new(ExecReply { pid }))
     }

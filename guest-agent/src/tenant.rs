@@ -52,8 +52,9 @@ enum TenantError {
     Json(#[from] serde_json::Error),
 }
 
-/// Adds the process and reports how it went.
-pub(crate) fn main(container_id: &str, exec_id: &str) -> ExitCode {
+/// Adds the process, which gets so many descriptors beyond the standard streams, and reports how it
+/// went.
+pub(crate) fn main(container_id: &str, exec_id: &str, descriptors: i32) -> ExitCode {
     let place = Place::of(container_id);
     let directory = place.exec(exec_id);
     let path = directory.join(report::FILE);
@@ -62,13 +63,14 @@ pub(crate) fn main(container_id: &str, exec_id: &str) -> ExitCode {
     };
     creator::log_to(&path);
     let report = Rc::new(report);
-    creator::conclude(&report, join(container_id, &place, &directory, Rc::clone(&report)))
+    let joined = join(container_id, (&place, &directory), descriptors, Rc::clone(&report));
+    creator::conclude(&report, joined)
 }
 
 fn join(
     container_id: &str,
-    place: &Place,
-    directory: &Path,
+    (place, directory): (&Place, &Path),
+    descriptors: i32,
     report: Rc<Report>,
 ) -> Result<i32, TenantError> {
     let path = directory.join(PROCESS);
@@ -96,6 +98,7 @@ fn join(
         .with_root_path(directory)?
         .with_executor(Program::confined(report, confinement))
         .with_console_socket(has_terminal.then_some(console))
+        .with_preserved_fds(descriptors)
         .as_tenant()
         .with_detach(true)
         .with_sub_cgroup(below.map(|path| path.to_string_lossy().into_owned()))

@@ -1,6 +1,6 @@
 //! The contract between the supervisor on the host and the agent inside the guest.
 //!
-//! Calls are gRPC over one vsock connection to [`AGENT_PORT`]; see `agent.proto`. Standard streams
+//! Calls are gRPC over one vsock connection to [`AGENT_PORT`]; see `agent.proto`. Streams of processes
 //! do not cross as calls: each is a raw vsock stream to [`STREAM_PORT`] that opens with a
 //! [`StreamHeader`]. The host always dials; the guest only listens.
 //!
@@ -19,16 +19,19 @@ pub mod agent {
 pub const VERSION: u32 = 7;
 /// The vsock port on which the agent serves its calls.
 pub const AGENT_PORT: u32 = 1024;
-/// The vsock port on which the agent accepts standard streams.
+/// The vsock port on which the agent accepts streams of processes.
 pub const STREAM_PORT: u32 = 1025;
 /// The largest message that either side accepts.
 pub const MAX_MESSAGE_BYTES: usize = 4 << 20;
+/// The most descriptors that a process gets beyond its standard streams: with those, no more than
+/// a message between processes of the host carries, and than streams may wait for a call in the guest.
+pub const DESCRIPTORS_MAX: usize = 61;
 /// The tag of the virtio-fs device that shares the pod's files.
 pub const SHARE_TAG: &str = "bulkhead";
 /// Where the agent mounts the shared files in the guest.
 pub const SHARE_DIR: &str = "/run/bulkhead/share";
 
-/// Names one standard stream: the first 16 bytes on a connection to [`STREAM_PORT`].
+/// Names one stream of a process: the first 16 bytes on a connection to [`STREAM_PORT`].
 ///
 /// The host draws a fresh random value for each stream and names it in the call that creates the
 /// process; the two may arrive in either order. After the header the stream is the process's raw

@@ -12,8 +12,8 @@ use bulkhead_protocol::agent::agent_client::AgentClient;
 use bulkhead_protocol::agent::{
     ConfigureRequest, CreateRequest, DeleteRequest, ExecRequest, HelloRequest, KillRequest,
     NameQuery, NamesRequest, PauseRequest, ProcessInfo, ProcessesRequest, ReleaseRequest,
-    RescanRequest, ResizeRequest, ResumeRequest, StartProcessorsRequest, StartRequest, Streams,
-    SyncRequest, UpdateRequest, WaitReply, WaitRequest,
+    RescanRequest, ResizeRequest, ResumeRequest, StartProcessorsRequest, StartRequest, SyncRequest,
+    UpdateRequest, WaitReply, WaitRequest,
 };
 use bulkhead_protocol::{MAX_MESSAGE_BYTES, VERSION};
 use hyper_util::rt::TokioIo;
@@ -152,14 +152,7 @@ impl Agent {
     ///
     /// # Errors
     /// When the guest cannot.
-    pub async fn exec(
-        &self,
-        target: Target<'_>,
-        process_json: Vec<u8>,
-        streams: Streams,
-    ) -> Result<u32, AgentError> {
-        let (container_id, exec_id) = target.names();
-        let request = ExecRequest { container_id, exec_id, process_json, streams: Some(streams) };
+    pub async fn exec(&self, request: ExecRequest) -> Result<u32, AgentError> {
         let mut client = self.client.clone();
         Ok(within(CREATE, "Exec", client.exec(request)).await?.pid)
     }

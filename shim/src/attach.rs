@@ -22,6 +22,7 @@ use tokio::sync::Mutex;
 use tokio::time::timeout;
 
 use crate::channel::Channel;
+use crate::preserved::Descriptor;
 use crate::process::Process;
 
 /// How long the caller may take to attach.
@@ -68,6 +69,8 @@ pub enum FromStandIn {
         exec: String,
         /// It was started to stay behind, and is no caller's own process.
         detached: bool,
+        /// What it has beyond them. The files among it ride along, each as a mount of its own.
+        descriptors: Vec<Descriptor>,
     },
     /// From then on.
     #[serde(untagged)]
@@ -88,7 +91,8 @@ pub enum Said {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ToStandIn {
-    /// The streams that were wanted ride along, in the order of [`Wants`].
+    /// The streams that were wanted ride along, in the order of [`Wants`]; behind them those of
+    /// descriptors.
     Streams,
     /// The process has ended; its streams end by themselves.
     Exited {
@@ -133,8 +137,12 @@ pub struct StandIn {
     pub process: Process,
     /// What it has.
     pub wants: Wants,
+    /// What it has beyond that.
+    pub descriptors: Vec<Descriptor>,
     /// It belongs to the pod, not to a caller.
     pub detached: bool,
+    /// The files among its descriptors.
+    mounts: Mutex<Vec<OwnedFd>>,
 }
 
 /// Where stand-ins connect: each is kept until the process that it stands for is asked for.
@@ -186,12 +194,19 @@ impl StandIn {
         let peer = socket_peercred(&socket)?.pid.as_raw_nonzero().get().cast_unsigned();
         let process = Process::find(peer)?;
         let channel = Channel::new(socket)?;
-        match channel.receive_json().await? {
-            Some(FromStandIn::Attach { wants, exec, detached }) => {
-                Ok((exec, Self { channel, process, wants, detached }))
+        let message = channel.receive().await?.ok_or(io::ErrorKind::InvalidData)?;
+        match serde_json::from_slice(&message.bytes)? {
+            FromStandIn::Attach { wants, exec, detached, descriptors } => {
+                let mounts = Mutex::new(message.descriptors);
+                Ok((exec, Self { channel, process, wants, descriptors, detached, mounts }))
             }
-            _ => Err(io::ErrorKind::InvalidData.into()),
+            FromStandIn::Said(_) => Err(io::ErrorKind::InvalidData.into()),
         }
+    }
+
+    /// The files among its descriptors, each as a mount of its own; they can be taken once.
+    pub async fn take_mounts(&self) -> Vec<OwnedFd> {
+        std::mem::take(&mut *self.mounts.lock().await)
     }
 
     /// Hands it its streams.
@@ -238,7 +253,7 @@ mod tests {
         let greet = |client: &OwnedFd, exec: &str| {
             let wants = Wants { stdout: true, ..Wants::default() };
             let exec = exec.to_owned();
-            let hello = FromStandIn::Attach { wants, exec, detached: false };
+            let hello = FromStandIn::Attach { wants, exec, detached: false, descriptors: vec![] };
             seqpacket::send(client, &serde_json::to_vec(&hello).unwrap(), &[]).unwrap();
         };
         greet(&other, "other");

@@ -188,11 +188,11 @@ impl Container {
             self.attach_network(&mut life.state, &bundle, &pod, &stand_in).await?;
         }
         let phase = Phase::begin("container create");
-        let (init, streams) = self.create_in_guest(&pod, &stand_in, &plan).await?;
+        let (init, sockets) = self.create_in_guest(&pod, &stand_in, &plan).await?;
         if first && limits.has_quota() {
             host.cgroup.limit(limits.whole())?;
         }
-        stand_in.hand_over(&streams).await.map_err(ContainerError::StandIn)?;
+        stand_in.hand_over(&sockets).await.map_err(ContainerError::StandIn)?;
         phase.end();
         self.sandbox.settle(self.home.id(), init, &pod).await;
         life.state.stand_in = Some(stand_in.process);
@@ -303,18 +303,19 @@ impl Container {
         plan: &Plan,
     ) -> Result<(u32, Vec<UnixStream>), ContainerError> {
         let disks = pod.attach_disks(&plan.disks).await?;
-        let (streams, sockets) = proxy::open_streams(pod, stand_in.wants).await?;
+        let ends = proxy::open(pod, stand_in).await?;
         let request = CreateRequest {
             container_id: self.home.id().to_string(),
             spec_json: plan.spec_json.clone(),
-            streams: Some(streams),
+            streams: Some(ends.streams),
+            descriptors: ends.descriptors,
             disks,
             bundle: plan.bundle.display().to_string(),
         };
         let hooks = plan.hooks.create_container().iter().flatten();
         tokio::select! {
             created = pod.agent.create(request, hooks.map(bulkhead_hooks::patience).sum()) => {
-                Ok((created?, sockets))
+                Ok((created?, ends.sockets))
             }
             words = pod.broken() => Err(PodError::Machine(MachineError::Ended(words)).into()),
         }

@@ -10,6 +10,7 @@ use std::io::ErrorKind;
 use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use bulkhead_protocol::agent::ExecRequest;
 use thiserror::Error;
 use tokio::sync::{RwLock, RwLockReadGuard};
 
@@ -19,7 +20,7 @@ use crate::container::{Container, ContainerError};
 use crate::lifecycle::Status;
 use crate::pod::Pod;
 use crate::process::Process;
-use crate::proxy;
+use crate::proxy::{self, Ends};
 
 /// The most processes of a container that are named or run at once.
 const EXECS_MAX: usize = 4096;
@@ -191,11 +192,15 @@ impl Container {
     ) -> Result<(Arc<Pod>, StandIn), ContainerError> {
         let pod = self.pod().await?;
         self.adopt(&stand_in).await?;
-        let (streams, sockets) = proxy::open_streams(&pod, stand_in.wants).await?;
-        let target = Target { container: self.home().id(), exec: name };
+        let Ends { streams, descriptors, sockets, lent } = proxy::open(&pod, &stand_in).await?;
+        let (container_id, exec_id) = (self.home().id().to_string(), name.to_owned());
+        let streams = Some(streams);
+        let request = ExecRequest { container_id, exec_id, process_json, streams, descriptors };
         pod.follow_network().await;
-        pod.agent.exec(target, process_json, streams).await?;
+        pod.agent.exec(request).await?;
+        drop(lent);
         if let Err(error) = stand_in.hand_over(&sockets).await {
+            let target = Target { container: self.home().id(), exec: name };
             // Nobody is there to stand for it.
             let _ = pod.agent.kill(target, 9, false).await;
             return Err(ContainerError::StandIn(error));

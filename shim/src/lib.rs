@@ -10,6 +10,7 @@
 //!   `user_namespace`: what the owners of a shared mount are mapped by.
 //! - [`attach`], [`relay`], [`network`], `proxy`, [`stand_in`]: a process of the host that stands for one of the
 //!   guest, its streams, and the two tied together. [`terminal`]: where the streams are a terminal.
+//!   [`preserved`]: what a caller passes beside them.
 //!   `own_text`: what such a process does not keep mapped while it waits.
 
 pub mod agent;
@@ -36,6 +37,7 @@ pub mod network;
 pub mod oom;
 mod own_text;
 pub mod pod;
+pub mod preserved;
 pub mod process;
 mod proxy;
 pub mod relay;

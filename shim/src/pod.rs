@@ -23,7 +23,7 @@ use tokio::time::{sleep, timeout};
 
 use crate::agent::{Agent, AgentError, Target};
 use crate::assets::{AssetError, Assets};
-use crate::bundle::{DISKS_MAX, Disk, MachineSize, Plan, Shared};
+use crate::bundle::{DISKS_MAX, Disk, Kind, MachineSize, Plan, Shared};
 use crate::file_server::{FileServer, FileServerError};
 use crate::growth::{Growth, GrowthError};
 use crate::id::ContainerId;
@@ -41,7 +41,7 @@ use crate::vm::{self, Machine, MachineError, Parts};
 const BOOT_PATIENCE: Duration = Duration::from_secs(30);
 /// The environment variable with another patience, in seconds, for hosts that are emulated.
 const BOOT_SECONDS: &str = "BULKHEAD_BOOT_TIMEOUT";
-/// How long the agent may take to accept a standard stream.
+/// How long the agent may take to accept a stream of a process.
 const STREAM_PATIENCE: Duration = Duration::from_secs(30);
 /// How long a container that leaves a pod may take to be gone from it.
 const DISMISSAL: Duration = Duration::from_secs(60);
@@ -195,6 +195,17 @@ impl Pod {
         Ok(self.file_server.show(Files::prepare(shared)?, place)?)
     }
 
+    /// Shows files that are mounts already ([`crate::share::alone`]) for as long as the value lives that is
+    /// given: the name of each there is its number.
+    ///
+    /// # Errors
+    /// Names the path that failed.
+    pub fn lend(&self, mounts: Vec<(Kind, OwnedFd)>) -> Result<Lent<'_>, PodError> {
+        let lent = Lent { pod: self, place: self.take_place()? };
+        self.file_server.show(Files::given(mounts)?, lent.place)?;
+        Ok(lent)
+    }
+
     /// Takes a container out of the pod, which goes on without it.
     pub async fn dismiss(&self, id: &ContainerId, place: Place) {
         let removed = async {
@@ -224,7 +235,7 @@ impl Pod {
         vec![self.machine.process(), self.file_server.process()]
     }
 
-    /// Opens a standard stream; the header names it to the agent.
+    /// Opens a stream of a process; the header names it to the agent.
     ///
     /// # Errors
     /// When the agent does not accept it in time.
@@ -232,7 +243,7 @@ impl Pod {
         let mut stream = self.machine.open_stream(STREAM_PORT, STREAM_PATIENCE).await?;
         let mut header = [0; StreamHeader::LEN];
         let sent = random(&mut header).and_then(|()| io::Write::write_all(&mut stream, &header));
-        sent.map_err(|error| PodError::Io("standard stream", error))?;
+        sent.map_err(|error| PodError::Io("stream of a process", error))?;
         Ok((StreamHeader(header), stream))
     }
 
@@ -385,6 +396,29 @@ async fn follow(pod: Weak<Pod>, bell: Bell) {
     while bell.rung().await.is_ok() {
         let Some(pod) = pod.upgrade() else { return };
         pod.follow_network().await;
+    }
+}
+
+/// Files that are shown for a while. Who has opened one keeps it.
+#[derive(Debug)]
+pub struct Lent<'a> {
+    pod: &'a Pod,
+    place: Place,
+}
+
+impl Lent<'_> {
+    /// Where they are in the share.
+    #[must_use]
+    pub fn directory(&self) -> PathBuf {
+        self.place.directory()
+    }
+}
+
+impl Drop for Lent<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = self.pod.leave_place(self.place) {
+            tracing::debug!(error = %error, "lent files were not shown");
+        }
     }
 }
 

@@ -4,12 +4,15 @@ use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use bulkhead_protocol::StreamHeader;
-use bulkhead_protocol::agent::{Streams, Terminal};
+use bulkhead_protocol::agent::descriptor::Kind as Asked;
+use bulkhead_protocol::agent::{Descriptor, SharedFile, Streams, Terminal};
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::agent::Target;
 use crate::attach::{Said, StandIn, TerminalSize, Wants};
-use crate::pod::{Pod, PodError};
+use crate::bundle;
+use crate::pod::{Lent, Pod, PodError};
+use crate::preserved::Kind;
 use crate::state::Exit;
 use crate::timestamp;
 
@@ -20,14 +23,64 @@ const KILL_PATIENCE: Duration = Duration::from_secs(20);
 /// How long the machine's end may take to be known once its agent does not answer.
 const EXPLANATION: Duration = Duration::from_secs(1);
 
+/// What a process is made with, and its stand-in gets.
+#[derive(Debug)]
+pub(crate) struct Ends<'a> {
+    /// The standard streams, for the agent.
+    pub(crate) streams: Streams,
+    /// What is beyond them, for the agent.
+    pub(crate) descriptors: Vec<Descriptor>,
+    /// The host's ends of all that are streams, for the stand-in.
+    pub(crate) sockets: Vec<UnixStream>,
+    /// The files among the descriptors, which the agent opens; then they need not be there any more.
+    pub(crate) lent: Option<Lent<'a>>,
+}
+
+/// Opens what a stand-in has for its process.
+///
+/// # Errors
+/// When the agent does not accept a stream, or a file cannot be shown to it.
+pub(crate) async fn open<'a>(pod: &'a Pod, stand_in: &StandIn) -> Result<Ends<'a>, PodError> {
+    let (streams, mut sockets) = open_streams(pod, stand_in.wants).await?;
+    let mut shared = stand_in.descriptors.iter().filter_map(|descriptor| match descriptor.kind {
+        Kind::File { .. } => Some(bundle::Kind::File),
+        Kind::Directory { .. } => Some(bundle::Kind::Directory),
+        _ => None,
+    });
+    let mounts = stand_in.take_mounts().await;
+    let mounts: Vec<_> = shared.by_ref().zip(mounts).collect();
+    let lent = if mounts.is_empty() { None } else { Some(pod.lend(mounts)?) };
+    let directory = lent.as_ref().map(Lent::directory).unwrap_or_default();
+    let mut descriptors = Vec::with_capacity(stand_in.descriptors.len());
+    let mut files = 0..;
+    let mut file = |offset| {
+        let name = files.next().unwrap_or(0_usize).to_string();
+        Asked::File(SharedFile { path: directory.join(name).display().to_string(), offset })
+    };
+    for descriptor in &stand_in.descriptors {
+        let stream =
+            if descriptor.kind.is_stream() { Some(pod.open_stream().await?) } else { None };
+        let (header, socket) = stream.map(|(header, socket)| (header.0.to_vec(), socket)).unzip();
+        sockets.extend(socket);
+        let header = header.unwrap_or_default();
+        let kind = match &descriptor.kind {
+            Kind::Reading => Asked::Reading(header),
+            Kind::Writing => Asked::Writing(header),
+            Kind::Socket => Asked::Socket(header),
+            Kind::File { offset, .. } => file(*offset),
+            Kind::Directory { .. } => file(0),
+            Kind::Device(path) => Asked::Device(path.clone()),
+        };
+        descriptors.push(Descriptor { kind: Some(kind), flags: descriptor.flags });
+    }
+    Ok(Ends { streams, descriptors, sockets, lent })
+}
+
 /// Opens the streams that are wanted: their names for the agent, and the sockets for the stand-in.
 ///
 /// # Errors
 /// When the agent does not accept one.
-pub(crate) async fn open_streams(
-    pod: &Pod,
-    wants: Wants,
-) -> Result<(Streams, Vec<UnixStream>), PodError> {
+async fn open_streams(pod: &Pod, wants: Wants) -> Result<(Streams, Vec<UnixStream>), PodError> {
     if let Some(TerminalSize { rows, columns }) = wants.terminal {
         let (header, socket) = pod.open_stream().await?;
         let stream = header.0.to_vec();

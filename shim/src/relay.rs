@@ -24,6 +24,7 @@ use rustix::fs::{FileType, fstat, major, minor};
 
 use crate::attach::{FromStandIn, Said, ToStandIn, Wants, connect_to};
 use crate::own_text;
+use crate::preserved::Preserved;
 use crate::terminal::Terminal;
 
 /// The most bytes that one step of a copy moves: what a pipe holds.
@@ -95,12 +96,22 @@ pub struct Relay {
     supervisor: OwnedFd,
     wants: Wants,
     terminal: Option<Terminal>,
+    preserved: Preserved,
     detached: bool,
 }
 
+/// What a stand-in has of its caller beside its standard streams.
+#[derive(Debug, Default)]
+pub struct Belongings {
+    /// What the standard streams are, if they are one.
+    pub terminal: Option<Terminal>,
+    /// Further descriptors.
+    pub preserved: Preserved,
+}
+
 impl Relay {
-    /// Attaches this process's standard streams at `socket`; `exec` and `detached` are as in
-    /// [`FromStandIn::Attach`]. With a terminal, that is all three of them.
+    /// Attaches this process's standard streams, and what else it has, at `socket`; `exec` and
+    /// `detached` are as in [`FromStandIn::Attach`].
     ///
     /// # Errors
     /// When no supervisor listens there.
@@ -108,8 +119,9 @@ impl Relay {
         socket: &Path,
         exec: &str,
         detached: bool,
-        terminal: Option<Terminal>,
+        belongings: Belongings,
     ) -> io::Result<Self> {
+        let Belongings { terminal, preserved } = belongings;
         let wants = match &terminal {
             Some(terminal) => Wants { terminal: Some(terminal.size()), ..Wants::default() },
             None => Wants {
@@ -120,9 +132,10 @@ impl Relay {
             },
         };
         let supervisor = connect_to(socket)?;
-        let relay = Self { supervisor, wants, terminal, detached };
-        relay.say(&FromStandIn::Attach { wants, exec: exec.to_owned(), detached })?;
-        Ok(relay)
+        let (exec, descriptors) = (exec.to_owned(), preserved.list());
+        let hello = FromStandIn::Attach { wants, exec, detached, descriptors };
+        seqpacket::send(&supervisor, &serde_json::to_vec(&hello)?, &preserved.mounts())?;
+        Ok(Self { supervisor, wants, terminal, preserved, detached })
     }
 
     /// Relays until the container has ended and everything that it wrote has been passed on.
@@ -183,7 +196,9 @@ impl Relay {
             let stream = streams.next().ok_or(ErrorKind::InvalidData)?;
             terminal.make_raw()?;
             start_feeding(terminal.descriptor()?, stream.try_clone()?)?;
-            return Ok(vec![start_draining(stream, terminal.descriptor()?)?]);
+            let mut outputs = vec![start_draining(stream, terminal.descriptor()?)?];
+            outputs.extend(self.preserved.relay(streams)?);
+            return Ok(outputs);
         }
         let mut next = |wanted: bool| if wanted { streams.next() } else { None };
         let (stdin, stdout, stderr) =
@@ -196,6 +211,7 @@ impl Relay {
             let Some(stream) = stream else { continue };
             outputs.push(start_draining(stream, own.try_clone_to_owned()?)?);
         }
+        outputs.extend(self.preserved.relay(streams)?);
         Ok(outputs)
     }
 }
@@ -329,9 +345,9 @@ mod tests {
     fn a_supervisor_that_is_gone_is_an_error() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("attach.sock");
-        assert!(Relay::attach(&path, "", false, None).is_err());
+        assert!(Relay::attach(&path, "", false, Belongings::default()).is_err());
         // A socket of another kind is none either.
         let _listener = UnixListener::bind(&path).unwrap();
-        assert!(Relay::attach(&path, "", false, None).is_err());
+        assert!(Relay::attach(&path, "", false, Belongings::default()).is_err());
     }
 }

@@ -151,6 +151,25 @@ impl Files {
         Ok(Self { mount_points, clones })
     }
 
+    /// Files and directories that are mounts already, each attached nowhere ([`alone`]); the number
+    /// of each in the list becomes its name.
+    ///
+    /// # Errors
+    /// When there cannot be a mount point for one.
+    pub fn given(mounts: Vec<(Kind, OwnedFd)>) -> Result<Self, ShareError> {
+        let mount_points = make_tmpfs().map_err(ShareError::Root)?;
+        let mut clones = Vec::with_capacity(mounts.len());
+        for (number, (kind, clone)) in mounts.into_iter().enumerate() {
+            let target = PathBuf::from(number.to_string());
+            mount_point(mount_points.as_fd(), &target, kind)
+                .map_err(|error| ShareError::MountPoint(target.clone(), error))?;
+            clones.push((target, clone));
+        }
+        let read_only = set_attributes(mount_points.as_fd(), libc::MOUNT_ATTR_RDONLY, false);
+        read_only.map_err(ShareError::Root)?;
+        Ok(Self { mount_points, clones })
+    }
+
     /// Attaches everything at a place that nobody has, inside the mount namespace of a file server
     /// that serves [`root`].
     ///
@@ -239,6 +258,19 @@ fn clone_mount(entry: &Shared) -> io::Result<OwnedFd> {
     let clone = open_tree(CWD, &entry.source, flags)?;
     let attributes = if entry.read_only { libc::MOUNT_ATTR_RDONLY } else { 0 };
     set_attributes(clone.as_fd(), attributes, entry.recursive)?;
+    Ok(clone)
+}
+
+/// What an open descriptor is of, by itself: a mount that is attached nowhere.
+///
+/// # Errors
+/// When it is of no file system of this mount namespace.
+pub fn alone(fd: BorrowedFd<'_>, read_only: bool, recursive: bool) -> io::Result<OwnedFd> {
+    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    flags.set(OpenTreeFlags::AT_RECURSIVE, recursive);
+    let clone = open_tree(fd, "", flags | OpenTreeFlags::AT_EMPTY_PATH)?;
+    let attributes = if read_only { libc::MOUNT_ATTR_RDONLY } else { 0 };
+    set_attributes(clone.as_fd(), attributes, recursive)?;
     Ok(clone)
 }
 

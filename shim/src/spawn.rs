@@ -9,7 +9,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -82,6 +82,23 @@ impl Drop for Jailed {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Lets a program inherit descriptors, at the numbers that they have here.
+pub fn hand_down<'a>(command: &mut Command, descriptors: impl Iterator<Item = BorrowedFd<'a>>) {
+    let numbers: Vec<_> = descriptors.map(|fd| fd.as_raw_fd()).collect();
+    let keep = move || {
+        numbers.iter().try_for_each(|number| {
+            // SAFETY: fcntl touches no memory here; the child has a copy of every descriptor that
+            // this process had, and one that is missing is an error.
+            match unsafe { libc::fcntl(*number, libc::F_SETFD, 0) } {
+                -1 => Err(io::Error::last_os_error()),
+                _ => Ok(()),
+            }
+        })
+    };
+    // SAFETY: the closure makes async-signal-safe system calls and allocates nothing.
+    unsafe { command.pre_exec(keep) };
 }
 
 /// Makes every descriptor but the standard streams close when a program is started, so that nothing

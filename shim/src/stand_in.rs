@@ -14,7 +14,8 @@ use lexopt::{Arg, Parser, ValueExt};
 
 use crate::id::ContainerId;
 use crate::network::Network;
-use crate::relay::{Relay, Signals};
+use crate::preserved::Preserved;
+use crate::relay::{Belongings, Relay, Signals};
 use crate::socket_path::SocketPath;
 use crate::state::Home;
 use crate::terminal::Terminal;
@@ -32,6 +33,8 @@ pub struct Orders {
     pub terminal: bool,
     /// The network namespace that it moves to.
     pub network: Option<Network>,
+    /// How many descriptors it inherits beyond its standard streams.
+    pub preserved: u32,
 }
 
 impl Orders {
@@ -55,6 +58,9 @@ impl Orders {
             }
             None => {}
         }
+        if self.preserved != 0 {
+            command.arg("--preserve-fds").arg(self.preserved.to_string());
+        }
         command.arg(self.id.as_str());
         command
     }
@@ -62,6 +68,7 @@ impl Orders {
     fn parse(arguments: impl IntoIterator<Item = OsString>) -> anyhow::Result<Self> {
         let (mut root, mut id) = (None, None);
         let (mut exec, mut terminal, mut network) = (String::new(), false, None);
+        let mut preserved = 0;
         let mut parser = Parser::from_args(arguments);
         while let Some(argument) = parser.next()? {
             match argument {
@@ -70,12 +77,13 @@ impl Orders {
                 Arg::Long("terminal") => terminal = true,
                 Arg::Long("new-network") => network = Some(Network::New),
                 Arg::Long("join-network") => network = Some(Network::Join(parser.value()?.into())),
+                Arg::Long("preserve-fds") => preserved = parser.value()?.parse()?,
                 Arg::Value(name) => id = Some(name.parse()?),
                 other => return Err(other.unexpected().into()),
             }
         }
         let (root, id) = (root.context("no --root")?, id.context("no container")?);
-        Ok(Self { root, id, exec, terminal, network })
+        Ok(Self { root, id, exec, terminal, network, preserved })
     }
 }
 
@@ -88,6 +96,8 @@ pub fn main() -> ExitCode {
 }
 
 fn stand(orders: &Orders) -> anyhow::Result<ExitCode> {
+    // Before anything is opened.
+    let preserved = Preserved::take(orders.preserved)?;
     let signals = Signals::hold()?;
     let home = Home::open(&orders.root, &orders.id)?;
     if let Some(network) = &orders.network {
@@ -97,7 +107,9 @@ fn stand(orders: &Orders) -> anyhow::Result<ExitCode> {
     if let Some(terminal) = &terminal {
         terminal.control()?;
     }
-    let relay = Relay::attach(SocketPath::attach(&home)?.path(), &orders.exec, true, terminal)?;
+    let socket = SocketPath::attach(&home)?;
+    let belongings = Belongings { terminal, preserved };
+    let relay = Relay::attach(socket.path(), &orders.exec, true, belongings)?;
     Ok(ExitCode::from(relay.serve(&signals)?.status))
 }
 
@@ -113,11 +125,12 @@ mod tests {
             exec: String::new(),
             terminal: false,
             network: None,
+            preserved: 0,
         };
         for orders in [
             plain.clone(),
             Orders { exec: "0f".to_owned(), terminal: true, ..plain.clone() },
-            Orders { network: Some(Network::New), ..plain.clone() },
+            Orders { network: Some(Network::New), preserved: 7, ..plain.clone() },
             Orders { network: Some(Network::Join("/n et".into())), ..plain.clone() },
         ] {
             let command = orders.command(Path::new("/bin/x"));

@@ -74,6 +74,24 @@ fn health_is_asked() {
 }
 
 #[test]
+fn descriptors_that_are_preserved_arrive() {
+    let podman = Podman::new();
+    let given = |args: &[&str]| {
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", "printf given | (exec 3<&0 0</dev/null; exec \"$0\" \"$@\")"]);
+        let (status, out, err) = told(&output(command.args(podman.line()).args(args)).unwrap());
+        assert_eq!((status, out.as_str()), (Some(0), "given"), "{args:?}: {err}");
+    };
+    let script = ["sh", "-c", "cat <&3"];
+    let run = ["run", "--rm", "--network", "none", "--preserve-fds", "1", "box"];
+    given(&[&run[..], &script].concat());
+    podman.ok(&["run", "-d", "--network", "none", "--name", "stays", "box", "sleep", "1000"]);
+    given(&[&["exec", "--preserve-fds", "1", "stays"][..], &script].concat());
+    podman.ok(&["rm", "--force", "--time", "0", "stays"]);
+    wait_for_nothing(podman.directory());
+}
+
+#[test]
 fn the_containers_of_a_pod_share_one_machine() {
     let podman = Podman::new();
     // Without systemd this Podman forbids all devices to a pod's cgroup, /dev/null too.

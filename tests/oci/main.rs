@@ -4,6 +4,8 @@
 #[cfg(test)]
 mod cgroup;
 #[cfg(test)]
+mod descriptors;
+#[cfg(test)]
 mod differential;
 #[cfg(test)]
 mod disks;

@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::fs;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use bulkhead_protocol::agent::Streams;
+use bulkhead_protocol::agent::{Descriptor, Streams};
 use tokio::task::spawn_blocking;
 
 use super::{
@@ -16,7 +16,9 @@ use super::{
 };
 use crate::cgroup::Cgroup;
 use crate::creator::Place;
+use crate::descriptors;
 use crate::process::{Exit, send_signal};
+use crate::share;
 use crate::spec::{self, PreparedProcess, SpecError};
 use crate::tenant;
 use crate::terminal::Terminal;
@@ -28,6 +30,7 @@ pub(crate) struct ExecOrder {
     pub(crate) exec_id: String,
     pub(crate) process_json: Vec<u8>,
     pub(crate) streams: Streams,
+    pub(crate) descriptors: Vec<Descriptor>,
 }
 
 /// The further processes of one container, by their ids.
@@ -44,6 +47,8 @@ enum Entry {
 struct Exec {
     made: Made,
     terminal: Option<Terminal>,
+    /// It was given files of the host, which are to be let go of after its end.
+    files: bool,
 }
 
 impl Execs {
@@ -82,6 +87,7 @@ impl Containers {
         let started = tokio::spawn(async move {
             let container = containers.created(&order.container_id)?;
             let exec_id = order.exec_id.clone();
+            let files = descriptors::has_files(&order.descriptors);
             container.execs.reserve(&exec_id)?;
             let started = containers.start_exec(order).await;
             let mut table = container.execs.table();
@@ -93,6 +99,9 @@ impl Containers {
                 }
                 Err(error) => {
                     table.remove(&exec_id);
+                    if files {
+                        forget();
+                    }
                     Err(error)
                 }
             }
@@ -144,12 +153,16 @@ impl Containers {
         let mut exec = container.execs.running(exec_id)?;
         let exit = exec.made.end.wait().await;
         container.execs.table().remove(exec_id);
+        if exec.files {
+            forget();
+        }
         Ok(exit)
     }
 
     /// Starts a process whose id is reserved, or leaves nothing of it.
     async fn start_exec(&self, order: ExecOrder) -> Result<Exec, ContainerError> {
-        let ExecOrder { container_id: id, exec_id, process_json, mut streams } = order;
+        let files = descriptors::has_files(&order.descriptors);
+        let ExecOrder { container_id: id, exec_id, process_json, mut streams, descriptors } = order;
         if self.created(&id)?.init.ended().is_some() {
             return Err(state(&id, "has ended"));
         }
@@ -174,7 +187,8 @@ impl Containers {
             fs::write(directory.join(tenant::PROCESS), process)
                 .map_err(failed("write the process"))?;
             let arguments = [tenant::VERB, &id, &exec_id];
-            self.make_process(&arguments, stream_owner, &directory, streams).await
+            let ends = (streams, descriptors);
+            self.make_process(&arguments, stream_owner, &directory, ends).await
         }
         .await;
         if let Err(error) = fs::remove_dir_all(&directory) {
@@ -182,7 +196,7 @@ impl Containers {
         }
         let (made, connected) = started?;
         match connected {
-            Ok(terminal) => Ok(Exec { made, terminal }),
+            Ok(terminal) => Ok(Exec { made, terminal, files }),
             Err(error) => {
                 // It may have ended by itself.
                 let _ = send_signal(made.pid, libc::SIGKILL);
@@ -190,6 +204,15 @@ impl Containers {
             }
         }
     }
+}
+
+/// Lets the host have back what nobody uses any more, while others go on.
+fn forget() {
+    drop(spawn_blocking(|| {
+        if let Err(error) = share::forget() {
+            tracing::warn!(%error, "files that were given are not let go of");
+        }
+    }));
 }
 
 fn not_now(exec_id: &str, state: &'static str) -> ContainerError {

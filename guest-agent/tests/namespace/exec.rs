@@ -29,6 +29,7 @@ async fn exec(guest: &mut Guest, exec_id: &str, process: &Value, out: u8) -> Res
             stdout: if out == 0 { Vec::new() } else { header(out).to_vec() },
             ..Streams::default()
         }),
+        descriptors: Vec::new(),
     };
     guest.agent.exec(request).await.map(|reply| reply.into_inner().pid)
 }
@@ -226,6 +227,7 @@ fn a_terminal_is_one_and_takes_keys_and_sizes() {
             exec_id: "second".to_owned(),
             process_json: serde_json::to_vec(&process).unwrap(),
             streams: Some(terminal(8, 0)),
+            descriptors: Vec::new(),
         };
         guest.agent.exec(request).await.unwrap();
         let mut text = String::new();

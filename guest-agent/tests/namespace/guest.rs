@@ -125,6 +125,7 @@ impl Guest {
             streams: Some(streams),
             disks: Vec::new(),
             bundle: String::new(),
+            descriptors: Vec::new(),
         };
         self.agent.create(request).await.map(|reply| reply.into_inner().pid)
     }

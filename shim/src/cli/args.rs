@@ -51,6 +51,19 @@ pub struct Global {
     pub criu: Option<PathBuf>,
 }
 
+impl Verb {
+    /// How many descriptors of the caller a container's process gets beyond its standard streams.
+    #[must_use]
+    pub const fn preserved(&self) -> u32 {
+        match self {
+            Self::Run(run) => run.create.preserve_fds,
+            Self::Create(create) => create.preserve_fds,
+            Self::Exec(exec) => exec.preserve_fds,
+            _ => 0,
+        }
+    }
+}
+
 impl Global {
     /// Where log lines go.
     #[must_use]
@@ -263,7 +276,7 @@ pub struct Exec {
     /// In a paused container, wait until it is resumed instead of failing.
     #[arg(long)]
     pub ignore_paused: bool,
-    /// Descriptors to pass beyond the standard streams; only 0.
+    /// How many descriptors to pass beyond the standard streams.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub preserve_fds: u32,
     /// A cgroup below the container's; not supported.
@@ -315,7 +328,7 @@ pub struct Create {
     /// Socket for the terminal's master, if this process does not stay.
     #[arg(long, value_name = "SOCKET")]
     pub console_socket: Option<PathBuf>,
-    /// Descriptors to pass beyond the standard streams; only 0.
+    /// How many descriptors to pass beyond the standard streams.
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub preserve_fds: u32,
     /// Taken and ignored: the guest decides how it changes the root.

@@ -62,12 +62,6 @@ impl Creation {
         if !rustix::process::geteuid().is_root() {
             bail!("mounts, namespaces and {} need root; run as root", global.root.display());
         }
-        if create.preserve_fds != 0 {
-            bail!(
-                "--preserve-fds {}: descriptors of the host cannot be passed into the guest; use 0",
-                create.preserve_fds
-            );
-        }
         let bundle = bundle::read(&create.bundle)?;
         let root = std::path::absolute(&global.root)?;
         let joined = bundle.check(&root)?;

@@ -7,13 +7,18 @@ use anyhow::Context;
 use super::args::{Create, Global};
 use super::client::{self, Creation};
 use crate::network::Network;
+use crate::preserved::Preserved;
 use crate::stand_in::Orders;
 use crate::state::Home;
-use crate::{assets, terminal};
+use crate::{assets, spawn, terminal};
 
-pub(super) fn create(global: &Global, create: &Create) -> anyhow::Result<()> {
+pub(super) fn create(
+    global: &Global,
+    create: &Create,
+    preserved: &Preserved,
+) -> anyhow::Result<()> {
     let creation = Creation::begin(global, create, false, false)?;
-    detached(create, &creation, async |_| Ok(()))?;
+    detached(create, &creation, preserved, async |_| Ok(()))?;
     creation.done();
     Ok(())
 }
@@ -22,10 +27,11 @@ pub(super) fn create(global: &Global, create: &Create) -> anyhow::Result<()> {
 pub(super) fn detached(
     create: &Create,
     creation: &Creation,
+    preserved: &Preserved,
     more: impl AsyncFnOnce(&containerd_shim_protos::shim_async::TaskClient) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
     let (network, console_socket) = (creation.network.clone(), create.console_socket.as_deref());
-    let pid = spawn_stand_in(&creation.home, "", network, console_socket)?;
+    let pid = spawn_stand_in(&creation.home, "", network, (console_socket, preserved))?;
     client::runtime()?.block_on(async {
         let task = creation.create().await?;
         if let Some(path) = &create.pid_file {
@@ -36,14 +42,14 @@ pub(super) fn detached(
 }
 
 /// It has this process's standard streams, or a new terminal whose master goes to the console socket,
-/// and becomes a child of whoever adopts orphans here.
+/// and what was passed beside them, and becomes a child of whoever adopts orphans here.
 ///
 /// `exec` and `network` are as in [`Orders`].
 pub(super) fn spawn_stand_in(
     home: &Home,
     exec: &str,
     network: Option<Network>,
-    console_socket: Option<&Path>,
+    (console_socket, preserved): (Option<&Path>, &Preserved),
 ) -> anyhow::Result<u32> {
     let orders = Orders {
         root: home.root().to_owned(),
@@ -51,8 +57,10 @@ pub(super) fn spawn_stand_in(
         exec: exec.to_owned(),
         terminal: console_socket.is_some(),
         network,
+        preserved: u32::try_from(preserved.count())?,
     };
     let mut command = orders.command(&assets::stand_in()?);
+    spawn::hand_down(&mut command, preserved.descriptors());
     if let Some(socket) = console_socket {
         let slave = terminal::send_master(socket)
             .with_context(|| format!("console socket {}", socket.display()))?;

@@ -19,7 +19,8 @@ use super::signals;
 use crate::bundle;
 use crate::lifecycle::Status;
 use crate::pod;
-use crate::relay::{Relay, Signals};
+use crate::preserved::Preserved;
+use crate::relay::{Belongings, Relay, Signals};
 use crate::socket_path::SocketPath;
 use crate::state::{Home, State};
 use crate::task;
@@ -32,7 +33,7 @@ const PROCESS_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/Pr
 /// The largest process file that is read, in bytes.
 const PROCESS_BYTES_MAX: u64 = 1 << 20;
 
-pub(super) fn exec(global: &Global, exec: &Exec) -> anyhow::Result<ExitCode> {
+pub(super) fn exec(global: &Global, exec: &Exec, preserved: Preserved) -> anyhow::Result<ExitCode> {
     let home = Home::open(&global.root, &exec.id)?;
     let state = home.read()?;
     match state.observed() {
@@ -49,14 +50,14 @@ pub(super) fn exec(global: &Global, exec: &Exec) -> anyhow::Result<ExitCode> {
     let process = serde_json::to_vec(&process)?;
     let name = name()?;
     if exec.detach {
-        return detached(exec, &home, &name, process);
+        return detached(exec, &home, (&name, process), &preserved);
     }
     let signals = Signals::hold()?;
     let terminal = if terminal { Some(Terminal::own()?) } else { None };
-    let mut relay = None;
+    let (mut relay, belongings) = (None, Belongings { terminal, preserved });
     let up = async {
         let client = prepare(&home, &name, process, exec.ignore_paused).await?;
-        relay = Some(Relay::attach(SocketPath::attach(&home)?.path(), &name, false, terminal)?);
+        relay = Some(Relay::attach(SocketPath::attach(&home)?.path(), &name, false, belongings)?);
         if let Some(path) = &exec.pid_file {
             client::write_pid_file(path, std::process::id())?;
         }
@@ -79,12 +80,17 @@ pub(super) fn exec(global: &Global, exec: &Exec) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::from(ended.status))
 }
 
-fn detached(exec: &Exec, home: &Home, name: &str, process: Vec<u8>) -> anyhow::Result<ExitCode> {
+fn detached(
+    exec: &Exec,
+    home: &Home,
+    (name, process): (&str, Vec<u8>),
+    preserved: &Preserved,
+) -> anyhow::Result<ExitCode> {
     client::runtime()?.block_on(async {
         let client = prepare(home, name, process, exec.ignore_paused).await?;
         // It ends by itself when the process is not started.
         let console_socket = exec.console_socket.as_deref();
-        let pid = create::spawn_stand_in(home, name, None, console_socket)?;
+        let pid = create::spawn_stand_in(home, name, None, (console_socket, preserved))?;
         client::start(&client, home, name).await.context(FAILED)?;
         if let Some(path) = &exec.pid_file {
             client::write_pid_file(path, pid)?;
@@ -146,11 +152,7 @@ fn process(exec: &Exec, state: &State) -> anyhow::Result<Process> {
         "the working directory {:?} is not an absolute path; begin it with '/'",
         process.cwd()
     );
-    for (option, given) in
-        [("cgroup", exec.cgroup.is_some()), ("preserve-fds", exec.preserve_fds != 0)]
-    {
-        ensure!(!given, "--{option} is not supported; leave it out");
-    }
+    ensure!(exec.cgroup.is_none(), "--cgroup is not supported; leave it out");
     if exec.apparmor.is_some() || exec.process_label.is_some() {
         tracing::warn!("labels of the host mean nothing inside the machine and are left out");
     }

@@ -28,6 +28,7 @@ use anyhow::bail;
 use clap::Parser;
 
 use self::args::{CommandLine, Verb};
+use crate::preserved::Preserved;
 use crate::{logging, oom, spawn, supervisor};
 
 /// Reads the command line and does what it says.
@@ -64,13 +65,15 @@ fn dispatch(line: &CommandLine) -> anyhow::Result<ExitCode> {
         return Ok(ExitCode::SUCCESS);
     }
     spawn::close_inherited_on_exec()?;
+    // Before anything is opened, which would take a number that a caller has left free.
+    let preserved = Preserved::take(line.verb.preserved());
     if global.log.is_some() || global.debug {
         logging::start(&global.log_target())?;
     }
     match &line.verb {
-        Verb::Run(run) => return run::run(global, run),
-        Verb::Exec(exec) => return exec::exec(global, exec),
-        Verb::Create(create) => create::create(global, create)?,
+        Verb::Run(run) => return run::run(global, run, preserved?),
+        Verb::Exec(exec) => return exec::exec(global, exec, preserved?),
+        Verb::Create(create) => create::create(global, create, &preserved?)?,
         Verb::Start(named) => start::start(global, &named.id)?,
         Verb::State(named) => state::state(global, &named.id)?,
         Verb::Kill(kill) => kill::kill(global, kill)?,

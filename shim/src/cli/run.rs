@@ -9,28 +9,29 @@ use anyhow::Context;
 use super::args::{Global, Run};
 use super::client::{self, Creation, GOODBYE};
 use super::{create, signals};
-use crate::relay::{Relay, Signals};
+use crate::preserved::Preserved;
+use crate::relay::{Belongings, Relay, Signals};
 use crate::socket_path::SocketPath;
 use crate::terminal::Terminal;
 use crate::trace::Phase;
 
-pub(super) fn run(global: &Global, run: &Run) -> anyhow::Result<ExitCode> {
+pub(super) fn run(global: &Global, run: &Run, preserved: Preserved) -> anyhow::Result<ExitCode> {
     let whole = Phase::begin("whole run");
     let ephemeral = !run.detach && !run.keep;
     let creation = Creation::begin(global, &run.create, !run.detach, ephemeral)?;
     if run.detach {
-        create::detached(&run.create, &creation, async |task| {
+        create::detached(&run.create, &creation, &preserved, async |task| {
             client::start(task, &creation.home, "").await
         })?;
         creation.done();
         return Ok(ExitCode::SUCCESS);
     }
-    let code = foreground(run, creation)?;
+    let code = foreground(run, creation, preserved)?;
     whole.end();
     Ok(code)
 }
 
-fn foreground(run: &Run, mut creation: Creation) -> anyhow::Result<ExitCode> {
+fn foreground(run: &Run, mut creation: Creation, preserved: Preserved) -> anyhow::Result<ExitCode> {
     // After the supervisor was started, which would inherit it.
     let signals = Signals::hold()?;
     if let Some(network) = &creation.network {
@@ -38,7 +39,8 @@ fn foreground(run: &Run, mut creation: Creation) -> anyhow::Result<ExitCode> {
     }
     let terminal = if creation.terminal { Some(Terminal::own()?) } else { None };
     let socket = SocketPath::attach(&creation.home)?;
-    let relay = Relay::attach(socket.path(), "", false, terminal).context("attach.sock")?;
+    let belongings = Belongings { terminal, preserved };
+    let relay = Relay::attach(socket.path(), "", false, belongings).context("attach.sock")?;
     if let Some(signal) = bring_up(run, &creation, &signals)? {
         // Dropping the creation takes everything back.
         drop(relay);

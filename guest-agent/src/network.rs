@@ -6,12 +6,14 @@
 
 use std::fs;
 use std::io;
+use std::net::Ipv6Addr;
 use std::path::{Path, PathBuf};
 
 use bulkhead_netlink::route::RouteNetlinkMessage;
+use bulkhead_netlink::route::address::AddressAttribute;
 use bulkhead_netlink::route::link::LinkAttribute;
 use bulkhead_netlink::route::route::RouteAttribute;
-use bulkhead_netlink::{Connection, NLM_F_CREATE, NLM_F_REPLACE, decode};
+use bulkhead_netlink::{Connection, NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE, decode};
 use bulkhead_protocol::agent::Interface;
 
 use crate::hotplug::PLATFORM_BUS;
@@ -23,6 +25,9 @@ const LOOPBACK_NUMBER: u32 = 1;
 const IPV6_OFF: &str = "disable_ipv6";
 /// Whether an address is used only after nobody on the link has said that it is his.
 const DETECTION: &str = "accept_dad";
+/// Whether the kernel gives an interface the address that follows from its MAC address, "0", or
+/// none, "1".
+const GENERATION: &str = "addr_gen_mode";
 
 /// Why the network is not as it should be.
 #[derive(Debug, thiserror::Error)]
@@ -80,6 +85,7 @@ impl Network {
             self.detect("0", &mut errors);
             self.set(&mut connection, wanted, changed, &mut errors);
             self.detect("1", &mut errors);
+            self.generate(&mut errors);
         }
         errors.into_iter().next().map_or(Ok(()), Err)
     }
@@ -128,12 +134,11 @@ impl Network {
             undo(connection, setting.clone());
         }
         for setting in wanted {
-            if all || !before.contains(&setting) {
-                let set = connection.change(setting.clone(), NLM_F_CREATE | NLM_F_REPLACE);
-                if let Err(error) = set {
-                    errors.push(NetworkError::Setting(format!("{setting:?}"), error));
-                    continue;
-                }
+            if (all || !before.contains(&setting))
+                && let Err(error) = set(connection, setting.clone())
+            {
+                errors.push(NetworkError::Setting(format!("{setting:?}"), error));
+                continue;
             }
             self.settings.push(setting);
         }
@@ -144,6 +149,17 @@ impl Network {
         for (interface, _) in &self.interfaces {
             let name = &interface.name;
             errors.extend(of(name, switch(name, DETECTION, value)));
+        }
+    }
+
+    /// Has the kernel give interfaces the address that follows from their MAC address from now on, as
+    /// on the host, if they have it there.
+    fn generate(&self, errors: &mut Vec<NetworkError>) {
+        for (interface, number) in &self.interfaces {
+            if self.settings.iter().any(|setting| is_generated(setting, &interface.mac, *number)) {
+                let name = &interface.name;
+                errors.extend(of(name, switch(name, GENERATION, "0")));
+            }
         }
     }
 
@@ -218,9 +234,31 @@ fn set_up(
     }
     connection.set_link(number, None, wanted)?;
     switch(&interface.name, IPV6_OFF, if interface.ipv6 { "0" } else { "1" })?;
-    // Also for the address that the kernel gives it when it is let run.
-    switch(&interface.name, DETECTION, "0")?;
+    // It may have had another MAC address on the host when it got this one, or none at all.
+    switch(&interface.name, GENERATION, "1")?;
     connection.set_link(number, Some(interface.up), Vec::new())
+}
+
+/// Whether a setting is the address that follows from a MAC address: RFC 4291, appendix A.
+fn is_generated(setting: &RouteNetlinkMessage, mac: &[u8], number: u32) -> bool {
+    let (RouteNetlinkMessage::NewAddress(address), [a, b, c, d, e, f]) = (setting, mac) else {
+        return false;
+    };
+    let generated = [0xfe, 0x80, 0, 0, 0, 0, 0, 0, a ^ 2, *b, *c, 0xff, 0xfe, *d, *e, *f];
+    let generated = AddressAttribute::Address(Ipv6Addr::from(generated).into());
+    address.header.index == number && address.attributes.contains(&generated)
+}
+
+/// Sets something, whether it is set or not.
+fn set(connection: &mut Connection, setting: RouteNetlinkMessage) -> io::Result<()> {
+    if !matches!(setting, RouteNetlinkMessage::NewRule(_)) {
+        return connection.change(setting, NLM_F_CREATE | NLM_F_REPLACE);
+    }
+    // Rules are never replaced: there would be another one.
+    match connection.change(setting, NLM_F_CREATE | NLM_F_EXCL) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+        set => set,
+    }
 }
 
 /// Takes back what was set. It may be gone, with an address or an interface.
@@ -231,6 +269,7 @@ fn undo(connection: &mut Connection, setting: RouteNetlinkMessage) {
         RouteNetlinkMessage::NewNeighbour(neighbour) => {
             RouteNetlinkMessage::DelNeighbour(neighbour)
         }
+        RouteNetlinkMessage::NewRule(rule) => RouteNetlinkMessage::DelRule(rule),
         _ => return,
     };
     if let Err(error) = connection.change(opposite, 0) {
@@ -285,6 +324,7 @@ fn renumbered(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use bulkhead_netlink::route::address::AddressMessage;
     use bulkhead_netlink::route::route::{RouteMessage, RouteNextHop};
 
     #[test]
@@ -295,6 +335,18 @@ mod tests {
         fs::write(net.join("ifindex"), "9\n").unwrap();
         assert_eq!(find(bus.path(), 12), Some(9));
         assert_eq!(find(bus.path(), 13), None);
+    }
+
+    #[test]
+    fn an_address_that_follows_from_another_mac_address_is_not_generated() {
+        let mut address = AddressMessage::default();
+        let generated: Ipv6Addr = "fe80::ff:fe00:902".parse().unwrap();
+        address.header.index = 3;
+        address.attributes = vec![AddressAttribute::Address(generated.into())];
+        let setting = RouteNetlinkMessage::NewAddress(address);
+        assert!(is_generated(&setting, &[2, 0, 0, 0, 9, 2], 3));
+        assert!(!is_generated(&setting, &[2, 0, 0, 0, 9, 3], 3));
+        assert!(!is_generated(&setting, &[2, 0, 0, 0, 9, 2], 4));
     }
 
     #[test]

@@ -7,8 +7,8 @@ use std::os::fd::{AsFd, BorrowedFd};
 use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{Socket, SocketAddr};
 
-/// Interfaces, neighbours, addresses and routes: `enum rtnetlink_groups` of Linux.
-const GROUPS: [u32; 6] = [1, 3, 5, 7, 9, 11];
+/// Interfaces, neighbours, addresses, routes and rules: `enum rtnetlink_groups` of Linux.
+const GROUPS: [u32; 8] = [1, 3, 5, 7, 8, 9, 11, 19];
 /// Of each message only that it came counts.
 const CUT_BYTES: usize = 16;
 

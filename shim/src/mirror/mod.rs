@@ -87,8 +87,8 @@ pub struct Update {
 pub struct View {
     /// Interfaces by their places, which are below [`INTERFACES_MAX`].
     pub interfaces: Vec<(u8, Interface)>,
-    /// Addresses, routes and neighbours, as rtnetlink(7) has them, in the order in which they can be
-    /// set.
+    /// Addresses, routes, neighbours and rules, as rtnetlink(7) has them, in the order in which they
+    /// can be set.
     pub settings: Vec<Vec<u8>>,
     /// The loopback has IPv6.
     pub ipv6: bool,
@@ -220,7 +220,8 @@ impl Mirror {
                 _ => failed(what)(error),
             });
         }
-        let redirected = redirect::take(connection, number)
+        let redirected = redirect::keep_queue(connection, &interface)
+            .and_then(|()| redirect::take(connection, number))
             .and_then(|()| redirect::join(connection, interface.index, number));
         if let Err(error) = redirected {
             part(connection, interface.index);

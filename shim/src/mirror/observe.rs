@@ -12,6 +12,7 @@ use bulkhead_netlink::route::neighbour::{NeighbourMessage, NeighbourState};
 use bulkhead_netlink::route::route::{
     RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
 };
+use bulkhead_netlink::route::rule::{RuleAttribute, RuleMessage};
 use bulkhead_netlink::route::{AddressFamily, RouteNetlinkMessage};
 use bulkhead_netlink::{Connection, encode};
 use thiserror::Error;
@@ -147,8 +148,8 @@ fn has_ipv6(families: &[AfSpecUnspec]) -> bool {
     })
 }
 
-/// Addresses, routes and static neighbours of the interfaces that are `known`, and routes that are of
-/// none.
+/// Addresses, routes and static neighbours of the interfaces that are `known`, routes that are of none,
+/// and rules that say which routes count.
 pub(super) fn settings(
     connection: &mut Connection,
     known: impl Fn(u32) -> bool,
@@ -184,12 +185,20 @@ pub(super) fn settings(
             settings.push(RouteNetlinkMessage::NewNeighbour(neighbour));
         }
     }
+    let rules = connection.list(&RouteNetlinkMessage::GetRule(RuleMessage::default()))?;
+    settings.extend(rules.into_iter().filter(is_somebodys_rule));
     Ok(settings.into_iter().map(encode).collect())
 }
 
 /// The loopback has its first addresses from the kernel, there as here.
 fn is_added_to_loopback(address: &AddressMessage) -> bool {
     address.header.index == LOOPBACK && address.header.scope != AddressScope::Host
+}
+
+/// A rule of routing policy that the kernel does not have by itself.
+fn is_somebodys_rule(message: &RouteNetlinkMessage) -> bool {
+    let kernels = RuleAttribute::Protocol(RouteProtocol::Kernel);
+    matches!(message, RouteNetlinkMessage::NewRule(rule) if !rule.attributes.contains(&kernels))
 }
 
 /// An address as it can be set; what has become of it on the host since does not matter.
@@ -247,6 +256,14 @@ fn needs_gateway(route: &RouteMessage) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_rule_of_the_kernel_is_not_had() {
+        let mut rule = RuleMessage::default();
+        assert!(is_somebodys_rule(&RouteNetlinkMessage::NewRule(rule.clone())));
+        rule.attributes = vec![RuleAttribute::Protocol(RouteProtocol::Kernel)];
+        assert!(!is_somebodys_rule(&RouteNetlinkMessage::NewRule(rule)));
+    }
     use bulkhead_netlink::route::link::Inet6DevConf;
     use bulkhead_netlink::route::route::{RouteAddress, RouteNextHop};
 

@@ -11,6 +11,8 @@ use bulkhead_netlink::route::tc::{
 };
 use bulkhead_netlink::{Connection, NLM_F_CREATE, NLM_F_EXCL};
 
+use super::Interface;
+
 /// The ingress qdisc's own number.
 const INGRESS: TcHandle = TcHandle { major: 0xffff, minor: 0 };
 /// Every protocol: `ETH_P_ALL` of Linux.
@@ -28,6 +30,14 @@ pub(super) fn fit(connection: &mut Connection, tap: u32, mtu: u32) -> io::Result
 /// Takes an interface, unless somebody else redirects what arrives there.
 pub(super) fn take(connection: &mut Connection, one: u32) -> io::Result<()> {
     connection.change(RouteNetlinkMessage::NewQueueDiscipline(ingress(one)?), NEW)
+}
+
+/// Takes the queue from an interface that had none: with a qdisc the kernel gives it one.
+pub(super) fn keep_queue(connection: &mut Connection, interface: &Interface) -> io::Result<()> {
+    if interface.queue_len > 0 {
+        return Ok(());
+    }
+    connection.set_link(interface.index, None, vec![LinkAttribute::TxQueueLen(0)])
 }
 
 /// Joins two interfaces that were taken.

@@ -1,10 +1,12 @@
 //! Debian's containerd: its shim for runc calls Bulkhead.
 
 use std::fs::{self, File};
+use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 
 use bulkhead_tests::bundle::Bundle;
+use bulkhead_tests::cni::PLUGINS;
 use bulkhead_tests::runtime::{end, output, told};
 use bulkhead_tests::vm::dist;
 use tempfile::TempDir;
@@ -94,4 +96,38 @@ fn a_task_does_what_containerd_asks() {
     assert!(told(&deleted).2.contains("exit code 5"), "{deleted:?}");
     containerd.ok(&["containers", "delete", "long"]);
     wait_for_nothing(containerd.directory.path());
+}
+
+/// The network that `ctr run --cni` has its plugins make, after the container was created.
+const NETWORK: &str = r#"{
+    "cniVersion": "0.4.0", "name": "net", "plugins": [
+        {"type": "bridge", "bridge": "ctr0", "isGateway": true, "ipMasq": true, "ipam": {
+            "type": "host-local", "subnet": "10.46.0.0/24", "routes": [{"dst": "0.0.0.0/0"}]}},
+        {"type": "portmap", "capabilities": {"portMappings": true}}
+    ]
+}"#;
+
+#[test]
+fn a_task_has_the_network_that_plugins_make_for_it() {
+    // Both are where containerd looks.
+    for directory in ["/etc/cni/net.d", "/opt/cni"] {
+        fs::create_dir_all(directory).unwrap();
+    }
+    fs::write("/etc/cni/net.d/10-net.conflist", NETWORK).unwrap();
+    symlink(PLUGINS, "/opt/cni/bin").unwrap();
+    let containerd = Containerd::start();
+    let look = "ip -o -4 address show dev eth0 | sed 's/^[0-9]*: //;s/10.46.0.[0-9]*/10.46.0.n/'; \
+        ip route | sed 's/src .*//'; ping -c 1 -W 30 10.46.0.1 >/dev/null && echo reached";
+    let bundle = Bundle::new(&["true"]).unwrap();
+    let ours = dist().join("bin/bulkhead");
+    let [theirs, ours] = ["/usr/sbin/runc", ours.to_str().unwrap()].map(|runtime| {
+        let options = ["run", "--rm", "--cni", "--runc-binary", runtime, "--rootfs"];
+        let rootfs = bundle.rootfs();
+        let rest = [rootfs.to_str().unwrap(), "looks", "/bin/sh", "-c", look];
+        told(&containerd.ctr(&[&options[..], &rest].concat()))
+    });
+    assert!(theirs.1.ends_with("reached\n"), "{theirs:?}");
+    assert_eq!(ours, theirs);
+    wait_for_nothing(containerd.directory.path());
+    fs::remove_file("/opt/cni/bin").unwrap();
 }

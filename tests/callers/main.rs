@@ -3,6 +3,7 @@
 
 #![cfg(test)]
 
+mod cni;
 mod containerd;
 mod debian;
 mod docker;

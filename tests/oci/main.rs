@@ -32,7 +32,10 @@ mod load;
 #[cfg(test)]
 mod mounts;
 #[cfg(test)]
+#[cfg(test)]
 mod network;
+#[cfg(test)]
+mod network_load;
 #[cfg(test)]
 mod pods;
 #[cfg(test)]
@@ -45,3 +48,5 @@ mod storage;
 mod streams;
 #[cfg(test)]
 mod terminal;
+#[cfg(test)]
+mod workloads;

@@ -7,11 +7,13 @@ use anyhow::{Context, Result, bail};
 
 use crate::cargo::succeed;
 
-const NEEDED: [&str; 31] = [
+const NEEDED: [&str; 36] = [
+    "aardvark-dns",
     "bc",
     "binutils",
     "bison",
     "busybox-static",
+    "containernetworking-plugins",
     "crun",
     "dbus",
     "debootstrap",
@@ -27,6 +29,8 @@ const NEEDED: [&str; 31] = [
     "libssl-dev",
     "linux-source-6.12",
     "make",
+    "netavark",
+    "nftables",
     "pkgconf",
     "podman",
     "procps",
@@ -36,6 +40,7 @@ const NEEDED: [&str; 31] = [
     "seabios",
     "systemd",
     "tar",
+    "tcpdump",
     "util-linux",
     "xz-utils",
     "zlib1g-dev",

@@ -18,6 +18,10 @@ use anyhow::{Context, Result, bail};
 use crate::clock;
 use crate::request::{CONTROL_PORT, ROOT_TAG, SHARE_TAG, STDERR_PORT, STDOUT_PORT};
 
+/// The emulated processor. Registers that only XSAVE keeps are not claimed either: programs that look
+/// at nothing but their own flag, such as those with the crate `sha2`, would use them.
+const PROCESSOR: &str = "max,+svm,-la57,-xsave,-avx,-avx2,-f16c,-fma,-vaes,-vpclmulqdq,-erms,-fsrm";
+
 /// What runs the host's instructions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Accelerator {
@@ -121,7 +125,7 @@ impl Machine<'_> {
                         command.args(["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=on"])
                     }
                 };
-                command.args(["-M", "q35", "-cpu", "max,+svm,-la57,-xsave,-erms,-fsrm"])
+                command.args(["-M", "q35", "-cpu", PROCESSOR])
             }
         };
         // One processor a socket: of a package's processors the firmware lists only the first.

@@ -17,6 +17,7 @@ use super::header::HEADER_BYTES;
 use super::*;
 use crate::config::{Fd, RateLimit};
 
+pub(crate) mod guided;
 mod hostile;
 
 const OWN: [u8; 6] = [2, 0, 0, 0, 0, 1];

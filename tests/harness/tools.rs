@@ -1,0 +1,112 @@
+//! A bundle whose programs are those of this machine: Debian's, beside busybox.
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::Path;
+
+use anyhow::Result;
+use serde_json::json;
+
+use crate::bundle::{Bundle, bind};
+
+/// The shell: busybox's prefers its own applets.
+pub const SHELL: &str = "/usr/bin/dash";
+/// What a container is given that may do everything to its network, and make others.
+const POWERS: [&str; 4] = ["CAP_NET_ADMIN", "CAP_NET_RAW", "CAP_SYS_ADMIN", "CAP_SYS_PTRACE"];
+
+/// All that there are.
+const ALL: [&str; 41] = [
+    "CAP_CHOWN",
+    "CAP_DAC_OVERRIDE",
+    "CAP_DAC_READ_SEARCH",
+    "CAP_FOWNER",
+    "CAP_FSETID",
+    "CAP_KILL",
+    "CAP_SETGID",
+    "CAP_SETUID",
+    "CAP_SETPCAP",
+    "CAP_LINUX_IMMUTABLE",
+    "CAP_NET_BIND_SERVICE",
+    "CAP_NET_BROADCAST",
+    "CAP_NET_ADMIN",
+    "CAP_NET_RAW",
+    "CAP_IPC_LOCK",
+    "CAP_IPC_OWNER",
+    "CAP_SYS_MODULE",
+    "CAP_SYS_RAWIO",
+    "CAP_SYS_CHROOT",
+    "CAP_SYS_PTRACE",
+    "CAP_SYS_PACCT",
+    "CAP_SYS_ADMIN",
+    "CAP_SYS_BOOT",
+    "CAP_SYS_NICE",
+    "CAP_SYS_RESOURCE",
+    "CAP_SYS_TIME",
+    "CAP_SYS_TTY_CONFIG",
+    "CAP_MKNOD",
+    "CAP_LEASE",
+    "CAP_AUDIT_WRITE",
+    "CAP_AUDIT_CONTROL",
+    "CAP_SETFCAP",
+    "CAP_MAC_OVERRIDE",
+    "CAP_MAC_ADMIN",
+    "CAP_SYSLOG",
+    "CAP_WAKE_ALARM",
+    "CAP_BLOCK_SUSPEND",
+    "CAP_AUDIT_READ",
+    "CAP_PERFMON",
+    "CAP_BPF",
+    "CAP_CHECKPOINT_RESTORE",
+];
+
+/// A bundle that runs a shell script with this machine's programs, read-only, and may change its
+/// network.
+///
+/// # Errors
+/// As [`Bundle::new`].
+pub fn bundle(script: &str) -> Result<Bundle> {
+    let mut bundle = Bundle::new(&[SHELL, "-c", script])?;
+    let rootfs = bundle.rootfs();
+    for name in ["usr", "etc/alternatives"] {
+        fs::create_dir_all(rootfs.join(name))?;
+    }
+    for name in ["lib", "lib64", "sbin"] {
+        symlink(Path::new("usr").join(name), rootfs.join(name))?;
+    }
+    for source in ["/usr", "/etc/alternatives"] {
+        bundle = bundle.mount(bind(Path::new(source), source, &["rbind", "ro"]))?;
+    }
+    bundle.with(|spec| {
+        spec["process"]["env"] = json!(["PATH=/usr/bin:/usr/sbin:/bin"]);
+        for set in ["bounding", "effective", "permitted"] {
+            let set = spec["process"]["capabilities"][set].as_array_mut();
+            set.into_iter().for_each(|set| set.extend(POWERS.map(|power| json!(power))));
+        }
+        spec["linux"]["readonlyPaths"] = json!([]);
+        let mounts = spec["mounts"].as_array_mut().into_iter().flatten();
+        for mount in mounts.filter(|mount| mount["type"] == "sysfs") {
+            mount["options"] = json!(["nosuid", "noexec", "nodev"]);
+        }
+    })
+}
+
+/// One that may do everything in its machine, as callers ask for a privileged container.
+///
+/// # Errors
+/// As [`Bundle::new`].
+pub fn privileged(script: &str) -> Result<Bundle> {
+    bundle(script)?.with(|spec| {
+        for set in ["bounding", "effective", "permitted", "inheritable"] {
+            spec["process"]["capabilities"][set] = json!(&ALL[..]);
+        }
+        spec["process"]["noNewPrivileges"] = json!(false);
+        spec["process"]["rlimits"] = json!([]);
+        spec["linux"]["maskedPaths"] = json!([]);
+        spec["linux"]["resources"]["devices"] = json!([{"allow": true, "access": "rwm"}]);
+        for mount in spec["mounts"].as_array_mut().into_iter().flatten() {
+            if mount["type"] == "cgroup" {
+                mount["options"] = json!(["nosuid", "noexec", "nodev"]);
+            }
+        }
+    })
+}

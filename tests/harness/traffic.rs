@@ -1,0 +1,45 @@
+//! What this host asks servers for, by TCP and UDP, until they answer.
+
+use std::net::UdpSocket;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Result, ensure};
+
+use crate::runtime::{comes_true, output, told};
+
+/// A bound on hangs under emulation, not a measure.
+const PATIENCE: Duration = Duration::from_secs(90);
+
+/// What a web server says at `place`, an address and a port.
+///
+/// # Errors
+/// When it says nothing for too long.
+pub fn says(place: &str) -> Result<String> {
+    let url = format!("http://{place}/");
+    let mut said = String::new();
+    let asked = comes_true(PATIENCE, || {
+        let asked = output(Command::new("busybox").args(["wget", "-q", "-O", "-", &url]));
+        said = asked.map(|output| told(&output).1).unwrap_or_default();
+        !said.is_empty()
+    });
+    ensure!(asked, "{place} says nothing");
+    Ok(said.trim().to_owned())
+}
+
+/// Has somebody send back a datagram.
+///
+/// # Errors
+/// When none comes for too long.
+pub fn echoed_by_udp(from: &str, whom: &str) -> Result<()> {
+    let socket = UdpSocket::bind((from, 0))?;
+    socket.set_read_timeout(Some(Duration::from_millis(500)))?;
+    let mut answer = [0; 16];
+    let echoed = comes_true(PATIENCE, || {
+        // What is refused or lost is asked for again.
+        let sent = socket.send_to(b"datagram", whom).is_ok();
+        sent && socket.recv(&mut answer).is_ok_and(|count| &answer[..count] == b"datagram")
+    });
+    ensure!(echoed, "{whom} sends nothing back");
+    Ok(())
+}

@@ -9,6 +9,7 @@ use std::time::Duration;
 use bulkhead_protocol::agent::agent_client::AgentClient;
 use bulkhead_protocol::agent::{HelloRequest, RescanRequest, StartProcessorsRequest, SyncRequest};
 use bulkhead_protocol::{AGENT_PORT, VERSION};
+use bulkhead_tests::runtime::comes_true;
 use bulkhead_tests::vm::{Options, TestVm};
 use bulkhead_vmm::config::{DeviceConfig, Fd, VmConfig};
 use bulkhead_vmm::control::Request;
@@ -76,6 +77,8 @@ fn processors_that_were_declared_exist_and_start_when_they_are_wanted() {
         agent.start_processors(StartProcessorsRequest { count: 2 }).await.unwrap();
         for (count, threads) in [(1, 2), (2, 2), (4, 4), (3, 4)] {
             vm.call(Request::Processors { count }, &[]).unwrap();
+            // A thread gives itself its name, some time after it was started.
+            comes_true(BOOT, || processors(&vm) >= threads);
             assert_eq!(processors(&vm), threads);
         }
         agent.start_processors(StartProcessorsRequest { count: 4 }).await.unwrap();

@@ -3,8 +3,8 @@
 use std::net::Shutdown;
 use std::time::{Duration, Instant};
 
-use bulkhead_protocol::STREAM_PORT;
 use bulkhead_protocol::agent::Streams;
+use bulkhead_protocol::{DESCRIPTORS_MAX, STREAM_PORT};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tonic::Code;
 
@@ -122,10 +122,11 @@ fn a_host_that_closes_the_output_breaks_the_pipe() {
 fn silent_and_unknown_connections_are_few_and_are_closed() {
     Guest::run(async |mut guest| {
         let mut idle = Vec::new();
-        for number in 0..64 {
+        // Those of four processes that have all that one can have.
+        for number in 0..4 * (DESCRIPTORS_MAX as u128 + 3) {
             let mut stream = dial(STREAM_PORT).await.unwrap();
             if number % 2 == 0 {
-                stream.write_all(&[number + 100; 16]).await.unwrap();
+                stream.write_all(&(number + 100).to_ne_bytes()).await.unwrap();
             }
             idle.push(stream);
         }

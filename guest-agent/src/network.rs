@@ -249,15 +249,21 @@ fn is_generated(setting: &RouteNetlinkMessage, mac: &[u8], number: u32) -> bool 
     address.header.index == number && address.attributes.contains(&generated)
 }
 
-/// Sets something, whether it is set or not.
+/// Sets something, whether it is set or not. That a route is not there is a setting too.
 fn set(connection: &mut Connection, setting: RouteNetlinkMessage) -> io::Result<()> {
-    if !matches!(setting, RouteNetlinkMessage::NewRule(_)) {
-        return connection.change(setting, NLM_F_CREATE | NLM_F_REPLACE);
-    }
-    // Rules are never replaced: there would be another one.
-    match connection.change(setting, NLM_F_CREATE | NLM_F_EXCL) {
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
-        set => set,
+    match setting {
+        RouteNetlinkMessage::DelRoute(_) => match connection.change(setting, 0) {
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(()),
+            set => set,
+        },
+        // Rules are never replaced: there would be another one.
+        RouteNetlinkMessage::NewRule(_) => {
+            match connection.change(setting, NLM_F_CREATE | NLM_F_EXCL) {
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+                set => set,
+            }
+        }
+        _ => connection.change(setting, NLM_F_CREATE | NLM_F_REPLACE),
     }
 }
 
@@ -266,13 +272,15 @@ fn undo(connection: &mut Connection, setting: RouteNetlinkMessage) {
     let opposite = match setting {
         RouteNetlinkMessage::NewAddress(address) => RouteNetlinkMessage::DelAddress(address),
         RouteNetlinkMessage::NewRoute(route) => RouteNetlinkMessage::DelRoute(route),
+        RouteNetlinkMessage::DelRoute(route) => RouteNetlinkMessage::NewRoute(route),
         RouteNetlinkMessage::NewNeighbour(neighbour) => {
             RouteNetlinkMessage::DelNeighbour(neighbour)
         }
         RouteNetlinkMessage::NewRule(rule) => RouteNetlinkMessage::DelRule(rule),
         _ => return,
     };
-    if let Err(error) = connection.change(opposite, 0) {
+    let comes_back = matches!(opposite, RouteNetlinkMessage::NewRoute(_));
+    if let Err(error) = connection.change(opposite, if comes_back { NLM_F_CREATE } else { 0 }) {
         tracing::debug!(error = %error, "a setting of the host was gone");
     }
 }
@@ -303,7 +311,7 @@ fn renumbered(
         RouteNetlinkMessage::NewNeighbour(neighbour) => {
             neighbour.header.ifindex = here(neighbour.header.ifindex)?;
         }
-        RouteNetlinkMessage::NewRoute(route) => {
+        RouteNetlinkMessage::NewRoute(route) | RouteNetlinkMessage::DelRoute(route) => {
             for attribute in &mut route.attributes {
                 match attribute {
                     RouteAttribute::Oif(index) => *index = here(*index)?,

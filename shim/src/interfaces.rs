@@ -5,7 +5,7 @@
 //! there before ([`Interfaces::update`]).
 
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -21,7 +21,8 @@ use tokio::time::sleep;
 
 use crate::agent::{Agent, AgentError};
 use crate::channel::watch;
-use crate::mirror::{Mirror, MirrorError, Update, View};
+use crate::mirror::{Interface, Mirror, MirrorError, Update, View};
+use crate::vhost;
 use crate::vm::{FIRST_NETWORK_SLOT, Machine, MachineError};
 
 /// Whoever sets up an interface does it in several steps: so long is waited for the next one.
@@ -137,10 +138,10 @@ async fn pass_on(machine: &Machine, agent: &Agent, update: Update) -> Result<(),
         }
     }
     for (place, tap) in &update.new {
-        let interface = update.view.interfaces.iter().find(|(it, _)| it == place);
-        let mac = interface.map(|(_, interface)| interface.mac).unwrap_or_default();
-        let slot = FIRST_NETWORK_SLOT + place;
-        machine.attach_network(slot, tap.as_fd(), mac, MTU_MAX).await?;
+        let of_place = |(it, _): &&(u8, Interface)| it == place;
+        if let Some((_, interface)) = update.view.interfaces.iter().find(of_place) {
+            attach(machine, FIRST_NETWORK_SLOT + place, tap.as_fd(), interface).await?;
+        }
     }
     for (place, plugged) in update.cables {
         machine.set_link(FIRST_NETWORK_SLOT + place, plugged).await?;
@@ -149,6 +150,33 @@ async fn pass_on(machine: &Machine, agent: &Agent, update: Update) -> Result<(),
         agent.rescan().await?;
     }
     Ok(agent.configure(request(update.view)).await?)
+}
+
+/// Gives the machine one interface, whose frames the kernel moves where it can.
+async fn attach(
+    machine: &Machine,
+    slot: u8,
+    tap: BorrowedFd<'_>,
+    interface: &Interface,
+) -> Result<(), NetworkError> {
+    let (name, mac) = (&interface.name, interface.mac);
+    let reason = match vhost::open() {
+        Ok(vhost) => {
+            let both = (tap, Some(vhost.as_fd()));
+            match machine.attach_network(slot, both, mac, MTU_MAX).await {
+                Ok(()) => {
+                    tracing::info!(interface = %name, "the kernel moves the frames, by vhost-net");
+                    return Ok(());
+                }
+                Err(error) => anyhow::Error::from(error),
+            }
+        }
+        Err(error) => error.into(),
+    };
+    machine.attach_network(slot, (tap, None), mac, MTU_MAX).await?;
+    let reason = format!("{reason:#}");
+    tracing::info!(interface = %name, reason, "the monitor moves the frames, without vhost-net");
+    Ok(())
 }
 
 fn request(view: View) -> agent::ConfigureRequest {

@@ -8,6 +8,8 @@
 //! - [`sandbox`], [`neighbours`]: containers that share a pod.
 //! - [`pod`], [`vm`], [`growth`], [`file_server`], [`share`], [`agent`]: the pod's processes;
 //!   `user_namespace`: what the owners of a shared mount are mapped by.
+//! - [`interfaces`], [`mirror`], [`names`], [`vhost`]: the network of the caller's namespace, as the
+//!   guest has it.
 //! - [`attach`], [`relay`], [`network`], `proxy`, [`stand_in`]: a process of the host that stands for one of the
 //!   guest, its streams, and the two tied together. [`terminal`]: where the streams are a terminal.
 //!   [`preserved`]: what a caller passes beside them.
@@ -53,4 +55,5 @@ pub mod terminal;
 pub mod timestamp;
 pub mod trace;
 mod user_namespace;
+pub mod vhost;
 pub mod vm;

@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
+use std::iter;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -168,22 +169,25 @@ impl Machine {
         self.done(request, &[disk.as_fd()]).await
     }
 
-    /// Gives the machine an interface whose other end is a tap; the guest has to bind it.
+    /// Gives the machine an interface whose other end is a tap; the guest has to bind it. With
+    /// `vhost` the kernel moves its frames, [`crate::vhost`].
     ///
     /// # Errors
-    /// When the monitor cannot use it.
+    /// When the monitor cannot use it; the slot is empty then.
     pub async fn attach_network(
         &self,
         slot: u8,
-        tap: BorrowedFd<'_>,
+        (tap, vhost): (BorrowedFd<'_>, Option<BorrowedFd<'_>>),
         mac: [u8; 6],
         mtu: u16,
     ) -> Result<(), MachineError> {
         let unlimited = RateLimit::default();
         let (receive, transmit) = (unlimited, unlimited);
-        let device =
-            DeviceConfig::Net(NetConfig { taps: vec![Fd(0)], mac, mtu, receive, transmit });
-        self.done(Request::Attach { slot, device }, &[tap]).await
+        let (taps, descriptors) = (vec![Fd(0)], iter::once(tap).chain(vhost).collect::<Vec<_>>());
+        let vhost = vhost.map(|_| Fd(1)).into_iter().collect();
+        let network = NetConfig { taps, vhost, mac, mtu, receive, transmit };
+        let request = Request::Attach { slot, device: DeviceConfig::Net(network) };
+        self.done(request, &descriptors).await
     }
 
     /// Takes out the device of a slot; the guest has unbound it.

@@ -28,6 +28,7 @@ pub struct Runtime {
     /// Those of the host before anything was run.
     cgroups: BTreeSet<PathBuf>,
     program: PathBuf,
+    environment: Vec<(&'static str, &'static str)>,
 }
 
 impl Runtime {
@@ -56,7 +57,15 @@ impl Runtime {
     }
 
     fn of(program: PathBuf) -> Result<Self> {
-        Ok(Self { root: TempDir::with_prefix("root-")?, cgroups: cgroups()?, program })
+        let (root, cgroups) = (TempDir::with_prefix("root-")?, cgroups()?);
+        Ok(Self { root, cgroups, program, environment: Vec::new() })
+    }
+
+    /// Sets a variable of the environment for each command.
+    #[must_use]
+    pub fn with(mut self, name: &'static str, value: &'static str) -> Self {
+        self.environment.push((name, value));
+        self
     }
 
     /// The state directory.
@@ -69,6 +78,7 @@ impl Runtime {
     #[must_use]
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(&self.program);
+        command.envs(self.environment.iter().copied());
         command.arg("--root").arg(self.root()).args(args).stdin(Stdio::null());
         command
     }

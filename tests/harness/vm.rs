@@ -202,6 +202,18 @@ impl TestVm {
         fields.skip(11).take(2).map(|ticks| Ok(ticks.parse::<u64>()?)).sum()
     }
 
+    /// The names of the monitor's threads. One that the kernel has there for vhost-net is among them.
+    ///
+    /// # Errors
+    /// When it has ended.
+    pub fn threads(&self) -> Result<Vec<String>> {
+        let threads = fs::read_dir(format!("/proc/{}/task", self.pid()))?;
+        // One that has ended meanwhile has no name.
+        let names =
+            threads.flatten().filter_map(|it| fs::read_to_string(it.path().join("comm")).ok());
+        Ok(names.map(|name| name.trim().to_owned()).collect())
+    }
+
     /// What the guest wrote to its console.
     #[must_use]
     pub fn console_text(&self) -> String {

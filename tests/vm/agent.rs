@@ -1,7 +1,6 @@
 //! The agent as what it is for: PID 1 of a machine, called over the monitor's vsock. What needs no
 //! machine is tested in the agent's own package.
 
-use std::fs;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
@@ -98,7 +97,5 @@ fn processors_that_were_declared_exist_and_start_when_they_are_wanted() {
 
 /// The monitor's threads that run processors.
 fn processors(vm: &TestVm) -> usize {
-    let tasks = fs::read_dir(format!("/proc/{}/task", vm.pid())).unwrap().flatten();
-    let names = tasks.map(|task| fs::read_to_string(task.path().join("comm")).unwrap());
-    names.filter(|name| name.starts_with("vcpu")).count()
+    vm.threads().unwrap().iter().filter(|name| name.starts_with("vcpu")).count()
 }

@@ -5,13 +5,17 @@
 //! Memory that is new is in the snapshots taken from then on; before a guest may be told of it,
 //! [`Memory::settle`] waits until no older one is in use, or an honest driver could hand a buffer to
 //! a device that does not know it yet.
+//!
+//! Whoever else reads and writes memory, such as the host's kernel, is shown it beforehand
+//! ([`Onlooker`]).
 
 // UNSAFETY: KVM lets the guest touch the memory that it is told about, and advice on memory can
 // destroy what is in it.
 #![expect(unsafe_code, reason = "KVM_SET_USER_MEMORY_REGION and madvise(2)")]
 
+use std::fmt;
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -50,9 +54,19 @@ pub enum MemoryError {
     /// A bug: the addresses are ours.
     #[error("guest memory overlaps")]
     Overlap(#[source] GuestRegionCollectionError),
+    /// Somebody who serves a device does not take it.
+    #[error("guest memory cannot be shown to who serves a device")]
+    Show(#[source] io::Error),
     /// A device serves a request that takes long.
     #[error("a device is busy with a request since {} s; try again", .0.as_secs())]
     Busy(Duration),
+}
+
+/// Somebody outside of this program who reads and writes guest memory, at the addresses that it was
+/// shown. It may do so until it is shown others, or is gone.
+pub(crate) trait Onlooker: fmt::Debug + Send + Sync {
+    /// Shows it all of the memory.
+    fn show(&self, memory: &GuestMemory) -> io::Result<()>;
 }
 
 /// The guest's memory, shared by everybody who uses it.
@@ -66,12 +80,14 @@ struct State {
     current: Arc<GuestMemory>,
     /// Earlier snapshots that somebody may still use.
     outdated: Vec<Arc<GuestMemory>>,
+    onlookers: Vec<Weak<dyn Onlooker>>,
 }
 
 impl Memory {
     /// Shares memory that KVM knows, or that no KVM is for.
     pub(crate) fn new(memory: GuestMemory) -> Arc<Self> {
-        let state = State { current: Arc::new(memory), outdated: Vec::new() };
+        let current = Arc::new(memory);
+        let state = State { current, outdated: Vec::new(), onlookers: Vec::new() };
         Arc::new(Self { state: Mutex::new(state) })
     }
 
@@ -90,6 +106,18 @@ impl Memory {
         Arc::clone(&self.lock().current)
     }
 
+    /// Shows the memory to somebody, now and whenever there is more of it.
+    ///
+    /// # Errors
+    /// When it does not take what there is now.
+    pub(crate) fn introduce(&self, onlooker: &Arc<dyn Onlooker>) -> io::Result<()> {
+        let mut state = self.lock();
+        onlooker.show(&state.current)?;
+        state.onlookers.retain(|known| known.strong_count() > 0);
+        state.onlookers.push(Arc::downgrade(onlooker));
+        Ok(())
+    }
+
     /// Maps what is missing of the range from `start` on, whose beginning may have been mapped by
     /// earlier calls.
     pub(crate) fn extend(
@@ -98,7 +126,9 @@ impl Memory {
         start: GuestAddress,
         bytes: u64,
     ) -> Result<(), MemoryError> {
-        let now = self.snapshot();
+        // Nobody is introduced meanwhile.
+        let mut state = self.lock();
+        let now = &state.current;
         let mapped = GuestAddress((now.last_addr().0 + 1).max(start.0));
         let missing = (start.0 + bytes).saturating_sub(mapped.0);
         if missing == 0 {
@@ -111,16 +141,19 @@ impl Memory {
         let slot = u32::try_from(now.num_regions()).unwrap_or(u32::MAX);
         let region = Arc::new(region);
         let then = now.insert_region(Arc::clone(&region)).map_err(MemoryError::Overlap)?;
-        // Before KVM is told: from then on the region must not go away.
-        self.publish(then);
-        register(vm, slot, &region)
+        if let Err(error) = state.show(&then).and_then(|()| register(vm, slot, &region)) {
+            // Whoever was shown it may use it already: it must not go away.
+            std::mem::forget(region);
+            return Err(error);
+        }
+        state.publish(then);
+        Ok(())
     }
 
     /// Replaces the snapshot that is taken from now on.
+    #[cfg(test)]
     pub(crate) fn publish(&self, memory: GuestMemory) {
-        let mut state = self.lock();
-        let before = std::mem::replace(&mut state.current, Arc::new(memory));
-        state.outdated.push(before);
+        self.lock().publish(memory);
     }
 
     /// Returns when every snapshot in use is of memory as it is now.
@@ -146,6 +179,19 @@ impl Memory {
     }
 }
 
+impl State {
+    /// Lets everybody outside know what memory will be.
+    fn show(&self, memory: &GuestMemory) -> Result<(), MemoryError> {
+        let mut onlookers = self.onlookers.iter().filter_map(Weak::upgrade);
+        onlookers.try_for_each(|onlooker| onlooker.show(memory)).map_err(MemoryError::Show)
+    }
+
+    fn publish(&mut self, memory: GuestMemory) {
+        let before = std::mem::replace(&mut self.current, Arc::new(memory));
+        self.outdated.push(before);
+    }
+}
+
 /// Lets the guest use a region.
 fn register(vm: &VmFd, slot: u32, region: &GuestRegionMmap) -> Result<(), MemoryError> {
     // SAFETY: this advice changes how memory is backed, never what is in it.
@@ -161,7 +207,8 @@ fn register(vm: &VmFd, slot: u32, region: &GuestRegionMmap) -> Result<(), Memory
         userspace_addr: region.as_ptr() as u64,
     };
     // SAFETY: the region is mapped with this size, and stays so for the life of the process: it is
-    // never taken out of the memory that the bus holds, which outlives every processor.
+    // never taken out of the memory that the bus holds, which outlives every processor. One that does
+    // not get there is not unmapped either.
     unsafe { vm.set_user_memory_region(kvm_region) }.map_err(MemoryError::Kvm)
 }
 
@@ -183,6 +230,8 @@ pub(crate) fn release(slice: &vm_memory::VolatileSlice<'_>) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicU64, Ordering};
+
     use super::*;
 
     fn memory(mib: usize) -> GuestMemory {
@@ -205,5 +254,42 @@ mod tests {
         let settled = Instant::now();
         assert!(settled >= serving.join().unwrap(), "a device still had the older one");
         assert!(shared.lock().outdated.is_empty());
+    }
+
+    /// Takes memory up to a size.
+    #[derive(Debug)]
+    struct Watcher {
+        most: u64,
+        seen: AtomicU64,
+    }
+
+    impl Onlooker for Watcher {
+        fn show(&self, memory: &GuestMemory) -> io::Result<()> {
+            let bytes = memory.last_addr().0 + 1;
+            self.seen.store(bytes, Ordering::Relaxed);
+            if bytes > self.most { Err(io::ErrorKind::ArgumentListTooLong.into()) } else { Ok(()) }
+        }
+    }
+
+    #[test]
+    fn onlookers_are_shown_what_there_is_and_what_comes_while_they_live() {
+        let shared = Memory::new(memory(1));
+        let watcher = |most: u64| Arc::new(Watcher { most: most << 20, seen: AtomicU64::new(0) });
+        let (one, other) = (watcher(2), watcher(3));
+        for onlooker in [&one, &other] {
+            let onlooker: Arc<dyn Onlooker> = Arc::<Watcher>::clone(onlooker);
+            shared.introduce(&onlooker).unwrap();
+        }
+        let seen = |watcher: &Watcher| watcher.seen.load(Ordering::Relaxed) >> 20;
+        assert_eq!((seen(&one), seen(&other)), (1, 1));
+        shared.lock().show(&memory(2)).unwrap();
+        assert_eq!((seen(&one), seen(&other)), (2, 2));
+        assert!(matches!(shared.lock().show(&memory(3)), Err(MemoryError::Show(_))));
+        drop(one);
+        shared.lock().show(&memory(3)).unwrap();
+        assert_eq!(seen(&other), 3);
+        let late: Arc<dyn Onlooker> = watcher(0);
+        assert!(shared.introduce(&late).is_err());
+        assert_eq!(shared.lock().onlookers.len(), 2, "one that refused is not remembered");
     }
 }

@@ -5,6 +5,8 @@ use std::io::Write;
 
 use serde_json::{Value, json};
 
+use crate::vhost;
+
 /// createContainer and startContainer run in the guest.
 const HOOKS: &[&str] =
     &["prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"];
@@ -159,6 +161,7 @@ fn document() -> Value {
         },
         "annotations": {
             "org.bulkhead.version": env!("CARGO_PKG_VERSION"),
+            "org.bulkhead.vhost-net.enabled": vhost::open().is_ok().to_string(),
             "org.opencontainers.runc.checkpoint.enabled": "false",
         },
     })

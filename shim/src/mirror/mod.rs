@@ -156,7 +156,10 @@ impl Mirror {
             }
         }
         let joined = &self.joined;
-        let known = |index| joined.iter().any(|joined| joined.interface.index == index);
+        let known = |index| {
+            let joined = joined.iter().find(|joined| joined.interface.index == index);
+            joined.map(|joined| observe::Up(joined.interface.up))
+        };
         let settings = observe::settings(&mut self.connection, known)
             .map_err(unknown("addresses and routes"))?;
         let interfaces = joined.iter().map(|it| (it.place, it.interface.clone())).collect();

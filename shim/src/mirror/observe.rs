@@ -1,6 +1,7 @@
 //! What a network namespace has: its interfaces, and what is set on them.
 
 use std::io;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use bulkhead_netlink::route::address::{
     AddressAttribute, AddressHeaderFlags, AddressMessage, AddressScope,
@@ -21,6 +22,8 @@ use super::{redirect, tap};
 
 /// Routes that the kernel makes by itself when an address is set.
 const TABLE_LOCAL: u32 = 255;
+/// Of a route that comes with an IPv6 address; with an IPv4 address it is 0, which is not said.
+const PRIORITY_OF_ADDRESS: u32 = 256;
 
 /// The loopback's number in every network namespace.
 const LOOPBACK: u32 = 1;
@@ -149,16 +152,20 @@ fn has_ipv6(families: &[AfSpecUnspec]) -> bool {
 }
 
 /// Addresses, routes and static neighbours of the interfaces that are `known`, routes that are of none,
-/// and rules that say which routes count.
+/// and rules that say which routes count. An interface that is known is up or down.
 pub(super) fn settings(
     connection: &mut Connection,
-    known: impl Fn(u32) -> bool,
+    known: impl Fn(u32) -> Option<Up>,
 ) -> io::Result<Vec<Vec<u8>>> {
     let mut settings = Vec::new();
+    let mut made = Vec::new();
     for message in connection.list(&RouteNetlinkMessage::GetAddress(AddressMessage::default()))? {
         if let RouteNetlinkMessage::NewAddress(address) = message
-            && (known(address.header.index) || is_added_to_loopback(&address))
+            && (known(address.header.index).is_some() || is_added_to_loopback(&address))
         {
+            if known(address.header.index) == Some(Up(true)) {
+                made.extend(route_of(&address));
+            }
             settings.push(RouteNetlinkMessage::NewAddress(as_is(address)));
         }
     }
@@ -168,18 +175,21 @@ pub(super) fn settings(
         request.header.address_family = family;
         for message in connection.list(&RouteNetlinkMessage::GetRoute(request))? {
             if let RouteNetlinkMessage::NewRoute(route) = message {
-                let known = |index| index == LOOPBACK || known(index);
+                made.retain(|made| !is_like(&route, made));
+                let known = |index| index == LOOPBACK || known(index).is_some();
                 routes.extend(kept(route, known));
             }
         }
     }
+    // The guest's kernel makes them too; somebody has taken them away here.
+    settings.extend(made.into_iter().map(RouteNetlinkMessage::DelRoute));
     // Gateways are found by routes that need none.
     routes.sort_by_key(needs_gateway);
     settings.extend(routes.into_iter().map(RouteNetlinkMessage::NewRoute));
     let request = RouteNetlinkMessage::GetNeighbour(NeighbourMessage::default());
     for message in connection.list(&request)? {
         if let RouteNetlinkMessage::NewNeighbour(neighbour) = message
-            && known(neighbour.header.ifindex)
+            && known(neighbour.header.ifindex).is_some()
             && neighbour.header.state == NeighbourState::Permanent
         {
             settings.push(RouteNetlinkMessage::NewNeighbour(neighbour));
@@ -188,6 +198,56 @@ pub(super) fn settings(
     let rules = connection.list(&RouteNetlinkMessage::GetRule(RuleMessage::default()))?;
     settings.extend(rules.into_iter().filter(is_somebodys_rule));
     Ok(settings.into_iter().map(encode).collect())
+}
+
+/// Whether an interface is up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Up(pub(super) bool);
+
+/// The route that the kernel makes of an address of an interface that is up: to all on the link.
+fn route_of(address: &AddressMessage) -> Option<RouteMessage> {
+    let AddressMessage { header, attributes, .. } = address;
+    let find = |what: fn(&AddressAttribute) -> Option<IpAddr>| attributes.iter().find_map(what);
+    // Of a link between two it is the other's.
+    let there = find(|attribute| match attribute {
+        AddressAttribute::Address(address) => Some(*address),
+        _ => None,
+    })?;
+    let here = find(|attribute| match attribute {
+        AddressAttribute::Local(address) => Some(*address),
+        _ => None,
+    });
+    let len = u32::from(header.prefix_len);
+    let mut route = RouteMessage::default();
+    let (scope, destination) = match there {
+        // Only itself.
+        IpAddr::V4(_) if len == 32 && here.is_none_or(|here| here == there) => return None,
+        IpAddr::V4(there) => {
+            let mask = u32::MAX.checked_shl(32_u32.saturating_sub(len)).unwrap_or(0);
+            (RouteScope::Link, IpAddr::from(Ipv4Addr::from_bits(there.to_bits() & mask)))
+        }
+        IpAddr::V6(there) => {
+            let mask = u128::MAX.checked_shl(128_u32.saturating_sub(len)).unwrap_or(0);
+            route.attributes.push(RouteAttribute::Priority(PRIORITY_OF_ADDRESS));
+            (RouteScope::Universe, IpAddr::from(Ipv6Addr::from_bits(there.to_bits() & mask)))
+        }
+    };
+    route.header.address_family = header.family;
+    route.header.destination_prefix_length = header.prefix_len;
+    (route.header.scope, route.header.protocol) = (scope, RouteProtocol::Kernel);
+    (route.header.table, route.header.kind) = (RouteHeader::RT_TABLE_MAIN, RouteType::Unicast);
+    route.attributes.push(RouteAttribute::Destination(destination.into()));
+    route.attributes.push(RouteAttribute::Oif(header.index));
+    Some(route)
+}
+
+/// Whether a route is the one that the kernel would have made.
+fn is_like(route: &RouteMessage, made: &RouteMessage) -> bool {
+    let RouteHeader { protocol, destination_prefix_length: len, table, .. } = route.header;
+    let mut same = made.attributes.iter();
+    (protocol, len, table)
+        == (made.header.protocol, made.header.destination_prefix_length, made.header.table)
+        && same.all(|attribute| route.attributes.contains(attribute))
 }
 
 /// The loopback has its first addresses from the kernel, there as here.
@@ -221,7 +281,12 @@ fn kept(mut route: RouteMessage, known: impl Fn(u32) -> bool) -> Option<RouteMes
             _ => None,
         })
         .unwrap_or(table.into());
-    let learnt = matches!(protocol, RouteProtocol::Kernel | RouteProtocol::Ra);
+    let learnt = match protocol {
+        RouteProtocol::Ra => true,
+        // Those of other tables have been moved there.
+        RouteProtocol::Kernel => table == u32::from(RouteHeader::RT_TABLE_MAIN),
+        _ => false,
+    };
     if table == TABLE_LOCAL || learnt || kind == RouteType::Multicast {
         return None;
     }
@@ -339,7 +404,47 @@ mod tests {
         assert!(by(RouteAttribute::MultiPath(vec![hop(7), hop(8)])).is_none());
         assert!(by(RouteAttribute::Table(TABLE_LOCAL)).is_none());
         assert!(by(RouteAttribute::Table(100)).is_some());
-        assert!(kept(route(RouteProtocol::Kernel, vec![RouteAttribute::Oif(7)]), known).is_none());
+        let of_kernel = |table| {
+            let attributes = vec![RouteAttribute::Table(table), RouteAttribute::Oif(7)];
+            kept(route(RouteProtocol::Kernel, attributes), known)
+        };
+        assert!(of_kernel(254).is_none());
+        assert!(of_kernel(100).is_some());
+    }
+
+    fn address(there: &str, len: u8, here: &str) -> AddressMessage {
+        let mut address = AddressMessage::default();
+        let attributes = [("there", there), ("here", here)].map(|(_, it)| it.parse::<IpAddr>());
+        let [there, here] = attributes.map(Result::unwrap);
+        address.header.prefix_len = len;
+        address.header.index = 7;
+        address.attributes = vec![AddressAttribute::Address(there), AddressAttribute::Local(here)];
+        address
+    }
+
+    #[test]
+    fn an_address_makes_a_route_to_all_on_its_link() {
+        let of = |there, len, here| {
+            let route = route_of(&address(there, len, here))?;
+            let destination = route.attributes.iter().find_map(|attribute| match attribute {
+                RouteAttribute::Destination(RouteAddress::Inet(it)) => Some(it.to_string()),
+                RouteAttribute::Destination(RouteAddress::Inet6(it)) => Some(it.to_string()),
+                _ => None,
+            });
+            Some((destination?, route.header.destination_prefix_length))
+        };
+        assert_eq!(of("10.1.2.3", 20, "10.1.2.3"), Some(("10.1.0.0".into(), 20)));
+        assert_eq!(of("10.1.2.3", 0, "10.1.2.3"), Some(("0.0.0.0".into(), 0)));
+        assert_eq!(of("10.1.2.3", 32, "10.1.2.3"), None);
+        assert_eq!(of("10.1.2.4", 32, "10.1.2.3"), Some(("10.1.2.4".into(), 32)));
+        assert_eq!(of("fd01::5", 64, "fd01::5"), Some(("fd01::".into(), 64)));
+        assert_eq!(of("fd01::5", 128, "fd01::5"), Some(("fd01::5".into(), 128)));
+        let made = route_of(&address("fd01::5", 64, "fd01::5")).unwrap();
+        let mut seen = made.clone();
+        seen.attributes.push(RouteAttribute::Table(254));
+        assert!(is_like(&seen, &made));
+        seen.header.protocol = RouteProtocol::Static;
+        assert!(!is_like(&seen, &made));
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! The network of a container: throughput, small packets, turns and processor time, against a runc
-//! container and QEMU's microvm on the same bridge, measured from one more namespace on it.
+//! container and QEMU's microvm on the same bridge, measured from one more namespace on it. Each is in
+//! a namespace with an interface of the bridge, to which the taps of machines are joined alike. What
+//! has vhost-net is compared with what has it, and what has not with what has not.
 //!
 //! iperf3 measures throughput. While it does, what goes through the bridge and how long the host is
 //! busy meanwhile are taken, from a quarter of the transfer to three quarters: so the time has all
@@ -31,6 +33,15 @@ const TRANSFER: u64 = 96 << 20;
 const ROUNDS_MAX: usize = 5;
 const GIB: f64 = (1_u64 << 30) as f64;
 
+/// Who is measured, and with whom each is compared.
+const CONTENDERS: [(&str, Option<usize>); 5] = [
+    ("bulkhead", None),
+    ("runc", Some(0)),
+    ("QEMU, vhost", Some(0)),
+    ("bulkhead, monitor", None),
+    ("QEMU", Some(3)),
+];
+
 /// The figures of one contender, in the order of [`FIGURES`].
 type Figures = [Vec<f64>; FIGURES.len()];
 
@@ -50,45 +61,50 @@ const FIGURES: [(&str, bool); 8] = [
 pub(crate) fn measure(rounds: usize) -> Result<Value> {
     let work = TempDir::new()?;
     let _bridge = Bridge::new()?;
-    let names = ["bulkhead", "runc", "QEMU", "QEMU, vhost"];
-    let addresses = [2, 3, 4, 5].map(|last| Ipv4Addr::new(10, 77, 0, last));
-    let [ours, runc, qemu, vhost] = addresses;
+    let addresses = [2, 3, 4, 5, 6].map(|last| Ipv4Addr::new(10, 77, 0, last));
+    let [ours, runc, vhost, monitor, qemu] = addresses;
     let _ours = Container::start(Runtime::new()?, "ours", ours)?;
     let _runc = Container::start(Runtime::runc()?, "runc", runc)?;
-    let _qemu = Microvm::start(work.path(), "qemu", "vhost=off", qemu)?;
     let _vhost = Microvm::start(work.path(), "vhost", "vhost=on", vhost)?;
-    for (name, address) in names.iter().zip(addresses) {
-        own("wait", address).context(*name)?;
+    let without = Runtime::new()?.with("BULKHEAD_VHOST_NET", "0");
+    let _monitor = Container::start(without, "monitor", monitor)?;
+    let _qemu = Microvm::start(work.path(), "qemu", "vhost=off", qemu)?;
+    let each = || CONTENDERS.iter().map(|(name, _)| *name).zip(addresses);
+    for (name, address) in each() {
+        own("wait", address).context(name)?;
     }
-    let mut all: [Figures; 4] = Default::default();
+    let mut all: [Figures; CONTENDERS.len()] = Default::default();
     for _ in 0..rounds.min(ROUNDS_MAX) {
-        for ((name, address), figures) in names.iter().zip(addresses).zip(&mut all) {
-            let round = round(address).context(*name)?;
+        for ((name, address), figures) in each().zip(&mut all) {
+            let round = round(address).context(name)?;
             figures.iter_mut().zip(round).for_each(|(figures, figure)| figures.push(figure));
         }
     }
-    Ok(table(&names, &all))
+    Ok(table(&all))
 }
 
 /// Prints and gives the medians, and how ours stand to the others' (above 1 is better).
-fn table(names: &[&str], all: &[Figures]) -> Value {
+fn table(all: &[Figures]) -> Value {
     let mut heading = vec![""];
-    heading.extend(names);
+    heading.extend(CONTENDERS.map(|(name, _)| name));
     let mut rows = Vec::new();
     let mut results = Map::new();
     for (index, (figure, more)) in FIGURES.into_iter().enumerate() {
         let medians: Vec<f64> = all.iter().map(|figures| median(&figures[index])).collect();
-        let own = medians[0];
-        let cells = medians.iter().map(|theirs| {
+        let cells = medians.iter().zip(CONTENDERS).map(|(theirs, (_, with))| {
+            let digits = usize::from(*theirs < 100.0);
+            let Some(own) = with.map(|with| medians[with]) else {
+                return format!("{theirs:.digits$}");
+            };
             let better = if more { own / theirs } else { theirs / own };
-            format!("{theirs:.*} ({better:.2})", usize::from(*theirs < 100.0))
+            format!("{theirs:.digits$} ({better:.2})")
         });
         rows.push(std::iter::once(figure.into()).chain(cells).collect());
-        let named = names.iter().map(|name| (*name).to_owned());
-        let named = named.zip(medians.into_iter().map(Value::from));
+        let named = CONTENDERS.map(|(name, _)| name.to_owned()).into_iter();
+        let named = named.zip(medians.iter().copied().map(Value::from));
         results.insert(figure.into(), named.collect::<Map<_, _>>().into());
     }
-    let title = "Network, medians; in brackets how much better bulkhead's first column is";
+    let title = "Network, medians; in brackets how much better the column of bulkhead before it is";
     table::print(title, &heading, &rows);
     Value::Object(results)
 }

@@ -17,6 +17,8 @@ const FAR: &str = "far";
 /// The bridge's end of what leads there; what goes through it is counted.
 pub(super) const FAR_PORT: &str = "far0";
 const FAR_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
+/// The tap of a machine of QEMU's.
+const TAP: &str = "tap";
 /// The near end, in every contender.
 const PROGRAM: &str = "/bin/bench";
 const IPERF: &str = "/usr/bin/iperf3";
@@ -52,9 +54,17 @@ pub(super) fn far(program: &str) -> Command {
 }
 
 fn ip(line: &str) -> Result<()> {
-    let output = output(Command::new("ip").args(line.split(' ')))?;
+    run("ip", line)
+}
+
+fn tc(namespace: &str, line: &str) -> Result<()> {
+    run("tc", &format!("-netns {namespace} {line}"))
+}
+
+fn run(program: &str, line: &str) -> Result<()> {
+    let output = output(Command::new(program).args(line.split(' ')))?;
     let said = String::from_utf8_lossy(&output.stderr);
-    ensure!(output.status.success(), "ip {line}: {said}");
+    ensure!(output.status.success(), "{program} {line}: {said}");
     Ok(())
 }
 
@@ -66,6 +76,18 @@ fn namespace(name: &str, port: &str, address: Ipv4Addr) -> Result<()> {
     ip(&format!("-netns {name} link set lo up"))?;
     ip(&format!("-netns {name} address add {address}/24 dev eth0"))?;
     ip(&format!("-netns {name} link set eth0 up"))
+}
+
+/// Makes a tap in a namespace, and lets the frames of its `eth0` be the tap's, as Bulkhead does.
+fn join(name: &str) -> Result<()> {
+    ip(&format!("-netns {name} tuntap add dev {TAP} mode tap vnet_hdr"))?;
+    ip(&format!("-netns {name} link set {TAP} up"))?;
+    for (from, to) in [("eth0", TAP), (TAP, "eth0")] {
+        tc(name, &format!("qdisc add dev {from} ingress"))?;
+        let redirect = format!("matchall action mirred egress redirect dev {to}");
+        tc(name, &format!("filter add dev {from} ingress protocol all {redirect}"))?;
+    }
+    Ok(())
 }
 
 /// A container of a runtime, in a namespace that was prepared; both are gone when it is dropped.
@@ -100,26 +122,32 @@ impl Drop for Container {
     }
 }
 
-/// QEMU's microvm with the guest's kernel and a tap on the bridge; both are gone when it is dropped.
+/// QEMU's microvm with the guest's kernel, in a namespace as a container's whose interface is joined
+/// with its tap; both are gone when it is dropped.
 pub(super) struct Microvm {
     process: Child,
-    tap: &'static str,
+    name: &'static str,
 }
 
 impl Microvm {
     /// `options` are those of the network back end.
     pub(super) fn start(
         work: &Path,
-        tap: &'static str,
+        name: &'static str,
         options: &str,
         address: Ipv4Addr,
     ) -> Result<Self> {
-        let initramfs = initramfs(work, tap, address)?;
-        ip(&format!("tuntap add dev {tap} mode tap vnet_hdr"))?;
-        ip(&format!("link set {tap} master {BRIDGE} up"))?;
-        let log = fs::File::create(work.join(format!("{tap}.log")))?;
-        let mut command = Command::new("qemu-system-x86_64");
+        let initramfs = initramfs(work, name, address)?;
+        namespace(name, &format!("{name}0"), FAR_ADDRESS)?;
+        // The address is the machine's alone.
+        ip(&format!("-netns {name} address flush dev eth0"))?;
+        join(name)?;
+        // QEMU's own is the same in each machine.
+        let [.., last] = address.octets();
+        let log = fs::File::create(work.join(format!("{name}.log")))?;
+        let mut command = Command::new("ip");
         command
+            .args(["netns", "exec", name, "qemu-system-x86_64"])
             .args(["-M", "microvm,acpi=off,rtc=off,pit=off,pic=off,isa-serial=off"])
             .args(["-accel", "kvm", "-cpu", "host", "-m", "256", "-smp", "1", "-nodefaults"])
             .args(["-no-user-config", "-display", "none", "-no-reboot"])
@@ -130,10 +158,11 @@ impl Microvm {
             .arg("-initrd")
             .arg(initramfs)
             .arg("-netdev")
-            .arg(format!("tap,id=net,ifname={tap},script=no,downscript=no,{options}"))
-            .args(["-device", "virtio-net-device,netdev=net"]);
+            .arg(format!("tap,id=net,ifname={TAP},script=no,downscript=no,{options}"))
+            .arg("-device")
+            .arg(format!("virtio-net-device,netdev=net,mac=52:54:00:00:00:{last:02x}"));
         let process = command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn()?;
-        Ok(Self { process, tap })
+        Ok(Self { process, name })
     }
 }
 
@@ -142,7 +171,7 @@ impl Drop for Microvm {
         // Both fail when it has ended by itself, which nobody has reason to.
         let _ = self.process.kill();
         let _ = self.process.wait();
-        let _ = ip(&format!("link delete {}", self.tap));
+        let _ = ip(&format!("netns delete {}", self.name));
     }
 }
 

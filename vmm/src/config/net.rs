@@ -20,6 +20,10 @@ pub struct NetConfig {
     /// `IFF_TAP`, `IFF_NO_PI`, `IFF_VNET_HDR` and, for more than one, `IFF_MULTI_QUEUE`; a header
     /// of 12 bytes (`TUNSETVNETHDRSZ`); nonblocking.
     pub taps: Vec<Fd>,
+    /// `/dev/vhost-net`, opened once for each tap, when the host's kernel is to move the frames; none
+    /// when the monitor does. The kernel limits nothing.
+    #[serde(default)]
+    pub vhost: Vec<Fd>,
     /// The address that the guest has at first.
     pub mac: [u8; 6],
     /// The most that a packet has behind its Ethernet header.
@@ -53,6 +57,15 @@ impl NetConfig {
         }
         for (index, tap) in self.taps.iter().enumerate() {
             check_fd(&format!("{field}.taps[{index}]"), *tap, descriptors)?;
+        }
+        for (index, vhost) in self.vhost.iter().enumerate() {
+            check_fd(&format!("{field}.vhost[{index}]"), *vhost, descriptors)?;
+        }
+        let limited = [self.receive, self.transmit] != [RateLimit::default(); 2];
+        if !self.vhost.is_empty() && (self.vhost.len() != self.taps.len() || limited) {
+            let reason =
+                format!("has {}: one for each tap, and none with limits", self.vhost.len());
+            return Err(ConfigError::new(format!("{field}.vhost"), reason));
         }
         if self.mac[0] & 1 != 0 || self.mac == [0; 6] {
             let reason = format!("{:x?} is not the address of one interface", self.mac);

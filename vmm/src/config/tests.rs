@@ -1,5 +1,7 @@
 //! What a configuration must be, and which field an error names.
 
+use std::num::NonZeroU64;
+
 use super::*;
 
 fn valid() -> VmConfig {
@@ -25,7 +27,8 @@ fn blk(serial: &str) -> DeviceConfig {
 fn net(change: fn(&mut NetConfig)) -> DeviceConfig {
     let mac = [2, 0, 0, 0, 0, 1];
     let (receive, transmit) = (RateLimit::default(), RateLimit::default());
-    let mut net = NetConfig { taps: vec![Fd(0), Fd(1)], mac, mtu: 1500, receive, transmit };
+    let (taps, vhost) = (vec![Fd(0), Fd(1)], vec![Fd(2), Fd(3)]);
+    let mut net = NetConfig { taps, vhost, mac, mtu: 1500, receive, transmit };
     change(&mut net);
     DeviceConfig::Net(net)
 }
@@ -41,7 +44,7 @@ fn a_configuration_survives_json() {
 #[test]
 fn every_bad_field_is_named() {
     type Spoil = fn(&mut VmConfig);
-    let table: [(&str, Spoil); 20] = [
+    let table: [(&str, Spoil); 23] = [
         ("version", |c| c.version = 2),
         ("jail.uid", |c| c.jail.uid = 0),
         ("jail.gid", |c| c.jail.gid = u32::MAX),
@@ -58,6 +61,11 @@ fn every_bad_field_is_named() {
         ("devices[0].guest_cid", |c| c.devices[0].device = DeviceConfig::Vsock { guest_cid: 2 }),
         ("devices[0].serial", |c| c.devices[0].device = blk(&"s".repeat(21))),
         ("devices[0].taps", |c| c.devices[0].device = net(|net| net.taps.clear())),
+        ("devices[0].vhost", |c| c.devices[0].device = net(|net| net.vhost.truncate(1))),
+        ("devices[0].vhost[1]", |c| c.devices[0].device = net(|net| net.vhost[1] = Fd(4))),
+        ("devices[0].vhost", |c| {
+            c.devices[0].device = net(|net| net.transmit.packets_per_s = NonZeroU64::new(1));
+        }),
         ("devices[0].taps", |c| c.devices[0].device = net(|net| net.taps = vec![Fd(0); 9])),
         ("devices[0].taps[1]", |c| c.devices[0].device = net(|net| net.taps[1] = Fd(4))),
         ("devices[0].mac", |c| c.devices[0].device = net(|net| net.mac[0] = 3)),

@@ -6,7 +6,7 @@ use std::io;
 use vm_memory::GuestMemoryBackend;
 
 use crate::arch::layout;
-use crate::config::DeviceConfig;
+use crate::config::{DeviceConfig, Fd};
 use crate::memory::Memory;
 use crate::vm::Descriptors;
 
@@ -49,8 +49,10 @@ pub(crate) fn build(
             Box::new(block::device(disk, *read_only, serial)?)
         }
         DeviceConfig::Net(net) => {
-            let taps = net.taps.iter().map(|tap| take("taps", *tap));
-            Box::new(net::device(net, taps.collect::<io::Result<_>>()?)?)
+            let mut all = |field, fds: &[Fd]| fds.iter().map(|fd| take(field, *fd)).collect();
+            let taps: io::Result<_> = all("taps", &net.taps);
+            let vhost: io::Result<_> = all("vhost", &net.vhost);
+            Box::new(net::device(net, (taps?, vhost?), memory)?)
         }
         DeviceConfig::Balloon => {
             let (device, balloon) = balloon::device()?;

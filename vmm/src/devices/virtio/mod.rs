@@ -59,6 +59,12 @@ pub(crate) trait Serve: Send + 'static {
         Ok(())
     }
 
+    /// Called once after [`Serve::start`]: gives queues to somebody else who serves them, and takes
+    /// them out of `sources`.
+    fn delegate(&mut self, _activation: &Activation, _sources: &Sources) -> io::Result<()> {
+        Ok(())
+    }
+
     /// Does what can be done now. Called for spurious wake-ups too.
     fn serve(&mut self, ready: Ready, context: &mut Context<'_>) -> Result<(), ServeError>;
 

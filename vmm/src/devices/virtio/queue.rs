@@ -42,6 +42,9 @@ pub(crate) enum QueueError {
     /// More bytes than any request has.
     #[error("chain {head} is longer than 4 GiB")]
     Length { head: u16 },
+    /// Whoever serves the queue elsewhere needs each ring in one piece.
+    #[error("{len} bytes of a ring at {addr:#x} are not one piece of memory")]
+    Pieces { addr: u64, len: usize },
     /// A request ended before its fields did.
     #[error("chain has {has} bytes left where {needs} are needed")]
     Short { has: usize, needs: usize },
@@ -183,6 +186,15 @@ fn visit<'m>(
     Ok(())
 }
 
+/// Where a range of guest memory is in this process. What is mapped stays so.
+fn in_process(memory: &GuestMemory, addr: u64, len: usize) -> Result<u64, QueueError> {
+    let mut found = None;
+    visit(memory, GuestAddress(addr), len, |slice| found = found.or(Some(slice)))?;
+    let whole = found.filter(|slice| slice.len() == len);
+    let slice = whole.ok_or(QueueError::Pieces { addr, len })?;
+    Ok(slice.ptr_guard_mut().as_ptr() as u64)
+}
+
 /// A request of the driver: what the device reads, then what it writes.
 #[derive(Debug, Default)]
 pub(crate) struct Chain {
@@ -239,6 +251,17 @@ impl Chain {
     }
 }
 
+/// Where the rings of a queue are in this process, for somebody else who serves it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Rings {
+    pub(crate) size: u16,
+    /// The place in the available ring from where on nothing was taken yet.
+    pub(crate) next: u16,
+    pub(crate) descriptors: u64,
+    pub(crate) available: u64,
+    pub(crate) used: u64,
+}
+
 /// A queue that the driver set up.
 #[derive(Debug)]
 pub(crate) struct DeviceQueue {
@@ -264,6 +287,18 @@ impl DeviceQueue {
     /// The most chains that the driver can have made available at once.
     pub(crate) fn size(&self) -> u16 {
         self.queue.size()
+    }
+
+    /// Where it is, VIRTIO 1.3 §2.7.
+    pub(crate) fn rings(&self, memory: &GuestMemory) -> Result<Rings, QueueError> {
+        let count = usize::from(self.queue.size());
+        Ok(Rings {
+            size: self.queue.size(),
+            next: self.queue.next_avail(),
+            descriptors: in_process(memory, self.queue.desc_table(), 16 * count)?,
+            available: in_process(memory, self.queue.avail_ring(), 6 + 2 * count)?,
+            used: in_process(memory, self.queue.used_ring(), 6 + 8 * count)?,
+        })
     }
 
     pub(crate) fn kick(&self) -> &EventFd {

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use virtio_queue::QueueT;
-use vm_memory::{Bytes, GuestAddress, GuestRegionMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestRegionMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::mock::{self, Driver, HIGH_END, HIGH_START, INDIRECT, LOW_END, NEXT, Part, WRITE};
@@ -340,4 +340,22 @@ fn a_running_device_reaches_memory_that_is_new() {
     driver.offer(0, 1);
     kick.write(1).unwrap();
     wait_for("failing", || line.failed());
+}
+
+#[test]
+fn somebody_else_is_told_where_rings_are_if_each_is_in_one_piece() {
+    let memory = mock::memory();
+    let driver = Driver::new(&memory, SIZES);
+    let rings = driver.queues[0].rings(&memory).unwrap();
+    let queue = mock::queue(0, SIZES[0]);
+    let start = memory.iter().next().unwrap().as_ptr() as u64;
+    let expected = [queue.desc_table(), queue.avail_ring(), queue.used_ring()];
+    assert_eq!([rings.descriptors, rings.available, rings.used].map(|it| it - start), expected);
+    assert_eq!((rings.size, rings.next), (SIZES[0], 0));
+    // Two regions side by side, that meet in the middle of the table.
+    let meet = usize::try_from(queue.desc_table()).unwrap() + 16;
+    let ranges = [(GuestAddress(0), meet), (GuestAddress(meet as u64), 1 << 20)];
+    let memory = GuestMemory::from_ranges(&ranges).unwrap();
+    assert!(matches!(driver.queues[0].rings(&memory), Err(QueueError::Pieces { len, .. })
+        if len == 16 * usize::from(SIZES[0])));
 }

@@ -43,6 +43,8 @@ const INTERRUPT_CONFIG: u32 = 2;
 pub(crate) struct Line {
     irq: EventFd,
     pending: AtomicU32,
+    /// The kernel raises the line too, and does not say so in `pending`.
+    by_kernel: AtomicBool,
     failed: AtomicBool,
     notifications: AtomicU64,
     dropped: AtomicU64,
@@ -54,6 +56,7 @@ impl Line {
         Ok(Self {
             irq: EventFd::new(EFD_NONBLOCK)?,
             pending: AtomicU32::new(0),
+            by_kernel: AtomicBool::new(false),
             failed: AtomicBool::new(false),
             notifications: AtomicU64::new(0),
             dropped: AtomicU64::new(0),
@@ -63,6 +66,18 @@ impl Line {
     /// Written when the line rises; KVM listens.
     pub(crate) fn irq(&self) -> &EventFd {
         &self.irq
+    }
+
+    /// Lets the kernel raise the line for queues that it serves, until the driver resets the device.
+    /// A driver that asks is told from now on that there are used chains; there may be none.
+    pub(crate) fn leave_to_kernel(&self) {
+        self.by_kernel.store(true, Ordering::Release);
+    }
+
+    /// What the line was raised for, §4.2.2 InterruptStatus.
+    fn pending(&self) -> u32 {
+        let by_kernel = self.by_kernel.load(Ordering::Acquire);
+        self.pending.load(Ordering::Acquire) | if by_kernel { INTERRUPT_QUEUE } else { 0 }
     }
 
     /// A queue has used chains.
@@ -238,7 +253,7 @@ impl Attached {
             0x010 => half(self.offered(), self.device_features_select),
             0x034 => self.queue().map_or(0, |queue| u32::from(queue.max_size())),
             0x044 => self.queue().map_or(0, |queue| u32::from(queue.ready())),
-            0x060 => self.line.pending.load(Ordering::Acquire),
+            0x060 => self.line.pending(),
             0x070 => self.status(),
             // A shared memory region that does not exist has length and base of all ones.
             0x0b0..=0x0bc => u32::MAX,
@@ -382,6 +397,7 @@ impl Attached {
             let _ = kick.read();
         }
         self.line.pending.store(0, Ordering::Release);
+        self.line.by_kernel.store(false, Ordering::Release);
         self.line.failed.store(false, Ordering::Release);
         self.status = 0;
         self.driver_features = 0;

@@ -138,6 +138,7 @@ impl<S: Serve> Worker<S> {
             sources.add_own(queue.kick(), index as u64)?;
         }
         logic.start(activation.features, &sources)?;
+        logic.delegate(&activation, &sources)?;
         let Activation { memory, queues, .. } = activation;
         let mut serving = Loop { logic, memory, queues, sources, stop: Arc::clone(&stop) };
         let thread = thread::Builder::new().name(S::NAME.into()).stack_size(STACK_BYTES).spawn(

@@ -3,7 +3,8 @@
 //! Frames go straight between guest memory and the tap, which takes and gives the same header as
 //! the device does; so checksums and segmentation are left to whoever comes last, on either side.
 //! One thread serves all pairs of queues. What comes too fast waits in the tap or in the guest's
-//! queue, never here: the device holds no frame.
+//! queue, never here: the device holds no frame. Where the host lends it, its kernel does all this in
+//! place of the thread ([`kernel`]).
 //!
 //! VLAN filtering, receive steering by a key, announcements and changing the offloads of a running
 //! driver are not offered.
@@ -14,17 +15,20 @@ use std::time::Instant;
 
 use super::{ConfigSpace, Device, Identity};
 use crate::config::{NetConfig, PAIRS_MAX};
+use crate::memory::Memory;
 
 mod control;
 mod filter;
 mod header;
+mod kernel;
 mod limit;
 mod receive;
 mod serve;
 mod tap;
 mod transmit;
+mod vhost;
 
-use filter::Mac;
+use kernel::Kernel;
 use limit::Limit;
 pub(crate) use serve::Net;
 use tap::Tap;
@@ -84,11 +88,16 @@ const CONFIG_BYTES: usize = 12;
 /// The link is up, the one bit of the status.
 const LINK_UP: u16 = 1;
 
-/// Makes an interface whose other end are `taps`.
+/// Makes an interface whose other end are `taps`. With `vhost`, as in [`NetConfig::vhost`], the host's
+/// kernel is shown the memory and moves the frames.
 ///
 /// # Errors
 /// When they are not taps of one interface, or not set up as [`NetConfig::taps`] says.
-pub(crate) fn device(config: &NetConfig, taps: Vec<OwnedFd>) -> io::Result<Device<Net>> {
+pub(crate) fn device(
+    config: &NetConfig,
+    (taps, vhost): (Vec<OwnedFd>, Vec<OwnedFd>),
+    memory: &Memory,
+) -> io::Result<Device<Net>> {
     let taps = tap::check(taps)?;
     let mut features = FEATURES;
     if taps.len() > 1 {
@@ -99,7 +108,8 @@ pub(crate) fn device(config: &NetConfig, taps: Vec<OwnedFd>) -> io::Result<Devic
         features |= F_USO;
     }
     let queue_sizes = QUEUE_SIZES.get(..=2 * taps.len()).unwrap_or(QUEUE_SIZES);
-    let (logic, space) = logic(config, taps)?;
+    let kernel = if vhost.is_empty() { None } else { Some(Kernel::new(vhost, memory)?) };
+    let (logic, space) = logic(config, taps, kernel)?;
     let identity = Identity { device_id: DEVICE_ID, features, queue_sizes };
     Ok(Device::new(identity, space, logic))
 }
@@ -109,7 +119,11 @@ pub(crate) fn set_link(config: &ConfigSpace, up: bool) {
     config.set(STATUS, if up { LINK_UP } else { 0 }.to_le_bytes());
 }
 
-fn logic<T: Tap>(config: &NetConfig, taps: Vec<T>) -> io::Result<(Net<T>, ConfigSpace)> {
+fn logic<T: Tap>(
+    config: &NetConfig,
+    taps: Vec<T>,
+    kernel: Option<Kernel>,
+) -> io::Result<(Net<T>, ConfigSpace)> {
     let space = ConfigSpace::read_only(vec![0; CONFIG_BYTES]);
     space.set(MAC, config.mac);
     set_link(&space, true);
@@ -119,7 +133,7 @@ fn logic<T: Tap>(config: &NetConfig, taps: Vec<T>) -> io::Result<(Net<T>, Config
     space.set(MTU, config.mtu.to_le_bytes());
     let now = Instant::now();
     let limits = (Limit::new(config.receive, now), Limit::new(config.transmit, now));
-    let net = Net::new(space.clone(), Mac(config.mac), config.mtu, limits, taps)?;
+    let net = Net::new((space.clone(), config), limits, taps, kernel)?;
     Ok((net, space))
 }
 

@@ -16,18 +16,21 @@ use vmm_sys_util::epoll::EventSet;
 
 use super::super::queue::{Chain, GuestMemory};
 use super::super::worker::Sources;
-use super::super::{ConfigSpace, Context, Ready, Serve, ServeError};
+use super::super::{Activation, ConfigSpace, Context, Ready, Serve, ServeError};
 use super::control::{COMMAND_MAX, Command, DONE, REFUSED};
 use super::filter::{Filter, Mac};
 use super::header;
+use super::kernel::Kernel;
 use super::limit::Limit;
 use super::receive::{self, Receive, Round};
 use super::tap::{HostTap, Tap};
 use super::transmit::{self, Transmit};
 use super::{F_CTRL_VQ, F_MQ, MAC};
+use crate::config::NetConfig;
 
-/// Token of the timer; a tap's is its place.
+/// Token of the timer and of the kernel's complaints; a tap's is its place.
 const TIMER: u32 = u32::MAX;
+const BROKEN: u32 = u32::MAX - 1;
 
 /// The logic of the device.
 pub(crate) struct Net<T = HostTap> {
@@ -43,6 +46,8 @@ pub(crate) struct Net<T = HostTap> {
     /// Of what the driver receives and of what it sends.
     limits: (Limit, Limit),
     timer: OwnedFd,
+    /// Who moves the frames in place of this device.
+    kernel: Option<Kernel>,
 }
 
 /// A pair of queues, and the tap that belongs to it.
@@ -55,22 +60,24 @@ pub(super) struct Pair<T> {
     /// What the frames of the queue wait for.
     sending: transmit::Ended,
     pub(super) watched: EventSet,
+    /// The interface gives frames to the tap.
+    attached: bool,
 }
 
 impl<T: Tap> Net<T> {
     /// A device that no driver uses yet.
     pub(super) fn new(
-        config: ConfigSpace,
-        mac: Mac,
-        mtu: u16,
+        (space, config): (ConfigSpace, &NetConfig),
         limits: (Limit, Limit),
         taps: Vec<T>,
+        kernel: Option<Kernel>,
     ) -> io::Result<Self> {
         let flags = TimerfdFlags::NONBLOCK | TimerfdFlags::CLOEXEC;
         let timer = timerfd_create(TimerfdClockId::Monotonic, flags)?;
         let pairs = taps.into_iter().map(Pair::new).collect();
-        let (features, filter) = (0, Filter::new(mac));
-        Ok(Self { config, mac, mtu, features, filter, pairs, used: 1, limits, timer })
+        let (mac, mtu) = (Mac(config.mac), config.mtu);
+        let (config, features, filter) = (space, 0, Filter::new(mac));
+        Ok(Self { config, mac, mtu, features, filter, pairs, used: 1, limits, timer, kernel })
     }
 }
 
@@ -83,6 +90,7 @@ impl<T> Pair<T> {
             receiving: receive::Ended::Served,
             sending: transmit::Ended::Served,
             watched: EventSet::empty(),
+            attached: true,
         }
     }
 }
@@ -94,10 +102,10 @@ impl<T: Tap> Serve for Net<T> {
         libc::SYS_writev,          // frames to a tap
         libc::SYS_timerfd_settime, // limits
         libc::SYS_clock_gettime,   // limits, where the kernel maps no clock
+        libc::SYS_ioctl,           // which taps are used, and the end, when the kernel serves
     ];
 
-    // Runs on the thread of the processor that activates the device, which may do ioctls; serving
-    // needs none.
+    // This and the next run on the thread of the processor that activates the device.
     fn start(&mut self, features: u64, sources: &Sources) -> io::Result<()> {
         self.features = features;
         if let Some(first) = self.pairs.first() {
@@ -114,6 +122,12 @@ impl<T: Tap> Serve for Net<T> {
         self.watch(sources)
     }
 
+    fn delegate(&mut self, activation: &Activation, sources: &Sources) -> io::Result<()> {
+        self.share_out()?;
+        let Some(kernel) = &self.kernel else { return Ok(()) };
+        kernel.start(activation, self.pairs.iter().map(|pair| &pair.tap), (sources, BROKEN))
+    }
+
     fn serve(&mut self, ready: Ready, context: &mut Context<'_>) -> Result<(), ServeError> {
         match ready {
             Ready::Queue(index) if self.control_queue() == Some(index) => {
@@ -122,12 +136,16 @@ impl<T: Tap> Serve for Net<T> {
             Ready::Queue(index) if index.is_multiple_of(2) => self.make_room(context)?,
             Ready::Queue(index) => self.transmit(index / 2, context)?,
             Ready::Source(TIMER) => self.retry(context)?,
+            Ready::Source(BROKEN) => self.kernel.as_ref().map_or(Ok(()), Kernel::complaint)?,
             Ready::Source(place) => self.tap_ready(place as usize, context)?,
         }
         Ok(self.watch(context.sources)?)
     }
 
     fn stop(&mut self, sources: &Sources) {
+        if let Some(kernel) = &self.kernel {
+            kernel.stop(sources);
+        }
         for pair in &mut self.pairs {
             pair.receive.stop();
             if !pair.watched.is_empty() {
@@ -147,6 +165,21 @@ impl<T: Tap> Net<T> {
     fn control_queue(&self) -> Option<usize> {
         let pairs = if self.features & F_MQ != 0 { self.pairs.len() } else { 1 };
         (self.features & F_CTRL_VQ != 0).then_some(2 * pairs)
+    }
+
+    /// Where the kernel serves, an interface gives frames only to the taps of pairs that are used.
+    fn share_out(&mut self) -> io::Result<()> {
+        if self.kernel.is_none() {
+            return Ok(());
+        }
+        for (place, pair) in self.pairs.iter_mut().enumerate() {
+            let used = place < self.used;
+            if pair.attached != used {
+                pair.tap.set_used(used)?;
+                pair.attached = used;
+            }
+        }
+        Ok(())
     }
 
     fn tap_ready(&mut self, place: usize, context: &mut Context<'_>) -> Result<(), ServeError> {
@@ -234,10 +267,14 @@ impl<T: Tap> Net<T> {
             receive.ready() && transmit.ready()
         });
         let usable = usable.count().min(self.pairs.len());
+        let used = self.used;
         let Some(queue) = context.queues.get_mut(index).filter(|queue| queue.ready()) else {
             return Ok(());
         };
         queue.drain(context.memory, |chain| self.answer(chain, context.memory, usable))?;
+        if self.used != used {
+            self.share_out()?;
+        }
         self.make_room(context)
     }
 
@@ -286,6 +323,9 @@ impl<T: Tap> Net<T> {
     /// Watches each tap for what it is wanted for, and not at all when it is for nothing: a tap
     /// whose interface is gone would be ready for ever.
     fn watch(&mut self, sources: &Sources) -> io::Result<()> {
+        if self.kernel.is_some() {
+            return Ok(());
+        }
         for (token, pair) in (0_u32..).zip(&mut self.pairs) {
             let mut wanted = EventSet::empty();
             wanted.set(EventSet::IN, pair.receiving == receive::Ended::Served);

@@ -3,8 +3,11 @@
 //! Nothing is opened or named here: a tap arrives as a descriptor, and is refused when it does not
 //! look as the device needs it. One read or write is one frame with its header.
 
-// UNSAFETY: what a tap is set to is asked by ioctl.
-#![expect(unsafe_code, reason = "TUNGETIFF, TUNGETVNETHDRSZ and TUNSETOFFLOAD of a descriptor")]
+// UNSAFETY: what a tap is set to is asked and changed by ioctl.
+#![expect(
+    unsafe_code,
+    reason = "TUNGETIFF, TUNGETVNETHDRSZ, TUNSETOFFLOAD and TUNSETQUEUE of a descriptor"
+)]
 
 use std::fs::File;
 use std::io;
@@ -12,7 +15,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 
 use libc::{c_int, c_uint, c_ulong};
 use rustix::fs::{OFlags, fcntl_getfl};
-use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_val};
+use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val};
 
 use super::header::HEADER_BYTES;
 
@@ -20,6 +23,9 @@ use super::header::HEADER_BYTES;
 pub(crate) trait Tap: AsFd + AsRawFd + Send + 'static {
     /// Says what the reader can do with frames, `TUN_F_*`; it holds for the whole interface.
     fn set_offloads(&self, flags: c_uint) -> io::Result<()>;
+
+    /// Says whether the interface has frames for this one, of several; it has at first.
+    fn set_used(&self, used: bool) -> io::Result<()>;
 }
 
 /// One of the kernel's.
@@ -30,6 +36,16 @@ impl Tap for HostTap {
     fn set_offloads(&self, flags: c_uint) -> io::Result<()> {
         // SAFETY: the argument is a number.
         done(unsafe { ioctl_with_val(&self.0, libc::TUNSETOFFLOAD as c_ulong, flags.into()) })
+    }
+
+    fn set_used(&self, used: bool) -> io::Result<()> {
+        let flags = if used { libc::IFF_ATTACH_QUEUE } else { libc::IFF_DETACH_QUEUE };
+        // SAFETY: all zeroes is a valid request.
+        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+        // Both fit.
+        request.ifr_ifru.ifru_flags = libc::c_short::try_from(flags).unwrap_or(0);
+        // SAFETY: the kernel reads one request.
+        done(unsafe { ioctl_with_ref(&self.0, libc::TUNSETQUEUE as c_ulong, &request) })
     }
 }
 

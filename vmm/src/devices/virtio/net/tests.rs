@@ -13,12 +13,14 @@ use vmm_sys_util::epoll::EventSet;
 use super::super::mock::{self, Driver, Part, Request};
 use super::super::queue::GuestMemory;
 use super::super::{Ready, Serve, ServeError};
+use super::filter::Mac;
 use super::header::HEADER_BYTES;
 use super::*;
 use crate::config::{Fd, RateLimit};
 
 pub(crate) mod guided;
 mod hostile;
+mod kernel;
 
 const OWN: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const OTHER: [u8; 6] = [2, 0, 0, 0, 0, 2];
@@ -38,6 +40,10 @@ impl Tap for SocketTap {
         self.offloads.store(flags, Ordering::Relaxed);
         Ok(())
     }
+
+    fn set_used(&self, _: bool) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 impl AsFd for SocketTap {
@@ -52,6 +58,17 @@ impl AsRawFd for SocketTap {
     }
 }
 
+fn config(pairs: usize, limit: RateLimit) -> NetConfig {
+    NetConfig {
+        taps: vec![Fd(0); pairs],
+        vhost: Vec::new(),
+        mac: OWN,
+        mtu: 1500,
+        receive: limit,
+        transmit: limit,
+    }
+}
+
 /// A device that no driver has started, and the other ends of its taps.
 fn unstarted(pairs: usize, limit: RateLimit) -> (Net<SocketTap>, ConfigSpace, Vec<OwnedFd>) {
     let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
@@ -62,14 +79,8 @@ fn unstarted(pairs: usize, limit: RateLimit) -> (Net<SocketTap>, ConfigSpace, Ve
         taps.push(SocketTap { socket, offloads: Arc::default() });
         wires.push(wire);
     }
-    let config = NetConfig {
-        taps: vec![Fd(0); pairs],
-        mac: OWN,
-        mtu: 1500,
-        receive: limit,
-        transmit: limit,
-    };
-    let (net, space) = logic(&config, taps).unwrap();
+    let config = config(pairs, limit);
+    let (net, space) = logic(&config, taps, None).unwrap();
     (net, space, wires)
 }
 

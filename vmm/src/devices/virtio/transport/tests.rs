@@ -237,6 +237,22 @@ fn a_device_that_fails_says_so_until_it_is_reset() {
 }
 
 #[test]
+fn a_line_that_the_kernel_raises_too_always_tells_of_queues() {
+    let mut machine = Machine::new();
+    machine.start();
+    let line = Arc::clone(machine.transport.wiring().unwrap().0);
+    line.leave_to_kernel();
+    for _ in 0..2 {
+        assert_eq!(machine.read(INTERRUPT_STATUS), INTERRUPT_QUEUE);
+        machine.write(INTERRUPT_ACK, INTERRUPT_QUEUE);
+    }
+    line.raise_config().unwrap();
+    assert_eq!(machine.read(INTERRUPT_STATUS), INTERRUPT_QUEUE | INTERRUPT_CONFIG);
+    machine.write(STATUS, 0);
+    assert_eq!(machine.read(INTERRUPT_STATUS), 0);
+}
+
+#[test]
 fn steps_left_out_make_the_device_fail() {
     for status in [DRIVER_OK, ACKNOWLEDGE | DRIVER | DRIVER_OK, FEATURES_OK | DRIVER_OK] {
         let mut machine = Machine::new();

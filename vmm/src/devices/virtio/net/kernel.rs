@@ -1,0 +1,121 @@
+//! Frames that the host's kernel moves between the driver's queues and the taps, by vhost-net.
+//!
+//! A frame then costs no switch to this process. What remains here is the control queue, and the
+//! choice of which pairs are used. Two things are lost: what the driver does not listen to reaches it
+//! all the same, which §5.1.6.5.1 allows, and nothing is limited, so who has limits does not come here.
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use vmm_sys_util::epoll::EventSet;
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::super::worker::Sources;
+use super::super::{Activation, ServeError};
+use super::F_MRG_RXBUF;
+use super::vhost::{Direction, Ends, Vhost};
+use crate::memory::{Memory, Onlooker};
+
+/// What the kernel has to do as the driver expects: how rings and headers look. The rest is between
+/// driver and tap.
+const FEATURES: u64 = F_MRG_RXBUF
+    | 1 << VIRTIO_F_VERSION_1
+    | 1 << VIRTIO_RING_F_EVENT_IDX
+    | 1 << VIRTIO_RING_F_INDIRECT_DESC;
+const DIRECTIONS: [Direction; 2] = [Direction::Receive, Direction::Transmit];
+
+/// The kernel's part of an interface.
+#[derive(Debug)]
+pub(super) struct Kernel {
+    /// One for each pair of queues.
+    pairs: Vec<Arc<Vhost>>,
+    /// Readable when the driver broke the rules of a queue.
+    broken: EventFd,
+}
+
+impl Kernel {
+    /// Takes `/dev/vhost-net` as often as there are pairs.
+    ///
+    /// # Errors
+    /// When it is something else, or lacks what drivers are offered.
+    pub(super) fn new(devices: Vec<OwnedFd>, memory: &Memory) -> io::Result<Self> {
+        let pairs = devices.into_iter().map(|device| {
+            let vhost = Vhost::new(device)?;
+            let missing = FEATURES & !vhost.features()?;
+            if missing != 0 {
+                let words = format!("vhost-net of this kernel lacks the features {missing:#x}");
+                return Err(io::Error::new(io::ErrorKind::Unsupported, words));
+            }
+            let vhost = Arc::new(vhost);
+            let onlooker: Arc<dyn Onlooker> = Arc::<Vhost>::clone(&vhost);
+            memory.introduce(&onlooker)?;
+            Ok(vhost)
+        });
+        let pairs = pairs.collect::<io::Result<_>>()?;
+        Ok(Self { pairs, broken: EventFd::new(EFD_NONBLOCK)? })
+    }
+
+    /// Has it serve the pairs that the driver set up; `token` is told of when it cannot go on.
+    ///
+    /// # Errors
+    /// When it does not take them; it serves none then.
+    pub(super) fn start<'t>(
+        &self,
+        activation: &Activation,
+        taps: impl Iterator<Item = &'t (impl AsRawFd + 't)>,
+        (sources, token): (&Sources, u32),
+    ) -> io::Result<()> {
+        sources.add(&self.broken, token, EventSet::IN)?;
+        let Some(first) = activation.queues.first() else { return Ok(()) };
+        first.line().leave_to_kernel();
+        for (place, (vhost, tap)) in self.pairs.iter().zip(taps).enumerate() {
+            let queues = activation.queues.get(2 * place..2 * place + 2).unwrap_or_default();
+            if queues.iter().any(|queue| !queue.ready()) {
+                continue;
+            }
+            for queue in queues {
+                sources.remove(queue.kick())?;
+            }
+            vhost.set_features(activation.features & FEATURES)?;
+            let memory = activation.memory.snapshot();
+            for (direction, queue) in DIRECTIONS.into_iter().zip(queues) {
+                let rings = queue.rings(&memory).map_err(io::Error::other)?;
+                let call = queue.line().irq();
+                let ends = Ends { kick: queue.kick(), call, error: &self.broken };
+                vhost.start(direction, rings, &ends, tap)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What the kernel has to say of the driver, if it has.
+    pub(super) fn complaint(&self) -> Result<(), ServeError> {
+        if self.broken.read().is_err() {
+            // Nonblocking: this was a spurious wake-up.
+            return Ok(());
+        }
+        self.let_go();
+        Err(ServeError::Request("a queue is broken, says the host's kernel"))
+    }
+
+    /// The driver has its memory back.
+    pub(super) fn stop(&self, sources: &Sources) {
+        self.let_go();
+        // Does not fail: it was registered. A complaint about this driver is not for the next.
+        let _ = sources.remove(&self.broken);
+        let _ = self.broken.read();
+    }
+
+    fn let_go(&self) {
+        for vhost in &self.pairs {
+            for direction in DIRECTIONS {
+                if let Err(error) = vhost.stop(direction) {
+                    log::error!("net: vhost-net does not stop: {error}");
+                }
+            }
+        }
+    }
+}

@@ -5,7 +5,7 @@
 //! there before ([`Interfaces::update`]).
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use bulkhead_netlink::Changes;
 use bulkhead_protocol::agent;
+use bulkhead_vmm::config::PAIRS_MAX;
 use thiserror::Error;
 use tokio::io::unix::AsyncFd;
 use tokio::sync::Mutex;
@@ -48,8 +49,10 @@ pub enum NetworkError {
 }
 
 /// The interfaces of one machine.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Interfaces {
+    /// Pairs of queues that each has.
+    pairs: usize,
     /// None while the machine has no network of a container.
     mirror: Mutex<Option<Mirror>>,
     changes: OnceLock<Changes>,
@@ -58,6 +61,17 @@ pub struct Interfaces {
 }
 
 impl Interfaces {
+    /// None yet, of a machine with so many processors: each of them can have queues of its own.
+    #[must_use]
+    pub fn new(processors: u8) -> Self {
+        Self {
+            pairs: usize::from(processors).clamp(1, PAIRS_MAX),
+            mirror: Mutex::default(),
+            changes: OnceLock::new(),
+            stale: AtomicBool::new(false),
+        }
+    }
+
     /// Gives the machine an interface for each that a network namespace has, and the guest its
     /// addresses, routes and neighbours. To be called once; gives what tells when to call
     /// [`Interfaces::update`].
@@ -69,7 +83,8 @@ impl Interfaces {
         (machine, agent): (&Machine, &Agent),
         namespace: PathBuf,
     ) -> Result<Bell, NetworkError> {
-        let opened = spawn_blocking(move || Mirror::open(&namespace)).await;
+        let pairs = self.pairs;
+        let opened = spawn_blocking(move || Mirror::open(&namespace, pairs)).await;
         let (mirror, changes) = opened.map_err(|error| NetworkError::Changes(error.into()))??;
         let bell = Bell::of(&changes).map_err(NetworkError::Changes)?;
         // Set once, as this is called once.
@@ -137,10 +152,10 @@ async fn pass_on(machine: &Machine, agent: &Agent, update: Update) -> Result<(),
             machine.detach(slot).await?;
         }
     }
-    for (place, tap) in &update.new {
+    for (place, taps) in &update.new {
         let of_place = |(it, _): &&(u8, Interface)| it == place;
         if let Some((_, interface)) = update.view.interfaces.iter().find(of_place) {
-            attach(machine, FIRST_NETWORK_SLOT + place, tap.as_fd(), interface).await?;
+            attach(machine, FIRST_NETWORK_SLOT + place, taps, interface).await?;
         }
     }
     for (place, plugged) in update.cables {
@@ -156,24 +171,21 @@ async fn pass_on(machine: &Machine, agent: &Agent, update: Update) -> Result<(),
 async fn attach(
     machine: &Machine,
     slot: u8,
-    tap: BorrowedFd<'_>,
+    taps: &[OwnedFd],
     interface: &Interface,
 ) -> Result<(), NetworkError> {
     let (name, mac) = (&interface.name, interface.mac);
-    let reason = match vhost::open() {
-        Ok(vhost) => {
-            let both = (tap, Some(vhost.as_fd()));
-            match machine.attach_network(slot, both, mac, MTU_MAX).await {
-                Ok(()) => {
-                    tracing::info!(interface = %name, "the kernel moves the frames, by vhost-net");
-                    return Ok(());
-                }
-                Err(error) => anyhow::Error::from(error),
+    let reason = match vhost::open(taps.len()) {
+        Ok(vhost) => match machine.attach_network(slot, (taps, &vhost), mac, MTU_MAX).await {
+            Ok(()) => {
+                tracing::info!(interface = %name, "the kernel moves the frames, by vhost-net");
+                return Ok(());
             }
-        }
+            Err(error) => anyhow::Error::from(error),
+        },
         Err(error) => error.into(),
     };
-    machine.attach_network(slot, (tap, None), mac, MTU_MAX).await?;
+    machine.attach_network(slot, (taps, &[]), mac, MTU_MAX).await?;
     let reason = format!("{reason:#}");
     tracing::info!(interface = %name, reason, "the monitor moves the frames, without vhost-net");
     Ok(())

@@ -165,7 +165,7 @@ impl Pod {
             growth,
             agent,
             disks: Mutex::default(),
-            interfaces: Interfaces::default(),
+            interfaces: Interfaces::new(plan.size.vcpus),
             follower: OnceLock::new(),
             names: tokio::sync::Mutex::default(),
         })

@@ -2,8 +2,9 @@
 //! of the monitor.
 
 use std::env;
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::io;
+use std::os::fd::OwnedFd;
 
 use thiserror::Error;
 
@@ -22,13 +23,14 @@ pub enum WhyNot {
     Device(#[source] io::Error),
 }
 
-/// Opens the device, for one pair of queues.
+/// Opens the device for so many pairs of queues.
 ///
 /// # Errors
 /// When there is a reason not to.
-pub fn open() -> Result<File, WhyNot> {
+pub fn open(pairs: usize) -> Result<Vec<OwnedFd>, WhyNot> {
     if env::var_os(SWITCH).is_some_and(|value| value == "0") {
         return Err(WhyNot::SwitchedOff);
     }
-    OpenOptions::new().read(true).write(true).open(DEVICE).map_err(WhyNot::Device)
+    let open = |_| Ok(OpenOptions::new().read(true).write(true).open(DEVICE)?.into());
+    (0..pairs).map(open).collect::<io::Result<_>>().map_err(WhyNot::Device)
 }

@@ -6,7 +6,6 @@
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
-use std::iter;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -169,22 +168,25 @@ impl Machine {
         self.done(request, &[disk.as_fd()]).await
     }
 
-    /// Gives the machine an interface whose other end is a tap; the guest has to bind it. With
-    /// `vhost` the kernel moves its frames, [`crate::vhost`].
+    /// Gives the machine an interface whose other end is a tap, with as many pairs of queues as the tap
+    /// has; the guest has to bind it. With `vhost` for each the kernel moves its frames,
+    /// [`crate::vhost`].
     ///
     /// # Errors
     /// When the monitor cannot use it; the slot is empty then.
     pub async fn attach_network(
         &self,
         slot: u8,
-        (tap, vhost): (BorrowedFd<'_>, Option<BorrowedFd<'_>>),
+        (taps, vhost): (&[OwnedFd], &[OwnedFd]),
         mac: [u8; 6],
         mtu: u16,
     ) -> Result<(), MachineError> {
         let unlimited = RateLimit::default();
         let (receive, transmit) = (unlimited, unlimited);
-        let (taps, descriptors) = (vec![Fd(0)], iter::once(tap).chain(vhost).collect::<Vec<_>>());
-        let vhost = vhost.map(|_| Fd(1)).into_iter().collect();
+        let descriptors: Vec<_> = taps.iter().chain(vhost).map(AsFd::as_fd).collect();
+        let mut numbers = (0..).map(Fd);
+        let taps = numbers.by_ref().take(taps.len()).collect();
+        let vhost = numbers.take(vhost.len()).collect();
         let network = NetConfig { taps, vhost, mac, mtu, receive, transmit };
         let request = Request::Attach { slot, device: DeviceConfig::Net(network) };
         self.done(request, &descriptors).await

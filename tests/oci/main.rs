@@ -32,6 +32,7 @@ mod load;
 #[cfg(test)]
 mod mounts;
 #[cfg(test)]
+mod nested;
 #[cfg(test)]
 mod network;
 #[cfg(test)]

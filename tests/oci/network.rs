@@ -1,11 +1,13 @@
 //! The network that a caller has prepared is the container's, as under runc.
 
+use std::fs;
 use std::process::Command;
 use std::time::Duration;
 
 use bulkhead_tests::bundle::Bundle;
+use bulkhead_tests::ping::ping;
 use bulkhead_tests::runtime::{Runtime, comes_true, kill_9, told};
-use serde_json::json;
+use serde_json::{Value, json};
 
 /// A network namespace with an interface whose other end is here; both are gone with it.
 struct Prepared;
@@ -313,4 +315,26 @@ fn the_network_of_the_host_is_refused() {
     let error = runtime.fails(&["run", "--bundle", path.path().to_str().unwrap(), "x"]).unwrap();
     assert!(error.contains("the network of the host"), "{error}");
     runtime.assert_clean().unwrap();
+}
+
+#[test]
+fn the_kernel_moves_the_frames_unless_it_is_told_not_to() {
+    let _prepared = Prepared::new();
+    let bundle = Prepared::bundle("exec sleep 1000");
+    for (switch, by_kernel) in [("1", true), ("0", false)] {
+        let runtime = Runtime::new().unwrap().with("BULKHEAD_VHOST_NET", switch);
+        let features: Value = serde_json::from_str(&runtime.ok(&["features"]).unwrap()).unwrap();
+        let told = &features["annotations"]["org.bulkhead.vhost-net.enabled"];
+        assert_eq!(told, &by_kernel.to_string(), "{features}");
+        runtime.create("one", &bundle).unwrap();
+        ping(THERE.parse().unwrap(), 56, Duration::from_secs(20)).unwrap();
+        let monitors = runtime.processes("bulkhead-vmm").unwrap();
+        let threads = fs::read_dir(format!("/proc/{}/task", monitors[0])).unwrap().flatten();
+        let names = threads.filter_map(|it| fs::read_to_string(it.path().join("comm")).ok());
+        let names: Vec<String> = names.collect();
+        let found = names.iter().any(|name| name.starts_with("vhost-"));
+        assert_eq!(found, by_kernel, "{switch}: {names:?}");
+        runtime.ok(&["delete", "--force", "one"]).unwrap();
+        runtime.assert_clean().unwrap();
+    }
 }

@@ -1,13 +1,16 @@
-//! `update` to more processors than the machine was started with. Runs in a test host that has two.
+//! Machines of several processors: `update` to more than one was started with, and queues of an interface
+//! for each. Runs in a test host that has two.
 //!
 //! All of this stays on the first one: an emulated host of two is not to be trusted with a nested
 //! machine that moves between them (`docs/decisions/0005-test-host.md`).
 
 #![cfg(test)]
 
+use std::process::Command;
 use std::thread::available_parallelism;
 
 use bulkhead_tests::bundle::Bundle;
+use bulkhead_tests::netns::{Serving, Wired};
 use bulkhead_tests::runtime::{Runtime, told};
 use rustix::thread::{CpuSet, sched_setaffinity};
 use serde_json::json;
@@ -24,12 +27,16 @@ fn ticks(runtime: &Runtime) -> Vec<u64> {
     each.map(|line| line.split_whitespace().nth(1).unwrap().parse().unwrap()).collect()
 }
 
-#[test]
-fn processors_are_there_when_the_quota_is_raised_and_do_work() {
+fn stay_on_the_first() {
     assert!(available_parallelism().unwrap().get() > 1, "run by cargo xtask test");
     let mut first = CpuSet::new();
     first.set(0);
     sched_setaffinity(None, &first).unwrap();
+}
+
+#[test]
+fn processors_are_there_when_the_quota_is_raised_and_do_work() {
+    stay_on_the_first();
     let runtime = Runtime::new().unwrap();
     let bundle = Bundle::new(&["/bin/sleep", "1000"]).unwrap().with(|spec| {
         spec["linux"]["resources"] = json!({"cpu": {"quota": 100_000, "period": 100_000}});
@@ -53,4 +60,29 @@ fn processors_are_there_when_the_quota_is_raised_and_do_work() {
     assert_eq!(ticks(&runtime).len(), 2);
     runtime.ok(&["delete", "--force", "c"]).unwrap();
     runtime.assert_clean().unwrap();
+}
+
+#[test]
+fn an_interface_has_queues_for_each_processor() {
+    const TURN: &str = "nc -w 20 10.9.0.1 7 < /tmp/sent | cmp - /tmp/sent && echo same";
+    stay_on_the_first();
+    let wired = Wired::new().unwrap();
+    let mut echo = Command::new("busybox");
+    echo.args(["nc", "-ll", "-p", "7", "-e", "cat"]);
+    let _echo = Serving::start(echo).unwrap();
+    let script = format!(
+        "ls /sys/class/net/eth0/queues; seq 100000 > /tmp/sent; \
+         for turn in 1 2 3; do {TURN} & done; wait"
+    );
+    let bundle = wired.pod.of(Bundle::script(&script).unwrap()).unwrap().with(|spec| {
+        spec["linux"]["resources"] = json!({"cpu": {"quota": 200_000, "period": 100_000}});
+    });
+    let bundle = bundle.unwrap();
+    for switch in ["1", "0"] {
+        let runtime = Runtime::new().unwrap().with("BULKHEAD_VHOST_NET", switch);
+        let (status, out, err) = told(&runtime.run("c", &bundle).unwrap());
+        assert_eq!(status, Some(0), "{err}");
+        assert_eq!(out, "rx-0\nrx-1\ntx-0\ntx-1\nsame\nsame\nsame\n", "{switch} {err}");
+        runtime.assert_clean().unwrap();
+    }
 }

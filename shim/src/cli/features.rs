@@ -161,7 +161,7 @@ fn document() -> Value {
         },
         "annotations": {
             "org.bulkhead.version": env!("CARGO_PKG_VERSION"),
-            "org.bulkhead.vhost-net.enabled": vhost::open().is_ok().to_string(),
+            "org.bulkhead.vhost-net.enabled": vhost::open(1).is_ok().to_string(),
             "org.opencontainers.runc.checkpoint.enabled": "false",
         },
     })

@@ -72,8 +72,8 @@ pub enum MirrorError {
 pub struct Update {
     /// Places whose interface is gone.
     pub gone: Vec<u8>,
-    /// Places that have an interface now, each with the tap that is its other end.
-    pub new: Vec<(u8, OwnedFd)>,
+    /// Places that have an interface now, each with the queues of the tap that is its other end.
+    pub new: Vec<(u8, Vec<OwnedFd>)>,
     /// Places whose cable was plugged or unplugged; that of a new one is plugged.
     pub cables: Vec<(u8, bool)>,
     /// What the guest is to have.
@@ -98,6 +98,8 @@ pub struct View {
 #[derive(Debug)]
 pub struct Mirror {
     namespace: File,
+    /// Of each tap.
+    queues: usize,
     connection: Connection,
     joined: Vec<Joined>,
     /// Numbers of all taps that were made here and are not gone yet.
@@ -118,11 +120,12 @@ struct Joined {
 }
 
 impl Mirror {
-    /// A namespace of which nothing is joined yet, and what tells of changes there.
+    /// A namespace of which nothing is joined yet, and what tells of changes there. Taps will have so
+    /// many queues.
     ///
     /// # Errors
     /// When it cannot be entered.
-    pub fn open(path: &Path) -> Result<(Self, Changes), MirrorError> {
+    pub fn open(path: &Path, queues: usize) -> Result<(Self, Changes), MirrorError> {
         let bad = |error| MirrorError::Namespace(path.to_owned(), error);
         let namespace = File::open(path).map_err(bad)?;
         let opened = within(&namespace, || Ok((Connection::open()?, Changes::open()?)));
@@ -130,7 +133,7 @@ impl Mirror {
         // A guest has it from the beginning.
         let (joined, view) = (Vec::new(), View { ipv6: true, ..View::default() });
         let (taps, refused) = (Vec::new(), Vec::new());
-        Ok((Self { namespace, connection, joined, taps, refused, view }, changes))
+        Ok((Self { namespace, queues, connection, joined, taps, refused, view }, changes))
     }
 
     /// Looks at all of it, and joins each interface that is new with a tap of its own. None if it is
@@ -190,8 +193,8 @@ impl Mirror {
         let known = self.joined.iter_mut().find(|it| it.interface.index == interface.index);
         let Some(known) = known else {
             let carrier = interface.carrier;
-            let (place, tap) = self.join(interface, count)?;
-            update.new.push((place, tap));
+            let (place, queues) = self.join(interface, count)?;
+            update.new.push((place, queues));
             update.cables.extend((!carrier).then_some((place, false)));
             return Ok(());
         };
@@ -206,12 +209,17 @@ impl Mirror {
         Ok(())
     }
 
-    fn join(&mut self, interface: Interface, count: usize) -> Result<(u8, OwnedFd), MirrorError> {
+    fn join(
+        &mut self,
+        interface: Interface,
+        count: usize,
+    ) -> Result<(u8, Vec<OwnedFd>), MirrorError> {
         let taken = |place: &u8| self.joined.iter().any(|joined| joined.place == *place);
         let place = (0..INTERFACES_MAX).find(|place| !taken(place));
         let place = place.ok_or(MirrorError::TooMany(count))?;
         let failed = |what| failed(&interface.name, what);
-        let (tap, number) = within(&self.namespace, tap::open).map_err(failed("no tap for it"))?;
+        let open = || tap::open(self.queues);
+        let (queues, number) = within(&self.namespace, open).map_err(failed("no tap for it"))?;
         self.taps.push(number);
         let connection = &mut self.connection;
         redirect::fit(connection, number, interface.mtu)
@@ -231,7 +239,7 @@ impl Mirror {
             return Err(failed("its frames cannot be redirected")(error));
         }
         self.joined.push(Joined { place, interface, tap: number });
-        Ok((place, tap))
+        Ok((place, queues))
     }
 }
 

@@ -4,7 +4,7 @@
 // UNSAFETY: a tap is made by ioctl.
 #![expect(unsafe_code, reason = "TUNSETIFF and TUNSETVNETHDRSZ of a descriptor")]
 
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -14,22 +14,40 @@ use rustix::net::netdevice::name_to_index;
 use rustix::net::{AddressFamily, SocketType, socket};
 
 /// The kernel puts a number in.
-const NAME: &[u8; 12] = b"bulkhead%d\0\0";
+const NAME: &[u8] = b"bulkhead%d";
 /// What all names of ours begin with.
 pub(super) const PREFIX: &str = "bulkhead";
 /// What the monitor expects before each frame: VIRTIO 1.3 §5.1.6, with the number of buffers.
 const HEADER_BYTES: libc::c_int = 12;
 
-/// Makes one in the calling thread's network namespace; gives its number too.
-pub(super) fn open() -> io::Result<(OwnedFd, u32)> {
+/// Makes one in the calling thread's network namespace, with a descriptor for each of so many queues;
+/// gives its number too.
+pub(super) fn open(queues: usize) -> io::Result<(Vec<OwnedFd>, u32)> {
+    let (first, name) = open_queue(NAME, queues > 1)?;
+    let mut taps = vec![first];
+    for _ in 1..queues {
+        let (further, _) = open_queue(name.to_bytes(), true)?;
+        taps.push(further);
+    }
+    let name = name.to_string_lossy();
+    be_silent(&name)?;
+    let asked = socket(AddressFamily::INET, SocketType::DGRAM, None)?;
+    Ok((taps, name_to_index(asked, &*name)?))
+}
+
+/// One queue of the tap that is called so; it is made if there is none.
+fn open_queue(name: &[u8], several: bool) -> io::Result<(OwnedFd, CString)> {
     let mut options = File::options();
     let tap = options.read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun")?;
     // SAFETY: all zeroes is a valid request.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-    for (place, byte) in request.ifr_name.iter_mut().zip(NAME) {
+    for (place, byte) in request.ifr_name.iter_mut().zip(name) {
         *place = byte.cast_signed();
     }
-    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    let mut flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    if several {
+        flags |= libc::IFF_MULTI_QUEUE;
+    }
     request.ifr_ifru.ifru_flags = flags.try_into().map_err(io::Error::other)?;
     // SAFETY: the kernel reads and writes one request.
     done(unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETIFF, &raw mut request) })?;
@@ -37,10 +55,8 @@ pub(super) fn open() -> io::Result<(OwnedFd, u32)> {
     // SAFETY: the kernel reads one integer.
     done(unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const bytes) })?;
     let name = request.ifr_name.map(libc::c_char::cast_unsigned);
-    let name = CStr::from_bytes_until_nul(&name).map_err(io::Error::other)?.to_string_lossy();
-    be_silent(&name)?;
-    let asked = socket(AddressFamily::INET, SocketType::DGRAM, None)?;
-    Ok((tap.into(), name_to_index(asked, &name)?))
+    let name = CStr::from_bytes_until_nul(&name).map_err(io::Error::other)?;
+    Ok((tap.into(), name.to_owned()))
 }
 
 /// Has the host send nothing of its own to the guest: with IPv6 it would look for routers there.

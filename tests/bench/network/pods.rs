@@ -162,15 +162,27 @@ impl Microvm {
             .arg("-device")
             .arg(format!("virtio-net-device,netdev=net,mac=52:54:00:00:00:{last:02x}"));
         let process = command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log).spawn()?;
-        Ok(Self { process, name })
+        let machine = Self { process, name };
+        fs::create_dir(machine.cgroup())?;
+        fs::write(machine.cgroup().join("cgroup.procs"), machine.process.id().to_string())?;
+        Ok(machine)
+    }
+}
+
+impl Microvm {
+    /// Its own, as a pod has one: the scheduler treats who is alone in a cgroup otherwise than who is
+    /// not, and whoever measures is in another.
+    fn cgroup(&self) -> PathBuf {
+        Path::new("/sys/fs/cgroup").join(self.name)
     }
 }
 
 impl Drop for Microvm {
     fn drop(&mut self) {
-        // Both fail when it has ended by itself, which nobody has reason to.
+        // They fail when it has ended by itself, which nobody has reason to.
         let _ = self.process.kill();
         let _ = self.process.wait();
+        let _ = fs::remove_dir(self.cgroup());
         let _ = ip(&format!("netns delete {}", self.name));
     }
 }

@@ -10,6 +10,8 @@ pub mod config;
 pub mod control;
 mod devices;
 pub mod fileserver;
+#[cfg(fuzzing)]
+pub mod fuzzing;
 pub mod jail;
 pub mod kvm_probe;
 mod logging;

@@ -53,8 +53,12 @@ pub(crate) fn output(command: &mut Command) -> Result<String> {
 
 /// Builds with these arguments and lists the executables that came out.
 pub(crate) fn build(arguments: &[&str]) -> Result<Vec<Artifact>> {
-    let text =
-        output(cargo().args(arguments).args(["--message-format", "json-render-diagnostics"]))?;
+    artifacts(cargo().args(arguments))
+}
+
+/// Runs a cargo that builds and lists the executables that came out.
+pub(crate) fn artifacts(cargo: &mut Command) -> Result<Vec<Artifact>> {
+    let text = output(cargo.args(["--message-format", "json-render-diagnostics"]))?;
     let mut artifacts = Vec::new();
     for line in text.lines() {
         let message: Value = serde_json::from_str(line).context("message of cargo")?;

@@ -7,6 +7,7 @@ use guest_image::progress::say;
 
 use crate::cargo::{cargo, succeed};
 use crate::clock::Clock;
+use crate::fuzz;
 use crate::tidy;
 
 /// A name and what it does.
@@ -35,12 +36,14 @@ pub(crate) fn run(names: &[String], clock: &mut Clock) -> Result<ExitCode> {
 }
 
 fn format() -> Result<()> {
-    succeed(cargo().args(["fmt", "--all", "--check"]))
+    succeed(cargo().args(["fmt", "--all", "--check"]))?;
+    succeed(cargo().args(["fmt", "--check"]).args(fuzz::MANIFEST))
 }
 
 fn clippy() -> Result<()> {
     let lints = ["clippy", "--workspace", "--all-targets", "--quiet", "--", "-D", "warnings"];
-    succeed(cargo().args(lints))
+    succeed(cargo().args(lints))?;
+    fuzz::lint()
 }
 
 fn documentation() -> Result<()> {

@@ -5,6 +5,7 @@ mod check;
 mod clock;
 mod debian_image;
 mod demo;
+mod fuzz;
 mod host;
 mod image;
 mod libtest;
@@ -24,6 +25,8 @@ const USAGE: &str = "usage: cargo xtask VERB
   demo                    run a container in its own machine and compare what it sees with the host
   test                    all tests, here and in the test host
   check [NAME]            format, clippy, documentation, rules of the repository
+  fuzz [TARGET] [SECONDS] programs that play a hostile guest, guided by what they reach; with the name of
+                          a file in place of SECONDS, what was found once again
   bench [ARGUMENTS]       the benchmark, in the test host; its JSON goes to target/bench
   image                   build everything and lay it out in target/dist
   debian                  make the Debian image that the suites use, or find it in the cache
@@ -49,6 +52,7 @@ fn run(verb: &str, rest: &[String], clock: &mut Clock) -> Result<ExitCode> {
         demo::INSIDE => demo::inside(),
         "test" => suites::run(clock),
         "check" => check::run(rest, clock),
+        "fuzz" => fuzz::run(rest, clock),
         "bench" => host::bench(rest, clock),
         "image" => image::build(clock).map(|()| ExitCode::SUCCESS),
         "debian" => debian_image::build().map(|()| ExitCode::SUCCESS),

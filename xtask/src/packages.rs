@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::cargo::succeed;
 
-const NEEDED: [&str; 36] = [
+const NEEDED: [&str; 37] = [
     "aardvark-dns",
     "bc",
     "binutils",
@@ -19,6 +19,7 @@ const NEEDED: [&str; 36] = [
     "debootstrap",
     "docker.io",
     "flex",
+    "g++",
     "gcc",
     "iperf3",
     "iproute2",

@@ -14,6 +14,7 @@ use guest_image::progress::say;
 use crate::cargo::{self, Artifact};
 use crate::clock::Clock;
 use crate::debian_image;
+use crate::fuzz;
 use crate::host;
 use crate::image;
 use crate::libtest::Tally;
@@ -26,6 +27,9 @@ const NEEDS_HOST: &str = "needs the test host";
 const AT_ONCE: usize = 2;
 /// Options of every run in the test host; the time is a bound on hangs.
 const HOST: [&str; 4] = ["--memory", "8192", "--timeout", "2400"];
+
+/// How long each fuzz target looks for what nobody has thought of.
+const FUZZING: Duration = Duration::from_secs(20);
 
 /// Suites of another host than the plain one, and the options that make it.
 const OTHER_HOSTS: [(&str, &[&str]); 3] = [
@@ -59,6 +63,9 @@ pub(crate) fn run(clock: &mut Clock) -> Result<ExitCode> {
             guests.push(Guest { test: unit, ignored: true });
         }
         total.add(tally);
+    }
+    for target in clock.step("fuzz targets", fuzz::build)? {
+        total.add(clock.step(&name(&target), || fuzzed(&target))?);
     }
     for (name, took, tally) in all_inside(&host, guests)? {
         clock.took(&name, took);
@@ -98,6 +105,16 @@ fn name(artifact: &Artifact) -> String {
 fn here(test: &Artifact) -> Result<Tally> {
     let mut command = Command::new(&test.executable);
     tally(test, command.current_dir(&test.directory))
+}
+
+/// A fuzz target that finds nothing is a test that passed.
+fn fuzzed(target: &Artifact) -> Result<Tally> {
+    let mut tally = Tally { finished: true, ..Tally::default() };
+    match fuzz::fuzz(target, FUZZING)? {
+        None => tally.passed = 1,
+        Some(finding) => tally.failed.push(format!("{}: {finding}", name(target))),
+    }
+    Ok(tally)
 }
 
 /// A test program that runs in a test host of its own.

@@ -17,8 +17,10 @@ use thiserror::Error;
 pub(crate) mod balloon;
 pub(crate) mod block;
 pub(crate) mod fs;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod guided;
 pub(crate) mod mem;
-#[cfg(test)]
+#[cfg(any(test, fuzzing))]
 pub(crate) mod mock;
 pub(crate) mod net;
 pub(crate) mod queue;

@@ -19,9 +19,13 @@ use crate::memory::Memory;
 
 mod control;
 mod filter;
+#[cfg(any(test, fuzzing))]
+pub(crate) mod guided;
 mod header;
 mod kernel;
 mod limit;
+#[cfg(any(test, fuzzing))]
+mod mock;
 mod receive;
 mod serve;
 mod tap;

@@ -1,13 +1,11 @@
-//! Networks against a driver; a pair of sockets is the tap, one packet a frame.
+//! Networks against a driver.
 
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::Duration;
 
 use rustix::io::{read, write};
-use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use vmm_sys_util::epoll::EventSet;
 
 use super::super::mock::{self, Driver, Part, Request};
@@ -15,97 +13,19 @@ use super::super::queue::GuestMemory;
 use super::super::{Ready, Serve, ServeError};
 use super::filter::Mac;
 use super::header::HEADER_BYTES;
+use super::mock::{ALL, Guest, OWN, SocketTap, TIMER, config, unstarted};
 use super::*;
-use crate::config::{Fd, RateLimit};
+use crate::config::RateLimit;
 
-pub(crate) mod guided;
 mod hostile;
 mod kernel;
 
-const OWN: [u8; 6] = [2, 0, 0, 0, 0, 1];
 const OTHER: [u8; 6] = [2, 0, 0, 0, 0, 2];
-const ALL: u64 = FEATURES | F_USO | F_MQ;
 const NO_HEADER: [u8; HEADER_BYTES] = [0; HEADER_BYTES];
-/// Token of the timer.
-const TIMER: Ready = Ready::Source(u32::MAX);
-
-/// One end of a pair of sockets.
-struct SocketTap {
-    socket: OwnedFd,
-    offloads: Arc<AtomicU32>,
-}
-
-impl Tap for SocketTap {
-    fn set_offloads(&self, flags: libc::c_uint) -> io::Result<()> {
-        self.offloads.store(flags, Ordering::Relaxed);
-        Ok(())
-    }
-
-    fn set_used(&self, _: bool) -> io::Result<()> {
-        Ok(())
-    }
-}
-
-impl AsFd for SocketTap {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.socket.as_fd()
-    }
-}
-
-impl AsRawFd for SocketTap {
-    fn as_raw_fd(&self) -> RawFd {
-        self.socket.as_raw_fd()
-    }
-}
-
-fn config(pairs: usize, limit: RateLimit) -> NetConfig {
-    NetConfig {
-        taps: vec![Fd(0); pairs],
-        vhost: Vec::new(),
-        mac: OWN,
-        mtu: 1500,
-        receive: limit,
-        transmit: limit,
-    }
-}
-
-/// A device that no driver has started, and the other ends of its taps.
-fn unstarted(pairs: usize, limit: RateLimit) -> (Net<SocketTap>, ConfigSpace, Vec<OwnedFd>) {
-    let flags = SocketFlags::NONBLOCK | SocketFlags::CLOEXEC;
-    let (mut taps, mut wires) = (Vec::new(), Vec::new());
-    for _ in 0..pairs {
-        let (socket, wire) =
-            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None).unwrap();
-        taps.push(SocketTap { socket, offloads: Arc::default() });
-        wires.push(wire);
-    }
-    let config = config(pairs, limit);
-    let (net, space) = logic(&config, taps, None).unwrap();
-    (net, space, wires)
-}
-
-/// A guest with one interface.
-struct Guest<'m> {
-    driver: Driver<'m>,
-    net: Net<SocketTap>,
-    space: ConfigSpace,
-    wires: Vec<OwnedFd>,
-}
 
 impl<'m> Guest<'m> {
     fn new(memory: &'m GuestMemory, features: u64) -> Self {
         Self::with(memory, features, 1, RateLimit::default())
-    }
-
-    fn with(memory: &'m GuestMemory, features: u64, pairs: usize, limit: RateLimit) -> Self {
-        let driver = Driver::new(memory, &QUEUE_SIZES[..=2 * pairs]);
-        let (mut net, space, wires) = unstarted(pairs, limit);
-        net.start(features, &driver.sources).unwrap();
-        Self { driver, net, space, wires }
-    }
-
-    fn call(&mut self, ready: Ready) -> Result<(), ServeError> {
-        self.driver.call(&mut self.net, ready)
     }
 
     /// A frame comes to a tap.

@@ -4,7 +4,7 @@
 use std::fs::File;
 use std::time::Instant;
 
-use rustix::net::socket_with;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 
 use super::*;

@@ -1,0 +1,5 @@
+//! Guided by libFuzzer.
+
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| bulkhead_vmm::fuzzing::network(bytes));

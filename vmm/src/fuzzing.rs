@@ -1,0 +1,14 @@
+//! What a fuzzer calls: each takes bytes for what a hostile guest does, and panics where the monitor
+//! does not stand it. Built with `--cfg fuzzing` only; the programs are in `tests/fuzz`.
+
+use crate::devices::virtio;
+
+/// A driver of a network device: its queues, commands and frames.
+pub fn network(bytes: &[u8]) {
+    virtio::net::guided::drive(bytes);
+}
+
+/// Both sides of a queue: the chains of a driver, and what a device takes of them.
+pub fn queue(bytes: &[u8]) {
+    virtio::guided::drive(bytes);
+}

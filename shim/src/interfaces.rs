@@ -130,6 +130,23 @@ impl Interfaces {
         pass_on(machine, agent, update).await?;
         Ok(true)
     }
+
+    /// Has answers to name servers in the container's network namespace, which ask others by its
+    /// interfaces, reach them from now on.
+    ///
+    /// # Errors
+    /// When the host's kernel cannot tell them apart.
+    pub async fn share_answers(&self) -> Result<(), NetworkError> {
+        let mut place = self.mirror.lock().await;
+        let Some(mut mirror) = place.take() else { return Ok(()) };
+        let shared = spawn_blocking(move || {
+            let shared = mirror.share_answers();
+            (mirror, shared)
+        });
+        let (mirror, shared) = shared.await.map_err(|error| NetworkError::Changes(error.into()))?;
+        *place = Some(mirror);
+        Ok(shared?)
+    }
 }
 
 /// Looks at the host, which may take its time.

@@ -308,6 +308,10 @@ impl Pod {
         if servers.is_empty() {
             return;
         }
+        if let Err(error) = self.interfaces.share_answers().await {
+            let error = format!("{:#}", anyhow::Error::from(error));
+            tracing::warn!(error, "name servers of the container's network cannot ask others");
+        }
         match names::Names::open(&self.agent, namespace, &servers).await {
             Ok(opened) => {
                 let serving = tokio::spawn(opened.serve());

@@ -7,8 +7,10 @@ mod cni;
 mod containerd;
 mod debian;
 mod docker;
+mod docker_network;
 mod network;
 mod podman;
+mod podman_network;
 
 use std::path::Path;
 use std::process::Command;
@@ -18,6 +20,14 @@ use bulkhead_tests::runtime::{comes_true, output};
 
 /// A bound on hangs under emulation, not a measure.
 const PATIENCE: Duration = Duration::from_secs(90);
+
+/// What a container says of its network once its addresses are its own, whether it reaches `friend` and
+/// `six`, and by which names it goes.
+const NETWORK: &str = "for turn in $(seq 60); do ip -o addr | grep -q tentative || break; sleep 0.2; done; \
+    ip -o addr | sed 's/^[0-9]*: //'; ip route; ip -6 route | sort; \
+    cat /sys/class/net/eth0/address /sys/class/net/eth0/mtu /etc/hosts /etc/resolv.conf /etc/hostname; \
+    hostname; timeout 20 ping -6 -c 1 six >/dev/null && echo six reached; \
+    timeout 20 ping -c 1 friend >/dev/null && echo friend reached";
 
 fn wait_until(reached: impl FnMut() -> bool) {
     assert!(comes_true(PATIENCE, reached), "did not come to that");

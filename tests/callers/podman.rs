@@ -16,20 +16,21 @@ use super::{wait_for_nothing, wait_until};
 const BOOT: Duration = Duration::from_secs(180);
 
 /// Podman with its storage in a directory of its own, and the image `box`.
-struct Podman {
+pub(super) struct Podman {
     directory: TempDir,
 }
 
 impl Podman {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let podman = Self { directory: TempDir::with_prefix("podman-").unwrap() };
-        let applets = ["cat", "echo", "false", "readlink", "sh", "sleep", "true"];
+        let applets =
+            ["cat", "echo", "false", "httpd", "ping", "readlink", "sh", "sleep", "true", "wget"];
         let archive = bundle::image(podman.directory(), &applets).unwrap();
         podman.ok(&["import", archive.to_str().unwrap(), "box"]);
         podman
     }
 
-    fn directory(&self) -> &Path {
+    pub(super) fn directory(&self) -> &Path {
         self.directory.path()
     }
 
@@ -44,14 +45,14 @@ impl Podman {
         ["podman".to_owned()].into_iter().chain(options).chain(fixed).collect()
     }
 
-    fn command(&self, args: &[&str]) -> Command {
+    pub(super) fn command(&self, args: &[&str]) -> Command {
         let line = self.line();
         let mut command = Command::new(&line[0]);
         command.args(&line[1..]).args(args).stdin(Stdio::null());
         command
     }
 
-    fn ok(&self, args: &[&str]) -> String {
+    pub(super) fn ok(&self, args: &[&str]) -> String {
         let output = output(&mut self.command(args)).unwrap();
         let (status, out, err) = told(&output);
         assert_eq!(status, Some(0), "{args:?}: {err}");

@@ -6,6 +6,7 @@
 //! where nothing reaches them any more. What is added, changed or taken away later is found by
 //! looking again ([`Mirror::update`]).
 
+mod answers;
 mod observe;
 mod redirect;
 mod tap;
@@ -106,6 +107,8 @@ pub struct Mirror {
     taps: Vec<u32>,
     /// Numbers of interfaces that cannot be had.
     refused: Vec<u32>,
+    /// Answers reach the namespace too.
+    answers: bool,
     /// What was found the last time.
     view: View,
 }
@@ -133,7 +136,9 @@ impl Mirror {
         // A guest has it from the beginning.
         let (joined, view) = (Vec::new(), View { ipv6: true, ..View::default() });
         let (taps, refused) = (Vec::new(), Vec::new());
-        Ok((Self { namespace, queues, connection, joined, taps, refused, view }, changes))
+        let answers = false;
+        let mirror = Self { namespace, queues, connection, joined, taps, refused, answers, view };
+        Ok((mirror, changes))
     }
 
     /// Looks at all of it, and joins each interface that is new with a tap of its own. None if it is
@@ -172,6 +177,23 @@ impl Mirror {
         let same = view == self.view && update.refused.is_empty();
         self.view.clone_from(&view);
         Ok((!same).then_some(Update { view, ..update }))
+    }
+
+    /// Has answers that processes of the namespace wait for reach them from now on, by interfaces that
+    /// are new too.
+    ///
+    /// # Errors
+    /// When the kernel cannot tell them apart.
+    pub fn share_answers(&mut self) -> Result<(), MirrorError> {
+        if self.answers {
+            return Ok(());
+        }
+        self.answers = true;
+        for joined in &self.joined {
+            answers::share(&mut self.connection, joined.interface.index, joined.tap)
+                .map_err(failed(&joined.interface.name, answers::UNSHARED))?;
+        }
+        Ok(())
     }
 
     /// Gives up what is not there any more; the places that are free now.
@@ -234,9 +256,13 @@ impl Mirror {
         let redirected = redirect::keep_queue(connection, &interface)
             .and_then(|()| redirect::take(connection, number))
             .and_then(|()| redirect::join(connection, interface.index, number));
+        let shared = self.answers.then(|| answers::share(connection, interface.index, number));
         if let Err(error) = redirected {
             part(connection, interface.index);
             return Err(failed("its frames cannot be redirected")(error));
+        }
+        if let Some(Err(error)) = shared {
+            tracing::warn!(interface = %interface.name, error = %error, "{}", answers::UNSHARED);
         }
         self.joined.push(Joined { place, interface, tap: number });
         Ok((place, queues))

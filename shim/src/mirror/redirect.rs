@@ -14,13 +14,13 @@ use bulkhead_netlink::{Connection, NLM_F_CREATE, NLM_F_EXCL};
 use super::Interface;
 
 /// The ingress qdisc's own number.
-const INGRESS: TcHandle = TcHandle { major: 0xffff, minor: 0 };
+pub(super) const INGRESS: TcHandle = TcHandle { major: 0xffff, minor: 0 };
 /// Every protocol: `ETH_P_ALL` of Linux.
 const ALL: u16 = 3;
-/// Before all others.
-const PRIORITY: u32 = 1;
+/// After those that let something in beside.
+const PRIORITY: u32 = super::answers::COUNT + 1;
 /// How what nobody else has made is asked for.
-const NEW: u16 = NLM_F_CREATE | NLM_F_EXCL;
+pub(super) const NEW: u16 = NLM_F_CREATE | NLM_F_EXCL;
 
 /// Lets a tap run with packets as large as those of its interface.
 pub(super) fn fit(connection: &mut Connection, tap: u32, mtu: u32) -> io::Result<()> {
@@ -107,18 +107,7 @@ fn ingress(index: u32) -> io::Result<TcMessage> {
 }
 
 fn redirect(from: u32, to: u32) -> io::Result<TcMessage> {
-    let mut mirror = TcMirror::default();
-    mirror.generic.action = TcActionType::Stolen;
-    mirror.eaction = TcMirrorActionType::EgressRedir;
-    mirror.ifindex = to;
-    let mut action = TcAction::default();
-    action.tab = 1;
-    action.attributes = vec![
-        TcActionAttribute::Kind("mirred".to_owned()),
-        TcActionAttribute::Options(vec![TcActionOption::Mirror(TcActionMirrorOption::Parms(
-            mirror,
-        ))]),
-    ];
+    let action = mirred(to, TcMirrorActionType::EgressRedir, TcActionType::Stolen);
     let mut message = TcMessage::default();
     message.header.index = i32::try_from(from).map_err(io::Error::other)?;
     message.header.parent = INGRESS;
@@ -130,6 +119,23 @@ fn redirect(from: u32, to: u32) -> io::Result<TcMessage> {
         ]))]),
     ];
     Ok(message)
+}
+
+/// Sends a frame, or a copy of it, out by another interface; `then` is what becomes of it here.
+pub(super) fn mirred(to: u32, how: TcMirrorActionType, then: TcActionType) -> TcAction {
+    let mut mirror = TcMirror::default();
+    mirror.generic.action = then;
+    mirror.eaction = how;
+    mirror.ifindex = to;
+    let mut action = TcAction::default();
+    action.tab = 1;
+    action.attributes = vec![
+        TcActionAttribute::Kind("mirred".to_owned()),
+        TcActionAttribute::Options(vec![TcActionOption::Mirror(TcActionMirrorOption::Parms(
+            mirror,
+        ))]),
+    ];
+    action
 }
 
 #[cfg(test)]

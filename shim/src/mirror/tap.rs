@@ -32,7 +32,7 @@ pub(super) fn open(queues: usize) -> io::Result<(Vec<OwnedFd>, u32)> {
     let name = name.to_string_lossy();
     be_silent(&name)?;
     let asked = socket(AddressFamily::INET, SocketType::DGRAM, None)?;
-    Ok((taps, name_to_index(asked, &*name)?))
+    Ok((taps, name_to_index(asked, &name)?))
 }
 
 /// One queue of the tap that is called so; it is made if there is none.

@@ -5,6 +5,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use bulkhead_tests::bundle::Bundle;
+use bulkhead_tests::network::Tap;
 use bulkhead_tests::ping::ping;
 use bulkhead_tests::runtime::{Runtime, comes_true, kill_9, told};
 use serde_json::{Value, json};
@@ -337,4 +338,60 @@ fn the_kernel_moves_the_frames_unless_it_is_told_not_to() {
         runtime.ok(&["delete", "--force", "one"]).unwrap();
         runtime.assert_clean().unwrap();
     }
+}
+
+/// A frame for everybody that asks who has an address, RFC 826, behind the header of a tap.
+fn asks_who_has(address: [u8; 4]) -> Vec<u8> {
+    let (own, everybody) = ([2, 0, 0, 0, 8, 1], [0xff; 6]);
+    let kind: [u8; 10] = [8, 6, 0, 1, 8, 0, 6, 4, 0, 1];
+    let mut frame = vec![0; 12];
+    for part in [&everybody[..], &own, &kind, &own, &[10, 8, 0, 1], &[0; 6], &address] {
+        frame.extend(part);
+    }
+    frame
+}
+
+#[test]
+fn a_tap_that_somebody_reads_and_a_dummy_are_the_container_s_too() {
+    let _prepared = Prepared::new();
+    let tap = Tap::new("tap8", 1).unwrap();
+    ip(&format!("link set tap8 netns {NAMESPACE}"));
+    for line in [
+        "link set tap8 address 02:00:00:00:08:02 up",
+        "address add 10.8.0.2/24 dev tap8",
+        "link add dummy7 type dummy",
+        "link set dummy7 mtu 1300 up",
+        "address add 10.7.0.2/24 dev dummy7",
+    ] {
+        in_pod(line);
+    }
+    let settled = || in_pod("-6 address show tentative").is_empty();
+    assert!(comes_true(Duration::from_secs(30), settled), "an address stays tentative");
+    let see = "for one in tap8 dummy7; do ip -o address show dev $one | sed 's/^[0-9]*: //'; \
+               cat /sys/class/net/$one/address /sys/class/net/$one/mtu; done; \
+               ping -c 1 -W 20 10.7.0.2 > /dev/null && echo itself";
+    let bundle = Prepared::bundle(see);
+    let (runc, ours) = (Runtime::runc().unwrap(), Runtime::new().unwrap());
+    let [theirs, our] = [&runc, &ours].map(|runtime| told(&runtime.run("one", &bundle).unwrap()));
+    assert!(theirs.1.ends_with("itself\n"), "{theirs:?}");
+    assert_eq!(our, theirs);
+
+    ours.create("one", &Prepared::bundle("exec sleep 1000")).unwrap();
+    let [queue] = tap.descriptors()[..] else { panic!("one queue") };
+    let mut frame = [0; 2048];
+    let answered = || {
+        rustix::io::write(queue, &asks_who_has([10, 8, 0, 2])).unwrap();
+        while let Ok(count) = rustix::io::read(queue, &mut frame) {
+            let frame = &frame[12..count];
+            // It says that it has it, and what it is called.
+            if frame[12..14] == [8, 6] && frame[20..22] == [0, 2] {
+                assert_eq!(frame[22..32], [2, 0, 0, 0, 8, 2, 10, 8, 0, 2]);
+                return true;
+            }
+        }
+        false
+    };
+    assert!(comes_true(Duration::from_secs(30), answered), "nobody answers");
+    ours.ok(&["delete", "--force", "one"]).unwrap();
+    ours.assert_clean().unwrap();
 }

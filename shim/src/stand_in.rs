@@ -1,6 +1,7 @@
 //! The process that stays behind `create`, `run --detach` and `exec --detach` and stands for one of
 //! the container. A program of its own, because there is one for each container, for as long as it
-//! lives: it has nothing in it but the [`Relay`].
+//! lives: it has nothing in it but the [`Relay`], and what gives the interfaces of its network namespace
+//! back when the supervisor was killed.
 //!
 //! Both sides of its command line are here.
 
@@ -8,17 +9,22 @@ use std::env;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
+use std::time::Duration;
 
 use anyhow::Context;
 use lexopt::{Arg, Parser, ValueExt};
 
 use crate::id::ContainerId;
+use crate::mirror;
 use crate::network::Network;
 use crate::preserved::Preserved;
 use crate::relay::{Belongings, Relay, Signals};
 use crate::socket_path::SocketPath;
 use crate::state::Home;
 use crate::terminal::Terminal;
+
+/// A monitor whose supervisor is gone takes less.
+const MONITOR_ENDS: Duration = Duration::from_secs(5);
 
 /// What a stand-in is started for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -110,7 +116,12 @@ fn stand(orders: &Orders) -> anyhow::Result<ExitCode> {
     let socket = SocketPath::attach(&home)?;
     let belongings = Belongings { terminal, preserved };
     let relay = Relay::attach(socket.path(), &orders.exec, true, belongings)?;
-    Ok(ExitCode::from(relay.serve(&signals)?.status))
+    let ended = relay.serve(&signals);
+    if ended.is_err() && orders.network.is_some() {
+        // Whoever would have given its interfaces back is gone.
+        mirror::restore_here(MONITOR_ENDS)?;
+    }
+    Ok(ExitCode::from(ended?.status))
 }
 
 #[cfg(test)]

@@ -59,11 +59,9 @@ fn whoever_is_killed_under_load_the_network_is_as_it_was_and_good_for_the_next()
         wait_for_flow();
         let [process] = runtime.processes(victim).unwrap()[..] else { panic!("one {victim}") };
         kill_9(process).unwrap();
-        if victim == "bulkhead-vmm" {
-            // Whoever is left gives the interface back without being asked.
-            let given_back = || wired.pod.seen().unwrap() == before;
-            assert!(comes_true(PATIENCE, given_back), "{}", wired.pod.seen().unwrap());
-        }
+        // Whoever is left gives the interface back without being asked.
+        let given_back = || wired.pod.seen().unwrap() == before;
+        assert!(comes_true(PATIENCE, given_back), "{victim}: {}", wired.pod.seen().unwrap());
         drop(flood);
         runtime.ok(&["delete", "--force", "victim"]).unwrap();
         assert_eq!(wired.pod.seen().unwrap(), before, "{victim}");

@@ -16,6 +16,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::thread;
+use std::time::{Duration, Instant};
 
 use bulkhead_netlink::{Changes, Connection};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
@@ -24,6 +25,8 @@ use thiserror::Error;
 pub use self::observe::Interface;
 use self::observe::Unusable;
 
+/// How often [`restore_here`] looks.
+const STEP: Duration = Duration::from_millis(20);
 /// The most interfaces that a machine has slots for.
 pub const INTERFACES_MAX: u8 = 3;
 
@@ -305,6 +308,32 @@ pub fn restore(namespace: &Path) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Takes redirections of the calling thread's network namespace away as soon as they lead nowhere: those
+/// of a supervisor that was killed, whose monitor then ends by itself. Those that still lead somewhere
+/// when the time is up stay.
+///
+/// # Errors
+/// When the kernel does not tell.
+pub fn restore_here(patience: Duration) -> io::Result<()> {
+    let deadline = Instant::now() + patience;
+    let mut connection = Connection::open()?;
+    loop {
+        let mut waits = false;
+        for link in observe::links(&mut connection)? {
+            let index = link.header.index;
+            if redirect::leads_nowhere(&mut connection, index)? {
+                part(&mut connection, index);
+            } else {
+                waits |= observe::tap_of(&mut connection, index)?.is_some();
+            }
+        }
+        if !waits || Instant::now() > deadline {
+            return Ok(());
+        }
+        thread::sleep(STEP);
+    }
 }
 
 /// Opens something in a network namespace, on a thread of its own.

@@ -107,14 +107,38 @@ const NETWORK: &str = r#"{
     ]
 }"#;
 
+/// Where containerd looks for networks and for plugins.
+const CONFIGURATION: &str = "/etc/cni/net.d/10-net.conflist";
+const LOOKED_FOR: &str = "/opt/cni/bin";
+
+/// A network that is configured for the whole host, for as long as this lives: Podman makes no others
+/// by netavark where it finds one.
+struct Configured;
+
+impl Configured {
+    fn new() -> Self {
+        for directory in ["/etc/cni/net.d", "/opt/cni"] {
+            fs::create_dir_all(directory).unwrap();
+        }
+        fs::write(CONFIGURATION, NETWORK).unwrap();
+        symlink(PLUGINS, LOOKED_FOR).unwrap();
+        Self
+    }
+}
+
+impl Drop for Configured {
+    fn drop(&mut self) {
+        for file in [CONFIGURATION, LOOKED_FOR] {
+            let _ = fs::remove_file(file);
+        }
+        // The plugins leave their bridge.
+        let _ = Command::new("ip").args(["link", "delete", "ctr0"]).status();
+    }
+}
+
 #[test]
 fn a_task_has_the_network_that_plugins_make_for_it() {
-    // Both are where containerd looks.
-    for directory in ["/etc/cni/net.d", "/opt/cni"] {
-        fs::create_dir_all(directory).unwrap();
-    }
-    fs::write("/etc/cni/net.d/10-net.conflist", NETWORK).unwrap();
-    symlink(PLUGINS, "/opt/cni/bin").unwrap();
+    let _configured = Configured::new();
     let containerd = Containerd::start();
     let look = "ip -o -4 address show dev eth0 | sed 's/^[0-9]*: //;s/10.46.0.[0-9]*/10.46.0.n/'; \
         ip route | sed 's/src .*//'; ping -c 1 -W 30 10.46.0.1 >/dev/null && echo reached";
@@ -129,5 +153,4 @@ fn a_task_has_the_network_that_plugins_make_for_it() {
     assert!(theirs.1.ends_with("reached\n"), "{theirs:?}");
     assert_eq!(ours, theirs);
     wait_for_nothing(containerd.directory.path());
-    fs::remove_file("/opt/cni/bin").unwrap();
 }

@@ -13,7 +13,7 @@ use rustix::process::{Resource, Rlimit, getrlimit};
 
 use super::id_map::{self, IdMap};
 use super::{BundleError, Place, hook_programs, namespaces, refuse, resources};
-use crate::id::ContainerId;
+use crate::state::id::ContainerId;
 
 /// The limits that a process inherits. Of locked memory the guest has its own (`guest-agent`).
 const LIMITS: [(PosixRlimitType, Resource); 15] = [

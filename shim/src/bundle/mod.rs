@@ -26,10 +26,10 @@ pub use self::id_map::IdMap;
 use self::refuse::Refusal;
 pub use self::resources::{merge, say_no_swap, total};
 pub use self::size::{HostSize, MACHINE_OVERHEAD_MIB, MachineSize};
-use crate::id::ContainerId;
-use crate::neighbours::{Joined, Neighbours};
-use crate::network::Network;
+use crate::network::namespace::Network;
 use crate::state::StateError;
+use crate::state::id::ContainerId;
+use crate::supervisor::neighbours::{Joined, Neighbours};
 
 /// The file that makes a directory a bundle.
 const CONFIG: &str = "config.json";

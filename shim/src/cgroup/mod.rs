@@ -33,7 +33,7 @@ use thiserror::Error;
 pub use self::limits::Limits;
 pub use self::memory::{Memory, drain};
 use crate::bundle;
-use crate::id::ContainerId;
+use crate::state::id::ContainerId;
 
 /// Nanoseconds of a microsecond.
 const NANOSECONDS: u64 = 1000;

@@ -20,14 +20,14 @@ use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context::{self, Context as CallContext};
 
 use super::args::{Create, Global};
-use crate::attach;
 use crate::bundle;
-use crate::id::ContainerId;
-use crate::mirror;
-use crate::network::Network;
-use crate::process::Process;
-use crate::socket_path::SocketPath;
+use crate::network::mirror;
+use crate::network::namespace::Network;
 use crate::state::Home;
+use crate::state::id::ContainerId;
+use crate::state::process::Process;
+use crate::state::socket_path::SocketPath;
+use crate::streams::attach;
 use crate::supervisor::Orders;
 use crate::trace::Phase;
 

@@ -6,11 +6,12 @@ use anyhow::Context;
 
 use super::args::{Create, Global};
 use super::client::{self, Creation};
-use crate::network::Network;
-use crate::preserved::Preserved;
-use crate::stand_in::Orders;
+use crate::machine::{assets, spawn};
+use crate::network::namespace::Network;
 use crate::state::Home;
-use crate::{assets, spawn, terminal};
+use crate::streams::preserved::Preserved;
+use crate::streams::stand_in::Orders;
+use crate::streams::terminal;
 
 pub(super) fn create(
     global: &Global,

@@ -9,9 +9,9 @@ use containerd_shim_protos::api::DeleteRequest;
 
 use super::args::{Delete, Global};
 use super::client::{self, GOODBYE};
-use crate::hooks;
-use crate::lifecycle::Status;
 use crate::state::{Home, StateError};
+use crate::supervisor::hooks;
+use crate::supervisor::lifecycle::Status;
 
 /// How long a supervisor may take to end a container that is deleted by force; then it is killed
 /// with everything else.

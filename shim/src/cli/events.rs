@@ -15,8 +15,8 @@ use serde_json::{Map, Value, json};
 
 use super::args::{Events, Global};
 use crate::cgroup::{self, Memory};
-use crate::lifecycle::Status;
 use crate::state::Home;
+use crate::supervisor::lifecycle::Status;
 
 /// How often it is looked whether the container has ended.
 const LOOK: Duration = Duration::from_millis(500);

@@ -17,14 +17,14 @@ use super::client;
 use super::create;
 use super::signals;
 use crate::bundle;
-use crate::lifecycle::Status;
-use crate::pod;
-use crate::preserved::Preserved;
-use crate::relay::{Belongings, Relay, Signals};
-use crate::socket_path::SocketPath;
+use crate::containerd::task;
+use crate::state::socket_path::SocketPath;
 use crate::state::{Home, State};
-use crate::task;
-use crate::terminal::Terminal;
+use crate::streams::preserved::Preserved;
+use crate::streams::relay::{Belongings, Relay, Signals};
+use crate::streams::terminal::Terminal;
+use crate::supervisor::lifecycle::Status;
+use crate::supervisor::pod;
 
 /// What an error is called, as callers of runc know it.
 const FAILED: &str = "exec failed: unable to start container process";

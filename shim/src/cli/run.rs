@@ -9,10 +9,10 @@ use anyhow::Context;
 use super::args::{Global, Run};
 use super::client::{self, Creation, GOODBYE};
 use super::{create, signals};
-use crate::preserved::Preserved;
-use crate::relay::{Belongings, Relay, Signals};
-use crate::socket_path::SocketPath;
-use crate::terminal::Terminal;
+use crate::state::socket_path::SocketPath;
+use crate::streams::preserved::Preserved;
+use crate::streams::relay::{Belongings, Relay, Signals};
+use crate::streams::terminal::Terminal;
 use crate::trace::Phase;
 
 pub(super) fn run(global: &Global, run: &Run, preserved: Preserved) -> anyhow::Result<ExitCode> {

@@ -28,7 +28,7 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use thiserror::Error;
 
 use crate::bundle::{IdMap, Kind, Shared};
-use crate::user_namespace;
+use crate::machine::user_namespace;
 
 /// The size of a tmpfs, which only ever holds mount points.
 const SIZE: &str = "1m";

@@ -21,9 +21,9 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::Mutex;
 use tokio::time::timeout;
 
-use crate::channel::Channel;
-use crate::preserved::Descriptor;
-use crate::process::Process;
+use crate::machine::channel::Channel;
+use crate::state::process::Process;
+use crate::streams::preserved::Descriptor;
 
 /// How long the caller may take to attach.
 const PATIENCE: Duration = Duration::from_secs(10);

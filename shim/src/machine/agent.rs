@@ -25,8 +25,8 @@ use tonic::codegen::tokio_stream::{self, StreamExt};
 use tonic::transport::{Channel, Endpoint, Uri};
 use tonic::{Code, Status, Streaming};
 
-use crate::attach::TerminalSize;
-use crate::id::ContainerId;
+use crate::state::id::ContainerId;
+use crate::streams::attach::TerminalSize;
 
 /// For calls that change little.
 const SHORT: Duration = Duration::from_secs(20);

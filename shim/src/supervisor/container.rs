@@ -1,5 +1,5 @@
 //! One container and what happens to it. The only caller of the state machine
-//! ([`crate::lifecycle`]); whatever it decides is written to disk before anybody is answered.
+//! ([`crate::supervisor::lifecycle`]); whatever it decides is written to disk before anybody is answered.
 
 use std::fs::{self, File};
 use std::os::unix::net::UnixStream;
@@ -11,24 +11,24 @@ use oci_spec::runtime::{Hook, Hooks, LinuxResources};
 use thiserror::Error;
 use tokio::sync::{Mutex, MutexGuard, watch};
 
-use crate::agent::{AgentError, Target};
-use crate::attach::{Attachments, StandIn};
 use crate::bundle::{self, Bundle, BundleError, HostSize, Plan};
 use crate::cgroup::{self, Cgroup, CgroupError, Limits};
-use crate::exec::{ExecError, Execs};
-use crate::hooks;
-use crate::kvm;
-use crate::lifecycle::{Event, InvalidTransition, Status};
-use crate::network::Network;
-use crate::oom;
-use crate::pod::{Pod, PodError};
-use crate::process::Process;
-use crate::proxy;
-use crate::sandbox::{Departure, Sandbox, SandboxError};
-use crate::share::Place;
+use crate::machine::agent::{AgentError, Target};
+use crate::machine::kvm;
+use crate::machine::monitor::MachineError;
+use crate::machine::share::Place;
+use crate::network::namespace::Network;
+use crate::state::process::Process;
 use crate::state::{Exit, Home, State, StateError};
+use crate::streams::attach::{Attachments, StandIn};
+use crate::supervisor::exec::{ExecError, Execs};
+use crate::supervisor::hooks;
+use crate::supervisor::lifecycle::{Event, InvalidTransition, Status};
+use crate::supervisor::oom;
+use crate::supervisor::pod::{Pod, PodError};
+use crate::supervisor::proxy;
+use crate::supervisor::sandbox::{Departure, Sandbox, SandboxError};
 use crate::trace::Phase;
-use crate::vm::MachineError;
 
 /// Why something did not happen to a container.
 #[derive(Debug, Error)]

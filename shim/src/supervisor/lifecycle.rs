@@ -10,7 +10,7 @@
 //! ```
 //!
 //! A signal is not an event: the exit that it may cause is. What an event does to processes is the
-//! business of [`crate::container`].
+//! business of [`crate::supervisor::container`].
 
 use std::fmt;
 

@@ -22,8 +22,8 @@ use tokio::task::{JoinSet, spawn_blocking};
 use tokio::time::{interval, timeout};
 use tonic::Streaming;
 
-use crate::agent::{Agent, AgentError};
-use crate::mirror::within;
+use crate::machine::agent::{Agent, AgentError};
+use crate::network::mirror::within;
 
 /// Where name servers are asked.
 const PORT: u16 = 53;
@@ -184,7 +184,7 @@ impl Server {
         // There are more identifiers than may wait.
         let mut id = [0; 2];
         let id = loop {
-            crate::pod::random(&mut id).ok()?;
+            crate::supervisor::pod::random(&mut id).ok()?;
             let id = u16::from_be_bytes(id);
             if !waiting.contains_key(&id) {
                 break id;

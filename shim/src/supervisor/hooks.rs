@@ -9,8 +9,8 @@ use std::process::Command;
 
 use oci_spec::runtime::Hook;
 
-use crate::lifecycle::Status;
 use crate::state::{Home, State, View};
+use crate::supervisor::lifecycle::Status;
 
 /// Runs hooks one after the other; each reads the container's state.
 pub fn run(kind: &'static str, hooks: &[Hook], state: &View) {

@@ -8,13 +8,13 @@ use bulkhead_protocol::agent::descriptor::Kind as Asked;
 use bulkhead_protocol::agent::{Descriptor, SharedFile, Streams, Terminal};
 use tokio::time::{Instant, sleep, timeout};
 
-use crate::agent::Target;
-use crate::attach::{Said, StandIn, TerminalSize, Wants};
 use crate::bundle;
-use crate::pod::{Lent, Pod, PodError};
-use crate::preserved::Kind;
+use crate::machine::agent::Target;
 use crate::state::Exit;
-use crate::timestamp;
+use crate::state::timestamp;
+use crate::streams::attach::{Said, StandIn, TerminalSize, Wants};
+use crate::streams::preserved::Kind;
+use crate::supervisor::pod::{Lent, Pod, PodError};
 
 /// The status of a process whose machine ended under it: as if killed.
 const KILLED: u8 = 137;

@@ -20,11 +20,11 @@ use tokio::sync::Mutex;
 use tokio::task::spawn_blocking;
 use tokio::time::sleep;
 
-use crate::agent::{Agent, AgentError};
-use crate::channel::watch;
-use crate::mirror::{Interface, Mirror, MirrorError, Update, View};
-use crate::vhost;
-use crate::vm::{FIRST_NETWORK_SLOT, Machine, MachineError};
+use crate::machine::agent::{Agent, AgentError};
+use crate::machine::channel::watch;
+use crate::machine::monitor::{FIRST_NETWORK_SLOT, Machine, MachineError};
+use crate::network::mirror::{Interface, Mirror, MirrorError, Update, View};
+use crate::network::vhost;
 
 /// Whoever sets up an interface does it in several steps: so long is waited for the next one.
 const SETTLE: Duration = Duration::from_millis(20);

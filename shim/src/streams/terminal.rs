@@ -14,7 +14,7 @@ use rustix::process::ioctl_tiocsctty;
 use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, ptsname, unlockpt};
 use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetwinsize, tcsetattr};
 
-use crate::attach::TerminalSize;
+use crate::streams::attach::TerminalSize;
 
 /// The terminal of this process.
 #[derive(Debug)]

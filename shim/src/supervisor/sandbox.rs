@@ -12,13 +12,13 @@ use oci_spec::runtime::{LinuxNamespaceType, LinuxResources};
 use thiserror::Error;
 use tokio::sync::Mutex;
 
-use crate::agent::AgentError;
 use crate::bundle::{self, BundleError, HostSize, MachineSize};
 use crate::cgroup::{Cgroup, CgroupError, Limits};
-use crate::id::ContainerId;
-use crate::neighbours::{self, Joined};
-use crate::pod::{Pod, PodError};
-use crate::share::Place;
+use crate::machine::agent::AgentError;
+use crate::machine::share::Place;
+use crate::state::id::ContainerId;
+use crate::supervisor::neighbours::{self, Joined};
+use crate::supervisor::pod::{Pod, PodError};
 
 /// Why a container is not let in.
 #[derive(Debug, Error)]

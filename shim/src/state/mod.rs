@@ -4,6 +4,11 @@
 //! supervisor. Everybody else reads it and compares with what still runs, so whatever was killed,
 //! the answer is right. Nothing here signals or starts a process.
 
+pub mod id;
+pub mod process;
+pub mod socket_path;
+pub mod timestamp;
+
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, DirBuilder};
 use std::io;
@@ -15,10 +20,9 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::cgroup::Cgroup;
-use crate::id::ContainerId;
-use crate::lifecycle::Status;
-use crate::process::Process;
-use crate::timestamp;
+use crate::state::id::ContainerId;
+use crate::state::process::Process;
+use crate::supervisor::lifecycle::Status;
 
 /// The OCI runtime specification whose state is written.
 pub const OCI_VERSION: &str = "1.0.2";

@@ -11,10 +11,10 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use thiserror::Error;
 use tokio::time::timeout;
 
-use crate::channel::Channel;
-use crate::process::Process;
-use crate::share::{self, Files, Place, Places, ShareError};
-use crate::spawn::{self, Jailed, Launch};
+use crate::machine::channel::Channel;
+use crate::machine::share::{self, Files, Place, Places, ShareError};
+use crate::machine::spawn::{self, Jailed, Launch};
+use crate::state::process::Process;
 
 /// Threads that serve requests.
 const THREADS: u8 = 4;

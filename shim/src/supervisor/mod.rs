@@ -3,9 +3,19 @@
 //! It gets the listening sockets of a container and its orders in one message from the container's
 //! creator, on a socket that stays open until the creator is done: a creator that goes away before
 //! the container is created takes everything of it with it. The first one's is standard input;
-//! those of containers that join come by [`SocketPath::join`](crate::socket_path::SocketPath::join).
+//! those of containers that join come by [`SocketPath::join`](crate::state::socket_path::SocketPath::join).
 //! It serves each of them until nothing of the container runs any more, and ends with the last; what
 //! is left of one is its directory with the exit status.
+
+pub mod container;
+pub mod exec;
+pub mod hooks;
+pub mod lifecycle;
+pub mod neighbours;
+pub mod oom;
+pub mod pod;
+mod proxy;
+pub mod sandbox;
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -25,17 +35,16 @@ use tokio::time::timeout;
 use ttrpc::asynchronous::Server;
 use ttrpc::asynchronous::transport::Listener;
 
-use crate::attach::Attachments;
 use crate::cgroup;
-use crate::channel::Channel;
-use crate::container::Container;
-use crate::hooks;
-use crate::id::ContainerId;
-use crate::lifecycle::Status;
+use crate::containerd::task::Service;
 use crate::logging::{self, LogTarget};
-use crate::sandbox::Sandbox;
+use crate::machine::channel::Channel;
 use crate::state::Home;
-use crate::task::Service;
+use crate::state::id::ContainerId;
+use crate::streams::attach::Attachments;
+use crate::supervisor::container::Container;
+use crate::supervisor::lifecycle::Status;
+use crate::supervisor::sandbox::Sandbox;
 use crate::trace::Phase;
 
 /// How long calls that are being answered may take when everything is over.

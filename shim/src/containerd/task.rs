@@ -25,11 +25,11 @@ use ttrpc::r#async::TtrpcContext;
 use ttrpc::error::get_rpc_status;
 use ttrpc::{Code, Error};
 
-use crate::attach::Attachments;
-use crate::container::{Container, ContainerError};
-use crate::exec::{ExecError, Order};
-use crate::lifecycle::Status;
 use crate::state::Exit;
+use crate::streams::attach::Attachments;
+use crate::supervisor::container::{Container, ContainerError};
+use crate::supervisor::exec::{ExecError, Order};
+use crate::supervisor::lifecycle::Status;
 
 /// What the first [`ProcessInfo`] carries. Numbers of processes are the host's, so they name
 /// stand-ins; this is what runs in the guest.

@@ -29,7 +29,7 @@ use rustix::termios::isatty;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-use crate::share;
+use crate::machine::share;
 
 /// The number of the first.
 pub const FIRST: RawFd = 3;

@@ -22,10 +22,10 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{FileType, fstat, major, minor};
 
-use crate::attach::{FromStandIn, Said, ToStandIn, Wants, connect_to};
-use crate::own_text;
-use crate::preserved::Preserved;
-use crate::terminal::Terminal;
+use crate::streams::attach::{FromStandIn, Said, ToStandIn, Wants, connect_to};
+use crate::streams::own_text;
+use crate::streams::preserved::Preserved;
+use crate::streams::terminal::Terminal;
 
 /// The most bytes that one step of a copy moves: what a pipe holds.
 const CHUNK: usize = 64 << 10;

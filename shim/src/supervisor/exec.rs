@@ -14,13 +14,13 @@ use bulkhead_protocol::agent::ExecRequest;
 use thiserror::Error;
 use tokio::sync::{RwLock, RwLockReadGuard};
 
-use crate::agent::Target;
-use crate::attach::{Attachments, StandIn};
-use crate::container::{Container, ContainerError};
-use crate::lifecycle::Status;
-use crate::pod::Pod;
-use crate::process::Process;
-use crate::proxy::{self, Ends};
+use crate::machine::agent::Target;
+use crate::state::process::Process;
+use crate::streams::attach::{Attachments, StandIn};
+use crate::supervisor::container::{Container, ContainerError};
+use crate::supervisor::lifecycle::Status;
+use crate::supervisor::pod::Pod;
+use crate::supervisor::proxy::{self, Ends};
 
 /// The most processes of a container that are named or run at once.
 const EXECS_MAX: usize = 4096;

@@ -21,21 +21,21 @@ use thiserror::Error;
 use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 
-use crate::agent::{Agent, AgentError, Target};
-use crate::assets::{AssetError, Assets};
 use crate::bundle::{DISKS_MAX, Disk, Kind, MachineSize, Plan, Shared};
-use crate::file_server::{FileServer, FileServerError};
-use crate::growth::{Growth, GrowthError};
-use crate::id::ContainerId;
-use crate::interfaces::{Bell, Interfaces, NetworkError};
-use crate::kvm::{self, KvmError};
-use crate::names;
-use crate::process::Process;
-use crate::share::{Files, Place, ShareError};
-use crate::spawn::Launch;
+use crate::machine::agent::{Agent, AgentError, Target};
+use crate::machine::assets::{AssetError, Assets};
+use crate::machine::file_server::{FileServer, FileServerError};
+use crate::machine::growth::{Growth, GrowthError};
+use crate::machine::kvm::{self, KvmError};
+use crate::machine::monitor::{self, Machine, MachineError, Parts};
+use crate::machine::share::{Files, Place, ShareError};
+use crate::machine::spawn::Launch;
+use crate::network::interfaces::{Bell, Interfaces, NetworkError};
+use crate::network::names;
 use crate::state::Home;
+use crate::state::id::ContainerId;
+use crate::state::process::Process;
 use crate::trace::Phase;
-use crate::vm::{self, Machine, MachineError, Parts};
 
 /// How long a guest may take to boot, unless [`BOOT_SECONDS`] says otherwise.
 const BOOT_PATIENCE: Duration = Duration::from_secs(30);
@@ -195,7 +195,7 @@ impl Pod {
         Ok(self.file_server.show(Files::prepare(shared)?, place)?)
     }
 
-    /// Shows files that are mounts already ([`crate::share::alone`]) for as long as the value lives that is
+    /// Shows files that are mounts already ([`crate::machine::share::alone`]) for as long as the value lives that is
     /// given: the name of each there is its number.
     ///
     /// # Errors
@@ -470,7 +470,7 @@ fn boot_patience() -> Duration {
 fn last_words(home: &Home) -> String {
     let bytes = fs::read(home.path(CONSOLE)).unwrap_or_default();
     let lines: Vec<_> = String::from_utf8_lossy(&bytes).lines().map(str::to_owned).collect();
-    match vm::quote(&lines) {
+    match monitor::quote(&lines) {
         quoted if quoted.is_empty() => "; it wrote nothing to its console".to_owned(),
         quoted => quoted,
     }

@@ -14,14 +14,14 @@ use std::time::Duration;
 use anyhow::Context;
 use lexopt::{Arg, Parser, ValueExt};
 
-use crate::id::ContainerId;
-use crate::mirror;
-use crate::network::Network;
-use crate::preserved::Preserved;
-use crate::relay::{Belongings, Relay, Signals};
-use crate::socket_path::SocketPath;
+use crate::network::mirror;
+use crate::network::namespace::Network;
 use crate::state::Home;
-use crate::terminal::Terminal;
+use crate::state::id::ContainerId;
+use crate::state::socket_path::SocketPath;
+use crate::streams::preserved::Preserved;
+use crate::streams::relay::{Belongings, Relay, Signals};
+use crate::streams::terminal::Terminal;
 
 /// A monitor whose supervisor is gone takes less.
 const MONITOR_ENDS: Duration = Duration::from_secs(5);

@@ -10,9 +10,9 @@ use thiserror::Error;
 use tokio::sync::Mutex;
 use tokio::time::sleep;
 
-use crate::agent::{Agent, AgentError};
 use crate::bundle::MachineSize;
-use crate::vm::{Machine, MachineError};
+use crate::machine::agent::{Agent, AgentError};
+use crate::machine::monitor::{Machine, MachineError};
 
 /// How long the guest may take to plug memory.
 const PATIENCE: Duration = Duration::from_secs(30);

@@ -18,7 +18,7 @@ use std::thread;
 use bulkhead_vmm::seqpacket;
 use nix::sched::{CloneFlags, unshare};
 
-use crate::process::Process;
+use crate::state::process::Process;
 
 /// Where a jailed process finds its control socket.
 const CONTROL: RawFd = 3;

@@ -11,10 +11,10 @@ use std::path::{Path, PathBuf};
 use oci_spec::runtime::LinuxNamespaceType;
 
 use crate::bundle::refuse::{Refusal, refuse};
-use crate::id::ContainerId;
-use crate::lifecycle::Status;
-use crate::process::Process;
+use crate::state::id::ContainerId;
+use crate::state::process::Process;
 use crate::state::{Home, StateError};
+use crate::supervisor::lifecycle::Status;
 
 /// The containers of one root that have not ended.
 #[derive(Clone, Debug, Default)]

@@ -23,9 +23,9 @@ use tokio::sync::{oneshot, watch};
 use tokio::time::timeout;
 
 use crate::bundle::MachineSize;
-use crate::channel::Control;
-use crate::process::Process;
-use crate::spawn::{self, Jailed, Launch};
+use crate::machine::channel::Control;
+use crate::machine::spawn::{self, Jailed, Launch};
+use crate::state::process::Process;
 
 /// The guest's context id: each machine has its own vsock device, so all may have the same.
 const GUEST_CID: u32 = 3;
@@ -170,7 +170,7 @@ impl Machine {
 
     /// Gives the machine an interface whose other end is a tap, with as many pairs of queues as the tap
     /// has; the guest has to bind it. With `vhost` for each the kernel moves its frames,
-    /// [`crate::vhost`].
+    /// [`crate::network::vhost`].
     ///
     /// # Errors
     /// When the monitor cannot use it; the slot is empty then.

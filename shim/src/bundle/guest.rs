@@ -12,7 +12,7 @@ use oci_spec::runtime::{
 use rustix::process::{Resource, Rlimit, getrlimit};
 
 use super::id_map::{self, IdMap};
-use super::{BundleError, Place, hook_programs, namespaces, refuse, resources};
+use super::{BundleError, Surroundings, hook_programs, namespaces, refuse, resources};
 use crate::state::id::ContainerId;
 
 /// The limits that a process inherits. Of locked memory the guest has its own (`guest-agent`).
@@ -38,7 +38,7 @@ const OPEN_FILES_MAX: u64 = 1 << 20;
 
 /// What a mount point in the share is, because it is made before it is covered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum FileKind {
     /// A directory.
     Directory,
     /// Anything else.
@@ -53,7 +53,7 @@ pub struct Shared {
     /// Relative to the container's directory in the share.
     pub target: PathBuf,
     /// What it is.
-    pub kind: Kind,
+    pub kind: FileKind,
     /// Nothing below it can be changed from the guest, whatever the guest does.
     pub read_only: bool,
     /// With what is mounted below it.
@@ -74,16 +74,16 @@ pub(super) struct Guest {
 pub(super) fn rewrite(
     spec: &Spec,
     id: &ContainerId,
-    place: &Place,
+    surroundings: &Surroundings,
     bundle: &Path,
     rootfs: &Path,
 ) -> Result<Guest, BundleError> {
     let mut spec = spec.clone();
-    let in_guest = |target: &Path| Path::new(SHARE_DIR).join(&place.directory).join(target);
+    let in_guest = |target: &Path| Path::new(SHARE_DIR).join(&surroundings.directory).join(target);
     let mut shared = vec![Shared {
         source: rootfs.to_owned(),
         target: "rootfs".into(),
-        kind: Kind::Directory,
+        kind: FileKind::Directory,
         read_only: false,
         recursive: true,
         id_map: None,
@@ -108,7 +108,7 @@ pub(super) fn rewrite(
         *hooks = own;
         shared.extend(programs);
     }
-    let dropped = adapt(&mut spec, id, place);
+    let dropped = adapt(&mut spec, id, surroundings);
     Ok(Guest { spec, shared, dropped })
 }
 
@@ -149,7 +149,7 @@ fn share(
     Ok(Shared {
         source,
         target,
-        kind: if metadata.is_dir() { Kind::Directory } else { Kind::File },
+        kind: if metadata.is_dir() { FileKind::Directory } else { FileKind::File },
         read_only: mode.is_some_and(|mode| mode == "ro"),
         recursive: has_option(mount, &["rbind"]),
         id_map: None,
@@ -157,7 +157,7 @@ fn share(
 }
 
 /// Takes out what belongs to the host; gives the names of what a caller may miss.
-fn adapt(spec: &mut Spec, id: &ContainerId, place: &Place) -> Vec<&'static str> {
+fn adapt(spec: &mut Spec, id: &ContainerId, surroundings: &Surroundings) -> Vec<&'static str> {
     let mut dropped = Vec::new();
     if let Some(process) = spec.process_mut() {
         let profile = process.apparmor_profile().as_ref().is_some_and(|name| !name.is_empty());
@@ -170,7 +170,7 @@ fn adapt(spec: &mut Spec, id: &ContainerId, place: &Place) -> Vec<&'static str> 
     }
     if let Some(linux) = spec.linux_mut() {
         drop_host_devices(linux, &mut dropped);
-        adapt_linux(linux, id, place, &mut dropped);
+        adapt_linux(linux, id, surroundings, &mut dropped);
     }
     dropped
 }
@@ -212,14 +212,14 @@ fn drop_host_devices(linux: &mut Linux, dropped: &mut Vec<&'static str>) {
 fn adapt_linux(
     linux: &mut Linux,
     id: &ContainerId,
-    place: &Place,
+    surroundings: &Surroundings,
     dropped: &mut Vec<&'static str>,
 ) {
     let mut namespaces = linux.namespaces_mut().take().unwrap_or_default();
     // The machine is the pod's network namespace.
     namespaces.retain(|entry| entry.typ() != LinuxNamespaceType::Network);
     for entry in &mut namespaces {
-        let joined = place.namespaces.iter().find(|(kind, _)| *kind == entry.typ());
+        let joined = surroundings.namespaces.iter().find(|(kind, _)| *kind == entry.typ());
         entry.set_path(joined.map(|(_, path)| path.clone()));
     }
     linux.set_namespaces(Some(namespaces));

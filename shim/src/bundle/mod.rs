@@ -21,7 +21,7 @@ use oci_spec::runtime::{Hooks, LinuxNamespace, LinuxNamespaceType, LinuxResource
 use thiserror::Error;
 
 pub use self::disks::{DISKS_MAX, Disk};
-pub use self::guest::{Kind, Shared};
+pub use self::guest::{FileKind, Shared};
 pub use self::id_map::IdMap;
 use self::refuse::Refusal;
 pub use self::resources::{merge, say_no_swap, total};
@@ -154,7 +154,7 @@ pub struct Plan {
 
 /// Where in its machine a container will be.
 #[derive(Clone, Debug, Default)]
-pub struct Place {
+pub struct Surroundings {
     /// Its directory in the share, relative to the share's root.
     pub directory: PathBuf,
     /// Namespaces that it joins, as the guest names them.
@@ -226,12 +226,12 @@ impl Bundle {
     pub fn plan(
         &self,
         id: &ContainerId,
-        place: &Place,
+        surroundings: &Surroundings,
         host: HostSize,
     ) -> Result<Plan, BundleError> {
         let rootfs = self.rootfs()?;
         let size = MachineSize::of(&[&self.resources()], host);
-        let guest = guest::rewrite(&self.spec, id, place, &self.dir, &rootfs)?;
+        let guest = guest::rewrite(&self.spec, id, surroundings, &self.dir, &rootfs)?;
         Ok(Plan {
             spec_json: serde_json::to_vec(&guest.spec).map_err(BundleError::Rewrite)?,
             hostname: guest::machine_hostname(&self.spec),

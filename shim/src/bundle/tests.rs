@@ -25,8 +25,8 @@ impl TestBundle {
     fn plan(&self) -> Result<Plan, BundleError> {
         let bundle = read(self.path())?;
         bundle.check(Path::new("/nonexistent"))?;
-        let place = Place { directory: "0".into(), namespaces: Vec::new() };
-        bundle.plan(&"c1".parse().unwrap(), &place, HOST)
+        let surroundings = Surroundings { directory: "0".into(), namespaces: Vec::new() };
+        bundle.plan(&"c1".parse().unwrap(), &surroundings, HOST)
     }
 
     fn guest_spec(&self) -> Value {
@@ -161,8 +161,8 @@ fn bind_mounts_are_shared_with_their_kind_and_mode() {
     assert_eq!(shared.len(), 3);
     assert_eq!(shared[0].target, Path::new("rootfs"));
     let seen = |n: usize| (shared[n].kind, shared[n].read_only, shared[n].recursive);
-    assert_eq!(seen(1), (Kind::Directory, false, true));
-    assert_eq!(seen(2), (Kind::File, true, false));
+    assert_eq!(seen(1), (FileKind::Directory, false, true));
+    assert_eq!(seen(2), (FileKind::File, true, false));
     assert_eq!(shared[2].target, Path::new("mounts/1"));
     let spec = bundle.guest_spec();
     assert_eq!(spec["mounts"][0]["source"], "/run/bulkhead/share/0/mounts/0");

@@ -28,7 +28,7 @@ use crate::state::id::ContainerId;
 use crate::state::process::Process;
 use crate::state::socket_path::SocketPath;
 use crate::streams::attach;
-use crate::supervisor::Orders;
+use crate::supervisor::ServeRequest;
 use crate::trace::Phase;
 
 /// How long a supervisor may take to end once everything is over.
@@ -68,10 +68,10 @@ impl Creation {
         let terminal = bundle.terminal();
         check_console(terminal, foreground, create.console_socket.as_deref())?;
         let home = Home::claim(&root, &create.id, &bundle.dir)?;
-        let order = Order { global, home: &home, ephemeral };
+        let supervision = Supervision { global, home: &home, ephemeral };
         let ordered = match joined.pod() {
-            None => order.start_supervisor().map(|(child, link)| (Some(child), link)),
-            Some(neighbour) => order.join(neighbour).map(|link| (None, link)),
+            None => supervision.start_supervisor().map(|(child, link)| (Some(child), link)),
+            Some(neighbour) => supervision.join(neighbour).map(|link| (None, link)),
         };
         let (supervisor, link) = match ordered {
             Ok(ordered) => ordered,
@@ -136,7 +136,7 @@ enum Farewell {
     None,
 }
 
-/// Waits for the end of a link: see [`Orders`].
+/// Waits for the end of a link: see [`ServeRequest`].
 fn hear(link: &OwnedFd, patience: Duration) -> Farewell {
     let timeout = Timespec::try_from(patience).ok();
     match poll(&mut [PollFd::new(link, PollFlags::IN)], timeout.as_ref()) {
@@ -187,13 +187,13 @@ pub(super) fn check_console(
 }
 
 /// A container that is to be served.
-struct Order<'a> {
+struct Supervision<'a> {
     global: &'a Global,
     home: &'a Home,
     ephemeral: bool,
 }
 
-impl Order<'_> {
+impl Supervision<'_> {
     /// Starts a supervisor for it; gives it and the link to it.
     fn start_supervisor(&self) -> anyhow::Result<(Child, OwnedFd)> {
         let spawned = Phase::begin("supervisor up");
@@ -226,7 +226,7 @@ impl Order<'_> {
         let task = UnixListener::bind(SocketPath::task(home)?.path()).context("task.sock")?;
         let attach = attach::listen_at(SocketPath::attach(home)?.path()).context("attach.sock")?;
         let join = attach::listen_at(SocketPath::join(home)?.path()).context("join.sock")?;
-        let orders = Orders {
+        let request = ServeRequest {
             root: home.root().to_owned(),
             id: home.id().clone(),
             ephemeral: self.ephemeral,
@@ -235,7 +235,7 @@ impl Order<'_> {
             spawned,
         };
         let sockets = [task.as_fd(), attach.as_fd(), join.as_fd()];
-        Ok(seqpacket::send(link, &serde_json::to_vec(&orders)?, &sockets)?)
+        Ok(seqpacket::send(link, &serde_json::to_vec(&request)?, &sockets)?)
     }
 }
 

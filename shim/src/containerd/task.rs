@@ -28,7 +28,7 @@ use ttrpc::{Code, Error};
 use crate::state::Exit;
 use crate::streams::attach::Attachments;
 use crate::supervisor::container::{Container, ContainerError};
-use crate::supervisor::exec::{ExecError, Order};
+use crate::supervisor::exec::{ExecError, PreparedExec};
 use crate::supervisor::lifecycle::Status;
 
 /// What the first [`ProcessInfo`] carries. Numbers of processes are the host's, so they name
@@ -233,8 +233,8 @@ impl Task for Service {
         let container = self.container(&request.id, "")?;
         let process_json = request.spec.into_option().unwrap_or_default().value;
         let ignore_paused = context.metadata.contains_key(IGNORE_PAUSED);
-        let order = Order { process_json, ignore_paused };
-        container.prepare_exec(&request.exec_id, order).await.map_err(status)?;
+        let prepared = PreparedExec { process_json, ignore_paused };
+        container.prepare_exec(&request.exec_id, prepared).await.map_err(status)?;
         Ok(Empty::new())
     }
 

@@ -12,7 +12,7 @@ use thiserror::Error;
 use tokio::time::timeout;
 
 use crate::machine::channel::Channel;
-use crate::machine::share::{self, Files, Place, Places, ShareError};
+use crate::machine::share::{self, Files, ShareDir, ShareDirs, ShareError};
 use crate::machine::spawn::{self, Jailed, Launch};
 use crate::state::process::Process;
 
@@ -51,7 +51,7 @@ pub enum FileServerError {
 pub struct FileServer {
     jailed: Jailed,
     control: Channel,
-    places: Mutex<Places>,
+    share_dirs: Mutex<ShareDirs>,
 }
 
 impl FileServer {
@@ -77,37 +77,37 @@ impl FileServer {
             Ok(None) => return Err(FileServerError::Ended("fileserver.log")),
             Err(error) => return Err(FileServerError::Socket(error)),
         }
-        Ok(Self { jailed, control, places: Mutex::default() })
+        Ok(Self { jailed, control, share_dirs: Mutex::default() })
     }
 
-    /// A directory of the share for one container, empty yet; the first one's is [`Place::default`].
+    /// A directory of the share for one container, empty yet; the first one's is [`ShareDir::default`].
     ///
     /// # Errors
     /// [`ShareError::Full`].
-    pub fn take_place(&self) -> Result<Place, ShareError> {
-        self.places().take().ok_or(ShareError::Full)
+    pub fn take_share_dir(&self) -> Result<ShareDir, ShareError> {
+        self.share_dirs().take().ok_or(ShareError::Full)
     }
 
-    /// Shows the files of a container at its place.
+    /// Shows the files of a container at its dir.
     ///
     /// # Errors
     /// Names the path that failed.
-    pub fn show(&self, files: Files, place: Place) -> Result<(), ShareError> {
-        files.attach(self.jailed.process.pid, place)
+    pub fn show(&self, files: Files, dir: ShareDir) -> Result<(), ShareError> {
+        files.attach(self.jailed.process.pid, dir)
     }
 
-    /// Shows them no more and gives the place away.
+    /// Shows them no more and gives the dir away.
     ///
     /// # Errors
     /// When they were never shown.
-    pub fn leave_place(&self, place: Place) -> Result<(), ShareError> {
-        let detached = share::detach(self.jailed.process.pid, place);
-        self.places().leave(place);
+    pub fn leave_share_dir(&self, dir: ShareDir) -> Result<(), ShareError> {
+        let detached = share::detach(self.jailed.process.pid, dir);
+        self.share_dirs().leave(dir);
         detached
     }
 
-    fn places(&self) -> MutexGuard<'_, Places> {
-        self.places.lock().unwrap_or_else(PoisonError::into_inner)
+    fn share_dirs(&self) -> MutexGuard<'_, ShareDirs> {
+        self.share_dirs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The process.

@@ -1,7 +1,7 @@
 //! The share: the tree of files that a pod's file server shows to the guest.
 //!
 //! Its root is a small tmpfs that is never mounted on the host: it is made detached and becomes the
-//! file server's root. It has nothing but numbered directories, the places; each container of the
+//! file server's root. It has nothing but numbered directories; each container of the
 //! pod has its own, with a tmpfs of mount points on it. What is shared is cloned from the host's
 //! mounts, detached too. All is attached inside the file server's mount namespace by a thread that
 //! joins it for a moment. So no mount of a container ever appears on the host, and the kernel takes
@@ -27,13 +27,13 @@ use rustix::mount::{
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use thiserror::Error;
 
-use crate::bundle::{IdMap, Kind, Shared};
+use crate::bundle::{FileKind, IdMap, Shared};
 use crate::machine::user_namespace;
 
 /// The size of a tmpfs, which only ever holds mount points.
 const SIZE: &str = "1m";
-/// Places that a share has.
-const PLACES: u32 = 64;
+/// ShareDirs that a share has.
+const SHARE_DIRS: u32 = 64;
 
 /// Why the share could not be made.
 #[derive(Debug, Error)]
@@ -63,16 +63,16 @@ pub enum ShareError {
     /// Taking away from it.
     #[error("{} cannot be taken out of the share", .0.display())]
     Detach(PathBuf, #[source] io::Error),
-    /// Every place is taken.
-    #[error("the pod has {PLACES} containers already; create another pod")]
+    /// Every directory is taken.
+    #[error("the pod has {SHARE_DIRS} containers already; create another pod")]
     Full,
 }
 
 /// The number of a container's directory in the share.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub struct Place(u32);
+pub struct ShareDir(u32);
 
-impl Place {
+impl ShareDir {
     /// Its name, relative to the share's root.
     #[must_use]
     pub fn directory(self) -> PathBuf {
@@ -80,39 +80,40 @@ impl Place {
     }
 }
 
-/// Which places are taken. One that was left is the last to be given away again: for a second the
+/// Which directories are taken. One that was left is the last to be given away again: for a second the
 /// guest may remember what it saw there.
 #[derive(Debug, Default)]
-pub struct Places {
-    taken: Vec<Place>,
+pub struct ShareDirs {
+    taken: Vec<ShareDir>,
     next: u32,
 }
 
-impl Places {
-    /// A place that nobody has; none when all are taken.
-    pub fn take(&mut self) -> Option<Place> {
-        let mut candidates = (self.next..self.next + PLACES).map(|number| Place(number % PLACES));
-        let place = candidates.find(|place| !self.taken.contains(place))?;
-        self.next = (place.0 + 1) % PLACES;
-        self.taken.push(place);
-        Some(place)
+impl ShareDirs {
+    /// A directory that nobody has; none when all are taken.
+    pub fn take(&mut self) -> Option<ShareDir> {
+        let mut candidates =
+            (self.next..self.next + SHARE_DIRS).map(|number| ShareDir(number % SHARE_DIRS));
+        let dir = candidates.find(|dir| !self.taken.contains(dir))?;
+        self.next = (dir.0 + 1) % SHARE_DIRS;
+        self.taken.push(dir);
+        Some(dir)
     }
 
-    /// Gives a place back.
-    pub fn leave(&mut self, place: Place) {
-        self.taken.retain(|taken| *taken != place);
+    /// Gives a directory back.
+    pub fn leave(&mut self, dir: ShareDir) {
+        self.taken.retain(|taken| *taken != dir);
     }
 }
 
-/// Makes a root with empty places: the mount that becomes the file server's root.
+/// Makes a root with empty directories: the mount that becomes the file server's root.
 ///
 /// # Errors
 /// When the host's kernel does not let it.
 pub fn root() -> Result<OwnedFd, ShareError> {
     let made = || {
         let root = make_tmpfs()?;
-        for number in 0..PLACES {
-            mkdirat(&root, Place(number).directory(), Mode::from_raw_mode(0o755))?;
+        for number in 0..SHARE_DIRS {
+            mkdirat(&root, ShareDir(number).directory(), Mode::from_raw_mode(0o755))?;
         }
         set_attributes(root.as_fd(), libc::MOUNT_ATTR_RDONLY, false)?;
         Ok(root)
@@ -156,7 +157,7 @@ impl Files {
     ///
     /// # Errors
     /// When there cannot be a mount point for one.
-    pub fn given(mounts: Vec<(Kind, OwnedFd)>) -> Result<Self, ShareError> {
+    pub fn given(mounts: Vec<(FileKind, OwnedFd)>) -> Result<Self, ShareError> {
         let mount_points = make_tmpfs().map_err(ShareError::Root)?;
         let mut clones = Vec::with_capacity(mounts.len());
         for (number, (kind, clone)) in mounts.into_iter().enumerate() {
@@ -170,13 +171,13 @@ impl Files {
         Ok(Self { mount_points, clones })
     }
 
-    /// Attaches everything at a place that nobody has, inside the mount namespace of a file server
+    /// Attaches everything at a directory that nobody has, inside the mount namespace of a file server
     /// that serves [`root`].
     ///
     /// # Errors
     /// Names the path that failed; what was attached before stays.
-    pub fn attach(self, file_server: u32, place: Place) -> Result<(), ShareError> {
-        let base = Path::new("/").join(place.directory());
+    pub fn attach(self, file_server: u32, dir: ShareDir) -> Result<(), ShareError> {
+        let base = Path::new("/").join(dir.directory());
         inside(file_server, move || {
             attach(&self.mount_points, &base)?;
             self.clones.iter().try_for_each(|(target, clone)| attach(clone, &base.join(target)))
@@ -184,12 +185,12 @@ impl Files {
     }
 }
 
-/// Takes away what is attached at a place.
+/// Takes away what is attached at a directory.
 ///
 /// # Errors
 /// When nothing is.
-pub fn detach(file_server: u32, place: Place) -> Result<(), ShareError> {
-    let base = Path::new("/").join(place.directory());
+pub fn detach(file_server: u32, dir: ShareDir) -> Result<(), ShareError> {
+    let base = Path::new("/").join(dir.directory());
     inside(file_server, move || {
         unmount(&base, UnmountFlags::DETACH).map_err(|error| ShareError::Detach(base, error.into()))
     })
@@ -233,7 +234,7 @@ fn make_tmpfs() -> io::Result<OwnedFd> {
     Ok(fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)?)
 }
 
-fn mount_point(root: BorrowedFd<'_>, target: &Path, kind: Kind) -> io::Result<()> {
+fn mount_point(root: BorrowedFd<'_>, target: &Path, kind: FileKind) -> io::Result<()> {
     let mut path = PathBuf::new();
     for part in target.parent().into_iter().flatten() {
         path.push(part);
@@ -243,8 +244,8 @@ fn mount_point(root: BorrowedFd<'_>, target: &Path, kind: Kind) -> io::Result<()
         }
     }
     match kind {
-        Kind::Directory => mkdirat(root, target, Mode::from_raw_mode(0o755))?,
-        Kind::File => {
+        FileKind::Directory => mkdirat(root, target, Mode::from_raw_mode(0o755))?,
+        FileKind::File => {
             let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
             drop(openat(root, target, flags, Mode::from_raw_mode(0o644))?);
         }
@@ -335,24 +336,24 @@ mod tests {
     use rustix::fs::{FileType, fstat};
     use std::fs;
 
-    fn shared(source: &Path, target: &str, kind: Kind, read_only: bool) -> Shared {
+    fn shared(source: &Path, target: &str, kind: FileKind, read_only: bool) -> Shared {
         let (source, target) = (source.to_owned(), target.into());
         Shared { source, target, kind, read_only, recursive: true, id_map: None }
     }
 
     #[test]
-    fn a_place_that_was_left_is_the_last_to_be_taken_again() {
-        let mut places = Places::default();
-        let first = places.take().unwrap();
+    fn a_directory_that_was_left_is_the_last_to_be_taken_again() {
+        let mut dirs = ShareDirs::default();
+        let first = dirs.take().unwrap();
         assert_eq!(first.directory(), Path::new("0"));
-        places.leave(first);
-        for number in 1..PLACES {
-            assert_eq!(places.take(), Some(Place(number)));
+        dirs.leave(first);
+        for number in 1..SHARE_DIRS {
+            assert_eq!(dirs.take(), Some(ShareDir(number)));
         }
-        assert_eq!(places.take(), Some(first));
-        assert_eq!(places.take(), None);
-        places.leave(Place(7));
-        assert_eq!(places.take(), Some(Place(7)));
+        assert_eq!(dirs.take(), Some(first));
+        assert_eq!(dirs.take(), None);
+        dirs.leave(ShareDir(7));
+        assert_eq!(dirs.take(), Some(ShareDir(7)));
     }
 
     fn can_mount() -> bool {
@@ -367,8 +368,8 @@ mod tests {
         let host = tempfile::tempdir().unwrap();
         fs::write(host.path().join("file"), "x").unwrap();
         let files = Files::prepare(&[
-            shared(host.path(), "rootfs", Kind::Directory, false),
-            shared(&host.path().join("file"), "mounts/0", Kind::File, true),
+            shared(host.path(), "rootfs", FileKind::Directory, false),
+            shared(&host.path().join("file"), "mounts/0", FileKind::File, true),
         ])
         .unwrap();
         let file = openat(&files.mount_points, "mounts/0", OFlags::RDONLY, Mode::empty()).unwrap();
@@ -392,7 +393,7 @@ mod tests {
             return;
         }
         let host = tempfile::tempdir().unwrap();
-        let clone = clone_mount(&shared(host.path(), "x", Kind::Directory, true)).unwrap();
+        let clone = clone_mount(&shared(host.path(), "x", FileKind::Directory, true)).unwrap();
         let error = mkdirat(&clone, "new", Mode::RWXU).unwrap_err();
         assert_eq!(error, rustix::io::Errno::ROFS);
         fs::create_dir(host.path().join("new")).unwrap();
@@ -406,7 +407,8 @@ mod tests {
         let map = r#"[{"containerID": 0, "hostID": 100000, "size": 10}]"#;
         let map: Vec<_> = serde_json::from_str(map).unwrap();
         let id_map = Some(IdMap { uids: map.clone(), gids: map, recursive: false });
-        let entry = Shared { id_map, ..shared(Path::new("/proc"), "c/m", Kind::Directory, false) };
+        let entry =
+            Shared { id_map, ..shared(Path::new("/proc"), "c/m", FileKind::Directory, false) };
         let words = Files::prepare(&[entry]).unwrap_err().to_string();
         assert!(words.starts_with("owners of /proc cannot be mapped, its file system"), "{words}");
     }
@@ -416,7 +418,7 @@ mod tests {
         if !can_mount() {
             return;
         }
-        let entry = shared(Path::new("/nonexistent"), "rootfs", Kind::Directory, false);
+        let entry = shared(Path::new("/nonexistent"), "rootfs", FileKind::Directory, false);
         let error = Files::prepare(&[entry]).unwrap_err();
         assert_eq!(error.to_string(), "/nonexistent cannot be shared with the guest");
     }

@@ -96,7 +96,7 @@ type Answers = mpsc::Sender<NamesRequest>;
 
 /// Servers in a network namespace of which a guest asks names.
 #[derive(Debug)]
-pub struct Names {
+pub struct NameServers {
     namespace: Arc<File>,
     servers: HashMap<u32, Arc<Server>>,
     queries: Streaming<NameQuery>,
@@ -104,7 +104,7 @@ pub struct Names {
     tasks: JoinSet<()>,
 }
 
-impl Names {
+impl NameServers {
     /// Has the guest stand in for servers.
     ///
     /// # Errors

@@ -28,7 +28,7 @@ const MONITOR_ENDS: Duration = Duration::from_secs(5);
 
 /// What a stand-in is started for.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Orders {
+pub struct Options {
     /// The directory of all containers.
     pub root: PathBuf,
     /// The container.
@@ -43,7 +43,7 @@ pub struct Orders {
     pub preserved: u32,
 }
 
-impl Orders {
+impl Options {
     /// The command that runs `program` with them.
     #[must_use]
     pub fn command(&self, program: &Path) -> Command {
@@ -96,28 +96,28 @@ impl Orders {
 /// The whole program; exits as the process does that it stands for.
 #[must_use]
 pub fn main() -> ExitCode {
-    let ended = Orders::parse(env::args_os().skip(1)).and_then(|orders| stand(&orders));
+    let ended = Options::parse(env::args_os().skip(1)).and_then(|options| stand(&options));
     // Nobody reads what it could say: a supervisor that is gone is a container that was killed.
     ended.unwrap_or(ExitCode::from(137))
 }
 
-fn stand(orders: &Orders) -> anyhow::Result<ExitCode> {
+fn stand(options: &Options) -> anyhow::Result<ExitCode> {
     // Before anything is opened.
-    let preserved = Preserved::take(orders.preserved)?;
+    let preserved = Preserved::take(options.preserved)?;
     let signals = Signals::hold()?;
-    let home = Home::open(&orders.root, &orders.id)?;
-    if let Some(network) = &orders.network {
+    let home = Home::open(&options.root, &options.id)?;
+    if let Some(network) = &options.network {
         network.enter().context("network namespace")?;
     }
-    let terminal = if orders.terminal { Some(Terminal::own()?) } else { None };
+    let terminal = if options.terminal { Some(Terminal::own()?) } else { None };
     if let Some(terminal) = &terminal {
         terminal.control()?;
     }
     let socket = SocketPath::attach(&home)?;
     let belongings = Belongings { terminal, preserved };
-    let relay = Relay::attach(socket.path(), &orders.exec, true, belongings)?;
+    let relay = Relay::attach(socket.path(), &options.exec, true, belongings)?;
     let ended = relay.serve(&signals);
-    if ended.is_err() && orders.network.is_some() {
+    if ended.is_err() && options.network.is_some() {
         // Whoever would have given its interfaces back is gone.
         mirror::restore_here(MONITOR_ENDS)?;
     }
@@ -130,7 +130,7 @@ mod tests {
 
     #[test]
     fn orders_arrive_as_they_were_given() {
-        let plain = Orders {
+        let plain = Options {
             root: "/run/x".into(),
             id: "c".parse().unwrap(),
             exec: String::new(),
@@ -138,18 +138,18 @@ mod tests {
             network: None,
             preserved: 0,
         };
-        for orders in [
+        for options in [
             plain.clone(),
-            Orders { exec: "0f".to_owned(), terminal: true, ..plain.clone() },
-            Orders { network: Some(Network::New), preserved: 7, ..plain.clone() },
-            Orders { network: Some(Network::Join("/n et".into())), ..plain.clone() },
+            Options { exec: "0f".to_owned(), terminal: true, ..plain.clone() },
+            Options { network: Some(Network::New), preserved: 7, ..plain.clone() },
+            Options { network: Some(Network::Join("/n et".into())), ..plain.clone() },
         ] {
-            let command = orders.command(Path::new("/bin/x"));
+            let command = options.command(Path::new("/bin/x"));
             let arguments = command.get_args().map(ToOwned::to_owned);
-            assert_eq!(Orders::parse(arguments).unwrap(), orders);
+            assert_eq!(Options::parse(arguments).unwrap(), options);
         }
         for wrong in [vec![], vec!["--root", "/x"], vec!["--root", "/x", "--other", "c"]] {
-            assert!(Orders::parse(wrong.into_iter().map(OsString::from)).is_err());
+            assert!(Options::parse(wrong.into_iter().map(OsString::from)).is_err());
         }
     }
 }

@@ -16,7 +16,7 @@ use crate::cgroup::{self, Cgroup, CgroupError, Limits};
 use crate::machine::agent::{AgentError, Target};
 use crate::machine::kvm;
 use crate::machine::monitor::MachineError;
-use crate::machine::share::Place;
+use crate::machine::share::ShareDir;
 use crate::network::namespace::Network;
 use crate::state::process::Process;
 use crate::state::{Exit, Home, State, StateError};
@@ -156,18 +156,20 @@ impl Container {
         let joined = bundle.check(self.home.root())?;
         let cgroup = Cgroup::of(self.home.id(), bundle.cgroups_path(), self.systemd_cgroup)?;
         let resources = bundle.resources();
-        let seat = self.sandbox.enter(self.home.id(), (&cgroup, &resources), &joined).await?;
-        let place =
-            bundle::Place { directory: seat.place.directory(), namespaces: seat.namespaces };
-        let plan = bundle.plan(self.home.id(), &place, HostSize::measure())?;
+        let admission = self.sandbox.enter(self.home.id(), (&cgroup, &resources), &joined).await?;
+        let surroundings = bundle::Surroundings {
+            directory: admission.dir.directory(),
+            namespaces: admission.namespaces,
+        };
+        let plan = bundle.plan(self.home.id(), &surroundings, HostSize::measure())?;
         for field in &plan.dropped {
             tracing::warn!(field, "means nothing inside the machine and is left out");
         }
         // On disk before a hook runs: those at the end run even when this fails.
         life.state.poststop = plan.hooks.poststop().clone().unwrap_or_default();
         let host = OnHost { cgroup, score: plan.oom_score_adj };
-        let first = seat.pod.is_none();
-        let origin = match seat.pod {
+        let first = admission.pod.is_none();
+        let origin = match admission.pod {
             Some(pod) => Origin::Joined(pod),
             // Before the cgroup is entered, in which its caller may have forbidden all but a few devices.
             None => Origin::New(kvm::open().map_err(PodError::from)?),
@@ -182,7 +184,7 @@ impl Container {
             }
             Ok::<_, ContainerError>(stand_in)
         };
-        let up = async { Ok(origin.bring_up(&self.home, &plan, seat.place).await?) };
+        let up = async { Ok(origin.bring_up(&self.home, &plan, admission.dir).await?) };
         let (stand_in, pod) = tokio::try_join!(attached, up)?;
         if first {
             self.attach_network(&mut life.state, &bundle, &pod, &stand_in).await?;
@@ -541,11 +543,11 @@ enum Origin {
 
 impl Origin {
     /// Has the pod show the files of the container.
-    async fn bring_up(self, home: &Home, plan: &Plan, place: Place) -> Result<Arc<Pod>, PodError> {
+    async fn bring_up(self, home: &Home, plan: &Plan, dir: ShareDir) -> Result<Arc<Pod>, PodError> {
         match self {
             Self::New(kvm) => Ok(Arc::new(Pod::start(home, plan, kvm).await?)),
             Self::Joined(pod) => {
-                pod.show(&plan.shared, place)?;
+                pod.show(&plan.shared, dir)?;
                 Ok(pod)
             }
         }

@@ -44,7 +44,7 @@ pub enum ExecError {
 
 /// A process that is to be started.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Order {
+pub struct PreparedExec {
     /// The `process` object of an OCI specification.
     pub process_json: Vec<u8>,
     /// In a container that is frozen it waits until that is thawed, instead of being refused.
@@ -63,7 +63,7 @@ pub(crate) struct Execs {
 #[derive(Debug)]
 enum Entry {
     /// What is to be started.
-    Named(Order),
+    Named(PreparedExec),
     /// The guest is about to have it.
     Starting,
     /// Its stand-in.
@@ -80,7 +80,7 @@ impl Execs {
         self.table().values().filter_map(of).collect()
     }
 
-    fn prepare(&self, name: &str, order: Order) -> Result<(), ExecError> {
+    fn prepare(&self, name: &str, prepared: PreparedExec) -> Result<(), ExecError> {
         let mut table = self.table();
         if table.contains_key(name) {
             return Err(ExecError::Taken(name.to_owned()));
@@ -88,16 +88,16 @@ impl Execs {
         if table.len() >= EXECS_MAX {
             return Err(ExecError::TooMany);
         }
-        table.insert(name.to_owned(), Entry::Named(order));
+        table.insert(name.to_owned(), Entry::Named(prepared));
         Ok(())
     }
 
-    fn start(&self, name: &str) -> Result<Order, ExecError> {
+    fn start(&self, name: &str) -> Result<PreparedExec, ExecError> {
         let mut table = self.table();
         let unknown = || ExecError::Unknown(name.to_owned());
         let entry = table.get_mut(name).filter(|entry| matches!(entry, Entry::Named(_)));
         match std::mem::replace(entry.ok_or_else(unknown)?, Entry::Starting) {
-            Entry::Named(order) => Ok(order),
+            Entry::Named(prepared) => Ok(prepared),
             Entry::Starting | Entry::Running(_) => Err(unknown()),
         }
     }
@@ -120,9 +120,13 @@ impl Container {
     ///
     /// # Errors
     /// When the container cannot take one, or the name is taken.
-    pub async fn prepare_exec(&self, name: &str, order: Order) -> Result<(), ContainerError> {
-        self.takes_processes(order.ignore_paused).await?;
-        Ok(self.execs.prepare(name, order)?)
+    pub async fn prepare_exec(
+        &self,
+        name: &str,
+        prepared: PreparedExec,
+    ) -> Result<(), ContainerError> {
+        self.takes_processes(prepared.ignore_paused).await?;
+        Ok(self.execs.prepare(name, prepared)?)
     }
 
     /// Starts a process that was named, and hands its streams to its stand-in. One that has to wait
@@ -136,7 +140,7 @@ impl Container {
         attachments: &Attachments,
         caller_gone: impl Future<Output = ()>,
     ) -> Result<Process, ContainerError> {
-        let Order { process_json, ignore_paused } = self.execs.start(name)?;
+        let PreparedExec { process_json, ignore_paused } = self.execs.start(name)?;
         let started = async {
             let stand_in = attachments.take(name).await.map_err(ContainerError::StandIn)?;
             let open = self.enter(ignore_paused, &stand_in, caller_gone).await?;
@@ -234,25 +238,25 @@ fn given_up() -> ContainerError {
 mod tests {
     use super::*;
 
-    fn order(process: &str) -> Order {
-        Order { process_json: process.into(), ignore_paused: false }
+    fn prepared(process: &str) -> PreparedExec {
+        PreparedExec { process_json: process.into(), ignore_paused: false }
     }
 
     #[test]
     fn a_process_is_named_once_and_started_once() {
         let execs = Execs::default();
-        execs.prepare("one", order("{}")).unwrap();
-        assert_eq!(execs.prepare("one", order("")), Err(ExecError::Taken("one".to_owned())));
-        assert_eq!(execs.start("one").unwrap(), order("{}"));
+        execs.prepare("one", prepared("{}")).unwrap();
+        assert_eq!(execs.prepare("one", prepared("")), Err(ExecError::Taken("one".to_owned())));
+        assert_eq!(execs.start("one").unwrap(), prepared("{}"));
         assert_eq!(execs.start("one"), Err(ExecError::Unknown("one".to_owned())));
         assert!(execs.stand_ins().is_empty());
         let stand_in = Process::current().unwrap();
         execs.running("one", stand_in);
         assert_eq!(execs.stand_ins(), [stand_in]);
         // While it runs its name is taken.
-        assert_eq!(execs.prepare("one", order("")), Err(ExecError::Taken("one".to_owned())));
+        assert_eq!(execs.prepare("one", prepared("")), Err(ExecError::Taken("one".to_owned())));
         execs.forget("one");
-        execs.prepare("one", order("")).unwrap();
+        execs.prepare("one", prepared("")).unwrap();
         assert_eq!(execs.start("two"), Err(ExecError::Unknown("two".to_owned())));
     }
 
@@ -260,8 +264,8 @@ mod tests {
     fn processes_are_bounded() {
         let execs = Execs::default();
         for number in 0..EXECS_MAX {
-            execs.prepare(&number.to_string(), order("")).unwrap();
+            execs.prepare(&number.to_string(), prepared("")).unwrap();
         }
-        assert_eq!(execs.prepare("more", order("")), Err(ExecError::TooMany));
+        assert_eq!(execs.prepare("more", prepared("")), Err(ExecError::TooMany));
     }
 }

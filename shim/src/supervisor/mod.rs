@@ -1,6 +1,6 @@
 //! The supervisor: one process for each pod, started by the `create` or `run` of its first container.
 //!
-//! It gets the listening sockets of a container and its orders in one message from the container's
+//! It gets the listening sockets of a container and its request in one message from the container's
 //! creator, on a socket that stays open until the creator is done: a creator that goes away before
 //! the container is created takes everything of it with it. The first one's is standard input;
 //! those of containers that join come by [`SocketPath::join`](crate::state::socket_path::SocketPath::join).
@@ -58,7 +58,7 @@ const GREETING: Duration = Duration::from_secs(2);
 /// service, of stand-ins, and of containers that join. The supervisor's end of the link is closed
 /// when it is done with the container, after a message ([`GOES_ON`]) if it stays for others.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Orders {
+pub struct ServeRequest {
     /// The directory of all containers.
     pub root: PathBuf,
     /// The container's name, claimed.
@@ -87,7 +87,7 @@ struct Sockets {
 /// A container that is to be served.
 #[derive(Debug)]
 struct Newcomer {
-    orders: Orders,
+    request: ServeRequest,
     sockets: Sockets,
     creator: Channel,
 }
@@ -97,11 +97,11 @@ impl Newcomer {
     async fn greet(creator: OwnedFd) -> anyhow::Result<Self> {
         let creator = Channel::new(creator)?;
         let message = creator.receive().await?.context("the creator is gone")?;
-        let orders = serde_json::from_slice(&message.bytes).context("orders")?;
+        let request = serde_json::from_slice(&message.bytes).context("request")?;
         let Ok([task, attach, join]) = <[OwnedFd; 3]>::try_from(message.descriptors) else {
-            bail!("the sockets did not come with the orders");
+            bail!("the sockets did not come with the request");
         };
-        Ok(Self { orders, sockets: Sockets { task, attach, join }, creator })
+        Ok(Self { request, sockets: Sockets { task, attach, join }, creator })
     }
 }
 
@@ -123,7 +123,7 @@ pub fn run() -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
         let first = Newcomer::greet(creator).await?;
-        logging::start(&first.orders.log)?;
+        logging::start(&first.request.log)?;
         serve(first).await
     })
 }
@@ -161,10 +161,10 @@ async fn serve_one(
     sandbox: Arc<Sandbox>,
     door: UnboundedSender<Newcomer>,
 ) -> anyhow::Result<()> {
-    let Newcomer { orders, sockets, creator } = newcomer;
-    let home = Home::open(&orders.root, &orders.id)?;
+    let Newcomer { request, sockets, creator } = newcomer;
+    let home = Home::open(&request.root, &request.id)?;
     let container =
-        Container::take_over(home, orders.systemd_cgroup, orders.ephemeral, sandbox).await?;
+        Container::take_over(home, request.systemd_cgroup, request.ephemeral, sandbox).await?;
     let leave = Arc::new(Notify::new());
     let attachments = Attachments::new(Channel::new(sockets.attach)?);
     let service = Service::new(container.clone(), attachments, leave.clone());
@@ -172,7 +172,7 @@ async fn serve_one(
         .add_listener(Listener::try_from(UnixListener::from(sockets.task))?)
         .register_service(create_task(Arc::new(service)));
     server.start().await.context("Task service")?;
-    orders.spawned.end();
+    request.spawned.end();
     let life = async {
         let created = tokio::select! {
             () = container.is_over() => true,
@@ -197,7 +197,7 @@ async fn serve_one(
     let _ = timeout(GOODBYE, server.shutdown()).await;
     let (home, state) = (container.home(), container.state().await);
     let outlived = state.outlived;
-    if !created || orders.ephemeral {
+    if !created || request.ephemeral {
         if let Some(cgroup) = &state.cgroup {
             let phase = Phase::begin("cgroup removed");
             if !outlived {

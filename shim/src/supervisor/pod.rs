@@ -21,14 +21,14 @@ use thiserror::Error;
 use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 
-use crate::bundle::{DISKS_MAX, Disk, Kind, MachineSize, Plan, Shared};
+use crate::bundle::{DISKS_MAX, Disk, FileKind, MachineSize, Plan, Shared};
 use crate::machine::agent::{Agent, AgentError, Target};
 use crate::machine::assets::{AssetError, Assets};
 use crate::machine::file_server::{FileServer, FileServerError};
 use crate::machine::growth::{Growth, GrowthError};
 use crate::machine::kvm::{self, KvmError};
 use crate::machine::monitor::{self, Machine, MachineError, Parts};
-use crate::machine::share::{Files, Place, ShareError};
+use crate::machine::share::{Files, ShareDir, ShareError};
 use crate::machine::spawn::Launch;
 use crate::network::interfaces::{Bell, Interfaces, NetworkError};
 use crate::network::names;
@@ -113,7 +113,7 @@ pub struct Pod {
     disks: Mutex<u8>,
     interfaces: Interfaces,
     follower: OnceLock<AbortOnDrop>,
-    names: tokio::sync::Mutex<Names>,
+    names: tokio::sync::Mutex<NameService>,
 }
 
 impl Pod {
@@ -153,7 +153,7 @@ impl Pod {
             let log = log(home, "fileserver.log")?;
             let launch = Launch { program: &assets.file_server, pod, log };
             let server = FileServer::start(launch, other.as_fd(), jail).await?;
-            server.show(shared, server.take_place()?)?;
+            server.show(shared, server.take_share_dir()?)?;
             phase.end();
             Ok::<_, PodError>(server)
         };
@@ -171,28 +171,28 @@ impl Pod {
         })
     }
 
-    /// A place for the files of a further container.
+    /// A directory of the share for a further container.
     ///
     /// # Errors
     /// When all are taken.
-    pub fn take_place(&self) -> Result<Place, PodError> {
-        Ok(self.file_server.take_place()?)
+    pub fn take_share_dir(&self) -> Result<ShareDir, PodError> {
+        Ok(self.file_server.take_share_dir()?)
     }
 
-    /// Shows what is at a place no more and gives it away.
+    /// Shows what is at a directory no more and gives it back.
     ///
     /// # Errors
     /// When nothing is there.
-    pub fn leave_place(&self, place: Place) -> Result<(), PodError> {
-        Ok(self.file_server.leave_place(place)?)
+    pub fn leave_share_dir(&self, dir: ShareDir) -> Result<(), PodError> {
+        Ok(self.file_server.leave_share_dir(dir)?)
     }
 
-    /// Shows the files of a further container at its place.
+    /// Shows the files of a further container at its directory.
     ///
     /// # Errors
     /// Names the path that failed.
-    pub fn show(&self, shared: &[Shared], place: Place) -> Result<(), PodError> {
-        Ok(self.file_server.show(Files::prepare(shared)?, place)?)
+    pub fn show(&self, shared: &[Shared], dir: ShareDir) -> Result<(), PodError> {
+        Ok(self.file_server.show(Files::prepare(shared)?, dir)?)
     }
 
     /// Shows files that are mounts already ([`crate::machine::share::alone`]) for as long as the value lives that is
@@ -200,14 +200,14 @@ impl Pod {
     ///
     /// # Errors
     /// Names the path that failed.
-    pub fn lend(&self, mounts: Vec<(Kind, OwnedFd)>) -> Result<Lent<'_>, PodError> {
-        let lent = Lent { pod: self, place: self.take_place()? };
-        self.file_server.show(Files::given(mounts)?, lent.place)?;
+    pub fn lend(&self, mounts: Vec<(FileKind, OwnedFd)>) -> Result<Lent<'_>, PodError> {
+        let lent = Lent { pod: self, dir: self.take_share_dir()? };
+        self.file_server.show(Files::given(mounts)?, lent.dir)?;
         Ok(lent)
     }
 
     /// Takes a container out of the pod, which goes on without it.
-    pub async fn dismiss(&self, id: &ContainerId, place: Place) {
+    pub async fn dismiss(&self, id: &ContainerId, dir: ShareDir) {
         let removed = async {
             let deadline = Instant::now() + DISMISSAL;
             // Its creation may still be under way in the guest, and what runs has to die.
@@ -224,7 +224,7 @@ impl Pod {
             () = removed => {}
             words = self.broken() => tracing::debug!(words, "pod is over"),
         }
-        if let Err(error) = self.leave_place(place) {
+        if let Err(error) = self.leave_share_dir(dir) {
             tracing::debug!(error = %error, "its files were not shown");
         }
     }
@@ -278,7 +278,7 @@ impl Pod {
         // Set once, as a pod has one network.
         let _ = self.follower.set(AbortOnDrop(follower.abort_handle()));
         if let Some(file) = resolv_conf {
-            *self.names.lock().await = Names::Unasked { file, namespace };
+            *self.names.lock().await = NameService::Unasked { file, namespace };
             self.learn_names().await;
         }
         Ok(())
@@ -300,7 +300,7 @@ impl Pod {
     /// Has the guest ask name servers of the container's network namespace, once there are any.
     async fn learn_names(&self) {
         let mut names = self.names.lock().await;
-        let Names::Unasked { file, namespace } = &*names else { return };
+        let NameService::Unasked { file, namespace } = &*names else { return };
         let servers = names::on_loopback(file).unwrap_or_else(|error| {
             tracing::debug!(error = %error, "resolv.conf was not read");
             Vec::new()
@@ -312,10 +312,10 @@ impl Pod {
             let error = format!("{:#}", anyhow::Error::from(error));
             tracing::warn!(error, "name servers of the container's network cannot ask others");
         }
-        match names::Names::open(&self.agent, namespace, &servers).await {
+        match names::NameServers::open(&self.agent, namespace, &servers).await {
             Ok(opened) => {
                 let serving = tokio::spawn(opened.serve());
-                *names = Names::Asked { _by: AbortOnDrop(serving.abort_handle()) };
+                *names = NameService::Asked { _by: AbortOnDrop(serving.abort_handle()) };
             }
             Err(error) => {
                 let error = format!("{:#}", anyhow::Error::from(error));
@@ -375,7 +375,7 @@ impl Pod {
 
 /// Whether names are asked in the container's network namespace.
 #[derive(Debug, Default)]
-enum Names {
+enum NameService {
     /// It has no such file, or no network.
     #[default]
     Unknown,
@@ -407,20 +407,20 @@ async fn follow(pod: Weak<Pod>, bell: Bell) {
 #[derive(Debug)]
 pub struct Lent<'a> {
     pod: &'a Pod,
-    place: Place,
+    dir: ShareDir,
 }
 
 impl Lent<'_> {
     /// Where they are in the share.
     #[must_use]
     pub fn directory(&self) -> PathBuf {
-        self.place.directory()
+        self.dir.directory()
     }
 }
 
 impl Drop for Lent<'_> {
     fn drop(&mut self) {
-        if let Err(error) = self.pod.leave_place(self.place) {
+        if let Err(error) = self.pod.leave_share_dir(self.dir) {
             tracing::debug!(error = %error, "lent files were not shown");
         }
     }

@@ -13,7 +13,7 @@ use crate::machine::agent::Target;
 use crate::state::Exit;
 use crate::state::timestamp;
 use crate::streams::attach::{Said, StandIn, TerminalSize, Wants};
-use crate::streams::preserved::Kind;
+use crate::streams::preserved::DescriptorKind;
 use crate::supervisor::pod::{Lent, Pod, PodError};
 
 /// The status of a process whose machine ended under it: as if killed.
@@ -43,8 +43,8 @@ pub(crate) struct Ends<'a> {
 pub(crate) async fn open<'a>(pod: &'a Pod, stand_in: &StandIn) -> Result<Ends<'a>, PodError> {
     let (streams, mut sockets) = open_streams(pod, stand_in.wants).await?;
     let mut shared = stand_in.descriptors.iter().filter_map(|descriptor| match descriptor.kind {
-        Kind::File { .. } => Some(bundle::Kind::File),
-        Kind::Directory { .. } => Some(bundle::Kind::Directory),
+        DescriptorKind::File { .. } => Some(bundle::FileKind::File),
+        DescriptorKind::Directory { .. } => Some(bundle::FileKind::Directory),
         _ => None,
     });
     let mounts = stand_in.take_mounts().await;
@@ -64,12 +64,12 @@ pub(crate) async fn open<'a>(pod: &'a Pod, stand_in: &StandIn) -> Result<Ends<'a
         sockets.extend(socket);
         let header = header.unwrap_or_default();
         let kind = match &descriptor.kind {
-            Kind::Reading => Asked::Reading(header),
-            Kind::Writing => Asked::Writing(header),
-            Kind::Socket => Asked::Socket(header),
-            Kind::File { offset, .. } => file(*offset),
-            Kind::Directory { .. } => file(0),
-            Kind::Device(path) => Asked::Device(path.clone()),
+            DescriptorKind::Reading => Asked::Reading(header),
+            DescriptorKind::Writing => Asked::Writing(header),
+            DescriptorKind::Socket => Asked::Socket(header),
+            DescriptorKind::File { offset, .. } => file(*offset),
+            DescriptorKind::Directory { .. } => file(0),
+            DescriptorKind::Device(path) => Asked::Device(path.clone()),
         };
         descriptors.push(Descriptor { kind: Some(kind), flags: descriptor.flags });
     }

@@ -15,7 +15,7 @@ use tokio::sync::Mutex;
 use crate::bundle::{self, BundleError, HostSize, MachineSize};
 use crate::cgroup::{Cgroup, CgroupError, Limits};
 use crate::machine::agent::AgentError;
-use crate::machine::share::Place;
+use crate::machine::share::ShareDir;
 use crate::state::id::ContainerId;
 use crate::supervisor::neighbours::{self, Joined};
 use crate::supervisor::pod::{Pod, PodError};
@@ -29,7 +29,7 @@ pub enum SandboxError {
     /// One of its neighbours has no process any more.
     #[error("container {0}, whose namespaces are joined, has ended; start that one first")]
     Ended(ContainerId),
-    /// No place in it.
+    /// No room in it.
     #[error(transparent)]
     Pod(#[from] PodError),
     /// The host's limits for the pod.
@@ -62,18 +62,18 @@ struct Member {
     id: ContainerId,
     cgroup: Cgroup,
     resources: LinuxResources,
-    place: Place,
+    dir: ShareDir,
     /// Its init process, as the guest numbers it, once it has one.
     init: Option<u32>,
 }
 
 /// What a container finds.
 #[derive(Debug)]
-pub struct Seat {
+pub struct Admission {
     /// The pod; none for the first one, who brings it up.
     pub pod: Option<Arc<Pod>>,
     /// Where its files go.
-    pub place: Place,
+    pub dir: ShareDir,
     /// The namespaces that it joins, as the guest names them.
     pub namespaces: Vec<(LinuxNamespaceType, PathBuf)>,
 }
@@ -102,24 +102,24 @@ impl Sandbox {
         id: &ContainerId,
         (cgroup, resources): (&Cgroup, &LinuxResources),
         joined: &Joined,
-    ) -> Result<Seat, SandboxError> {
+    ) -> Result<Admission, SandboxError> {
         let mut members = self.0.lock().await;
-        let member = |place| Member {
+        let member = |dir| Member {
             id: id.clone(),
             cgroup: cgroup.clone(),
             resources: resources.clone(),
-            place,
+            dir,
             init: None,
         };
         if joined.pod().is_none() && members.is_new() {
-            members.list.push(member(Place::default()));
-            return Ok(Seat { pod: None, place: Place::default(), namespaces: Vec::new() });
+            members.list.push(member(ShareDir::default()));
+            return Ok(Admission { pod: None, dir: ShareDir::default(), namespaces: Vec::new() });
         }
         let pod = members.pod.upgrade().filter(|_| joined.pod().is_some() && !members.over);
         let pod = pod.ok_or(SandboxError::Over)?;
         let namespaces = members.namespaces(joined)?;
-        let place = pod.take_place()?;
-        members.list.push(member(place));
+        let dir = pod.take_share_dir()?;
+        members.list.push(member(dir));
         let mut room = members.make_room(&pod).await;
         if room.is_ok() {
             // What does not make the machine larger may be more all the same: tasks, or no limit.
@@ -128,10 +128,10 @@ impl Sandbox {
         if let Err(error) = room {
             members.list.pop();
             // Nothing was shown there.
-            let _ = pod.leave_place(place);
+            let _ = pod.leave_share_dir(dir);
             return Err(error);
         }
-        Ok(Seat { pod: Some(pod), place, namespaces })
+        Ok(Admission { pod: Some(pod), dir, namespaces })
     }
 
     /// Notes the init process of a container that was created, and its pod.
@@ -175,7 +175,7 @@ impl Sandbox {
             return Departure::Last;
         }
         if let Some(pod) = members.pod.upgrade() {
-            pod.dismiss(id, gone.place).await;
+            pod.dismiss(id, gone.dir).await;
             if index == 0
                 && let Err(error) = members.move_in(&pod)
             {

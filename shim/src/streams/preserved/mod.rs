@@ -93,7 +93,7 @@ pub enum PreservedError {
 /// What a descriptor is to the guest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Kind {
+pub enum DescriptorKind {
     /// The end of a pipe that is read.
     Reading,
     /// The end of a pipe that is written.
@@ -116,7 +116,7 @@ pub enum Kind {
     Device(String),
 }
 
-impl Kind {
+impl DescriptorKind {
     /// Whether the guest opens it anew, through the share.
     #[must_use]
     pub const fn is_shared(&self) -> bool {
@@ -134,7 +134,7 @@ impl Kind {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Descriptor {
     /// What it is.
-    pub kind: Kind,
+    pub kind: DescriptorKind,
     /// How it is open, as open(2) counts it.
     pub flags: u32,
 }
@@ -218,8 +218,8 @@ impl Taken {
     fn look(fd: OwnedFd) -> Result<Self, PreservedError> {
         let descriptor = describe(fd.as_fd())?;
         let mount = match descriptor.kind {
-            Kind::File { read_only, .. } => Some((read_only, false)),
-            Kind::Directory { read_only } => Some((read_only, true)),
+            DescriptorKind::File { read_only, .. } => Some((read_only, false)),
+            DescriptorKind::Directory { read_only } => Some((read_only, true)),
             _ => None,
         };
         let cloned = |(read_only, recursive)| share::alone(fd.as_fd(), read_only, recursive);
@@ -254,18 +254,18 @@ fn describe(fd: BorrowedFd<'_>) -> Result<Descriptor, PreservedError> {
     }
     let mode = flags & OFlags::RWMODE;
     let kind = match FileType::from_raw_mode(stat.st_mode) {
-        FileType::Fifo if mode == OFlags::RDONLY => Kind::Reading,
-        FileType::Fifo if mode == OFlags::WRONLY => Kind::Writing,
+        FileType::Fifo if mode == OFlags::RDONLY => DescriptorKind::Reading,
+        FileType::Fifo if mode == OFlags::WRONLY => DescriptorKind::Writing,
         FileType::Fifo => {
             let why = "and a stream into the machine has one direction; open each end by itself";
             return refused("a FIFO that is open for reading and writing", why);
         }
         FileType::Socket => match describe_socket(fd) {
-            Ok(()) => Kind::Socket,
+            Ok(()) => DescriptorKind::Socket,
             Err((what, why)) => return refused(what, why),
         },
         FileType::CharacterDevice => match memory_device(stat.st_rdev) {
-            Some(path) => Kind::Device(path.to_owned()),
+            Some(path) => DescriptorKind::Device(path.to_owned()),
             None if isatty(fd) => {
                 let why = "and a container has one of its own; ask for it with process.terminal";
                 return refused("a terminal", why);
@@ -332,13 +332,17 @@ fn describe_socket(fd: BorrowedFd<'_>) -> Result<(), (&'static str, &'static str
     Ok(())
 }
 
-fn describe_file(fd: BorrowedFd<'_>, stat: &Stat, flags: OFlags) -> rustix::io::Result<Kind> {
+fn describe_file(
+    fd: BorrowedFd<'_>,
+    stat: &Stat,
+    flags: OFlags,
+) -> rustix::io::Result<DescriptorKind> {
     let read_only = fstatvfs(fd)?.f_flag.contains(StatVfsMountFlags::RDONLY)
         // The wall lets through what the caller could do, even if it is opened again.
         || flags & OFlags::RWMODE == OFlags::RDONLY;
     Ok(match FileType::from_raw_mode(stat.st_mode) {
-        FileType::Directory => Kind::Directory { read_only },
-        _ => Kind::File { offset: seek(fd, SeekFrom::Current(0))?, read_only },
+        FileType::Directory => DescriptorKind::Directory { read_only },
+        _ => DescriptorKind::File { offset: seek(fd, SeekFrom::Current(0))?, read_only },
     })
 }
 

@@ -18,7 +18,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::{Errno, read, write};
 use rustix::net::{Shutdown, shutdown};
 
-use super::Kind;
+use super::DescriptorKind;
 
 /// The most bytes that one step of a copy moves: what a pipe holds.
 const CHUNK: usize = 64 << 10;
@@ -38,17 +38,17 @@ struct Pair {
 /// # Errors
 /// When no thread can be started.
 pub(crate) fn start(
-    kind: &Kind,
+    kind: &DescriptorKind,
     caller: OwnedFd,
     stream: UnixStream,
 ) -> io::Result<Option<JoinHandle<()>>> {
-    let socket = *kind == Kind::Socket;
+    let socket = *kind == DescriptorKind::Socket;
     let pair = Arc::new(Pair { caller, stream, socket });
-    if matches!(kind, Kind::Reading | Kind::Socket) {
+    if matches!(kind, DescriptorKind::Reading | DescriptorKind::Socket) {
         let pair = pair.clone();
         thread::Builder::new().name("descriptor in".into()).spawn(move || pair.feed())?;
     }
-    if *kind == Kind::Reading {
+    if *kind == DescriptorKind::Reading {
         return Ok(None);
     }
     thread::Builder::new().name("descriptor out".into()).spawn(move || pair.drain()).map(Some)
@@ -177,7 +177,7 @@ mod tests {
     /// A caller's socket that is relayed: its peer, and the container's side of the stream.
     fn relayed() -> (UnixStream, UnixStream, JoinHandle<()>) {
         let ((peer, caller), (inside, stream)) = (pair(), pair());
-        let thread = start(&Kind::Socket, caller.into(), stream).unwrap().unwrap();
+        let thread = start(&DescriptorKind::Socket, caller.into(), stream).unwrap().unwrap();
         (peer, inside, thread)
     }
 
@@ -203,7 +203,7 @@ mod tests {
     fn a_socket_that_is_closed_inside_is_closed_and_not_shut_down() {
         let ((peer, caller), (mut inside, stream)) = (pair(), pair());
         let kept = caller.try_clone().unwrap();
-        let thread = start(&Kind::Socket, caller.into(), stream).unwrap().unwrap();
+        let thread = start(&DescriptorKind::Socket, caller.into(), stream).unwrap().unwrap();
         inside.write_all(b"last").unwrap();
         drop(inside);
         thread.join().unwrap();
@@ -217,7 +217,7 @@ mod tests {
     fn a_writer_learns_that_its_reader_inside_is_gone() {
         let (reader, mut writer) = io::pipe().unwrap();
         let (inside, stream) = pair();
-        assert!(start(&Kind::Reading, reader.into(), stream).unwrap().is_none());
+        assert!(start(&DescriptorKind::Reading, reader.into(), stream).unwrap().is_none());
         writer.write_all(b"x").unwrap();
         (&inside).read_exact(&mut [0]).unwrap();
         drop(inside);
@@ -231,7 +231,7 @@ mod tests {
     fn a_container_learns_that_its_reader_is_gone_before_it_writes() {
         let (reader, writer) = io::pipe().unwrap();
         let (inside, stream) = pair();
-        let thread = start(&Kind::Writing, writer.into(), stream).unwrap().unwrap();
+        let thread = start(&DescriptorKind::Writing, writer.into(), stream).unwrap().unwrap();
         drop(reader);
         assert_eq!(rest(&inside), "");
         thread.join().unwrap();
@@ -242,7 +242,7 @@ mod tests {
         let (mut reader, writer) = io::pipe().unwrap();
         rustix::io::ioctl_fionbio(&writer, true).unwrap();
         let (mut inside, stream) = pair();
-        let thread = start(&Kind::Writing, writer.into(), stream).unwrap().unwrap();
+        let thread = start(&DescriptorKind::Writing, writer.into(), stream).unwrap().unwrap();
         let feeding = thread::spawn(move || inside.write_all(&[7; 1 << 20]).unwrap());
         let mut received = Vec::new();
         reader.read_to_end(&mut received).unwrap();

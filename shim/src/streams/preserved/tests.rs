@@ -14,20 +14,24 @@ fn told(fd: impl AsFd) -> Result<Descriptor, String> {
     describe(fd.as_fd()).map_err(|error| error.to_string().replacen(&number, "N", 1))
 }
 
-fn kind(fd: impl AsFd) -> Kind {
+fn kind(fd: impl AsFd) -> DescriptorKind {
     told(fd).unwrap().kind
 }
 
 #[test]
 fn what_reaches_into_a_machine_is_known() {
     let (reader, writer) = io::pipe().unwrap();
-    assert_eq!((kind(&reader), kind(&writer)), (Kind::Reading, Kind::Writing));
+    assert_eq!((kind(&reader), kind(&writer)), (DescriptorKind::Reading, DescriptorKind::Writing));
     let (one, other) = UnixStream::pair().unwrap();
-    assert_eq!(kind(&one), Kind::Socket);
+    assert_eq!(kind(&one), DescriptorKind::Socket);
     drop(other);
-    assert_eq!(kind(&one), Kind::Socket, "one whose peer has gone has still an end to tell");
+    assert_eq!(
+        kind(&one),
+        DescriptorKind::Socket,
+        "one whose peer has gone has still an end to tell"
+    );
     for path in ["/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom"] {
-        assert_eq!(kind(File::open(path).unwrap()), Kind::Device(path.to_owned()));
+        assert_eq!(kind(File::open(path).unwrap()), DescriptorKind::Device(path.to_owned()));
     }
 }
 
@@ -38,18 +42,18 @@ fn files_are_known_with_their_place_and_their_mode() {
     fs::write(&path, "0123456789").unwrap();
     let mut file = File::open(&path).unwrap();
     file.read_exact(&mut [0; 4]).unwrap();
-    assert_eq!(kind(&file), Kind::File { offset: 4, read_only: true });
+    assert_eq!(kind(&file), DescriptorKind::File { offset: 4, read_only: true });
     let file = File::options().append(true).open(&path).unwrap();
     let descriptor = told(&file).unwrap();
-    assert_eq!(descriptor.kind, Kind::File { offset: 0, read_only: false });
+    assert_eq!(descriptor.kind, DescriptorKind::File { offset: 0, read_only: false });
     let flags = OFlags::from_bits_retain(descriptor.flags);
     assert!(flags.contains(OFlags::APPEND | OFlags::WRONLY), "{flags:?}");
     let directory = File::open(directory.path()).unwrap();
-    assert_eq!(kind(&directory), Kind::Directory { read_only: true });
+    assert_eq!(kind(&directory), DescriptorKind::Directory { read_only: true });
     let lookalike = path.with_file_name("file (deleted)");
     fs::write(&lookalike, "").unwrap();
     let lookalike = kind(File::open(lookalike).unwrap());
-    assert_eq!(lookalike, Kind::File { offset: 0, read_only: true });
+    assert_eq!(lookalike, DescriptorKind::File { offset: 0, read_only: true });
 }
 
 #[test]

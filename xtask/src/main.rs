@@ -10,6 +10,7 @@ mod host;
 mod image;
 mod libtest;
 mod packages;
+mod report;
 mod suites;
 mod tidy;
 

@@ -20,6 +20,7 @@ use crate::host;
 use crate::image;
 use crate::libtest::Tally;
 use crate::packages;
+use crate::report::{Outcome, table};
 
 /// The package whose suites need KVM and root.
 const SUITES: &str = "bulkhead-tests";
@@ -72,32 +73,30 @@ pub(crate) fn run(arguments: &[String], clock: &mut Clock) -> Result<ExitCode> {
     clock.step("Debian packages", packages::ensure)?;
     let (suites, units) = clock.step("test programs", || programs(&selection, &wanted))?;
     let words = wanted.words();
-    let mut total = Tally::default();
+    let mut outcomes = Vec::new();
     let mut guests: Vec<Guest<'_>> =
         suites.iter().map(|test| Guest { test, ignored: false, words }).collect();
     for unit in &units {
-        let mut tally = clock.step(&name(unit), || here(unit, words))?;
-        let before = tally.skipped.len();
-        tally.skipped.retain(|(_, reason)| reason != NEEDS_HOST);
-        if tally.skipped.len() < before {
+        let mut outcome = timed(name(unit), false, || here(unit, words))?;
+        let skipped = &mut outcome.tally.skipped;
+        let before = skipped.len();
+        skipped.retain(|(_, reason)| reason != NEEDS_HOST);
+        if skipped.len() < before {
             guests.push(Guest { test: unit, ignored: true, words });
         }
-        total.add(tally);
+        outcomes.push(outcome);
     }
     if wanted == Wanted::Everything {
         for target in clock.step("fuzz targets", fuzz::build)? {
-            total.add(clock.step(&name(&target), || fuzzed(&target))?);
+            outcomes.push(timed(name(&target), false, || fuzzed(&target))?);
         }
     }
     if !guests.is_empty() {
         let host = prepare(&guests, clock)?;
-        for (name, took, tally) in all_inside(&host, guests)? {
-            clock.took(&name, took);
-            total.add(tally);
-        }
+        outcomes.extend(clock.step("suites in the test host", || all_inside(&host, guests))?);
     }
     clock.report();
-    conclude(&total)
+    conclude(outcomes)
 }
 
 fn understood(arguments: &[String]) -> Result<Wanted<'_>> {
@@ -188,8 +187,19 @@ fn special(name: &str) -> Option<&'static Suite> {
     SPECIAL.iter().find(|suite| suite.name == name)
 }
 
-/// Names what was not run and what failed; the counts are the last line.
-fn conclude(total: &Tally) -> Result<ExitCode> {
+/// Runs a test program, and says how long that took.
+fn timed(name: String, serial: bool, work: impl FnOnce() -> Result<Tally>) -> Result<Outcome> {
+    say(&format!("==> {name}"));
+    let started = Instant::now();
+    let tally = work()?;
+    Ok(Outcome { name, took: started.elapsed(), tally, serial })
+}
+
+/// Tells what took how long, what was not run and what failed; the counts are the last line.
+fn conclude(outcomes: Vec<Outcome>) -> Result<ExitCode> {
+    table(&outcomes).iter().for_each(|line| say(line));
+    let mut total = Tally::default();
+    outcomes.into_iter().for_each(|outcome| total.add(outcome.tally));
     for (test, reason) in &total.skipped {
         let reason = if reason.is_empty() { "no reason given" } else { reason };
         say(&format!("skipped: {test}: {reason}"));
@@ -241,15 +251,14 @@ struct Guest<'a> {
 }
 
 /// Runs them all, [`AT_ONCE`] at a time: an emulated host keeps one processor busy.
-fn all_inside(host: &Path, guests: Vec<Guest<'_>>) -> Result<Vec<(String, Duration, Tally)>> {
+fn all_inside(host: &Path, guests: Vec<Guest<'_>>) -> Result<Vec<Outcome>> {
     let waiting = Mutex::new(guests.into_iter());
     let next = || waiting.lock().unwrap_or_else(PoisonError::into_inner).next();
     let work = || {
         let mut done = Vec::new();
         while let Some(guest) = next() {
-            let started = Instant::now();
-            let tally = inside(host, guest)?;
-            done.push((format!("{} in the test host", name(guest.test)), started.elapsed(), tally));
+            let name = format!("{} in the test host", name(guest.test));
+            done.push(timed(name, true, || inside(host, guest))?);
         }
         Ok(done)
     };
@@ -266,7 +275,6 @@ fn all_inside(host: &Path, guests: Vec<Guest<'_>>) -> Result<Vec<(String, Durati
 }
 
 fn inside(host: &Path, guest: Guest<'_>) -> Result<Tally> {
-    say(&format!("==> {} in the test host", name(guest.test)));
     let mut command = Command::new(host);
     command.args(HOST);
     command.args(special_of(guest.test).map_or(&[][..], |suite| suite.host));

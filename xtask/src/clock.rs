@@ -29,11 +29,6 @@ impl Clock {
         result
     }
 
-    /// Remembers a step that was run elsewhere.
-    pub(crate) fn took(&mut self, name: &str, time: Duration) {
-        self.steps.push((name.to_owned(), time));
-    }
-
     /// The table, longest first; nothing if no step took long since the last report.
     pub(crate) fn report(&mut self) {
         let mut steps = std::mem::take(&mut self.steps);

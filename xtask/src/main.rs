@@ -10,6 +10,7 @@ mod host;
 mod image;
 mod libtest;
 mod packages;
+mod report;
 mod suites;
 mod tidy;
 
@@ -23,7 +24,9 @@ use crate::clock::Clock;
 
 const USAGE: &str = "usage: cargo xtask VERB
   demo                    run a container in its own machine and compare what it sees with the host
-  test                    all tests, here and in the test host
+  test [--suite NAME [TEST…]]
+                          all tests, here and in the test host; with --suite those of one suite (vm, oci,
+                          callers, …) or package, or of these the ones whose names contain TEST
   check [NAME]            format, clippy, documentation, rules of the repository
   fuzz [TARGET] [SECONDS] programs that play a hostile guest, guided by what they reach; with the name of
                           a file in place of SECONDS, what was found once again
@@ -50,7 +53,7 @@ fn run(verb: &str, rest: &[String], clock: &mut Clock) -> Result<ExitCode> {
     match verb {
         "demo" => demo::run(clock),
         demo::INSIDE => demo::inside(),
-        "test" => suites::run(clock),
+        "test" => suites::run(rest, clock),
         "check" => check::run(rest, clock),
         "fuzz" => fuzz::run(rest, clock),
         "bench" => host::bench(rest, clock),

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::io::Errno;
@@ -13,6 +14,8 @@ pub(super) struct Handle {
     pub(super) node: u64,
     /// Held while the position of a directory is in use.
     pub(super) position: Mutex<()>,
+    /// An owner of locks of ranges took its first one through it.
+    pub(super) locked_ranges: AtomicBool,
     file: OwnedFd,
 }
 
@@ -37,7 +40,8 @@ pub(super) struct Handles {
 impl Handles {
     /// Keeps an open file; the number is never used again.
     pub(super) fn insert(&self, node: u64, file: OwnedFd) -> u64 {
-        let handle = Arc::new(Handle { node, position: Mutex::default(), file });
+        let (position, locked_ranges) = (Mutex::default(), AtomicBool::new(false));
+        let handle = Arc::new(Handle { node, position, locked_ranges, file });
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         table.last += 1;
         let number = table.last;
@@ -51,17 +55,13 @@ impl Handles {
         table.open.get(&number).filter(|handle| handle.node == node).cloned().ok_or(Errno::BADF)
     }
 
-    /// Closes it, once nobody uses it any more.
-    pub(super) fn remove(&self, number: u64, node: u64) -> Result<(), Errno> {
+    /// Gives it up: it is closed once nobody uses it any more.
+    pub(super) fn remove(&self, number: u64, node: u64) -> Result<Arc<Handle>, Errno> {
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         if table.open.get(&number).is_none_or(|handle| handle.node != node) {
             return Err(Errno::BADF);
         }
-        let handle = table.open.remove(&number);
-        drop(table);
-        // Closing a file can take time.
-        drop(handle);
-        Ok(())
+        table.open.remove(&number).ok_or(Errno::BADF)
     }
 
     /// Closes all.
@@ -84,9 +84,9 @@ mod tests {
         assert_ne!(first, second);
         assert!(handles.get(first, 5).is_ok());
         assert_eq!(handles.get(first, 6).unwrap_err(), Errno::BADF);
-        assert_eq!(handles.remove(first, 6), Err(Errno::BADF));
-        assert_eq!(handles.remove(first, 5), Ok(()));
-        assert_eq!(handles.remove(first, 5), Err(Errno::BADF));
+        assert_eq!(handles.remove(first, 6).unwrap_err(), Errno::BADF);
+        assert_eq!(handles.remove(first, 5).unwrap().node, 5);
+        assert_eq!(handles.remove(first, 5).unwrap_err(), Errno::BADF);
         assert!(handles.get(second, 5).is_ok());
     }
 }

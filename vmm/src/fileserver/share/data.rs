@@ -251,12 +251,16 @@ impl Share {
     }
 
     pub(super) fn release(&self, request: &Request, body: &mut Body<'_>) -> Result<(), Errno> {
-        let (handle, _flags, release_flags) = (body.u64()?, body.u32()?, body.u32()?);
+        let (number, _flags, release_flags) = (body.u64()?, body.u32()?, body.u32()?);
         if release_flags & RELEASE_FLUSH != 0 {
             self.locks.release(request.node, body.u64()?);
         }
-        self.handles.remove(handle, request.node)?;
-        // A lock of the whole file went with it.
+        let handle = self.handles.remove(number, request.node)?;
+        if handle.locked_ranges.load(Ordering::Relaxed) {
+            self.locks.release_handle(number);
+        }
+        // A lock of the whole file goes with it.
+        drop(handle);
         self.locks.wake();
         Ok(())
     }

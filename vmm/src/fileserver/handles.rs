@@ -1,11 +1,13 @@
 //! Files and directories that processes of the guest have open.
 
 use std::collections::HashMap;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::io::Errno;
+
+use super::slots::Kept;
 
 /// An open file description of the guest, and the one of the host behind it.
 #[derive(Debug)]
@@ -16,7 +18,7 @@ pub(super) struct Handle {
     pub(super) position: Mutex<()>,
     /// An owner of locks of ranges took its first one through it.
     pub(super) locked_ranges: AtomicBool,
-    file: OwnedFd,
+    file: Kept,
 }
 
 impl AsFd for Handle {
@@ -39,7 +41,7 @@ pub(super) struct Handles {
 
 impl Handles {
     /// Keeps an open file; the number is never used again.
-    pub(super) fn insert(&self, node: u64, file: OwnedFd) -> u64 {
+    pub(super) fn insert(&self, node: u64, file: Kept) -> u64 {
         let (position, locked_ranges) = (Mutex::default(), AtomicBool::new(false));
         let handle = Arc::new(Handle { node, position, locked_ranges, file });
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
@@ -74,11 +76,14 @@ impl Handles {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fileserver::slots::Slots;
 
     #[test]
     fn a_handle_belongs_to_its_inode() {
         let handles = Handles::default();
-        let file = || std::fs::File::open("/dev/null").unwrap().into();
+        let slots = Slots::new(100, 1);
+        let open = || std::fs::File::open("/dev/null").unwrap().into();
+        let file = || slots.take().unwrap().keep(open());
         let first = handles.insert(5, file());
         let second = handles.insert(5, file());
         assert_ne!(first, second);

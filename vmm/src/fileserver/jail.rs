@@ -36,13 +36,14 @@ const CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
 /// The kernel's own bound of a process's descriptors, where it was not changed.
 const DESCRIPTORS_MAX: u64 = 1 << 20;
 
-/// Enters the jail. `kept` stay open, with the standard streams; returns `/proc/self/fd` of a
-/// procfs that is mounted nowhere, the only way to turn an `O_PATH` descriptor into another.
+/// Enters the jail. `kept` stay open, with the standard streams. Returns `/proc/self/fd` of a procfs
+/// that is mounted nowhere, the only way to turn an `O_PATH` descriptor into another, and how many
+/// descriptors there can be.
 pub(super) fn enter(
     identity: JailConfig,
     share: OwnedFd,
     kept: &[BorrowedFd<'_>],
-) -> Result<OwnedFd, JailError> {
+) -> Result<(OwnedFd, u64), JailError> {
     umask(Mode::empty());
     let descriptors = raise_descriptor_limit()?;
     jail::unshare_all()?;
@@ -56,7 +57,7 @@ pub(super) fn enter(
     jail::limit(descriptors, u64::from(super::config::THREADS_MAX) + 2)?;
     become_unprivileged(identity).map_err(failed("identity"))?;
     jail::seal()?;
-    Ok(proc_self_fd)
+    Ok((proc_self_fd, descriptors))
 }
 
 /// No further thread: to be called when all are there.

@@ -31,7 +31,7 @@ impl Wire {
     fn new() -> Self {
         let (relay, ours) = relay_pair();
         let share = tmpfs();
-        let server = Server::start(share.as_fd(), relay.as_fd());
+        let server = Server::start(share.as_fd(), relay.as_fd(), None);
         // Something to write to: the view that is served of the root itself is read-only.
         server.attach(&share, &tmpfs(), "w");
         Self { server, relay: ours, unique: 0 }

@@ -115,7 +115,7 @@ fn a_configuration_that_cannot_be_used_is_answered_with_the_field() {
         ("nonsense", "field (message): expected"),
     ];
     for (config, expected) in cases {
-        let mut server = Server::spawn();
+        let mut server = Server::spawn(None);
         let FsAnswer::Error(reason) = server.configure(config.as_bytes(), &descriptors) else {
             panic!("accepted {config}");
         };

@@ -15,6 +15,7 @@
 
 mod attributes;
 mod data;
+mod descriptors;
 mod hostile;
 mod jail;
 mod locks;

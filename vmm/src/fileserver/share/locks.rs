@@ -25,6 +25,7 @@ use rustix::io::Errno;
 
 use super::{Outcome, Share};
 use crate::fileserver::handles::Handle;
+use crate::fileserver::slots::Kept;
 use crate::fileserver::wire::{Body, Reply, Request};
 
 const RETRY_MIN: Duration = Duration::from_millis(5);
@@ -77,7 +78,7 @@ type Owner = (u64, u64);
 /// What takes the locks of an owner.
 #[derive(Clone, Debug)]
 struct Held {
-    file: Arc<OwnedFd>,
+    file: Arc<Kept>,
     /// The number of the handle through which the owner took its first lock.
     handle: u64,
 }
@@ -295,7 +296,9 @@ impl Share {
             None if wanted.kind == UNLOCK => return Ok(None),
             None => {
                 handle.locked_ranges.store(true, Ordering::Relaxed);
-                Held { file: Arc::new(self.open_for_locks(node)?), handle: wanted.handle }
+                let slot = self.slots.take()?;
+                let file = Arc::new(slot.keep(self.open_for_locks(node)?));
+                Held { file, handle: wanted.handle }
             }
         };
         Ok(Some(Lock::Range { owner, held, range: range(wanted)? }))

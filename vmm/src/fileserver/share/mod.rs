@@ -50,7 +50,7 @@ pub(super) enum Outcome {
 /// All that is served.
 #[derive(Debug)]
 pub(super) struct Share {
-    /// `/proc/self/fd` of a procfs that no path leads to.
+    /// `/proc/self/fd`, which no path leads to.
     proc_self_fd: OwnedFd,
     slots: Arc<Slots>,
     inodes: Inodes,

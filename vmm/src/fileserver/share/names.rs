@@ -9,7 +9,7 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
-use super::{Share, caller};
+use super::{Share, caller, link_name};
 use crate::fileserver::inodes::Inode;
 use crate::fileserver::wire::{Body, Reply, Request};
 
@@ -95,7 +95,9 @@ impl Share {
         let (node, name) = (body.u64()?, body.name()?);
         let inode = self.inodes.get(node)?;
         let directory = self.inodes.get(request.node)?;
-        let link = || linkat(&inode, "", &directory, name, AtFlags::EMPTY_PATH);
+        // Not by AT_EMPTY_PATH, which takes CAP_DAC_READ_SEARCH.
+        let (from, follow) = (&self.proc_self_fd, AtFlags::SYMLINK_FOLLOW);
+        let link = || linkat(from, link_name(&inode), &directory, name, follow);
         caller(request, 0).run(link)?;
         self.put_entry(open_name(&directory, name)?, None, reply)?;
         Ok(())

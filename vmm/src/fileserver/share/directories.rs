@@ -29,8 +29,9 @@ impl Share {
         if inode.kind != FileType::Directory {
             return Err(Errno::NOTDIR);
         }
+        let slot = self.slots.take()?;
         let file = self.reopen(&inode, OFlags::RDONLY | OFlags::DIRECTORY)?;
-        reply.put_u64s([self.handles.insert(request.node, file)]);
+        reply.put_u64s([self.handles.insert(request.node, slot.keep(file))]);
         reply.put_u32s([0, 0]);
         Ok(())
     }
@@ -82,7 +83,7 @@ impl Share {
         }
         let path = open_name(directory, entry.file_name())?;
         let number = self.number(&stat(&path)?);
-        self.put_entry(path, reply)?;
+        self.put_entry(path, None, reply)?;
         Ok(number)
     }
 

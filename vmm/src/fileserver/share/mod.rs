@@ -21,6 +21,7 @@ use rustix::io::Errno;
 use super::caller::Caller;
 use super::handles::Handles;
 use super::inodes::{Inode, Inodes, device};
+use super::slots::{Slot, Slots};
 use super::wire::{Body, DATA_MAX, Reply, Request, opcode};
 use locks::Locks;
 
@@ -49,8 +50,9 @@ pub(super) enum Outcome {
 /// All that is served.
 #[derive(Debug)]
 pub(super) struct Share {
-    /// `/proc/self/fd` of a procfs that no path leads to.
+    /// `/proc/self/fd`, which no path leads to.
     proc_self_fd: OwnedFd,
+    slots: Arc<Slots>,
     inodes: Inodes,
     handles: Handles,
     locks: Locks,
@@ -58,10 +60,11 @@ pub(super) struct Share {
 
 impl Share {
     /// Serves the root directory of the process.
-    pub(super) fn new(proc_self_fd: OwnedFd) -> Result<Self, Errno> {
+    pub(super) fn new(proc_self_fd: OwnedFd, slots: Arc<Slots>) -> Result<Self, Errno> {
         let root = openat(CWD, "/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
-        let inodes = Inodes::new(root)?;
-        Ok(Self { proc_self_fd, inodes, handles: Handles::default(), locks: Locks::default() })
+        let inodes = Inodes::new(root, Arc::clone(&slots))?;
+        let (handles, locks) = (Handles::default(), Locks::default());
+        Ok(Self { proc_self_fd, slots, inodes, handles, locks })
     }
 
     /// The working directory that [`Share::handle`] needs its thread to have.
@@ -182,9 +185,15 @@ impl Share {
         openat(&self.proc_self_fd, link_name(inode), flags, Mode::empty())
     }
 
-    /// Writes `struct fuse_entry_out` for a file whose lookup the guest shall count.
-    fn put_entry(&self, path: OwnedFd, reply: &mut Reply) -> Result<Arc<Inode>, Errno> {
-        let (inode, attributes) = self.inodes.remember(path)?;
+    /// Writes `struct fuse_entry_out` for a file whose lookup the guest shall count; `slot` is for
+    /// one that is new.
+    fn put_entry(
+        &self,
+        path: OwnedFd,
+        slot: Option<Slot>,
+        reply: &mut Reply,
+    ) -> Result<Arc<Inode>, Errno> {
+        let (inode, attributes) = self.inodes.remember(path, slot)?;
         self.put_known_entry(inode.node, &attributes, reply);
         Ok(inode)
     }

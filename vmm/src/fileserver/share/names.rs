@@ -9,7 +9,7 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
-use super::{Share, caller};
+use super::{Share, caller, link_name};
 use crate::fileserver::inodes::Inode;
 use crate::fileserver::wire::{Body, Reply, Request};
 
@@ -21,7 +21,14 @@ impl Share {
         reply: &mut Reply,
     ) -> Result<(), Errno> {
         let directory = self.inodes.get(request.node)?;
-        self.put_entry(open_name(&directory, body.name()?)?, reply)?;
+        let path = open_name(&directory, body.name()?).map_err(|error| match error {
+            // The guest's kernel takes any other error for a name that is gone, and takes away what
+            // is mounted there. Here the host is out of descriptors: of its own the server has some
+            // set aside.
+            Errno::NFILE | Errno::MFILE => Errno::NOMEM,
+            other => other,
+        })?;
+        self.put_entry(path, None, reply)?;
         Ok(())
     }
 
@@ -33,8 +40,9 @@ impl Share {
     ) -> Result<(), Errno> {
         let (mode, umask, name) = (body.u32()?, body.u32()?, body.name()?);
         let directory = self.inodes.get(request.node)?;
+        let slot = self.slots.take()?;
         caller(request, umask).run(|| mkdirat(&directory, name, permissions(mode)))?;
-        self.put_entry(open_name(&directory, name)?, reply)?;
+        self.put_entry(open_name(&directory, name)?, Some(slot), reply)?;
         Ok(())
     }
 
@@ -49,8 +57,9 @@ impl Share {
         let directory = self.inodes.get(request.node)?;
         let kind = FileType::from_raw_mode(mode);
         let create = || mknodat(&directory, name, kind, permissions(mode), decode_device(device));
+        let slot = self.slots.take()?;
         caller(request, umask).run(create)?;
-        self.put_entry(open_name(&directory, name)?, reply)?;
+        self.put_entry(open_name(&directory, name)?, Some(slot), reply)?;
         Ok(())
     }
 
@@ -62,8 +71,9 @@ impl Share {
     ) -> Result<(), Errno> {
         let (name, target) = (body.name()?, body.string()?);
         let directory = self.inodes.get(request.node)?;
+        let slot = self.slots.take()?;
         caller(request, 0).run(|| symlinkat(target, &directory, name))?;
-        self.put_entry(open_name(&directory, name)?, reply)?;
+        self.put_entry(open_name(&directory, name)?, Some(slot), reply)?;
         Ok(())
     }
 
@@ -85,9 +95,11 @@ impl Share {
         let (node, name) = (body.u64()?, body.name()?);
         let inode = self.inodes.get(node)?;
         let directory = self.inodes.get(request.node)?;
-        let link = || linkat(&inode, "", &directory, name, AtFlags::EMPTY_PATH);
+        // Not by AT_EMPTY_PATH, which takes CAP_DAC_READ_SEARCH.
+        let (from, follow) = (&self.proc_self_fd, AtFlags::SYMLINK_FOLLOW);
+        let link = || linkat(from, link_name(&inode), &directory, name, follow);
         caller(request, 0).run(link)?;
-        self.put_entry(open_name(&directory, name)?, reply)?;
+        self.put_entry(open_name(&directory, name)?, None, reply)?;
         Ok(())
     }
 

@@ -1,9 +1,12 @@
 //! FUSE messages between queue and socket, with numbers of our own.
 //!
 //! The guest numbers its requests, and a hostile one may use a number twice. So each request gets
-//! a number here that is never used again, and the guest's own comes back in the reply. What the
-//! file server says is checked as well: a reply to nothing is dropped (the guest may have reset the
-//! device meanwhile), one that is none ends the relay. From then on every request fails with EIO.
+//! a number here that is never used again, and the guest's own comes back in the reply.
+//!
+//! The file server may have been taken over, so what it says is checked as well. A reply must have
+//! a header that is true, and answer a request that waits for it or that the driver forgot when it
+//! reset the device; those are dropped. The first packet that is anything else ends the relay: from
+//! then on every request fails with EIO. A reply that is too long for its request fails that one.
 //!
 //! The header of a request is copied out of guest memory, checked and then used; what follows goes
 //! to the socket without a copy, and nobody here looks at it.
@@ -27,6 +30,8 @@ use crate::fileserver::wire::{
 
 /// The most runs of guest memory in one message, below what one system call takes.
 const RUNS_MAX: usize = 1000;
+/// The last error number of user space; those above are the kernel's own.
+const ERROR_MAX: i32 = 511;
 /// Where in a header the number of the request stands.
 const UNIQUE: usize = 8;
 
@@ -39,6 +44,17 @@ pub(super) enum Forwarded {
     Done(usize),
     /// Nothing happened: the socket is full.
     Full,
+}
+
+/// What came from the file server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Received {
+    /// No packet is there now.
+    Nothing,
+    /// A reply that nobody waits for.
+    Dropped,
+    /// A reply, in the buffers of its request.
+    Reply(Answer),
 }
 
 /// A chain to be given back.
@@ -72,12 +88,15 @@ pub(super) struct Relay {
     socket: OwnedFd,
     server: Server,
     in_flight: HashMap<u64, InFlight>,
+    /// How many replies may still come to requests that the driver forgot.
+    forgotten: u64,
     last: u64,
 }
 
 impl Relay {
     pub(super) fn new(socket: OwnedFd) -> Self {
-        Self { socket, server: Server::Alive, in_flight: HashMap::new(), last: 0 }
+        let in_flight = HashMap::new();
+        Self { socket, server: Server::Alive, in_flight, forgotten: 0, last: 0 }
     }
 
     pub(super) fn server(&self) -> &OwnedFd {
@@ -96,6 +115,7 @@ impl Relay {
 
     /// The driver has forgotten its requests; answers to them go nowhere.
     pub(super) fn forget_all(&mut self) {
+        self.forgotten = self.forgotten.saturating_add(self.in_flight.len() as u64);
         self.in_flight.clear();
     }
 
@@ -172,41 +192,58 @@ impl Relay {
                 Err(Errno::IO)
             }
             _ => {
-                log::error!("fs: the file server is gone: {error}");
-                self.server = Server::Ended;
+                self.end(&format!("takes no requests: {error}"));
                 Err(Errno::IO)
             }
         }
     }
 
-    /// Takes the next reply that answers something; `None` when there is none now.
-    pub(super) fn receive(&mut self, memory: &GuestMemory) -> Result<Option<Answer>, ServeError> {
-        while self.server == Server::Alive {
-            let mut header = [0; OUT_HEADER];
-            let flags = RecvFlags::PEEK | RecvFlags::TRUNC | RecvFlags::DONTWAIT;
-            let total = match recv(&self.socket, header.as_mut_slice(), flags) {
-                Err(Errno::AGAIN) => return Ok(None),
-                Err(Errno::INTR) => continue,
-                Ok((_, 0)) | Err(_) => {
-                    log::error!("fs: the file server closed its socket");
-                    self.server = Server::Ended;
-                    return Ok(None);
-                }
-                Ok((_, total)) => total,
-            };
-            let reply = ReplyHeader::parse(&header)
-                .filter(|reply| reply.len as usize == total && (-4095..=0).contains(&reply.error));
-            let Some(reply) = reply else {
-                log::error!("fs: the file server sent {total} bytes that are no reply");
-                self.server = Server::Ended;
-                return Ok(None);
-            };
-            match self.in_flight.remove(&reply.unique) {
-                Some(in_flight) => return self.deliver(memory, in_flight, reply, total).map(Some),
-                None => self.discard()?,
-            }
+    /// Takes the next packet.
+    pub(super) fn receive(&mut self, memory: &GuestMemory) -> Result<Received, ServeError> {
+        if self.server != Server::Alive {
+            return Ok(Received::Nothing);
         }
-        Ok(None)
+        let Some((reply, total)) = self.peek() else { return Ok(Received::Nothing) };
+        if let Some(in_flight) = self.in_flight.remove(&reply.unique) {
+            return Ok(Received::Reply(self.deliver(memory, in_flight, reply, total)?));
+        }
+        if self.forgotten == 0 {
+            self.end(&format!("answered request {}, which does not wait", reply.unique));
+            return Ok(Received::Nothing);
+        }
+        self.forgotten -= 1;
+        self.discard()?;
+        Ok(Received::Dropped)
+    }
+
+    /// The header of the next reply and the length of its packet; `None` when there is none now, or
+    /// when it is not a reply, which ends the relay.
+    fn peek(&mut self) -> Option<(ReplyHeader, usize)> {
+        let mut bytes = [0; OUT_HEADER];
+        let flags = RecvFlags::PEEK | RecvFlags::TRUNC | RecvFlags::DONTWAIT;
+        let (filled, total) = loop {
+            match recv(&self.socket, bytes.as_mut_slice(), flags) {
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return None,
+                Ok((_, 0)) | Err(_) => {
+                    self.end("closed its socket");
+                    return None;
+                }
+                Ok(lengths) => break lengths,
+            }
+        };
+        let header = bytes.get(..filled).and_then(ReplyHeader::parse);
+        let reply = header.filter(|header| is_true(header, total));
+        if reply.is_none() {
+            self.end(&format!("sent {total} bytes that are not a FUSE reply"));
+        }
+        Some((reply?, total))
+    }
+
+    /// Believes the file server no more.
+    fn end(&mut self, why: &str) {
+        log::error!("fs: the file server {why}; every request fails from now on");
+        self.server = Server::Ended;
     }
 
     /// Fails what the dead file server will not answer.
@@ -269,6 +306,13 @@ impl Relay {
         let in_flight = self.in_flight.iter().find(|(_, other)| other.unique == unique)?;
         Some(*in_flight.0)
     }
+}
+
+/// Whether the header fits a packet of so many bytes, as Linux checks what it reads from /dev/fuse.
+fn is_true(header: &ReplyHeader, total: usize) -> bool {
+    let errors = -ERROR_MAX..=-1;
+    header.len as usize == total
+        && (header.error == 0 || errors.contains(&header.error) && total == OUT_HEADER)
 }
 
 /// Answers a request without the file server.

@@ -335,7 +335,7 @@ impl Containers {
         (mut streams, descriptors): (Streams, Vec<Descriptor>),
     ) -> Result<(Made, Option<Terminal>), ContainerError> {
         let place = Place::of(id);
-        let Prepared { mut spec, stream_owner, network_settings } = prepared;
+        let Prepared { mut spec, restrictions, stream_owner, network_settings } = prepared;
         for (path, value) in network_settings {
             let set = fs::write(Path::new("/proc/sys").join(&path), value);
             set.map_err(|error| ContainerError::Setting(path.display().to_string(), error))?;
@@ -355,6 +355,7 @@ impl Containers {
         if let Some(hooks) = Hooks::take(&mut spec, id, bundle).map_err(failed("find hooks"))? {
             hooks.write(&place).map_err(failed("write the hooks"))?;
         }
+        restrictions.write(&place.bundle).map_err(failed("write the restrictions"))?;
         let spec = serde_json::to_vec(&spec).map_err(SpecError::from)?;
         fs::write(place.config(), spec).map_err(failed("write the bundle"))?;
         let arguments = [creator::VERB, id];

@@ -44,6 +44,8 @@ mod process;
 #[cfg(test)]
 mod resources;
 #[cfg(test)]
+mod seccomp;
+#[cfg(test)]
 mod storage;
 #[cfg(test)]
 mod streams;

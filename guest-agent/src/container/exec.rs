@@ -15,6 +15,7 @@ use super::{
     ContainerError, Containers, Made, failed, read_spec, signal_number, size_terminal, state,
 };
 use crate::cgroup::Cgroup;
+use crate::confinement::Restrictions;
 use crate::creator::Place;
 use crate::descriptors;
 use crate::process::{Exit, send_signal};
@@ -175,13 +176,17 @@ impl Containers {
         let terminal = streams.terminal.is_some();
         let prepared = spawn_blocking(move || {
             let spec = read_spec(&container)?;
-            spec::prepare_process(&spec, &process_json, terminal).map_err(ContainerError::from)
+            let restrictions = Restrictions::read(&container.bundle)
+                .map_err(failed("read the container's restrictions"))?;
+            let container = (&spec, &restrictions);
+            spec::prepare_process(container, &process_json, terminal).map_err(ContainerError::from)
         });
         let prepared = prepared.await.map_err(|e| failed("read the process")(e.into()))??;
         let directory = place.exec(&exec_id);
         let started = async {
             fs::create_dir_all(&directory).map_err(failed("make the process's directory"))?;
-            let PreparedProcess { process, stream_owner } = prepared;
+            let PreparedProcess { process, restrictions, stream_owner } = prepared;
+            restrictions.write(&directory).map_err(failed("write the restrictions"))?;
             size_terminal(&mut streams, &process);
             let process = serde_json::to_vec(&process).map_err(SpecError::from)?;
             fs::write(directory.join(tenant::PROCESS), process)

@@ -10,6 +10,8 @@ mod differential;
 #[cfg(test)]
 mod disks;
 #[cfg(test)]
+mod ends;
+#[cfg(test)]
 mod errors;
 #[cfg(test)]
 mod exec;

@@ -15,8 +15,9 @@ use protobuf::well_known_types::any::Any;
 use super::args::{Exec, Global};
 use super::client;
 use super::create;
+use super::creation;
 use super::signals;
-use crate::bundle;
+use crate::bundle::{self, ProcessLimits};
 use crate::containerd::task;
 use crate::state::socket_path::SocketPath;
 use crate::state::{Home, State};
@@ -46,7 +47,7 @@ pub(super) fn exec(global: &Global, exec: &Exec, preserved: Preserved) -> anyhow
     }
     let process = process(exec, &state)?;
     let terminal = process.terminal() == Some(true);
-    client::check_console(terminal, !exec.detach, exec.console_socket.as_deref())?;
+    creation::check_console(terminal, !exec.detach, exec.console_socket.as_deref())?;
     let process = serde_json::to_vec(&process)?;
     let name = name()?;
     if exec.detach {
@@ -157,6 +158,7 @@ fn process(exec: &Exec, state: &State) -> anyhow::Result<Process> {
         tracing::warn!("labels of the host mean nothing inside the machine and are left out");
     }
     process.set_apparmor_profile(None).set_selinux_label(None);
+    ProcessLimits::own().fill(&mut process);
     Ok(process)
 }
 

@@ -6,6 +6,7 @@
 pub mod args;
 pub mod client;
 mod create;
+mod creation;
 mod delete;
 mod events;
 mod exec;

@@ -41,6 +41,9 @@ pub const RESOURCES: &str = "types.containerd.io/opencontainers/runtime-spec/1/L
 /// The word among a call's metadata that has a process wait while its container is frozen.
 pub const IGNORE_PAUSED: &str = "ignore-paused";
 
+/// The word among a call's metadata that has a container be deleted whatever it does.
+pub const FORCE: &str = "force";
+
 /// The service of one pod.
 #[derive(Debug)]
 pub struct Service {
@@ -96,6 +99,8 @@ fn status(error: ContainerError) -> Error {
         | E::State(_)
         | E::Hook(_)
         | E::StandIn(_)
+        | E::Cancelled
+        | E::Thread(_)
         | E::Cgroup(_)
         | E::OomScore(..) => Code::INTERNAL,
         E::Agent(_) => Code::UNKNOWN,
@@ -158,11 +163,12 @@ impl Task for Service {
 
     async fn delete(
         &self,
-        _: &TtrpcContext,
+        context: &TtrpcContext,
         request: DeleteRequest,
     ) -> ttrpc::Result<DeleteResponse> {
         let container = self.container(&request.id, &request.exec_id)?;
-        let exit = container.delete().await.map_err(status)?;
+        let force = context.metadata.contains_key(FORCE);
+        let exit = container.delete(force).await.map_err(status)?;
         let (exit_status, exited_at) = (exit.status.into(), time(Some(exit)));
         Ok(DeleteResponse { exit_status, exited_at, ..Default::default() })
     }

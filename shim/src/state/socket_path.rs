@@ -1,9 +1,7 @@
 //! The sockets in a container's directory.
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
-
-use rustix::fs::{Mode, OFlags};
 
 use crate::state::{Home, StateError};
 
@@ -26,7 +24,7 @@ impl SocketPath {
     /// Where stand-ins attach.
     ///
     /// # Errors
-    /// When the directory is gone.
+    /// When this process has no descriptor left.
     pub fn attach(home: &Home) -> Result<Self, StateError> {
         Self::new(home, ATTACH)
     }
@@ -34,7 +32,7 @@ impl SocketPath {
     /// The Task service.
     ///
     /// # Errors
-    /// When the directory is gone.
+    /// When this process has no descriptor left.
     pub fn task(home: &Home) -> Result<Self, StateError> {
         Self::new(home, TASK)
     }
@@ -42,15 +40,14 @@ impl SocketPath {
     /// Where containers join the pod.
     ///
     /// # Errors
-    /// When the directory is gone.
+    /// When this process has no descriptor left.
     pub fn join(home: &Home) -> Result<Self, StateError> {
         Self::new(home, JOIN)
     }
 
     fn new(home: &Home, name: &str) -> Result<Self, StateError> {
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let dir = rustix::fs::open(home.dir(), flags, Mode::empty())
-            .map_err(|error| StateError::Io { path: home.dir(), source: error.into() })?;
+        let dir = home.as_fd().try_clone_to_owned();
+        let dir = dir.map_err(|source| StateError::Io { path: home.dir(), source })?;
         let number = dir.as_raw_fd();
         Ok(Self { path: format!("/proc/self/fd/{number}/{name}").into(), _dir: dir })
     }

@@ -235,17 +235,18 @@ impl Machine {
 
     /// Makes a slot a placeholder again.
     pub(crate) fn detach(&mut self, slot: u8) -> Result<(), VmError> {
-        let missing = || {
-            let source = io::Error::new(io::ErrorKind::NotFound, "slot holds no device");
-            VmError::Device { slot, source }
-        };
+        let failed = |source| VmError::Device { slot, source };
+        let missing =
+            || failed(io::Error::new(io::ErrorKind::NotFound, "the slot holds no device"));
         let mut transport = self.bus.slot(slot).ok_or_else(missing)?;
-        if transport.device_id() == Some(mem::DEVICE_ID) {
-            let source = io::Error::other("memory that was plugged cannot be taken out");
-            return Err(VmError::Device { slot, source });
+        let device_id = transport.device_id().ok_or_else(missing)?;
+        if device_id == mem::DEVICE_ID {
+            return Err(failed(io::Error::other("memory that was plugged cannot be taken out")));
         }
-        unwire(&self.vm, slot, &transport)?;
-        transport.detach().map(drop).ok_or_else(missing)
+        let unwired = unwire(&self.vm, slot, &transport);
+        self.handles.forget(device_id);
+        drop(transport.detach());
+        unwired
     }
 
     /// Plugs the cable of a network device, or unplugs it.
@@ -253,7 +254,7 @@ impl Machine {
         let failed = |source| VmError::Device { slot, source };
         let transport = self.bus.slot(slot).filter(|it| it.device_id() == Some(net::DEVICE_ID));
         let transport = transport.ok_or_else(|| {
-            failed(io::Error::new(io::ErrorKind::NotFound, "slot holds no network device"))
+            failed(io::Error::new(io::ErrorKind::NotFound, "the slot holds no network device"))
         })?;
         transport.change_config(|config| net::set_link(config, up)).map_err(failed)
     }
@@ -309,6 +310,7 @@ fn create_vcpu(vm: &VmFd, cpuid: &CpuId, index: u8) -> Result<VcpuFd, VmError> {
     Ok(vcpu)
 }
 
+/// Puts a device into a free slot; one that cannot be put there changes nothing.
 fn attach(
     vm: &VmFd,
     bus: &Bus,
@@ -317,11 +319,24 @@ fn attach(
     fds: &mut Descriptors,
 ) -> Result<(), VmError> {
     let failed = |source| VmError::Device { slot, source };
-    let device = devices::build(config, fds, handles, bus.memory()).map_err(failed)?;
     let missing = || io::Error::new(io::ErrorKind::NotFound, "no such slot");
-    let mut transport =
-        bus.slot(slot).ok_or_else(|| VmError::Device { slot, source: missing() })?;
-    transport.attach(device).map_err(|source| VmError::Device { slot, source })?;
+    let mut transport = bus.slot(slot).ok_or_else(missing).map_err(failed)?;
+    // Before the device is made, which may change what it is made of, such as a tap.
+    transport.check_free().and_then(|()| handles.check(config)).map_err(failed)?;
+    let (device, brought) = devices::build(config, fds, bus.memory()).map_err(failed)?;
+    transport.attach(device).map_err(failed)?;
+    if let Err(error) = wire(vm, slot, &transport) {
+        // Of what was not wired this fails, which is nothing to tell.
+        let _ = unwire(vm, slot, &transport);
+        drop(transport.detach());
+        return Err(error);
+    }
+    handles.add(brought);
+    Ok(())
+}
+
+/// Tells KVM of a device's interrupt, and of where the driver kicks its queues.
+fn wire(vm: &VmFd, slot: u8, transport: &Transport) -> Result<(), VmError> {
     let Some((line, kicks)) = transport.wiring() else { return Ok(()) };
     vm.register_irqfd(line.irq(), layout::slot_irq(slot)).map_err(kvm("device interrupt"))?;
     let notify = IoEventAddress::Mmio(layout::slot_address(slot).0 + QUEUE_NOTIFY);
@@ -331,11 +346,13 @@ fn attach(
     Ok(())
 }
 
+/// Undoes [`wire`], as far as it can; the first error is that of the whole.
 fn unwire(vm: &VmFd, slot: u8, transport: &Transport) -> Result<(), VmError> {
     let Some((line, kicks)) = transport.wiring() else { return Ok(()) };
     let notify = IoEventAddress::Mmio(layout::slot_address(slot).0 + QUEUE_NOTIFY);
+    let mut unwired = vm.unregister_irqfd(line.irq(), layout::slot_irq(slot));
     for (queue, kick) in (0_u32..).zip(kicks) {
-        vm.unregister_ioevent(kick, &notify, queue).map_err(kvm("device notification"))?;
+        unwired = unwired.and(vm.unregister_ioevent(kick, &notify, queue));
     }
-    vm.unregister_irqfd(line.irq(), layout::slot_irq(slot)).map_err(kvm("device interrupt"))
+    unwired.map_err(kvm("device interrupt and notifications"))
 }

@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::{IntoRawFd, OwnedFd};
 use std::sync::Arc;
 
-use kvm_bindings::CpuId;
+use kvm_bindings::{CpuId, KVM_CAP_PMU_CAPABILITY, KVM_PMU_CAP_DISABLE, kvm_enable_cap};
 use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
 use thiserror::Error;
 use vm_memory::GuestAddress;
@@ -174,7 +174,9 @@ impl Machine {
     /// Adds the next processor; the first enters the kernel.
     fn add_processor(&mut self, entry: Option<GuestAddress>) -> Result<(), VmError> {
         let index = self.vcpus.count();
-        let cpuid = cpuid::for_vcpu(&self.supported, index, self.vcpus_max);
+        let place = cpuid::Place { index, of: self.vcpus_max };
+        let cpuid = cpuid::for_vcpu(&self.supported, place)
+            .map_err(|error| host("features of a processor")(io::Error::other(error)))?;
         let vcpu = create_vcpu(&self.vm, &cpuid, index)?;
         if let Some(entry) = entry {
             registers::set_entry(&vcpu, entry).map_err(|error| VmError::Boot(error.into()))?;
@@ -299,7 +301,20 @@ fn create_vm(kvm_device: &Kvm) -> Result<VmFd, VmError> {
     let vm = kvm_device.create_vm().map_err(kvm("create machine"))?;
     vm.set_tss_address(layout::KVM_TSS).map_err(kvm("set the address of its own pages"))?;
     vm.create_irq_chip().map_err(kvm("create interrupt controllers"))?;
+    disable_counters(&vm)?;
     Ok(vm)
+}
+
+/// Takes the performance counters away before there is a processor. AMD's first four are there
+/// whatever `cpuid` says, so hiding is not enough; a KVM older than Linux 5.18 can do no more.
+fn disable_counters(vm: &VmFd) -> Result<(), VmError> {
+    let known = vm.check_extension_raw(KVM_CAP_PMU_CAPABILITY.into());
+    if u32::try_from(known).unwrap_or(0) & KVM_PMU_CAP_DISABLE == 0 {
+        return Ok(());
+    }
+    let args = [KVM_PMU_CAP_DISABLE.into(), 0, 0, 0];
+    let capability = kvm_enable_cap { cap: KVM_CAP_PMU_CAPABILITY, args, ..Default::default() };
+    vm.enable_cap(&capability).map_err(kvm("disable performance counters"))
 }
 
 /// Creates a processor of which nothing runs yet.

@@ -17,7 +17,7 @@ use crate::share::{self, Files, Place, Places, ShareError};
 use crate::spawn::{self, Jailed, Launch};
 
 /// Threads that serve requests.
-const THREADS: u8 = 4;
+const THREADS: u8 = 6;
 /// How long it may take to lock itself up.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// Descriptors that it may hold: one for each file that the guest remembers.

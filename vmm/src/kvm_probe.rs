@@ -12,7 +12,7 @@ use std::arch::x86_64::__cpuid;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, IntoRawFd};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{Kvm, VcpuExit};
@@ -112,14 +112,20 @@ fn time_loop(vm: &kvm_ioctls::VmFd) -> Result<Speed, ProbeError> {
         Ok(exit) => return Err(ProbeError::Stopped(format!("{exit:?}"))),
         Err(error) => return Err(ProbeError::Kvm("KVM_RUN", error)),
     }
-    let micros = from.elapsed().as_micros().max(1);
-    let rate = u128::from(LOOPS) * 1_000_000 / micros;
-    let loops_per_second = u64::try_from(rate).unwrap_or(u64::MAX);
-    Ok(if loops_per_second < LOOPS_PER_SECOND_MIN {
-        Speed::Emulated { loops_per_second }
-    } else {
-        Speed::Hardware
-    })
+    Ok(Speed::of_loops_in(from.elapsed()))
+}
+
+impl Speed {
+    /// Of [`LOOPS`] turns in so much time.
+    fn of_loops_in(time: Duration) -> Self {
+        let rate = u128::from(LOOPS) * 1_000_000 / time.as_micros().max(1);
+        let loops_per_second = u64::try_from(rate).unwrap_or(u64::MAX);
+        if loops_per_second < LOOPS_PER_SECOND_MIN {
+            Self::Emulated { loops_per_second }
+        } else {
+            Self::Hardware
+        }
+    }
 }
 
 #[cfg(test)]
@@ -127,12 +133,27 @@ mod tests {
     use super::*;
 
     #[test]
+    #[ignore = "needs the test host"]
     fn a_processor_that_virtualizes_is_measured_as_hardware() {
-        let Ok(kvm) = File::options().read(true).write(true).open("/dev/kvm") else { return };
-        if processor_virtualizes() {
-            assert_eq!(measure(&kvm).unwrap(), Speed::Hardware);
-        } else {
-            measure(&kvm).unwrap();
-        }
+        assert!(processor_virtualizes());
+        let kvm = File::options().read(true).write(true).open("/dev/kvm").unwrap();
+        assert_eq!(measure(&kvm).unwrap(), Speed::Hardware);
+    }
+
+    #[test]
+    fn what_is_not_kvm_is_an_error() {
+        let other = File::options().read(true).write(true).open("/dev/null").unwrap();
+        assert!(matches!(measure(&other), Err(ProbeError::Kvm("KVM_CREATE_VM", _))));
+    }
+
+    #[test]
+    fn the_rate_tells_hardware_from_emulation() {
+        let speed = |micros| Speed::of_loops_in(Duration::from_micros(micros));
+        // 20,000 turns.
+        assert_eq!(speed(100), Speed::Hardware);
+        assert_eq!(speed(0), Speed::Hardware, "faster than the clock ticks");
+        assert_eq!(speed(2_000), Speed::Hardware);
+        assert_eq!(speed(2_001), Speed::Emulated { loops_per_second: 9_995_002 });
+        assert_eq!(speed(30_000), Speed::Emulated { loops_per_second: 666_666 });
     }
 }

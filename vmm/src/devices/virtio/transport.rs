@@ -228,7 +228,9 @@ impl Transport {
             }
             return;
         }
-        // §4.2.2.2: registers are read as 32 bits at their own offset only.
+        // §4.2.2.2: registers are read as 32 bits at their own offset only; what is read otherwise is
+        // nothing, and not what the buffer had in it before.
+        data.fill(0);
         let Ok(register) = <&mut [u8; 4]>::try_from(data) else { return };
         let value = match (offset, &self.attached) {
             (0x000, _) => MAGIC,

@@ -26,6 +26,8 @@ pub const LOOPS_PER_SECOND_MIN: u64 = 10_000_000;
 /// Long enough to outweigh entering the guest (some microseconds), short enough to end within
 /// 50 ms where it is emulated.
 const LOOPS: u16 = 20_000;
+/// Whoever takes the processor away meanwhile makes it look slow, so the best of so many counts.
+const ATTEMPTS: u32 = 5;
 /// Where the loop lies.
 const CODE: u64 = 0x1000;
 /// `mov cx, LOOPS; loop $; hlt` in 16-bit code.
@@ -68,7 +70,7 @@ pub fn processor_virtualizes() -> bool {
     vmx || extended && __cpuid(0x8000_0001).ecx & (1 << 2) != 0
 }
 
-/// Times the loop; `kvm` is `/dev/kvm`.
+/// Times the loop, a few times where it is slow; `kvm` is `/dev/kvm`.
 ///
 /// # Errors
 /// When KVM cannot run it.
@@ -105,14 +107,20 @@ fn time_loop(vm: &kvm_ioctls::VmFd) -> Result<Speed, ProbeError> {
     vcpu.set_sregs(&sregs).map_err(|error| ProbeError::Kvm("KVM_SET_SREGS", error))?;
     let mut regs = vcpu.get_regs().map_err(|error| ProbeError::Kvm("KVM_GET_REGS", error))?;
     (regs.rip, regs.rflags) = (CODE, 2);
-    vcpu.set_regs(&regs).map_err(|error| ProbeError::Kvm("KVM_SET_REGS", error))?;
-    let from = Instant::now();
-    match vcpu.run() {
-        Ok(VcpuExit::Hlt) => {}
-        Ok(exit) => return Err(ProbeError::Stopped(format!("{exit:?}"))),
-        Err(error) => return Err(ProbeError::Kvm("KVM_RUN", error)),
+    let mut best = Duration::MAX;
+    for _ in 0..ATTEMPTS {
+        vcpu.set_regs(&regs).map_err(|error| ProbeError::Kvm("KVM_SET_REGS", error))?;
+        let from = Instant::now();
+        match vcpu.run() {
+            Ok(VcpuExit::Hlt) => best = best.min(from.elapsed()),
+            Ok(exit) => return Err(ProbeError::Stopped(format!("{exit:?}"))),
+            Err(error) => return Err(ProbeError::Kvm("KVM_RUN", error)),
+        }
+        if Speed::of_loops_in(best) == Speed::Hardware {
+            break;
+        }
     }
-    Ok(Speed::of_loops_in(from.elapsed()))
+    Ok(Speed::of_loops_in(best))
 }
 
 impl Speed {

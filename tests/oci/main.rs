@@ -20,6 +20,8 @@ mod features;
 #[cfg(test)]
 mod files;
 #[cfg(test)]
+mod frozen;
+#[cfg(test)]
 mod growth;
 #[cfg(test)]
 mod hooks;

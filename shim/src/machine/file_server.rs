@@ -18,7 +18,7 @@ use crate::machine::spawn::{self, Jailed, Launch};
 use crate::state::process::Process;
 
 /// Threads that serve requests.
-const THREADS: u8 = 4;
+const THREADS: u8 = 6;
 /// How long it may take to lock itself up.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// Descriptors that it may hold: one for each file that the guest remembers.

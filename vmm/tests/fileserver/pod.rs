@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::thread;
 
 use bulkhead_vmm::config::JailConfig;
-use bulkhead_vmm::fileserver::config::{FsAnswer, FsConfig, VERSION};
+use bulkhead_vmm::fileserver::config::{FsAnswer, FsConfig, THREADS_MIN, VERSION};
 use bulkhead_vmm::seqpacket;
 use rustix::fs::{CWD, Gid, Mode, Uid, mkdirat};
 use rustix::mount::{
@@ -33,7 +33,7 @@ use tempfile::TempDir;
 
 /// Who the file server becomes.
 pub(crate) const JAIL: JailConfig = JailConfig { uid: 71_001, gid: 71_002 };
-pub(crate) const THREADS: u8 = 2;
+pub(crate) const THREADS: u8 = THREADS_MIN;
 const PACKET_BYTES: usize = 1 << 20;
 const SOCKET_BYTES: usize = 4 << 20;
 

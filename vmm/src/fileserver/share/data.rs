@@ -45,7 +45,7 @@ impl Share {
         &self,
         request: &Request,
         body: &mut Body<'_>,
-        reply: &mut Reply,
+        reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
         let (flags, open_flags) = (body.u32()?, body.u32()?);
         let inode = self.inodes.get(request.node)?;
@@ -67,7 +67,7 @@ impl Share {
         &self,
         request: &Request,
         body: &mut Body<'_>,
-        reply: &mut Reply,
+        reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
         let (flags, mode, umask, open_flags) = (body.u32()?, body.u32()?, body.u32()?, body.u32()?);
         let name = body.name()?;
@@ -95,7 +95,7 @@ impl Share {
         path: OwnedFd,
         (flags, strip): (OFlags, bool),
         (slot, open_slot): (Slot, Slot),
-        reply: &mut Reply,
+        reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
         let (inode, _) = self.inodes.remember(path, Some(slot))?;
         let open = || {
@@ -117,7 +117,7 @@ impl Share {
         &self,
         request: &Request,
         body: &mut Body<'_>,
-        reply: &mut Reply,
+        reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
         let (flags, mode, umask) = (body.u32()?, body.u32()?, body.u32()?);
         let directory = self.inodes.get(request.node)?;
@@ -137,7 +137,7 @@ impl Share {
         &self,
         file: OwnedFd,
         (slot, open_slot): (Slot, Slot),
-        reply: &mut Reply,
+        reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
         // From the file itself: its name may be another's by now.
         let path = self.reopen(&file, OFlags::PATH)?;
@@ -147,7 +147,7 @@ impl Share {
     }
 
     /// Writes `struct fuse_open_out`.
-    fn put_open(&self, node: u64, file: Kept, flags: u32, reply: &mut Reply) {
+    fn put_open(&self, node: u64, file: Kept, flags: u32, reply: &mut Reply<'_>) {
         reply.put_u64s([self.handles.insert(node, file)]);
         reply.put_u32s([flags, 0]);
     }
@@ -176,7 +176,7 @@ impl Share {
         &self,
         request: &Request,
         body: &mut Body<'_>,
-        reply: &mut Reply,
+        reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
         let (handle, offset, size) = (body.u64()?, body.u64()?, body.u32()?);
         let handle = self.handles.get(handle, request.node)?;
@@ -190,7 +190,7 @@ impl Share {
         &self,
         request: &Request,
         body: &mut Body<'_>,
-        reply: &mut Reply,
+        reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
         let (handle, offset) = (body.u64()?, body.u64()?);
         let (size, write_flags, _owner) = (body.u32()?, body.u32()?, body.u64()?);
@@ -215,7 +215,7 @@ impl Share {
         &self,
         request: &Request,
         body: &mut Body<'_>,
-        reply: &mut Reply,
+        reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
         const DATA: u32 = 3;
         const HOLE: u32 = 4;
@@ -241,7 +241,7 @@ impl Share {
         &self,
         request: &Request,
         body: &mut Body<'_>,
-        reply: &mut Reply,
+        reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
         let (from, mut from_offset) = (body.u64()?, body.u64()?);
         let (node, to, mut to_offset) = (body.u64()?, body.u64()?, body.u64()?);

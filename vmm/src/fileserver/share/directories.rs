@@ -24,7 +24,11 @@ const ENTRY: usize = 128;
 const ENTRY_HEADER: usize = 24;
 
 impl Share {
-    pub(super) fn open_directory(&self, request: &Request, reply: &mut Reply) -> Result<(), Errno> {
+    pub(super) fn open_directory(
+        &self,
+        request: &Request,
+        reply: &mut Reply<'_>,
+    ) -> Result<(), Errno> {
         let inode = self.inodes.get(request.node)?;
         if inode.kind != FileType::Directory {
             return Err(Errno::NOTDIR);
@@ -40,7 +44,7 @@ impl Share {
         &self,
         request: &Request,
         body: &mut Body<'_>,
-        reply: &mut Reply,
+        reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
         let directory = self.inodes.get(request.node)?;
         let device = device(&directory.stat()?);
@@ -55,7 +59,7 @@ impl Share {
         &self,
         request: &Request,
         body: &mut Body<'_>,
-        reply: &mut Reply,
+        reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
         let directory = self.inodes.get(request.node)?;
         let device = device(&directory.stat()?);
@@ -76,7 +80,7 @@ impl Share {
         &self,
         directory: &Inode,
         entry: &RawDirEntry<'_>,
-        reply: &mut Reply,
+        reply: &mut Reply<'_>,
     ) -> Result<u64, Errno> {
         if matches!(entry.file_name().to_bytes(), b"." | b"..") {
             return Err(Errno::INVAL);
@@ -92,8 +96,8 @@ impl Share {
         &self,
         request: &Request,
         body: &mut Body<'_>,
-        reply: &mut Reply,
-        mut put: impl FnMut(&RawDirEntry<'_>, &mut Reply),
+        reply: &mut Reply<'_>,
+        mut put: impl FnMut(&RawDirEntry<'_>, &mut Reply<'_>),
     ) -> Result<(), Errno> {
         let (handle, offset, size) = (body.u64()?, body.u64()?, body.u32()? as usize);
         let handle = self.handles.get(handle, request.node)?;
@@ -125,7 +129,7 @@ impl Share {
 }
 
 /// Writes `struct fuse_dirent`.
-fn put_entry(entry: &RawDirEntry<'_>, number: u64, reply: &mut Reply) {
+fn put_entry(entry: &RawDirEntry<'_>, number: u64, reply: &mut Reply<'_>) {
     let name = entry.file_name().to_bytes();
     reply.put_u64s([number, entry.next_entry_cookie()]);
     // The kernel's names are far below 4 GiB.

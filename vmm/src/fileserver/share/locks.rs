@@ -238,7 +238,7 @@ impl Share {
         &self,
         request: &Request,
         body: &mut Body<'_>,
-        reply: &mut Reply,
+        reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
         let wanted = LockRequest::read(body)?;
         let handle = self.handles.get(wanted.handle, request.node)?;

@@ -78,7 +78,12 @@ impl Share {
     }
 
     /// Does what a request asks.
-    pub(super) fn handle(&self, request: &Request, message: &[u8], reply: &mut Reply) -> Outcome {
+    pub(super) fn handle(
+        &self,
+        request: &Request,
+        message: &[u8],
+        reply: &mut Reply<'_>,
+    ) -> Outcome {
         let mut body = Body::of(message);
         match request.opcode {
             opcode::FORGET => self.forget(request, &mut body),
@@ -93,7 +98,7 @@ impl Share {
         &self,
         request: &Request,
         body: &mut Body<'_>,
-        reply: &mut Reply,
+        reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
         match request.opcode {
             opcode::INIT => self.init(body, reply),
@@ -140,7 +145,7 @@ impl Share {
     }
 
     /// Negotiates, `struct fuse_init_in` and `fuse_init_out`.
-    fn init(&self, body: &mut Body<'_>, reply: &mut Reply) -> Result<(), Errno> {
+    fn init(&self, body: &mut Body<'_>, reply: &mut Reply<'_>) -> Result<(), Errno> {
         let (major, minor, readahead, low) = (body.u32()?, body.u32()?, body.u32()?, body.u32()?);
         if major != 7 || minor < MINOR_MIN {
             return Err(Errno::PROTO);
@@ -191,14 +196,14 @@ impl Share {
         &self,
         path: OwnedFd,
         slot: Option<Slot>,
-        reply: &mut Reply,
+        reply: &mut Reply<'_>,
     ) -> Result<Arc<Inode>, Errno> {
         let (inode, attributes) = self.inodes.remember(path, slot)?;
         self.put_known_entry(inode.node, &attributes, reply);
         Ok(inode)
     }
 
-    fn put_known_entry(&self, node: u64, attributes: &Statx, reply: &mut Reply) {
+    fn put_known_entry(&self, node: u64, attributes: &Statx, reply: &mut Reply<'_>) {
         // Node, generation, seconds and nanoseconds that name and attributes are valid.
         reply.put_u64s([node, 0, VALID_SECONDS, VALID_SECONDS]);
         reply.put_u32s([0, 0]);

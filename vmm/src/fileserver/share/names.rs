@@ -18,7 +18,7 @@ impl Share {
         &self,
         request: &Request,
         body: &mut Body<'_>,
-        reply: &mut Reply,
+        reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
         let directory = self.inodes.get(request.node)?;
         let path = open_name(&directory, body.name()?).map_err(|error| match error {
@@ -36,7 +36,7 @@ impl Share {
         &self,
         request: &Request,
         body: &mut Body<'_>,
-        reply: &mut Reply,
+        reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
         let (mode, umask, name) = (body.u32()?, body.u32()?, body.name()?);
         let directory = self.inodes.get(request.node)?;
@@ -50,7 +50,7 @@ impl Share {
         &self,
         request: &Request,
         body: &mut Body<'_>,
-        reply: &mut Reply,
+        reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
         let (mode, device, umask, _padding) = (body.u32()?, body.u32()?, body.u32()?, body.u32()?);
         let name = body.name()?;
@@ -67,7 +67,7 @@ impl Share {
         &self,
         request: &Request,
         body: &mut Body<'_>,
-        reply: &mut Reply,
+        reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
         let (name, target) = (body.name()?, body.string()?);
         let directory = self.inodes.get(request.node)?;
@@ -77,7 +77,7 @@ impl Share {
         Ok(())
     }
 
-    pub(super) fn read_link(&self, request: &Request, reply: &mut Reply) -> Result<(), Errno> {
+    pub(super) fn read_link(&self, request: &Request, reply: &mut Reply<'_>) -> Result<(), Errno> {
         let inode = self.inodes.get(request.node)?;
         if inode.kind != FileType::Symlink {
             return Err(Errno::INVAL);
@@ -90,7 +90,7 @@ impl Share {
         &self,
         request: &Request,
         body: &mut Body<'_>,
-        reply: &mut Reply,
+        reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
         let (node, name) = (body.u64()?, body.name()?);
         let inode = self.inodes.get(node)?;

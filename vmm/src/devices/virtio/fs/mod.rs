@@ -63,16 +63,14 @@ impl Fs {
             taken += 1;
             let head = chain.head;
             match self.relay.forward(memory, chain, index)? {
-                Forwarded::Sent => {}
+                Forwarded::Kept => {}
                 Forwarded::Done(written) => {
                     queue.complete(memory, head, written)?;
                     done = true;
                 }
                 Forwarded::Full => {
                     queue.unpop();
-                    self.full = true;
-                    let both = EventSet::IN | EventSet::OUT;
-                    context.sources.modify(self.relay.server(), SERVER, both)?;
+                    self.wait_for_room(context.sources)?;
                 }
             }
         }
@@ -82,12 +80,27 @@ impl Fs {
         Ok(())
     }
 
-    /// Takes what every queue holds, now that the socket may have room.
-    fn take_all(&mut self, context: &mut Context<'_>) -> Result<(), ServeError> {
+    /// Nothing is sent before the socket takes something again.
+    fn wait_for_room(&mut self, sources: &Sources) -> io::Result<()> {
+        self.full = true;
+        sources.modify(self.relay.server(), SERVER, EventSet::IN | EventSet::OUT)
+    }
+
+    /// Sends what waits: what was held back first, then what a full socket left in the queues.
+    fn send_on(&mut self, context: &mut Context<'_>) -> Result<(), ServeError> {
+        let was_full = std::mem::take(&mut self.full);
         if !self.relay.is_gone() {
-            context.sources.modify(self.relay.server(), SERVER, EventSet::IN)?;
+            if was_full {
+                context.sources.modify(self.relay.server(), SERVER, EventSet::IN)?;
+            }
+            let (done, full) = self.relay.resume(context.memory)?;
+            complete(&done, context)?;
+            if full {
+                self.wait_for_room(context.sources)?;
+            }
         }
-        (0..context.queues.len()).try_for_each(|index| self.take(index, context))
+        let queues = if was_full { context.queues.len() } else { 0 };
+        (0..queues).try_for_each(|index| self.take(index, context))
     }
 
     /// Gives back what the file server answered.
@@ -147,9 +160,7 @@ impl Serve for Fs {
             Ready::Queue(index) => self.take(index, context)?,
             Ready::Source(_) => {
                 self.give_back(context)?;
-                if std::mem::take(&mut self.full) {
-                    self.take_all(context)?;
-                }
+                self.send_on(context)?;
             }
         }
         // Sending may have found that it has ended, as well as receiving.

@@ -10,6 +10,7 @@ use super::*;
 use crate::fileserver::wire::{ReplyHeader, opcode, put_u64, u32_at, u64_at};
 use crate::seqpacket;
 
+mod classes;
 mod hostile;
 
 const READ: u32 = opcode::READ;
@@ -145,7 +146,7 @@ fn a_full_socket_holds_requests_back_and_loses_none() {
     let mut fs = Fs::new(device);
     fs.start(0, &driver.sources).unwrap();
     for unique in 0..100 {
-        let message = request(READ, unique, &[0; 500]);
+        let message = request(opcode::LOOKUP, unique, &[0; 500]);
         driver.add(1, &[Part::Out(&message), Part::In(16)]);
     }
     driver.call(&mut fs, Ready::Queue(1)).unwrap();

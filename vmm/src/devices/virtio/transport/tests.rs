@@ -397,7 +397,7 @@ fn registers_have_32_bits_and_their_own_offset() {
     assert_eq!(machine.read(STATUS), 0);
     let mut byte = [7];
     machine.transport.read(STATUS, &mut byte);
-    assert_eq!(byte, [7]);
+    assert_eq!(byte, [0], "nothing of what was there before");
 }
 
 #[test]

@@ -120,7 +120,7 @@ fn replies_to_what_the_driver_forgot_are_dropped_and_no_others() {
     let mut driver = Driver::new(&memory, QUEUE_SIZES);
     let (mut fs, server) = pair();
     fs.start(0, &driver.sources).unwrap();
-    let message = request(READ, 8, b"");
+    let message = request(opcode::LOOKUP, 8, b"");
     let ask = |driver: &mut Driver<'_>, fs: &mut Fs| {
         let made = driver.add(1, &[Part::Out(&message), Part::In(64)]);
         driver.call(fs, Ready::Queue(1)).unwrap();
@@ -148,7 +148,7 @@ fn a_flood_of_replies_to_nothing_does_not_keep_the_worker() {
     fs.start(0, &driver.sources).unwrap();
     // A driver that resets the device again and again, each time with a request in flight.
     for _ in 0..3 * BATCH {
-        driver.add(1, &[Part::Out(&request(READ, 8, b"")), Part::In(64)]);
+        driver.add(1, &[Part::Out(&request(opcode::LOOKUP, 8, b"")), Part::In(64)]);
         driver.call(&mut fs, Ready::Queue(1)).unwrap();
         received(&server).unwrap();
         fs.stop(&driver.sources);
@@ -174,7 +174,7 @@ fn a_file_server_that_listens_no_more_fails_what_it_was_asked() {
     let mut fs = Fs::new(device);
     fs.start(0, &driver.sources).unwrap();
     for unique in 0..100 {
-        let message = request(READ, unique, &[0; 500]);
+        let message = request(opcode::LOOKUP, unique, &[0; 500]);
         driver.add(1, &[Part::Out(&message), Part::In(16)]);
     }
     driver.call(&mut fs, Ready::Queue(1)).unwrap();

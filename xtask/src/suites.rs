@@ -138,7 +138,8 @@ fn selected(suite: &str, metadata: &Value) -> Result<Vec<String>> {
         .filter(|name| *name != SUITES)
         .collect();
     let arguments: &[&str] = if suites.contains(&suite) {
-        &["-p", SUITES, "--test", suite]
+        // Of the whole workspace, whose features are then the same as when everything is built.
+        &["--workspace", "--test", suite]
     } else if names.contains(&suite) {
         &["-p", suite]
     } else {
@@ -320,7 +321,7 @@ mod tests {
     #[test]
     fn a_suite_is_built_alone_and_so_is_a_package() {
         let suite = selected("oci", &metadata()).unwrap();
-        assert_eq!(suite, ["-p", SUITES, "--test", "oci"]);
+        assert_eq!(suite, ["--workspace", "--test", "oci"]);
         assert_eq!(selected("bulkhead-vmm", &metadata()).unwrap(), ["-p", "bulkhead-vmm"]);
     }
 

@@ -20,10 +20,10 @@ pub(crate) fn program() -> Result<PathBuf> {
     Ok(host.context("cargo built no test-host")?.executable)
 }
 
-/// The built `test-host`, whose kernel is there too.
-pub(crate) fn prepare() -> Result<PathBuf> {
+/// The built `test-host`, whose kernel is there too, the one that these options choose.
+pub(crate) fn prepare(options: &[&str]) -> Result<PathBuf> {
     let host = program()?;
-    cargo::succeed(Command::new(&host).arg("--build-only"))?;
+    cargo::succeed(Command::new(&host).args(options).arg("--build-only"))?;
     Ok(host)
 }
 

@@ -93,7 +93,7 @@ impl Host<'_> {
         if self.wanted.needs_debian() {
             self.clock.step("Debian image", debian_image::build)?;
         }
-        let built = self.clock.step("test host", host::prepare)?;
+        let built = self.clock.step("test host", || host::prepare(&[]))?;
         Ok(program.insert(built).clone())
     }
 }

@@ -12,6 +12,7 @@ mod libtest;
 mod packages;
 mod report;
 mod suites;
+mod test;
 mod tidy;
 
 use std::env;
@@ -37,9 +38,9 @@ const USAGE: &str = "usage: cargo xtask VERB
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = env::args().skip(1).collect();
-    let mut clock = Clock::new();
+    let clock = Clock::new();
     let result = match arguments.split_first() {
-        Some((verb, rest)) => run(verb, rest, &mut clock),
+        Some((verb, rest)) => run(verb, rest, &clock),
         None => usage(),
     };
     clock.report();
@@ -49,11 +50,11 @@ fn main() -> ExitCode {
     })
 }
 
-fn run(verb: &str, rest: &[String], clock: &mut Clock) -> Result<ExitCode> {
+fn run(verb: &str, rest: &[String], clock: &Clock) -> Result<ExitCode> {
     match verb {
         "demo" => demo::run(clock),
         demo::INSIDE => demo::inside(),
-        "test" => suites::run(rest, clock),
+        "test" => test::run(rest, clock),
         "check" => check::run(rest, clock),
         "fuzz" => fuzz::run(rest, clock),
         "bench" => host::bench(rest, clock),

@@ -4,7 +4,7 @@
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -42,24 +42,19 @@ fn detached(runtime: &Runtime, bundle: &Bundle) -> Command {
     command
 }
 
-fn ends(child: &mut Child, patience: Duration) -> Option<i32> {
-    let mut code = None;
-    comes_true(patience, || {
-        code = child.try_wait().unwrap().map(|status| status.code().unwrap_or(-1));
-        code.is_some()
-    });
-    code
-}
-
 #[test]
-fn a_process_ends_while_others_write_to_its_streams() {
+fn a_detached_process_ends_while_others_write_to_its_streams() {
     each(|runtime| {
-        let _bundle = sleeping(runtime);
-        let script = "echo before; (read go < /tmp/go; echo after) & exit 3";
+        let bundle = sleeping(runtime);
+        let file = bundle.path().join("pid");
+        let script = "echo before; (read go < /tmp/go; echo after) &";
         runtime.ok(&["exec", "c", "mkfifo", "/tmp/go"]).unwrap();
         let (mut reader, writer) = io::pipe().unwrap();
-        let mut child = exec(runtime, &[], script).stdout(writer).spawn().unwrap();
-        assert_eq!(ends(&mut child, SOON), Some(3));
+        let mut command = exec(runtime, &["-d", "--pid-file", file.to_str().unwrap()], script);
+        finish(command.stdout(writer).spawn().unwrap()).unwrap();
+        drop(command);
+        let pid = fs::read_to_string(&file).unwrap();
+        assert!(comes_true(SOON, || !is_running(pid.trim())), "{pid} still runs");
         let mut first = [0; 7];
         reader.read_exact(&mut first).unwrap();
         assert_eq!(&first, b"before\n");
@@ -73,17 +68,29 @@ fn a_process_ends_while_others_write_to_its_streams() {
 }
 
 #[test]
-fn all_that_a_process_wrote_is_there_when_it_has_ended() {
+fn a_process_in_the_foreground_waits_for_others_that_hold_its_streams() {
+    each(|runtime| {
+        let _bundle = sleeping(runtime);
+        let output =
+            runtime.call(&["exec", "c", "sh", "-c", "(sleep 2; echo late) & exit 3"]).unwrap();
+        assert_eq!(told(&output), (Some(3), "late\n".to_owned(), String::new()));
+        runtime.ok(&["delete", "--force", "c"]).unwrap();
+        runtime.assert_clean().unwrap();
+    });
+}
+
+#[test]
+fn all_that_a_detached_process_wrote_is_there_when_it_has_ended() {
     each(|runtime| {
         let bundle = sleeping(runtime);
-        let path = bundle.path().join("output");
+        let [file, output, errors] = ["pid", "output", "errors"].map(|it| bundle.path().join(it));
         let script = "head -c 5000000 /dev/zero; head -c 3 /dev/zero >&2; sleep 1000 &";
-        let mut command = exec(runtime, &[], script);
-        let errors = bundle.path().join("errors");
-        command.stdout(File::create(&path).unwrap()).stderr(File::create(&errors).unwrap());
-        let mut child = command.spawn().unwrap();
-        assert_eq!(ends(&mut child, SOON * 3), Some(0));
-        assert_eq!(fs::metadata(&path).unwrap().len(), 5_000_000);
+        let mut command = exec(runtime, &["-d", "--pid-file", file.to_str().unwrap()], script);
+        command.stdout(File::create(&output).unwrap()).stderr(File::create(&errors).unwrap());
+        finish(command.spawn().unwrap()).unwrap();
+        let pid = fs::read_to_string(&file).unwrap();
+        assert!(comes_true(SOON * 3, || !is_running(pid.trim())), "{pid} still runs");
+        assert_eq!(fs::metadata(&output).unwrap().len(), 5_000_000);
         assert_eq!(fs::metadata(&errors).unwrap().len(), 3);
         runtime.ok(&["delete", "--force", "c"]).unwrap();
         runtime.assert_clean().unwrap();

@@ -4,9 +4,9 @@
 //! Deliberately without a runtime: it lives as long as the container and should cost next to
 //! nothing. Each stream is copied by a thread of its own ([`super::copy`]).
 //!
-//! It ends when the process has ended and what that wrote was passed on. It does not wait for others who
-//! have the same streams, nor for long for a reader that stands still: [`super::linger`] goes on for
-//! both.
+//! One that stays behind ends when the process has ended and what that wrote was passed on. It does not
+//! wait for others who have the same streams, nor for long for a reader that stands still:
+//! [`super::linger`] goes on for both. One in the foreground waits until its streams end, as runc does.
 
 use std::fs::File;
 use std::io::{self, ErrorKind};
@@ -32,6 +32,8 @@ use super::{linger, own_text};
 const QUIET: Duration = Duration::from_secs(1);
 /// How long what the process wrote may take to be read, all together, before its end is told.
 const LONGEST: Duration = Duration::from_secs(10);
+/// As long as a stream takes to end: a century.
+const FOREVER: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
 /// How long the end of a stream may take that nobody else holds.
 const END: Duration = Duration::from_millis(100);
 /// How long the rest may take to come out of a machine.
@@ -199,7 +201,12 @@ impl Relay {
                 }
                 ToStandIn::Exited { status, reason, written } => {
                     if let Some(streams) = streams {
-                        streams.finish(written, &self.null)?;
+                        let written = if self.detached { written } else { None };
+                        let (quiet, longest) = match self.detached {
+                            true => (QUIET, LONGEST),
+                            false => (FOREVER, FOREVER),
+                        };
+                        streams.finish(written, (quiet, longest), &self.null)?;
                     }
                     return Ok(Ended { status, reason });
                 }
@@ -260,15 +267,20 @@ impl Relay {
 
 impl Streams {
     /// Waits until what the process wrote has been passed on, and leaves the rest to another process.
-    fn finish(self, written: Option<Written>, null: &OwnedFd) -> io::Result<()> {
+    fn finish(
+        self,
+        written: Option<Written>,
+        (quiet, longest): (Duration, Duration),
+        null: &OwnedFd,
+    ) -> io::Result<()> {
         let Self { input, copies, outputs } = self;
         let Outputs { stdout, stderr, terminal } = outputs;
-        // Without a number the stream ends by itself: the machine is gone, or the terminal hung up.
+        // Without a number the end of the stream is waited for.
         let bytes = |of: fn(Written) -> u64| written.map_or(u64::MAX, of);
         let wanted = [(stdout, bytes(|it| it.stdout)), (stderr, bytes(|it| it.stderr))];
         let wanted = wanted.into_iter().chain([(terminal, u64::MAX)]);
         let wanted: Vec<_> = wanted.filter_map(|(copy, bytes)| Some((copy?, bytes))).collect();
-        copies.wait(&wanted, QUIET, LONGEST);
+        copies.wait(&wanted, quiet, longest);
         copies.wait(&copies.outputs(), END, END);
         // What a process that has ended did not read is the caller's no more, and nobody else's.
         drop(input.halt()?);

@@ -1,9 +1,10 @@
 //! The wall: a container has a kernel of its own and sees no other pod.
 
 use std::fs;
+use std::process::{Command, Stdio};
 
 use bulkhead_tests::bundle::Bundle;
-use bulkhead_tests::runtime::{Runtime, finish};
+use bulkhead_tests::runtime::{Runtime, expect_output, finish};
 
 fn output(runtime: &Runtime, id: &str, script: &str) -> String {
     let output = runtime.run(id, &Bundle::script(script).unwrap()).unwrap();
@@ -43,5 +44,44 @@ fn no_mount_of_a_running_container_is_in_the_host_s_namespace() {
     let during = fs::read_to_string("/proc/self/mountinfo").unwrap();
     assert_eq!(before.lines().count(), during.lines().count(), "{during}");
     runtime.ok(&["delete", "--force", "mounts"]).unwrap();
+    runtime.assert_clean().unwrap();
+}
+
+/// The number that Docker tells of a container, or a pid file, is that of a process of the host.
+#[test]
+fn whoever_enters_the_namespaces_of_a_stand_in_finds_nothing() {
+    let runtime = Runtime::new().unwrap();
+    let bundle = Bundle::new(&["/bin/sleep", "1000"]).unwrap();
+    runtime.create("behind", &bundle).unwrap();
+    runtime.ok(&["start", "behind"]).unwrap();
+    let file = bundle.path().join("pid");
+    let options = ["exec", "-d", "--pid-file", file.to_str().unwrap(), "behind", "sleep", "1000"];
+    runtime.ok(&options).unwrap();
+    let other = Bundle::script("echo up; exec sleep 1000").unwrap();
+    let mut run = runtime.spawn_run("front", &other).unwrap();
+    expect_output(&mut run, "up\n").unwrap();
+    let mut exec = runtime.command(&["exec", "front", "sh", "-c", "echo up; exec sleep 1000"]);
+    let mut exec = exec.stdout(Stdio::piped()).spawn().unwrap();
+    expect_output(&mut exec, "up\n").unwrap();
+    let number = |id: &str| runtime.state(id).unwrap()["pid"].to_string();
+    let further = fs::read_to_string(&file).unwrap();
+    for pid in [number("behind"), further, number("front"), exec.id().to_string()] {
+        let root = fs::read_dir(format!("/proc/{pid}/root")).unwrap();
+        assert_eq!(root.count(), 0, "{pid} shows files of the host");
+        for kind in ["mnt", "ipc", "uts"] {
+            let namespace = |pid: &str| fs::read_link(format!("/proc/{pid}/ns/{kind}")).unwrap();
+            assert_ne!(namespace(&pid), namespace("self"), "{kind} of {pid}");
+        }
+        let entered =
+            Command::new("nsenter").args(["--mount", "--target", &pid, "/bin/true"]).output();
+        assert!(!entered.unwrap().status.success(), "a program of the host runs in {pid}");
+        let written = fs::write(format!("/proc/{pid}/root/file"), "");
+        assert!(written.is_err(), "a file was left in {pid}");
+    }
+    for id in ["behind", "front"] {
+        runtime.ok(&["delete", "--force", id]).unwrap();
+    }
+    finish(run).unwrap();
+    finish(exec).unwrap();
     runtime.assert_clean().unwrap();
 }

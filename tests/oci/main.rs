@@ -10,6 +10,8 @@ mod differential;
 #[cfg(test)]
 mod disks;
 #[cfg(test)]
+mod disrepair;
+#[cfg(test)]
 mod ends;
 #[cfg(test)]
 mod errors;

@@ -63,6 +63,18 @@ pub fn enter(identity: JailConfig) -> Result<(), JailError> {
     seal()
 }
 
+/// Takes the calling thread, and those that it starts later, away from the host's files, IPC and names:
+/// for a process that needs its rights and its network, but nothing that has a path. If it is the main
+/// thread, whoever enters the namespaces of the process finds an empty read-only root.
+///
+/// # Errors
+/// Names the step that failed.
+pub fn hide() -> Result<(), JailError> {
+    unshare(UnshareFlags::NEWNS | UnshareFlags::NEWIPC | UnshareFlags::NEWUTS)?;
+    privatize_mounts()?;
+    enter_empty_root()
+}
+
 /// Own mount, network, IPC, UTS and cgroup namespaces.
 pub(crate) fn unshare_all() -> Result<(), JailError> {
     let flags = UnshareFlags::NEWNS
@@ -71,6 +83,10 @@ pub(crate) fn unshare_all() -> Result<(), JailError> {
         | UnshareFlags::NEWUTS
         | UnshareFlags::NEWCGROUP;
     unshare(flags)?;
+    privatize_mounts()
+}
+
+fn privatize_mounts() -> Result<(), JailError> {
     let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
     step("private mounts", mount_change("/", private))
 }
@@ -78,7 +94,8 @@ pub(crate) fn unshare_all() -> Result<(), JailError> {
 // UNSAFETY: unsharing is unsafe in rustix because other threads may rely on what is shared.
 #[expect(unsafe_code, reason = "unshare(2)")]
 fn unshare(flags: UnshareFlags) -> Result<(), JailError> {
-    // SAFETY: the process has one thread when it enters its jail, and CLONE_FILES is not asked for.
+    // SAFETY: CLONE_FILES is not asked for, so that descriptors stay shared by all threads; other threads
+    // keep the root and the namespaces that they have.
     step("namespaces", unsafe { rustix::thread::unshare_unsafe(flags) })
 }
 

@@ -58,7 +58,9 @@ pub(super) fn exec(global: &Global, exec: &Exec, preserved: Preserved) -> anyhow
     let (mut relay, belongings) = (None, Belongings { terminal, preserved });
     let up = async {
         let client = prepare(&home, &name, process, exec.ignore_paused).await?;
-        relay = Some(Relay::attach(SocketPath::attach(&home)?.path(), &name, false, belongings)?);
+        let connected = Relay::connect(SocketPath::attach(&home)?.path(), false, belongings)?;
+        connected.attach(&name)?;
+        relay = Some(connected);
         if let Some(path) = &exec.pid_file {
             client::write_pid_file(path, std::process::id())?;
         }
@@ -74,7 +76,10 @@ pub(super) fn exec(global: &Global, exec: &Exec, preserved: Preserved) -> anyhow
         // When its stand-in goes away, the process is killed.
         return Ok(ExitCode::from(128 + u8::try_from(signal).unwrap_or(0)));
     }
-    let ended = relay.context("no stand-in")?.serve(&signals)?;
+    let relay = relay.context("no stand-in")?;
+    // This process is what the pid file names.
+    relay.hide().context("empty root")?;
+    let ended = relay.serve(&signals)?;
     if let Some(reason) = ended.reason {
         tracing::warn!(reason, "the process was killed");
     }

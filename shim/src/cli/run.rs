@@ -3,16 +3,20 @@
 
 use std::io::Write;
 use std::process::ExitCode;
+use std::sync::mpsc;
+use std::thread;
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 
 use super::args::{Global, Run};
 use super::client::{self, GOODBYE};
 use super::creation::Creation;
 use super::{create, signals};
+use crate::network::namespace::Network;
+use crate::state::Home;
 use crate::state::socket_path::SocketPath;
 use crate::streams::preserved::Preserved;
-use crate::streams::relay::{Belongings, Relay, Signals};
+use crate::streams::relay::{Belongings, Ended, Relay, Signals};
 use crate::streams::terminal::Terminal;
 use crate::trace::Phase;
 
@@ -32,24 +36,79 @@ pub(super) fn run(global: &Global, run: &Run, preserved: Preserved) -> anyhow::R
     Ok(code)
 }
 
-fn foreground(run: &Run, mut creation: Creation, preserved: Preserved) -> anyhow::Result<ExitCode> {
+/// The main thread is what the container's number on the host names, and lets go of the host's files;
+/// another one does what needs them.
+fn foreground(run: &Run, creation: Creation, preserved: Preserved) -> anyhow::Result<ExitCode> {
     // After the supervisor was started, which would inherit it.
     let signals = Signals::hold()?;
-    if let Some(network) = &creation.network {
+    let ((attached, is_attached), (over, is_over)) = (mpsc::channel(), mpsc::channel());
+    thread::scope(|scope| {
+        let signals = &signals;
+        let (home, terminal) = (creation.home.clone(), creation.terminal);
+        let network = creation.network.clone();
+        let (up, is_up) = mpsc::channel();
+        let rest = scope.spawn(move || -> anyhow::Result<()> {
+            // One that fails to attach has told why.
+            if is_attached.recv().is_err() {
+                return Ok(());
+            }
+            let brought_up = bring_up(run, &creation, signals);
+            let runs = matches!(brought_up, Ok(None));
+            // Whoever waits is in the main thread, which ends after this one.
+            let _ = up.send(brought_up);
+            let ended = is_over.recv();
+            if runs && ended.is_ok() { take_leave(run, creation) } else { Ok(()) }
+        });
+        let stood = stand(&home, (terminal, network), preserved).and_then(|relay| {
+            attached.send(())?;
+            match is_up.recv()?? {
+                // Dropping the creation takes everything back.
+                Some(signal) => Ok(ExitCode::from(128 + u8::try_from(signal).unwrap_or(0))),
+                None => {
+                    let phase = Phase::begin("container run");
+                    let ended = relay.serve(signals);
+                    phase.end();
+                    over.send(())?;
+                    Ok(status(&ended?))
+                }
+            }
+        });
+        drop((attached, over));
+        let rest = rest.join().unwrap_or_else(|_| Err(anyhow!("a thread failed")));
+        let code = stood?;
+        rest?;
+        Ok(code)
+    })
+}
+
+/// Has this thread stand for the container.
+fn stand(
+    home: &Home,
+    (terminal, network): (bool, Option<Network>),
+    preserved: Preserved,
+) -> anyhow::Result<Relay> {
+    if let Some(network) = network {
         network.enter().context("network namespace")?;
     }
-    let terminal = if creation.terminal { Some(Terminal::own()?) } else { None };
-    let socket = SocketPath::attach(&creation.home)?;
+    let terminal = if terminal { Some(Terminal::own()?) } else { None };
     let belongings = Belongings { terminal, preserved };
-    let relay = Relay::attach(socket.path(), "", false, belongings).context("attach.sock")?;
-    if let Some(signal) = bring_up(run, &creation, &signals)? {
-        // Dropping the creation takes everything back.
-        drop(relay);
-        return Ok(ExitCode::from(128 + u8::try_from(signal).unwrap_or(0)));
+    let socket = SocketPath::attach(home)?;
+    let relay = Relay::connect(socket.path(), false, belongings).context("attach.sock")?;
+    relay.hide().context("empty root")?;
+    relay.attach("").context("attach.sock")?;
+    Ok(relay)
+}
+
+/// What this process ends with.
+fn status(ended: &Ended) -> ExitCode {
+    if let Some(reason) = &ended.reason {
+        let _ = writeln!(std::io::stderr(), "bulkhead: the container was killed: {reason}");
     }
-    let phase = Phase::begin("container run");
-    let ended = relay.serve(&signals);
-    phase.end();
+    ExitCode::from(ended.status)
+}
+
+/// Waits for the supervisor, and removes what it has left.
+fn take_leave(run: &Run, mut creation: Creation) -> anyhow::Result<()> {
     let phase = Phase::begin("goodbye");
     let over = creation.wait(GOODBYE);
     if !over {
@@ -61,11 +120,7 @@ fn foreground(run: &Run, mut creation: Creation, preserved: Preserved) -> anyhow
         creation.remove()?;
     }
     creation.done();
-    let ended = ended?;
-    if let Some(reason) = ended.reason {
-        let _ = writeln!(std::io::stderr(), "bulkhead: the container was killed: {reason}");
-    }
-    Ok(ExitCode::from(ended.status))
+    Ok(())
 }
 
 /// Creates and starts the container; gives the signal that ended this early, if one did.

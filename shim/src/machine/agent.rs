@@ -26,6 +26,7 @@ use tonic::codegen::tokio_stream::{self, StreamExt};
 use tonic::transport::{Channel, Endpoint, Uri};
 use tonic::{Code, Status, Streaming};
 
+use crate::machine::words::printable;
 use crate::state::id::ContainerId;
 use crate::streams::attach::TerminalSize;
 
@@ -79,7 +80,7 @@ impl AgentError {
 
 impl From<Status> for AgentError {
     fn from(status: Status) -> Self {
-        Self::Refused(status.message().to_owned(), status.code())
+        Self::Refused(printable(status.message()), status.code())
     }
 }
 

@@ -5,7 +5,7 @@
 //! - [`monitor`]: the virtual machine. [`growth`]: making a running one larger.
 //! - [`file_server`], [`share`]: the files of the pod, as the guest sees them; `user_namespace`: what
 //!   the owners of a shared mount are mapped by.
-//! - [`agent`]: PID 1 of the guest.
+//! - [`agent`]: PID 1 of the guest. [`words`]: what a guest says, fit to be shown.
 
 pub mod agent;
 pub mod assets;
@@ -17,3 +17,4 @@ pub mod monitor;
 pub mod share;
 pub mod spawn;
 mod user_namespace;
+pub mod words;

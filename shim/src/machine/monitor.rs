@@ -25,6 +25,7 @@ use tokio::time::timeout;
 use crate::bundle::MachineSize;
 use crate::machine::channel::Control;
 use crate::machine::spawn::{self, Jailed, Launch};
+use crate::machine::words::printable;
 use crate::state::process::Process;
 
 /// The guest's context id: each machine has its own vsock device, so all may have the same.
@@ -330,7 +331,9 @@ fn reason(ending: &Ending, console: &[String]) -> String {
         Ending::Reset => "the guest shut down".to_owned(),
         Ending::Panic => {
             let panic = console.iter().find_map(|line| Some(line.split_once(PANIC_MARK)?.1.trim()));
-            format!("the guest's kernel panicked: {}", panic.unwrap_or("it did not say why"))
+            let panic = panic.map(printable);
+            let panic = panic.as_deref().unwrap_or("it did not say why");
+            format!("the guest's kernel panicked: {panic}")
         }
         Ending::Fault { reason } => format!("KVM cannot go on: {reason}"),
     };
@@ -347,10 +350,8 @@ fn reason(ending: &Ending, console: &[String]) -> String {
 #[must_use]
 pub fn quote(lines: &[String]) -> String {
     let last = &lines[lines.len().saturating_sub(QUOTED_LINES)..];
-    let clean = |line: &String| {
-        line.chars().map(|c| if c.is_control() { ' ' } else { c }).collect::<String>()
-    };
-    let last: Vec<_> = last.iter().map(clean).filter(|line| !line.trim().is_empty()).collect();
+    let last = last.iter().map(|line| printable(line.trim_end()));
+    let last: Vec<_> = last.filter(|line| !line.trim().is_empty()).collect();
     match last.is_empty() {
         true => String::new(),
         false => format!("; console: {}", last.join(" | ")),
@@ -428,7 +429,7 @@ mod tests {
         lines[3] = "[ 0.9] Oops: invalid opcode: 0000 [#1] SMP".to_owned();
         let words = reason(&Ending::Panic, &lines);
         let start = "the guest's kernel panicked: no init; console: [ 0.9] Oops: invalid opcode";
-        assert!(words.starts_with(start) && words.ends_with("line 14 "), "{words}");
+        assert!(words.starts_with(start) && words.ends_with("line 14"), "{words}");
         assert_eq!(quote(&[]), "");
         assert_eq!(quote(&["\n".to_owned()]), "");
     }

@@ -257,9 +257,17 @@ fn clone_mount(entry: &Shared) -> io::Result<OwnedFd> {
     let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     flags.set(OpenTreeFlags::AT_RECURSIVE, entry.recursive);
     let clone = open_tree(CWD, &entry.source, flags)?;
-    let attributes = if entry.read_only { libc::MOUNT_ATTR_RDONLY } else { 0 };
-    set_attributes(clone.as_fd(), attributes, entry.recursive)?;
+    harden(clone.as_fd(), entry.read_only, entry.recursive)?;
     Ok(clone)
+}
+
+/// Takes from a mount what only means something to processes of the host, and the right to write where
+/// nobody should: whatever the file server is made to do, nothing that a guest has left there is a
+/// device, runs, or gives somebody another identity.
+fn harden(mount: BorrowedFd<'_>, read_only: bool, recursive: bool) -> io::Result<()> {
+    let harmless = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
+    let write = if read_only { libc::MOUNT_ATTR_RDONLY } else { 0 };
+    set_attributes(mount, harmless | write, recursive)
 }
 
 /// What an open descriptor is of, by itself: a mount that is attached nowhere.
@@ -270,8 +278,7 @@ pub fn alone(fd: BorrowedFd<'_>, read_only: bool, recursive: bool) -> io::Result
     let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     flags.set(OpenTreeFlags::AT_RECURSIVE, recursive);
     let clone = open_tree(fd, "", flags | OpenTreeFlags::AT_EMPTY_PATH)?;
-    let attributes = if read_only { libc::MOUNT_ATTR_RDONLY } else { 0 };
-    set_attributes(clone.as_fd(), attributes, recursive)?;
+    harden(clone.as_fd(), read_only, recursive)?;
     Ok(clone)
 }
 
@@ -333,7 +340,7 @@ fn change_mount(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rustix::fs::{FileType, fstat};
+    use rustix::fs::{FileType, StatVfsMountFlags, fstat, fstatvfs};
     use std::fs;
 
     fn shared(source: &Path, target: &str, kind: FileKind, read_only: bool) -> Shared {
@@ -356,15 +363,9 @@ mod tests {
         assert_eq!(dirs.take(), Some(ShareDir(7)));
     }
 
-    fn can_mount() -> bool {
-        rustix::process::geteuid().is_root() && make_tmpfs().is_ok()
-    }
-
     #[test]
+    #[ignore = "needs the test host"]
     fn a_share_has_mount_points_that_cannot_be_changed_and_clones_of_the_host() {
-        if !can_mount() {
-            return;
-        }
         let host = tempfile::tempdir().unwrap();
         fs::write(host.path().join("file"), "x").unwrap();
         let files = Files::prepare(&[
@@ -388,10 +389,44 @@ mod tests {
     }
 
     #[test]
-    fn a_read_only_clone_cannot_be_written() {
-        if !can_mount() {
-            return;
+    #[ignore = "needs the test host"]
+    fn nothing_that_is_shared_is_a_device_runs_or_changes_identities() {
+        let host = tempfile::tempdir().unwrap();
+        fs::create_dir(host.path().join("below")).unwrap();
+        let below = make_plain_tmpfs();
+        move_mount(
+            &below,
+            "",
+            CWD,
+            host.path().join("below"),
+            MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH,
+        )
+        .unwrap();
+        let harmless =
+            StatVfsMountFlags::NOSUID | StatVfsMountFlags::NODEV | StatVfsMountFlags::NOEXEC;
+        let flags = |fd: &OwnedFd| fstatvfs(fd).unwrap().f_flag;
+        assert!(!flags(&below).intersects(harmless));
+        let clone = clone_mount(&shared(host.path(), "x", FileKind::Directory, false)).unwrap();
+        let inside = openat(&clone, "below", OFlags::PATH, Mode::empty()).unwrap();
+        for fd in [&clone, &inside] {
+            assert!(flags(fd).contains(harmless), "{:?}", flags(fd));
+            assert!(!flags(fd).contains(StatVfsMountFlags::RDONLY));
         }
+        let alone = alone(clone.as_fd(), true, true).unwrap();
+        assert!(flags(&alone).contains(harmless | StatVfsMountFlags::RDONLY));
+        unmount(host.path().join("below"), UnmountFlags::DETACH).unwrap();
+    }
+
+    /// A tmpfs without any flags.
+    fn make_plain_tmpfs() -> OwnedFd {
+        let context = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).unwrap();
+        fsconfig_create(&context).unwrap();
+        fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty()).unwrap()
+    }
+
+    #[test]
+    #[ignore = "needs the test host"]
+    fn a_read_only_clone_cannot_be_written() {
         let host = tempfile::tempdir().unwrap();
         let clone = clone_mount(&shared(host.path(), "x", FileKind::Directory, true)).unwrap();
         let error = mkdirat(&clone, "new", Mode::RWXU).unwrap_err();
@@ -400,10 +435,8 @@ mod tests {
     }
 
     #[test]
+    #[ignore = "needs the test host"]
     fn a_file_system_without_mapped_owners_is_named() {
-        if !can_mount() {
-            return;
-        }
         let map = r#"[{"containerID": 0, "hostID": 100000, "size": 10}]"#;
         let map: Vec<_> = serde_json::from_str(map).unwrap();
         let id_map = Some(IdMap { uids: map.clone(), gids: map, recursive: false });
@@ -414,10 +447,8 @@ mod tests {
     }
 
     #[test]
+    #[ignore = "needs the test host"]
     fn a_source_that_is_missing_is_named() {
-        if !can_mount() {
-            return;
-        }
         let entry = shared(Path::new("/nonexistent"), "rootfs", FileKind::Directory, false);
         let error = Files::prepare(&[entry]).unwrap_err();
         assert_eq!(error.to_string(), "/nonexistent cannot be shared with the guest");

@@ -349,4 +349,30 @@ mod tests {
             assert_eq!(stand_in.said().await, None);
         });
     }
+
+    #[test]
+    fn one_that_never_attaches_keeps_nobody_waiting() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("attach.sock");
+        let listener = listen_at(&path).unwrap();
+        let runtime = Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let attachments = Attachments::new(Channel::new(listener).unwrap());
+            let begin = std::time::Instant::now();
+            let other = async {
+                sleep(Duration::from_millis(50)).await;
+                let client = connect_to(&path).unwrap();
+                let (wants, exec) = (Wants::default(), "other".to_owned());
+                let hello =
+                    FromStandIn::Attach { wants, exec, detached: false, descriptors: vec![] };
+                seqpacket::send(&client, &serde_json::to_vec(&hello).unwrap(), &[]).unwrap();
+                attachments.take("other").await.unwrap();
+                begin.elapsed()
+            };
+            let never = async { attachments.take("never").await.unwrap_err() };
+            let (error, took) = tokio::join!(never, other);
+            assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+            assert!(took < PATIENCE / 2, "{took:?}");
+        });
+    }
 }

@@ -16,7 +16,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bulkhead_vmm::seqpacket;
+use bulkhead_vmm::{jail, seqpacket};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use rustix::event::{PollFd, PollFlags, poll};
@@ -141,17 +141,12 @@ struct Outputs {
 }
 
 impl Relay {
-    /// Attaches this process's standard streams, and what else it has, at `socket`; `exec` and
-    /// `detached` are as in [`FromStandIn::Attach`].
+    /// Connects this process's standard streams, and what else it has, to the supervisor at `socket`;
+    /// `detached` is as in [`FromStandIn::Attach`].
     ///
     /// # Errors
     /// When no supervisor listens there.
-    pub fn attach(
-        socket: &Path,
-        exec: &str,
-        detached: bool,
-        belongings: Belongings,
-    ) -> io::Result<Self> {
+    pub fn connect(socket: &Path, detached: bool, belongings: Belongings) -> io::Result<Self> {
         let Belongings { terminal, preserved } = belongings;
         let wants = match &terminal {
             Some(terminal) => Wants { terminal: Some(terminal.size()), ..Wants::default() },
@@ -164,10 +159,32 @@ impl Relay {
         };
         let null = File::options().read(true).write(true).open("/dev/null")?.into();
         let supervisor = connect_to(socket)?;
-        let (exec, descriptors) = (exec.to_owned(), preserved.list());
-        let hello = FromStandIn::Attach { wants, exec, detached, descriptors };
-        seqpacket::send(&supervisor, &serde_json::to_vec(&hello)?, &preserved.mounts())?;
         Ok(Self { supervisor, wants, terminal, preserved, detached, null })
+    }
+
+    /// Lets go of the host's files: whoever enters the namespaces of this process, of which he has the
+    /// number for the container's, finds nothing. To be called in the main thread, whose namespaces these
+    /// are.
+    ///
+    /// # Errors
+    /// When the kernel does not let it.
+    pub fn hide(&self) -> io::Result<()> {
+        jail::hide().map_err(io::Error::other)
+    }
+
+    /// Says for which process it stands; `exec` is as in [`FromStandIn::Attach`].
+    ///
+    /// # Errors
+    /// When the supervisor is gone.
+    pub fn attach(&self, exec: &str) -> io::Result<()> {
+        let Self { wants, detached, preserved, .. } = self;
+        let hello = FromStandIn::Attach {
+            wants: *wants,
+            exec: exec.to_owned(),
+            detached: *detached,
+            descriptors: preserved.list(),
+        };
+        seqpacket::send(&self.supervisor, &serde_json::to_vec(&hello)?, &preserved.mounts())
     }
 
     /// Relays until the process has ended and what it wrote has been passed on.
@@ -317,9 +334,9 @@ mod tests {
     fn a_supervisor_that_is_gone_is_an_error() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("attach.sock");
-        assert!(Relay::attach(&path, "", false, Belongings::default()).is_err());
+        assert!(Relay::connect(&path, false, Belongings::default()).is_err());
         // A socket of another kind is none either.
         let _listener = UnixListener::bind(&path).unwrap();
-        assert!(Relay::attach(&path, "", false, Belongings::default()).is_err());
+        assert!(Relay::connect(&path, false, Belongings::default()).is_err());
     }
 }

@@ -115,7 +115,10 @@ fn stand(options: &Options) -> anyhow::Result<ExitCode> {
     }
     let socket = SocketPath::attach(&home)?;
     let belongings = Belongings { terminal, preserved };
-    let relay = Relay::attach(socket.path(), &options.exec, true, belongings)?;
+    let relay = Relay::connect(socket.path(), true, belongings)?;
+    // Before anybody learns its number.
+    relay.hide()?;
+    relay.attach(&options.exec)?;
     let ended = relay.serve(&signals);
     if ended.is_err() && options.network.is_some() {
         // Whoever would have given its interfaces back is gone.

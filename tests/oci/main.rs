@@ -32,6 +32,8 @@ mod load;
 #[cfg(test)]
 mod mounts;
 #[cfg(test)]
+mod limits;
+#[cfg(test)]
 mod nested;
 #[cfg(test)]
 mod network;

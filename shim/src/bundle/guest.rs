@@ -237,3 +237,4 @@ fn note(dropped: &mut Vec<&'static str>, present: bool, name: &'static str) {
         dropped.push(name);
     }
 }
+        resources::normalize(resources);

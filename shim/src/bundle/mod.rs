@@ -11,6 +11,7 @@ mod id_map;
 pub mod refuse;
 mod resources;
 mod size;
+mod unified;
 
 use std::collections::HashMap;
 use std::fs;
@@ -24,10 +25,12 @@ pub use self::disks::{DISKS_MAX, Disk};
 pub use self::guest::{FileKind, Shared};
 pub use self::id_map::IdMap;
 use self::refuse::Refusal;
-pub use self::resources::{merge, say_no_swap, total};
+pub use self::resources::{merge, normalize, say_no_swap, total};
 pub use self::size::{HostSize, MACHINE_OVERHEAD_MIB, MachineSize};
 use crate::network::namespace::Network;
 use crate::state::StateError;
+pub(crate) use self::unified::bytes;
+pub use self::unified::check as check_files;
 use crate::state::id::ContainerId;
 use crate::supervisor::neighbours::{Joined, Neighbours};
 
@@ -280,7 +283,9 @@ impl Bundle {
     #[must_use]
     pub fn resources(&self) -> LinuxResources {
         let linux = self.spec.linux().as_ref();
-        linux.and_then(|linux| linux.resources().clone()).unwrap_or_default()
+        let mut resources = linux.and_then(|linux| linux.resources().clone()).unwrap_or_default();
+        normalize(&mut resources);
+        resources
     }
 
     /// Whether hooks look at the container before its program runs.

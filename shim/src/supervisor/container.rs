@@ -190,9 +190,9 @@ impl Container {
             self.attach_network(&mut life.state, &bundle, &pod, &stand_in).await?;
         }
         let phase = Phase::begin("container create");
-        let (init, sockets) = self.create_in_guest(&pod, &stand_in, &plan).await?;
-        if first && limits.has_quota() {
-            host.cgroup.limit(limits.whole())?;
+        let (init, sockets) = self.create_in_guest(&pod, &stand_in, (&plan, notify)).await?;
+        if let Some(held_back) = limits.held_back().filter(|_| first) {
+            host.cgroup.limit(&held_back)?;
         }
         stand_in.hand_over(&sockets).await.map_err(ContainerError::StandIn)?;
         phase.end();
@@ -388,6 +388,7 @@ impl Container {
     /// Waits for the end.
     pub async fn wait(&self) -> Exit {
         let mut exit = self.exit.subscribe();
+        bundle::check_files(change).map_err(BundleError::from)?;
         // The sender lives in this container, so the wait ends with a value.
         let ended = exit.wait_for(Option::is_some).await.ok().and_then(|exit| *exit);
         ended.unwrap_or_else(proxy::killed)

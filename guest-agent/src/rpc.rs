@@ -15,7 +15,7 @@ use bulkhead_protocol::agent::{
     ResumeRequest, StartProcessorsReply, StartProcessorsRequest, StartReply, StartRequest,
     SyncReply, SyncRequest, UpdateReply, UpdateRequest, WaitReply, WaitRequest,
 };
-use bulkhead_protocol::{MAX_MESSAGE_BYTES, VERSION};
+use bulkhead_protocol::{MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES, VERSION};
 use rustix::system::uname;
 use tokio::sync::{Mutex, mpsc};
 use tokio::task::spawn_blocking;
@@ -60,7 +60,7 @@ pub(crate) async fn serve(
         network: Arc::default(),
         names: Mutex::default(),
     })
-    .max_decoding_message_size(MAX_MESSAGE_BYTES)
+    .max_decoding_message_size(MAX_REQUEST_BYTES)
     .max_encoding_message_size(MAX_MESSAGE_BYTES);
     let service = InterceptedService::new(service, move |request| from_host(request, host));
     Server::builder().add_service(service).serve_with_incoming(listener.incoming()).await

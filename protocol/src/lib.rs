@@ -21,8 +21,11 @@ pub const VERSION: u32 = 7;
 pub const AGENT_PORT: u32 = 1024;
 /// The vsock port on which the agent accepts streams of processes.
 pub const STREAM_PORT: u32 = 1025;
-/// The largest message that either side accepts.
+/// The largest message that the host accepts.
 pub const MAX_MESSAGE_BYTES: usize = 4 << 20;
+/// The largest one that the guest accepts: a specification can have as many arguments, variables and
+/// mounts as Linux takes.
+pub const MAX_REQUEST_BYTES: usize = 16 << 20;
 /// The most descriptors that a process gets beyond its standard streams: with those, no more than
 /// a message between processes of the host carries, and than streams may wait for a call in the guest.
 pub const DESCRIPTORS_MAX: usize = 61;

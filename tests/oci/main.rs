@@ -53,3 +53,5 @@ mod streams;
 mod terminal;
 #[cfg(test)]
 mod workloads;
+mod sizes;
+#[cfg(test)]

@@ -110,6 +110,11 @@ pub(super) fn rewrite(
     }
     let dropped = adapt(&mut spec, id, surroundings);
     Ok(Guest { spec, shared, dropped })
+    if !has_hooks(&spec) {
+        // Only they are told of them, and callers keep there whatever they like.
+        spec.set_annotations(None);
+    }
+    add(&mut spec, id, &surroundings.additions);
 }
 
 /// The name of the machine itself: the container's, or the host's for one that asks for no UTS
@@ -124,6 +129,36 @@ pub(super) fn machine_hostname(spec: &Spec) -> String {
 
 pub(super) fn is_bind(mount: &Mount) -> bool {
     mount.typ().as_deref() == Some("bind") || has_option(mount, &["bind", "rbind"])
+/// Adds what is not in the bundle.
+fn add(spec: &mut Spec, id: &ContainerId, additions: &Additions) {
+    let mut environment = additions.environment.clone();
+    if additions.notify {
+        let path = Path::new(NOTIFY_MOUNT).join(NOTIFY_SOCKET);
+        environment.push(format!("NOTIFY_SOCKET={}", path.display()));
+        let mut mount = Mount::default();
+        mount
+            .set_destination(NOTIFY_MOUNT.into())
+            .set_source(Some(Path::new(NOTIFY_DIR).join(id.as_str())))
+            .set_typ(Some("bind".to_owned()))
+            .set_options(Some(
+                ["bind", "nosuid", "noexec", "nodev", "ro"].map(str::to_owned).into(),
+            ));
+        spec.set_mounts(Some(spec.mounts().iter().flatten().cloned().chain([mount]).collect()));
+    }
+    if let Some(process) = spec.process_mut() {
+        let own = process.env().clone().unwrap_or_default();
+        process.set_env(Some(own.into_iter().chain(environment).collect()));
+    }
+}
+
+/// Whether hooks run in the guest.
+fn has_hooks(spec: &Spec) -> bool {
+    spec.hooks().as_ref().is_some_and(|hooks| {
+        let lists = [hooks.create_container(), hooks.start_container()];
+        lists.into_iter().flatten().any(|list| !list.is_empty())
+    })
+}
+
 }
 
 fn has_option(mount: &Mount, names: &[&str]) -> bool {

@@ -18,6 +18,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use bulkhead_protocol::MAX_REQUEST_BYTES;
 use oci_spec::runtime::{Hooks, LinuxNamespace, LinuxNamespaceType, LinuxResources, Spec};
 use thiserror::Error;
 
@@ -37,7 +38,9 @@ use crate::supervisor::neighbours::{Joined, Neighbours};
 /// The file that makes a directory a bundle.
 const CONFIG: &str = "config.json";
 /// The largest `config.json` that is read, in bytes.
-const CONFIG_BYTES_MAX: u64 = 3 << 20;
+const CONFIG_BYTES_MAX: u64 = 64 << 20;
+/// The largest specification that the guest is given: beside it there are names in the same message.
+const GUEST_BYTES_MAX: usize = MAX_REQUEST_BYTES - (64 << 10);
 
 /// Why a bundle cannot be used.
 #[derive(Debug, Error)]
@@ -76,6 +79,12 @@ pub enum BundleError {
         bytes: u64,
     },
     /// Not JSON, or not a specification; the source has line and column.
+    /// Larger than the guest takes.
+    #[error(
+        "the container's specification has {0} bytes without its annotations; at most \
+         {GUEST_BYTES_MAX} are supported"
+    )]
+    TooLargeForGuest(usize),
     #[error("{} is not an OCI specification", .path.display())]
     Json {
         /// The file.
@@ -236,7 +245,7 @@ impl Bundle {
         let size = MachineSize::of(&[&self.resources()], host);
         let guest = guest::rewrite(&self.spec, id, surroundings, &self.dir, &rootfs)?;
         Ok(Plan {
-            spec_json: serde_json::to_vec(&guest.spec).map_err(BundleError::Rewrite)?,
+            spec_json,
             hostname: guest::machine_hostname(&self.spec),
             bundle: self.dir.clone(),
             rootfs,
@@ -247,6 +256,10 @@ impl Bundle {
             oom_score_adj: self.spec.process().as_ref().and_then(|it| it.oom_score_adj()),
             annotations: self.spec.annotations().clone().unwrap_or_default(),
             hooks: self.spec.hooks().clone().unwrap_or_default(),
+        let spec_json = serde_json::to_vec(&guest.spec).map_err(BundleError::Rewrite)?;
+        if spec_json.len() > GUEST_BYTES_MAX {
+            return Err(BundleError::TooLargeForGuest(spec_json.len()));
+        }
             dropped: guest.dropped,
         })
     }

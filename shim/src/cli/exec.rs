@@ -11,6 +11,7 @@ use containerd_shim_protos::shim_async::TaskClient;
 use oci_spec::runtime::{Capabilities, Capability, LinuxCapabilities, Process};
 use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
+use ttrpc::proto::MESSAGE_LENGTH_MAX;
 
 use super::args::{Exec, Global};
 use super::client;
@@ -31,7 +32,9 @@ const FAILED: &str = "exec failed: unable to start container process";
 /// How containerd calls the `process` object of a specification.
 const PROCESS_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/Process";
 /// The largest process file that is read, in bytes.
-const PROCESS_BYTES_MAX: u64 = 1 << 20;
+const PROCESS_BYTES_MAX: u64 = 16 << 20;
+/// The largest process that a call carries; beside it there are names in the same message.
+const CALL_BYTES_MAX: usize = MESSAGE_LENGTH_MAX - (64 << 10);
 
 pub(super) fn exec(global: &Global, exec: &Exec, preserved: Preserved) -> anyhow::Result<ExitCode> {
     let home = Home::open(&global.root, &exec.id)?;
@@ -49,6 +52,11 @@ pub(super) fn exec(global: &Global, exec: &Exec, preserved: Preserved) -> anyhow
     client::check_console(terminal, !exec.detach, exec.console_socket.as_deref())?;
     let process = serde_json::to_vec(&process)?;
     let name = name()?;
+    ensure!(
+        process.len() <= CALL_BYTES_MAX,
+        "the process has {} bytes as JSON; at most {CALL_BYTES_MAX} are supported",
+        process.len()
+    );
     if exec.detach {
         return detached(exec, &home, (&name, process), &preserved);
     }

@@ -15,7 +15,7 @@ use bulkhead_protocol::agent::{
     RescanRequest, ResizeRequest, ResumeRequest, StartProcessorsRequest, StartRequest, SyncRequest,
     UpdateRequest, WaitReply, WaitRequest,
 };
-use bulkhead_protocol::{MAX_MESSAGE_BYTES, VERSION};
+use bulkhead_protocol::{MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES, VERSION};
 use hyper_util::rt::TokioIo;
 use thiserror::Error;
 use tokio::sync::mpsc;
@@ -109,7 +109,7 @@ impl Agent {
             .map_err(AgentError::Connect)?;
         let client = AgentClient::new(channel)
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
-            .max_encoding_message_size(MAX_MESSAGE_BYTES);
+            .max_encoding_message_size(MAX_REQUEST_BYTES);
         Ok(Self { client })
     }
 

@@ -24,6 +24,8 @@ mod hooks;
 #[cfg(test)]
 mod isolation;
 #[cfg(test)]
+mod ids;
+#[cfg(test)]
 mod kill;
 #[cfg(test)]
 mod lifecycle;

@@ -44,6 +44,8 @@ mod network_load;
 #[cfg(test)]
 mod pods;
 #[cfg(test)]
+mod pause;
+#[cfg(test)]
 mod process;
 #[cfg(test)]
 mod resources;

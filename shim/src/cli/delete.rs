@@ -30,7 +30,7 @@ pub(super) fn delete(global: &Global, delete: &Delete) -> anyhow::Result<()> {
         state => state?,
     };
     let mut status = state.observed();
-    if matches!(status, Status::Creating | Status::Running | Status::Paused) && !delete.force {
+    if !matches!(status, Status::Created | Status::Stopped) && !delete.force {
         bail!(
             "cannot delete container {} that is not stopped: {status}; kill it first, or use --force",
             delete.id
@@ -74,7 +74,7 @@ fn end(home: &Home, status: Status, deadline: Instant) -> anyhow::Result<bool> {
     client::runtime()?.block_on(async {
         let Ok(client) = client::connect(home) else { return Ok(true) };
         let ended = async {
-            if matches!(status, Status::Running | Status::Paused) {
+            if status == Status::Running || status.is_paused() {
                 client::kill(&client, home, 9, true).await?;
                 let request = containerd_shim_protos::api::WaitRequest {
                     id: home.id().to_string(),

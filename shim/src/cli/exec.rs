@@ -41,8 +41,8 @@ pub(super) fn exec(global: &Global, exec: &Exec, preserved: Preserved) -> anyhow
     let state = home.read()?;
     match state.observed() {
         Status::Created | Status::Running => {}
-        Status::Paused if exec.ignore_paused => {}
-        Status::Paused => {
+        status if status.is_paused() && exec.ignore_paused => {}
+        status if status.is_paused() => {
             bail!("cannot exec in a paused container (use --ignore-paused to override)")
         }
         status => bail!("cannot exec in a container that is {status}"),

@@ -16,7 +16,7 @@ use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::Hook;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 use thiserror::Error;
 
 use crate::cgroup::Cgroup;
@@ -146,6 +146,7 @@ pub struct View {
     pub pid: u32,
     /// By what runs.
     pub status: Status,
+    #[serde(serialize_with = "shown")]
     /// The bundle's directory.
     pub bundle: PathBuf,
     /// The root file system.
@@ -336,6 +337,11 @@ impl Home {
         });
         named.unwrap_or_else(|| uid.to_string())
     }
+
+/// A status in the words of the specification, which has fewer.
+fn shown<S: Serializer>(status: &Status, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(status)
+}
 
     fn missing(&self) -> StateError {
         StateError::NoSuchContainer { id: self.id.clone(), root: self.root.clone() }

@@ -427,10 +427,10 @@ impl Container {
         Ok(exit)
     }
 
-    /// Waits until its status is another than this one.
-    pub(crate) async fn is_not(&self, status: Status) {
+    /// Waits until its processes are not frozen.
+    pub(crate) async fn is_thawed(&self) {
         // The sender lives in this container.
-        let _ = self.status.subscribe().wait_for(|now| *now != status).await;
+        let _ = self.status.subscribe().wait_for(|now| !now.is_paused()).await;
     }
 
     /// Waits until nothing of the pod runs any more.

@@ -50,6 +50,8 @@ mod process;
 #[cfg(test)]
 mod resources;
 #[cfg(test)]
+mod redirected;
+#[cfg(test)]
 mod storage;
 #[cfg(test)]
 mod streams;

@@ -195,8 +195,8 @@ impl Relay {
         if let Some(terminal) = &mut self.terminal {
             let stream = streams.next().ok_or(ErrorKind::InvalidData)?;
             terminal.make_raw()?;
-            start_feeding(terminal.descriptor()?, stream.try_clone()?)?;
-            let mut outputs = vec![start_draining(stream, terminal.descriptor()?)?];
+            start_feeding(terminal.keyboard()?, stream.try_clone()?)?;
+            let mut outputs = vec![start_draining(stream, terminal.screen()?)?];
             outputs.extend(self.preserved.relay(streams)?);
             return Ok(outputs);
         }

@@ -109,10 +109,10 @@ impl Agent for Calls {
         &self,
         request: Request<CreateRequest>,
     ) -> Result<Response<CreateReply>, Status> {
-        let CreateRequest { container_id, spec_json, streams, disks, bundle, descriptors } =
+        let CreateRequest { container_id, spec_json, streams, disks, bundle, descriptors, notify } =
             request.into_inner();
         let streams = streams.unwrap_or_default();
-        let order = Order { container_id, spec_json, streams, descriptors, disks, bundle };
+        let order = Order { container_id, spec_json, streams, descriptors, disks, bundle, notify };
         let pid = self.containers.create(order).await?;
         Ok(Response::new(CreateReply { pid }))
     }

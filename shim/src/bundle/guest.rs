@@ -5,14 +5,14 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use bulkhead_protocol::SHARE_DIR;
+use bulkhead_protocol::{NOTIFY_DIR, NOTIFY_SOCKET, SHARE_DIR};
 use oci_spec::runtime::{
     Linux, LinuxNamespaceType, Mount, PosixRlimitBuilder, PosixRlimitType, Process, Spec,
 };
 use rustix::process::{Resource, Rlimit, getrlimit};
 
 use super::id_map::{self, IdMap};
-use super::{BundleError, Surroundings, hook_programs, namespaces, refuse, resources};
+use super::{Additions, BundleError, Surroundings, hook_programs, namespaces, refuse, resources};
 use crate::state::id::ContainerId;
 
 /// The limits that a process inherits. Of locked memory the guest has its own (`guest-agent`).
@@ -33,6 +33,8 @@ const LIMITS: [(PosixRlimitType, Resource); 15] = [
     (PosixRlimitType::RlimitSigpending, Resource::Sigpending),
     (PosixRlimitType::RlimitStack, Resource::Stack),
 ];
+/// Where a container has the socket for sd_notify(3), as under runc.
+const NOTIFY_MOUNT: &str = "/run/notify";
 /// What `fs.nr_open` is in the guest: no limit of open files can be higher there.
 const OPEN_FILES_MAX: u64 = 1 << 20;
 
@@ -108,13 +110,13 @@ pub(super) fn rewrite(
         *hooks = own;
         shared.extend(programs);
     }
-    let dropped = adapt(&mut spec, id, surroundings);
-    Ok(Guest { spec, shared, dropped })
     if !has_hooks(&spec) {
         // Only they are told of them, and callers keep there whatever they like.
         spec.set_annotations(None);
     }
     add(&mut spec, id, &surroundings.additions);
+    let dropped = adapt(&mut spec, id, surroundings);
+    Ok(Guest { spec, shared, dropped })
 }
 
 /// The name of the machine itself: the container's, or the host's for one that asks for no UTS
@@ -127,8 +129,6 @@ pub(super) fn machine_hostname(spec: &Spec) -> String {
     }
 }
 
-pub(super) fn is_bind(mount: &Mount) -> bool {
-    mount.typ().as_deref() == Some("bind") || has_option(mount, &["bind", "rbind"])
 /// Adds what is not in the bundle.
 fn add(spec: &mut Spec, id: &ContainerId, additions: &Additions) {
     let mut environment = additions.environment.clone();
@@ -159,6 +159,8 @@ fn has_hooks(spec: &Spec) -> bool {
     })
 }
 
+pub(super) fn is_bind(mount: &Mount) -> bool {
+    mount.typ().as_deref() == Some("bind") || has_option(mount, &["bind", "rbind"])
 }
 
 fn has_option(mount: &Mount, names: &[&str]) -> bool {
@@ -263,6 +265,7 @@ fn adapt_linux(
     note(dropped, label, "linux.mountLabel");
     linux.set_mount_label(None);
     if let Some(resources) = linux.resources_mut() {
+        resources::normalize(resources);
         resources::for_guest(resources);
     }
 }
@@ -272,4 +275,3 @@ fn note(dropped: &mut Vec<&'static str>, present: bool, name: &'static str) {
         dropped.push(name);
     }
 }
-        resources::normalize(resources);

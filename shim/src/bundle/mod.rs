@@ -20,6 +20,7 @@ use std::path::{Path, PathBuf};
 
 use bulkhead_protocol::MAX_REQUEST_BYTES;
 use oci_spec::runtime::{Hooks, LinuxNamespace, LinuxNamespaceType, LinuxResources, Spec};
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 pub use self::disks::{DISKS_MAX, Disk};
@@ -28,10 +29,10 @@ pub use self::id_map::IdMap;
 use self::refuse::Refusal;
 pub use self::resources::{merge, normalize, say_no_swap, total};
 pub use self::size::{HostSize, MACHINE_OVERHEAD_MIB, MachineSize};
-use crate::network::namespace::Network;
-use crate::state::StateError;
 pub(crate) use self::unified::bytes;
 pub use self::unified::check as check_files;
+use crate::network::namespace::Network;
+use crate::state::StateError;
 use crate::state::id::ContainerId;
 use crate::supervisor::neighbours::{Joined, Neighbours};
 
@@ -78,13 +79,13 @@ pub enum BundleError {
         /// Its size.
         bytes: u64,
     },
-    /// Not JSON, or not a specification; the source has line and column.
     /// Larger than the guest takes.
     #[error(
         "the container's specification has {0} bytes without its annotations; at most \
          {GUEST_BYTES_MAX} are supported"
     )]
     TooLargeForGuest(usize),
+    /// Not JSON, or not a specification; the source has line and column.
     #[error("{} is not an OCI specification", .path.display())]
     Json {
         /// The file.
@@ -164,9 +165,20 @@ pub struct Plan {
     pub dropped: Vec<&'static str>,
 }
 
-/// Where in its machine a container will be.
+/// What a caller adds to a specification, because of the environment in which it was called: systemd's.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Additions {
+    /// Variables for the container's program.
+    pub environment: Vec<String>,
+    /// The container can say that it is ready: sd_notify(3).
+    pub notify: bool,
+}
+
+/// Where in its machine a container will be, and what it finds there.
 #[derive(Clone, Debug, Default)]
 pub struct Surroundings {
+    /// Of its caller.
+    pub additions: Additions,
     /// Its directory in the share, relative to the share's root.
     pub directory: PathBuf,
     /// Namespaces that it joins, as the guest names them.
@@ -244,6 +256,10 @@ impl Bundle {
         let rootfs = self.rootfs()?;
         let size = MachineSize::of(&[&self.resources()], host);
         let guest = guest::rewrite(&self.spec, id, surroundings, &self.dir, &rootfs)?;
+        let spec_json = serde_json::to_vec(&guest.spec).map_err(BundleError::Rewrite)?;
+        if spec_json.len() > GUEST_BYTES_MAX {
+            return Err(BundleError::TooLargeForGuest(spec_json.len()));
+        }
         Ok(Plan {
             spec_json,
             hostname: guest::machine_hostname(&self.spec),
@@ -256,10 +272,6 @@ impl Bundle {
             oom_score_adj: self.spec.process().as_ref().and_then(|it| it.oom_score_adj()),
             annotations: self.spec.annotations().clone().unwrap_or_default(),
             hooks: self.spec.hooks().clone().unwrap_or_default(),
-        let spec_json = serde_json::to_vec(&guest.spec).map_err(BundleError::Rewrite)?;
-        if spec_json.len() > GUEST_BYTES_MAX {
-            return Err(BundleError::TooLargeForGuest(spec_json.len()));
-        }
             dropped: guest.dropped,
         })
     }

@@ -25,7 +25,7 @@ impl TestBundle {
     fn plan(&self) -> Result<Plan, BundleError> {
         let bundle = read(self.path())?;
         bundle.check(Path::new("/nonexistent"))?;
-        let surroundings = Surroundings { directory: "0".into(), namespaces: Vec::new() };
+        let surroundings = Surroundings { directory: "0".into(), ..Surroundings::default() };
         bundle.plan(&"c1".parse().unwrap(), &surroundings, HOST)
     }
 

@@ -12,6 +12,8 @@ use anyhow::{Context, anyhow, bail};
 use bulkhead_vmm::seqpacket;
 use containerd_shim_protos::api::{CreateTaskRequest, KillRequest, StartRequest};
 use containerd_shim_protos::shim_async::TaskClient;
+use protobuf::MessageField;
+use protobuf::well_known_types::any::Any;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{Shutdown, shutdown};
 use tokio::runtime::{Builder, Runtime};
@@ -20,7 +22,9 @@ use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context::{self, Context as CallContext};
 
 use super::args::{Create, Global};
+use super::{activation, obituary};
 use crate::bundle;
+use crate::containerd::task::ADDITIONS;
 use crate::network::mirror;
 use crate::network::namespace::Network;
 use crate::state::Home;
@@ -69,7 +73,7 @@ impl Creation {
         check_console(terminal, foreground, create.console_socket.as_deref())?;
         let home = Home::claim(&root, &create.id, &bundle.dir)?;
         let supervision = Supervision { global, home: &home, ephemeral };
-        let ordered = match joined.pod() {
+        let ordered = activation::prepare(&home).and_then(|()| match joined.pod() {
             None => supervision.start_supervisor().map(|(child, link)| (Some(child), link)),
             Some(neighbour) => supervision.join(neighbour).map(|link| (None, link)),
         };
@@ -88,9 +92,13 @@ impl Creation {
     /// Has the container created.
     pub(super) async fn create(&self) -> anyhow::Result<TaskClient> {
         let client = connect(&self.home)?;
+        let mut options = Any::new();
+        options.type_url = ADDITIONS.to_owned();
+        options.value = serde_json::to_vec(&activation::additions())?;
+        let options = MessageField::some(options);
         let id = self.home.id().to_string();
-        let request = CreateTaskRequest { id, ..Default::default() };
-        client.create(unbounded(), &request).await.map_err(words)?;
+        let request = CreateTaskRequest { id, options, ..Default::default() };
+        client.create(unbounded(), &request).await.map_err(|error| self.words(error))?;
         Ok(client)
     }
 

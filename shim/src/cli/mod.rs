@@ -3,6 +3,7 @@
 //! An error is one line on standard error, and one in the log file if there is one; then the exit
 //! code is 1, and 255 for `exec`, as with runc.
 
+mod activation;
 pub mod args;
 pub mod client;
 mod create;
@@ -12,6 +13,8 @@ mod exec;
 mod features;
 mod kill;
 mod list;
+mod notify;
+mod obituary;
 mod pause;
 mod ps;
 mod run;

@@ -3,11 +3,13 @@
 
 use std::io::Write;
 use std::process::ExitCode;
+use std::thread;
 
 use anyhow::Context;
 
 use super::args::{Global, Run};
 use super::client::{self, Creation, GOODBYE};
+use super::notify::Listener;
 use super::{create, signals};
 use crate::state::socket_path::SocketPath;
 use crate::streams::preserved::Preserved;
@@ -19,19 +21,26 @@ pub(super) fn run(global: &Global, run: &Run, preserved: Preserved) -> anyhow::R
     let whole = Phase::begin("whole run");
     let ephemeral = !run.detach && !run.keep;
     let creation = Creation::begin(global, &run.create, !run.detach, ephemeral)?;
+    let ready = Listener::bind(&creation.home)?;
     if run.detach {
         create::detached(&run.create, &creation, &preserved, async |task| {
             client::start(task, &creation.home, "").await
         })?;
         creation.done();
+        ready.map_or(Ok(()), Listener::wait_for_stand_in)?;
         return Ok(ExitCode::SUCCESS);
     }
-    let code = foreground(run, creation, preserved)?;
+    let code = foreground(run, creation, preserved, ready)?;
     whole.end();
     Ok(code)
 }
 
-fn foreground(run: &Run, mut creation: Creation, preserved: Preserved) -> anyhow::Result<ExitCode> {
+fn foreground(
+    run: &Run,
+    mut creation: Creation,
+    preserved: Preserved,
+    ready: Option<Listener>,
+) -> anyhow::Result<ExitCode> {
     // After the supervisor was started, which would inherit it.
     let signals = Signals::hold()?;
     if let Some(network) = &creation.network {
@@ -45,6 +54,14 @@ fn foreground(run: &Run, mut creation: Creation, preserved: Preserved) -> anyhow
         // Dropping the creation takes everything back.
         drop(relay);
         return Ok(ExitCode::from(128 + u8::try_from(signal).unwrap_or(0)));
+    }
+    if let Some(ready) = ready {
+        // Signals and streams do not wait for it.
+        thread::spawn(move || {
+            if let Err(error) = ready.wait(std::process::id()) {
+                tracing::warn!("{error:#}");
+            }
+        });
     }
     let phase = Phase::begin("container run");
     let ended = relay.serve(&signals);

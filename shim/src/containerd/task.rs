@@ -38,6 +38,9 @@ pub const PROCESSES: &str = "bulkhead.agent.v1.ProcessesReply";
 /// What limits are called in an update; containerd's name for them.
 pub const RESOURCES: &str = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources";
 
+/// What the options of a creation are called that are [`Additions`](crate::bundle::Additions), JSON.
+pub const ADDITIONS: &str = "bulkhead.Additions";
+
 /// The word among a call's metadata that has a process wait while its container is frozen.
 pub const IGNORE_PAUSED: &str = "ignore-paused";
 
@@ -130,7 +133,12 @@ impl Task for Service {
         request: CreateTaskRequest,
     ) -> ttrpc::Result<CreateTaskResponse> {
         let container = self.container(&request.id, "")?;
-        let pid = container.create(&self.attachments).await.map_err(status)?.pid;
+        let options = request.options.into_option().filter(|options| options.type_url == ADDITIONS);
+        let additions = options.map(|options| serde_json::from_slice(&options.value)).transpose();
+        let additions = additions
+            .map_err(|error| get_rpc_status(Code::INVALID_ARGUMENT, format!("options: {error}")))?;
+        let additions = additions.unwrap_or_default();
+        let pid = container.create(&self.attachments, additions).await.map_err(status)?.pid;
         Ok(CreateTaskResponse { pid, ..Default::default() })
     }
 

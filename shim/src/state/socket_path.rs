@@ -13,6 +13,11 @@ const TASK: &str = "task.sock";
 const ATTACH: &str = "attach.sock";
 /// Where containers join the pod.
 const JOIN: &str = "join.sock";
+/// Where a container's processes are heard that say that they are ready, in a directory of its own.
+const NOTIFY: &str = "notify.sock";
+
+/// The directory in a container's that says that somebody wants to know when it is ready.
+pub const NOTIFY_DIR: &str = "notify";
 
 /// A socket's path however long the directory's is: `sun_path` holds 107 bytes, so the directory is
 /// named by a descriptor. The path is good as long as this lives.
@@ -47,10 +52,22 @@ impl SocketPath {
         Self::new(home, JOIN)
     }
 
+    /// Where whoever starts a container hears that it is ready.
+    ///
+    /// # Errors
+    /// When nobody wants to know ([`NOTIFY_DIR`] is not there).
+    pub fn notify(home: &Home) -> Result<Self, StateError> {
+        Self::within(home.path(NOTIFY_DIR), NOTIFY)
+    }
+
     fn new(home: &Home, name: &str) -> Result<Self, StateError> {
+        Self::within(home.dir(), name)
+    }
+
+    fn within(path: PathBuf, name: &str) -> Result<Self, StateError> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let dir = rustix::fs::open(home.dir(), flags, Mode::empty())
-            .map_err(|error| StateError::Io { path: home.dir(), source: error.into() })?;
+        let dir = rustix::fs::open(&path, flags, Mode::empty())
+            .map_err(|error| StateError::Io { path, source: error.into() })?;
         let number = dir.as_raw_fd();
         Ok(Self { path: format!("/proc/self/fd/{number}/{name}").into(), _dir: dir })
     }

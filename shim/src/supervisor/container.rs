@@ -11,7 +11,7 @@ use oci_spec::runtime::{Hook, Hooks, LinuxResources};
 use thiserror::Error;
 use tokio::sync::{Mutex, MutexGuard, watch};
 
-use crate::bundle::{self, Bundle, BundleError, HostSize, Plan};
+use crate::bundle::{self, Additions, Bundle, BundleError, HostSize, Plan};
 use crate::cgroup::{self, Cgroup, CgroupError, Limits};
 use crate::machine::agent::{AgentError, Target};
 use crate::machine::kvm;
@@ -24,6 +24,7 @@ use crate::streams::attach::{Attachments, StandIn};
 use crate::supervisor::exec::{ExecError, Execs};
 use crate::supervisor::hooks;
 use crate::supervisor::lifecycle::{Event, InvalidTransition, Status};
+use crate::supervisor::notify;
 use crate::supervisor::oom;
 use crate::supervisor::pod::{Pod, PodError};
 use crate::supervisor::proxy;
@@ -149,6 +150,7 @@ impl Container {
     pub async fn create(
         self: &Arc<Self>,
         attachments: &Attachments,
+        additions: Additions,
     ) -> Result<Process, ContainerError> {
         let mut life = self.life.lock().await;
         life.state.status.on(Event::Prepared)?;
@@ -157,7 +159,9 @@ impl Container {
         let cgroup = Cgroup::of(self.home.id(), bundle.cgroups_path(), self.systemd_cgroup)?;
         let resources = bundle.resources();
         let admission = self.sandbox.enter(self.home.id(), (&cgroup, &resources), &joined).await?;
+        let notify = additions.notify;
         let surroundings = bundle::Surroundings {
+            additions,
             directory: admission.dir.directory(),
             namespaces: admission.namespaces,
         };
@@ -302,9 +306,10 @@ impl Container {
         &self,
         pod: &Pod,
         stand_in: &StandIn,
-        plan: &Plan,
+        (plan, notify): (&Plan, bool),
     ) -> Result<(u32, Vec<UnixStream>), ContainerError> {
         let disks = pod.attach_disks(&plan.disks).await?;
+        let notify = if notify { notify::open(pod, &self.home).await? } else { Vec::new() };
         let ends = proxy::open(pod, stand_in).await?;
         let request = CreateRequest {
             container_id: self.home.id().to_string(),
@@ -313,6 +318,7 @@ impl Container {
             descriptors: ends.descriptors,
             disks,
             bundle: plan.bundle.display().to_string(),
+            notify,
         };
         let hooks = plan.hooks.create_container().iter().flatten();
         tokio::select! {
@@ -382,13 +388,13 @@ impl Container {
     /// When it has ended, its machine does not grow, or a kernel refuses one.
     pub async fn update(&self, change: &LinuxResources) -> Result<(), ContainerError> {
         let pod = self.pod().await?;
+        bundle::check_files(change).map_err(BundleError::from)?;
         Ok(self.sandbox.update(self.home.id(), change, &pod).await?)
     }
 
     /// Waits for the end.
     pub async fn wait(&self) -> Exit {
         let mut exit = self.exit.subscribe();
-        bundle::check_files(change).map_err(BundleError::from)?;
         // The sender lives in this container, so the wait ends with a value.
         let ended = exit.wait_for(Option::is_some).await.ok().and_then(|exit| *exit);
         ended.unwrap_or_else(proxy::killed)

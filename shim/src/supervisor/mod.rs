@@ -12,6 +12,7 @@ pub mod exec;
 pub mod hooks;
 pub mod lifecycle;
 pub mod neighbours;
+mod notify;
 pub mod oom;
 pub mod pod;
 mod proxy;

@@ -59,6 +59,45 @@ pub fn start(target: &LogTarget) -> anyhow::Result<()> {
 
 struct Lines {
     json: bool,
+/// Makes a panic one line on standard error, and one in the log.
+pub fn note_panics() {
+    std::panic::set_hook(Box::new(|panic| {
+        let place = panic.location().map_or_else(String::new, |place| format!(" at {place}"));
+        let reason = panic.payload_as_str().unwrap_or("it does not say why");
+        let words = format!("panicked{place}: {reason}");
+        tracing::error!("{words}");
+        // Last, because a caller who waits is told the last line; nothing is left to do if it fails.
+        let _ = writeln!(io::stderr(), "{words}");
+    }));
+}
+
+/// Prints an error on standard error, for a command line from which no target can be read.
+pub fn print_error(words: &str) {
+    let form = Form::of(&LogTarget::default());
+    let line = line(form, Level::ERROR, words, Duration::ZERO);
+    // Nothing is left to do if that fails.
+    let _ = writeln!(io::stderr(), "{line}");
+}
+
+/// What a line looks like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Form {
+    Json,
+    Text,
+    /// For a person at a terminal.
+    Short,
+}
+
+impl Form {
+    fn of(target: &LogTarget) -> Self {
+        match &target.path {
+            _ if target.json => Self::Json,
+            None if io::stderr().is_terminal() => Self::Short,
+            _ => Self::Text,
+        }
+    }
+}
+
 }
 
 /// The words of one event, its fields behind them.

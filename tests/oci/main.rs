@@ -60,4 +60,6 @@ mod terminal;
 #[cfg(test)]
 mod workloads;
 mod sizes;
+mod supervisor;
+#[cfg(test)]
 #[cfg(test)]

@@ -32,13 +32,13 @@ use crate::state::id::ContainerId;
 use crate::state::process::Process;
 use crate::state::socket_path::SocketPath;
 use crate::streams::attach;
-use crate::supervisor::ServeRequest;
+use crate::supervisor::{self, ServeRequest};
 use crate::trace::Phase;
 
 /// How long a supervisor may take to end once everything is over.
 pub(super) const GOODBYE: Duration = Duration::from_secs(60);
 /// How long a process that was killed may take to go.
-const KILLED: Duration = Duration::from_secs(10);
+pub(super) const KILLED: Duration = Duration::from_secs(10);
 
 /// A claimed id and its supervisor. Dropping it before the container is created takes everything
 /// back.
@@ -76,7 +76,7 @@ impl Creation {
         let ordered = activation::prepare(&home).and_then(|()| match joined.pod() {
             None => supervision.start_supervisor().map(|(child, link)| (Some(child), link)),
             Some(neighbour) => supervision.join(neighbour).map(|link| (None, link)),
-        };
+        });
         let (supervisor, link) = match ordered {
             Ok(ordered) => ordered,
             Err(error) => {
@@ -100,6 +100,15 @@ impl Creation {
         let request = CreateTaskRequest { id, options, ..Default::default() };
         client.create(unbounded(), &request).await.map_err(|error| self.words(error))?;
         Ok(client)
+    }
+
+    /// The words of a failed call. The state names the supervisor only once it has read that.
+    fn words(&self, error: ttrpc::Error) -> anyhow::Error {
+        let child = self.supervisor.as_ref().and_then(|child| Process::find(child.id()).ok());
+        match child {
+            Some(supervisor) => obituary::words(&self.home, supervisor, error),
+            None => words(&self.home)(error),
+        }
     }
 
     /// Whether its supervisor serves others too.
@@ -206,7 +215,7 @@ impl Supervision<'_> {
     fn start_supervisor(&self) -> anyhow::Result<(Child, OwnedFd)> {
         let spawned = Phase::begin("supervisor up");
         let (link, theirs) = seqpacket::pair()?;
-        let log = File::create(self.home.path("supervisor.log")).context("supervisor.log")?;
+        let log = File::create(self.home.path(supervisor::LOG)).context(supervisor::LOG)?;
         let supervisor = Command::new(std::env::current_exe().context("/proc/self/exe")?)
             .arg("supervise")
             .arg(self.home.dir())
@@ -283,14 +292,16 @@ pub(super) fn connect(home: &Home) -> anyhow::Result<TaskClient> {
 
 /// For calls that the supervisor bounds.
 pub(super) fn unbounded() -> CallContext {
-    context::with_duration(Duration::from_secs(3600))
+    // So the crate has no time limit.
+    context::with_duration(Duration::ZERO)
 }
 
-/// The words of an error: the supervisor's own, without the codes of the transport.
-pub(super) fn words(error: ttrpc::Error) -> anyhow::Error {
-    match error {
-        ttrpc::Error::RpcStatus(status) => anyhow!(status.message),
-        other => anyhow!("the supervisor is gone ({other})"),
+/// The words of a failed call: those of the container's supervisor, or how it ended.
+pub(super) fn words(home: &Home) -> impl FnOnce(ttrpc::Error) -> anyhow::Error {
+    |error| match home.read() {
+        Ok(state) => obituary::words(home, state.keeper, error),
+        // The container was deleted meanwhile.
+        Err(gone) => anyhow!(gone),
     }
 }
 
@@ -299,7 +310,7 @@ pub(super) fn words(error: ttrpc::Error) -> anyhow::Error {
 pub(super) async fn start(client: &TaskClient, home: &Home, exec: &str) -> anyhow::Result<()> {
     let (id, exec_id) = (home.id().to_string(), exec.to_owned());
     let request = StartRequest { id, exec_id, ..Default::default() };
-    client.start(unbounded(), &request).await.map_err(words)?;
+    client.start(unbounded(), &request).await.map_err(words(home))?;
     Ok(())
 }
 
@@ -311,7 +322,7 @@ pub(super) async fn kill(
     all: bool,
 ) -> anyhow::Result<()> {
     let request = KillRequest { id: home.id().to_string(), signal, all, ..Default::default() };
-    client.kill(unbounded(), &request).await.map_err(words)?;
+    client.kill(unbounded(), &request).await.map_err(words(home))?;
     Ok(())
 }
 

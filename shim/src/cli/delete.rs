@@ -80,10 +80,10 @@ fn end(home: &Home, status: Status, deadline: Instant) -> anyhow::Result<bool> {
                     id: home.id().to_string(),
                     ..Default::default()
                 };
-                client.wait(client::unbounded(), &request).await.map_err(client::words)?;
+                client.wait(client::unbounded(), &request).await.map_err(client::words(home))?;
             }
             let request = DeleteRequest { id: home.id().to_string(), ..Default::default() };
-            client.delete(client::unbounded(), &request).await.map_err(client::words)
+            client.delete(client::unbounded(), &request).await.map_err(client::words(home))
         };
         match tokio::time::timeout_at(deadline.into(), ended).await {
             Ok(Err(error)) => {

@@ -128,7 +128,7 @@ async fn prepare(
     if ignore_paused {
         context.add(task::IGNORE_PAUSED.to_owned(), "true".to_owned());
     }
-    client.exec(context, &request).await.map_err(client::words)?;
+    client.exec(context, &request).await.map_err(client::words(home))?;
     Ok(client)
 }
 

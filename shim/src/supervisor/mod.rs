@@ -48,6 +48,8 @@ use crate::supervisor::lifecycle::Status;
 use crate::supervisor::sandbox::Sandbox;
 use crate::trace::Phase;
 
+/// The file in a container's directory with what its pod's supervisor writes to standard error.
+pub const LOG: &str = "supervisor.log";
 /// How long calls that are being answered may take when everything is over.
 const GOODBYE: Duration = Duration::from_millis(500);
 /// What a creator hears that still listens when its container has left a pod that goes on.
@@ -118,6 +120,7 @@ pub fn run() -> anyhow::Result<()> {
              run\" start a supervisor"
         );
     }
+    logging::note_panics();
     // Already a session leader only when started by hand.
     let _ = rustix::process::setsid();
     rustix::process::chdir("/").context("/")?;

@@ -19,6 +19,7 @@ use super::create;
 use super::signals;
 use crate::bundle;
 use crate::containerd::task;
+use crate::state::process::Process as StandIn;
 use crate::state::socket_path::SocketPath;
 use crate::state::{Home, State};
 use crate::streams::preserved::Preserved;
@@ -51,12 +52,12 @@ pub(super) fn exec(global: &Global, exec: &Exec, preserved: Preserved) -> anyhow
     let terminal = process.terminal() == Some(true);
     client::check_console(terminal, !exec.detach, exec.console_socket.as_deref())?;
     let process = serde_json::to_vec(&process)?;
-    let name = name()?;
     ensure!(
         process.len() <= CALL_BYTES_MAX,
         "the process has {} bytes as JSON; at most {CALL_BYTES_MAX} are supported",
         process.len()
     );
+    let name = name()?;
     if exec.detach {
         return detached(exec, &home, (&name, process), &preserved);
     }
@@ -100,8 +101,12 @@ fn detached(
         let console_socket = exec.console_socket.as_deref();
         let pid = create::spawn_stand_in(home, name, None, (console_socket, preserved))?;
         client::start(&client, home, name).await.context(FAILED)?;
-        if let Some(path) = &exec.pid_file {
-            client::write_pid_file(path, pid)?;
+        if let Some(path) = &exec.pid_file
+            && let Err(error) = client::write_pid_file(path, pid)
+        {
+            // The process that it stands for is killed with it.
+            let _ = StandIn::find(pid).is_ok_and(|it| it.kill_and_wait(client::KILLED));
+            return Err(error);
         }
         Ok(ExitCode::SUCCESS)
     })

@@ -8,6 +8,7 @@ pub mod id;
 pub mod process;
 pub mod socket_path;
 pub mod timestamp;
+pub mod users;
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, DirBuilder};
@@ -145,8 +146,8 @@ pub struct View {
     /// The process that stands for it; 0 when it is stopped.
     pub pid: u32,
     /// By what runs.
-    pub status: Status,
     #[serde(serialize_with = "shown")]
+    pub status: Status,
     /// The bundle's directory.
     pub bundle: PathBuf,
     /// The root file system.
@@ -329,23 +330,17 @@ impl Home {
     /// The name of the user who claimed the id, as `/etc/passwd` has it; else the number.
     fn owner(&self, state: &State) -> String {
         let uid = fs::metadata(self.dir()).map_or(state.owner, |metadata| metadata.uid());
-        let passwd = fs::read_to_string("/etc/passwd").unwrap_or_default();
-        let named = passwd.lines().find_map(|line| {
-            let mut fields = line.split(':');
-            let name = fields.next()?;
-            (fields.nth(1)? == uid.to_string()).then(|| name.to_owned())
-        });
-        named.unwrap_or_else(|| uid.to_string())
+        users::name(uid)
     }
-
-/// A status in the words of the specification, which has fewer.
-fn shown<S: Serializer>(status: &Status, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.collect_str(status)
-}
 
     fn missing(&self) -> StateError {
         StateError::NoSuchContainer { id: self.id.clone(), root: self.root.clone() }
     }
+}
+
+/// A status in the words of the specification, which has fewer.
+fn shown<S: Serializer>(status: &Status, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(status)
 }
 
 fn at(path: &Path) -> impl FnOnce(io::Error) -> StateError + use<> {

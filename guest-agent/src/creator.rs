@@ -20,10 +20,12 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use serde_json::{Map, Value};
 use tracing::Level;
 
+use crate::confinement::Restrictions;
 use crate::executor::Program;
 use crate::hooks::Hooks;
 use crate::logging;
 use crate::report::{self, Line, Report};
+use crate::seccomp::FilterError;
 use crate::{device_directories, init, propagation, spec, terminal};
 
 /// The first argument that makes the agent a creator; the second is the container's id.
@@ -78,6 +80,10 @@ enum CreateError {
     Spec(#[from] oci_spec::OciSpecError),
     #[error("hooks cannot be read back")]
     Hooks(#[source] std::io::Error),
+    #[error("restrictions cannot be read back")]
+    Restrictions(#[source] std::io::Error),
+    #[error(transparent)]
+    Filter(#[from] FilterError),
     #[error("loopback of the new network namespace cannot be brought up")]
     Loopback(#[source] std::io::Error),
     #[error("mount namespace of the container cannot be joined")]
@@ -153,10 +159,12 @@ fn create(
     let spec = Spec::load(place.config())?;
     let terminal = spec.process().as_ref().and_then(Process::terminal) == Some(true);
     let hooks = Hooks::read(place).map_err(CreateError::Hooks)?;
+    let restrictions = Restrictions::read(&place.bundle).map_err(CreateError::Restrictions)?;
+    let confinement = restrictions.prepare()?;
     let console = place.bundle.join(terminal::SOCKET);
     let mut container = ContainerBuilder::new(container_id.to_owned(), SyscallType::default())
         .with_root_path(Place::STATES)?
-        .with_executor(Program::of_init(report, hooks.map(Rc::new)))
+        .with_executor(Program::new(report, confinement, hooks.map(Rc::new)))
         .with_console_socket(terminal.then_some(console))
         .with_preserved_fds(descriptors)
         .as_init(&place.bundle)

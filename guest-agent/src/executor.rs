@@ -8,6 +8,7 @@
 #![expect(unsafe_code, reason = "execve(2), and signal(2) before it")]
 
 use std::collections::HashMap;
+use std::convert::Infallible;
 use std::ffi::{CString, NulError};
 use std::fmt;
 use std::io::{self, ErrorKind};
@@ -25,9 +26,9 @@ use rustix::fs::{
     Access, AtFlags, CWD, FileType, Mode, OFlags, accessat, fstat, major, minor, open,
 };
 
+use crate::confinement::Confinement;
 use crate::hooks::Hooks;
 use crate::report::{Line, Report};
-use crate::tenant::Confinement;
 
 /// Major and minor number of `/dev/null`, Documentation/admin-guide/devices.txt.
 const NULL_DEVICE: (u32, u32) = (1, 3);
@@ -37,7 +38,7 @@ const NULL_DEVICE: (u32, u32) = (1, 3);
 pub(crate) struct Program {
     report: Rc<Report>,
     /// What libcontainer leaves to this step.
-    confinement: Option<Confinement>,
+    confinement: Confinement,
     /// What to run before it.
     hooks: Option<Rc<Hooks>>,
 }
@@ -51,23 +52,40 @@ enum Unusable {
 }
 
 impl Program {
-    /// A container's first one, which its startContainer hooks precede.
-    pub(crate) fn of_init(report: Rc<Report>, hooks: Option<Rc<Hooks>>) -> Self {
-        Self { report, confinement: None, hooks }
+    /// A program, which startContainer hooks precede if it is a container's first one.
+    pub(crate) fn new(
+        report: Rc<Report>,
+        confinement: Confinement,
+        hooks: Option<Rc<Hooks>>,
+    ) -> Self {
+        Self { report, confinement, hooks }
     }
 
-    /// One that joins a container, and confines itself.
-    pub(crate) fn confined(report: Rc<Report>, confinement: Confinement) -> Self {
-        Self { report, confinement: Some(confinement), hooks: None }
+    /// Becomes the program; returns only if it cannot.
+    fn execute(
+        &self,
+        path: &Path,
+        arguments: &[String],
+        environment: &[String],
+    ) -> Result<Infallible, io::Error> {
+        let path = CString::new(path.as_os_str().as_bytes())?;
+        let (arguments, environment) = (strings(arguments)?, strings(environment)?);
+        let (arguments, environment) = (pointers(&arguments), pointers(&environment));
+        // SAFETY: the default action is valid for this signal, and no code of ours runs on it.
+        unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+        // Last of all: the filter need not let pass what this process still has to do.
+        self.confinement.seal()?;
+        // SAFETY: all three point to strings that end in NUL, the lists end in a null pointer, and
+        // all of them live until after the call.
+        unsafe { libc::execve(path.as_ptr(), arguments.as_ptr(), environment.as_ptr()) };
+        Err(io::Error::last_os_error())
     }
 }
 
 impl Executor for Program {
     fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
-        if let Some(confinement) = &self.confinement {
-            // Before the look at the program, which is to be with the eyes of its user.
-            confinement.enter().map_err(ExecutorValidationError::ArgValidationError)?;
-        }
+        // Before the look at the program, which is to be with the eyes of its user.
+        self.confinement.enter().map_err(ExecutorValidationError::ArgValidationError)?;
         let arguments = arguments(spec).unwrap_or_default();
         let Some(name) = arguments.first() else {
             let reason = "process.args is empty".to_owned();
@@ -95,15 +113,12 @@ impl Executor for Program {
         if let Err(error) = make_null_writable() {
             return Err(ExecutorError::Other(format!("/dev/null: {}", words(&error))));
         }
-        if let Some(confinement) = &self.confinement {
-            confinement.close().map_err(ExecutorError::Other)?;
-        }
-        if let Some(Err(error)) = self.hooks.as_ref().map(|hooks| hooks.start()) {
+        if let Some(Err(error)) = self.hooks.as_ref().map(|hooks| hooks.start(&self.confinement)) {
             say(&error.to_string());
             // As runc's init.
             std::process::exit(1);
         }
-        let Err(error) = execute(&path, arguments, environment(spec));
+        let Err(error) = self.execute(&path, arguments, environment(spec));
         let message = format!("exec {}: {}", path.display(), words(&error));
         say(&message);
         Err(ExecutorError::Other(message))
@@ -132,23 +147,6 @@ fn make_null_writable() -> io::Result<()> {
         rustix::stdio::dup2_stderr(null()?)?;
     }
     Ok(())
-}
-
-/// Becomes the program; returns only if it cannot.
-fn execute(
-    path: &Path,
-    arguments: &[String],
-    environment: &[String],
-) -> Result<std::convert::Infallible, io::Error> {
-    let path = CString::new(path.as_os_str().as_bytes())?;
-    let (arguments, environment) = (strings(arguments)?, strings(environment)?);
-    let (arguments, environment) = (pointers(&arguments), pointers(&environment));
-    // SAFETY: the default action is valid for this signal, and no code of ours runs on it.
-    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
-    // SAFETY: all three point to strings that end in NUL, the lists end in a null pointer, and all
-    // of them live until after the call.
-    unsafe { libc::execve(path.as_ptr(), arguments.as_ptr(), environment.as_ptr()) };
-    Err(io::Error::last_os_error())
 }
 
 fn strings(texts: &[String]) -> Result<Vec<CString>, NulError> {

@@ -7,10 +7,14 @@
 //! single one, this binary in its fourth life ([`main`]), which makes the container's root its own
 //! and runs them there.
 
+// UNSAFETY: std has no safe way to have a child do something before its program runs.
+#![expect(unsafe_code, reason = "pre_exec")]
+
 use std::fs::{self, File, Permissions};
 use std::io;
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 
@@ -20,6 +24,7 @@ use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::process::{chroot, getppid};
 use serde::{Deserialize, Serialize};
 
+use crate::confinement::Confinement;
 use crate::creator::Place;
 use crate::report::{Line, Report};
 
@@ -84,12 +89,17 @@ impl Hooks {
         }
     }
 
-    /// Runs those that come right before the program. This process is the container's init.
-    pub(crate) fn start(&self) -> io::Result<()> {
+    /// Runs those that come right before the program. This process is the container's init, whose
+    /// filter they have already.
+    pub(crate) fn start(&self, confinement: &Confinement) -> io::Result<()> {
         let state = self.state(ContainerState::Created, std::process::id())?;
-        let list = self.start_container.iter().enumerate();
-        list.map(|(number, hook)| ("startContainer", number, hook, hook.path().clone()))
-            .try_for_each(|hook| run(hook, &state))
+        self.start_container.iter().enumerate().try_for_each(|(number, hook)| {
+            let mut command = Command::new(hook.path());
+            let confinement = confinement.clone();
+            // SAFETY: the closure makes system calls and nothing else, and allocates no memory.
+            unsafe { command.pre_exec(move || confinement.seal()) };
+            run(("startContainer", number, hook), command, &state)
+        })
     }
 
     /// Runs those that come before the container's init is confined to its root. This process is a
@@ -101,9 +111,10 @@ impl Hooks {
         let programs = programs.collect::<io::Result<Vec<_>>>()?;
         chroot(&self.root)?;
         std::env::set_current_dir("/")?;
-        let list = self.create_container.iter().zip(&programs).enumerate();
-        list.map(|(number, (hook, program))| ("createContainer", number, hook, program.path()))
-            .try_for_each(|hook| run(hook, &state))
+        let mut list = self.create_container.iter().zip(&programs).enumerate();
+        list.try_for_each(|(number, (hook, program))| {
+            run(("createContainer", number, hook), Command::new(program.path()), &state)
+        })
     }
 
     /// What hooks read.
@@ -141,9 +152,13 @@ impl Program {
     }
 }
 
-/// Runs one hook: its kind, its number among them, and the path by which its program is found now.
-fn run((kind, number, hook, path): (&str, usize, &Hook, PathBuf), state: &[u8]) -> io::Result<()> {
-    bulkhead_hooks::run(hook, Command::new(path), state).map_err(|error| {
+/// Runs one hook: its kind, and its number among them.
+fn run(
+    (kind, number, hook): (&str, usize, &Hook),
+    command: Command,
+    state: &[u8],
+) -> io::Result<()> {
+    bulkhead_hooks::run(hook, command, state).map_err(|error| {
         let error = match error.kind() {
             io::ErrorKind::NotFound => io::Error::other(NOT_FOUND),
             _ => error,
@@ -176,6 +191,7 @@ pub(crate) fn main(container_id: &str) -> ExitCode {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::confinement::Restrictions;
     use serde_json::{Value, json};
 
     fn spec(hooks: &Value) -> Spec {
@@ -239,6 +255,7 @@ mod tests {
         ]}));
         let hooks = Hooks::take(&mut spec, "one", "/b").unwrap().unwrap();
         let words = "error running startContainer hook #1, broken: exit status: 4, stderr: why";
-        assert_eq!(hooks.start().unwrap_err().to_string(), words);
+        let confinement = Restrictions::default().prepare().unwrap();
+        assert_eq!(hooks.start(&confinement).unwrap_err().to_string(), words);
     }
 }

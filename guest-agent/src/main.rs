@@ -11,6 +11,7 @@
 
 mod cgroup;
 mod clock;
+mod confinement;
 mod container;
 mod copy_up;
 mod creator;
@@ -31,8 +32,10 @@ mod process;
 mod propagation;
 mod report;
 mod rpc;
+mod seccomp;
 mod share;
 mod spec;
+mod sysctl;
 mod table;
 mod tenant;
 mod terminal;

@@ -8,14 +8,15 @@ use std::io::Read as _;
 use std::path::{Component, Path, PathBuf};
 
 use oci_spec::runtime::{
-    Capabilities, Hooks, LinuxCapabilities, LinuxNamespaceType, PosixRlimitBuilder,
-    PosixRlimitType, Process, Spec,
+    Hooks, LinuxNamespaceType, PosixRlimitBuilder, PosixRlimitType, Process, Spec,
 };
 use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, mkdirat, openat, openat2};
 use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
 
+use crate::confinement::Restrictions;
 use crate::disks::BoundDisk;
+use crate::sysctl::{Setting, SettingError};
 
 /// The most of the container's user table that is read.
 const PASSWD_BYTES: u64 = 1 << 20;
@@ -33,8 +34,8 @@ pub(crate) enum SpecError {
     RelativeRoot(PathBuf),
     #[error("process.terminal and the stream of a terminal go together")]
     Terminal,
-    #[error("linux.sysctl: {0:?} is no setting")]
-    Setting(String),
+    #[error(transparent)]
+    Setting(#[from] SettingError),
     #[error("hooks.{0} run on the host, not in the guest")]
     HostHooks(&'static str),
 }
@@ -43,10 +44,12 @@ pub(crate) enum SpecError {
 #[derive(Debug)]
 pub(crate) struct Prepared {
     pub(crate) spec: Spec,
+    /// What libcontainer does not get to see.
+    pub(crate) restrictions: Restrictions,
     /// The user that owns the standard streams, as the guest numbers it.
     pub(crate) stream_owner: u32,
-    /// Settings of the network that is the guest's own, by their paths below `/proc/sys`.
-    pub(crate) network_settings: Vec<(PathBuf, String)>,
+    /// Settings of the network that is the guest's own.
+    pub(crate) network_settings: Vec<Setting>,
 }
 
 /// Checks an id: it becomes a file name and a cgroup's.
@@ -99,38 +102,38 @@ pub(crate) fn prepare(
     make_directories(&root, process.cwd());
     let uid = process.user().uid();
     let stream_owner = in_guest(uid, &spec);
-    Ok(Prepared { spec, stream_owner, network_settings })
+    let restrictions = Restrictions::take(&mut spec);
+    Ok(Prepared { spec, restrictions, stream_owner, network_settings })
 }
 
 /// A process as a container gets it, and the user that owns its standard streams.
 #[derive(Debug)]
 pub(crate) struct PreparedProcess {
     pub(crate) process: Process,
+    pub(crate) restrictions: Restrictions,
     pub(crate) stream_owner: u32,
 }
 
 /// Parses and checks a further process of the container that was made from `spec`, and gives it the
-/// container's capabilities and resource limits where it has none of its own.
+/// container's capabilities, filter and resource limits where it has none of its own.
 ///
 /// # Errors
 /// See [`SpecError`].
 pub(crate) fn prepare_process(
-    spec: &Spec,
+    (spec, restrictions): (&Spec, &Restrictions),
     json: &[u8],
     terminal: bool,
 ) -> Result<PreparedProcess, SpecError> {
     let mut process: Process = serde_json::from_slice(json)?;
     let root = spec.root().as_ref().ok_or(SpecError::Missing("root"))?.path().clone();
     let of_container = spec.process().as_ref().ok_or(SpecError::Missing("process"))?;
-    if process.capabilities().is_none() {
-        process.set_capabilities(of_container.capabilities().clone());
-    }
     if process.rlimits().is_none() {
         process.set_rlimits(of_container.rlimits().clone());
     }
     fit_process(&mut process, &root, terminal)?;
     let stream_owner = in_guest(process.user().uid(), spec);
-    Ok(PreparedProcess { process, stream_owner })
+    let restrictions = restrictions.take_further(&mut process);
+    Ok(PreparedProcess { process, restrictions, stream_owner })
 }
 
 /// How the guest numbers a user of the container.
@@ -155,21 +158,13 @@ fn has_new(spec: &Spec, kind: LinuxNamespaceType) -> bool {
 }
 
 /// Takes the settings of the network out, which libcontainer only makes in one of the container's own.
-fn take_network_settings(spec: &mut Spec) -> Result<Vec<(PathBuf, String)>, SpecError> {
-    let mut taken = Vec::new();
+fn take_network_settings(spec: &mut Spec) -> Result<Vec<Setting>, SettingError> {
     let linux = spec.linux_mut().as_mut();
     let Some(settings) = linux.and_then(|linux| linux.sysctl_mut().as_mut()) else {
-        return Ok(taken);
+        return Ok(Vec::new());
     };
-    for (name, value) in settings.extract_if(|name, _| name.starts_with("net.")) {
-        let path = PathBuf::from(name.replace('.', "/"));
-        // A name has no slash of its own, and so leads nowhere else.
-        if name.contains('/') || name.ends_with('.') {
-            return Err(SpecError::Setting(name));
-        }
-        taken.push((path, value));
-    }
-    Ok(taken)
+    let taken = settings.extract_if(|name, _| name.starts_with("net."));
+    taken.map(|(name, value)| Setting::new(&name, value)).collect()
 }
 
 /// The root's propagation as libcontainer knows it: nothing is below a root, so that one which is said
@@ -231,14 +226,6 @@ fn fit_process(process: &mut Process, root: &Path, terminal: bool) -> Result<(),
     if process.args().as_ref().is_none_or(Vec::is_empty) {
         return Err(SpecError::Missing("process.args"));
     }
-    // Libcontainer takes a `false` for a `true` when it picks the moment to install the filter.
-    if process.no_new_privileges() == Some(false) {
-        process.set_no_new_privileges(None);
-    }
-    if process.capabilities().is_none() {
-        // Libcontainer would leave it all of them.
-        process.set_capabilities(Some(no_capabilities()));
-    }
     let mut environment = process.env().clone().unwrap_or_default();
     keep_locked_memory_limit(process)?;
     // With a HOME libcontainer does not ask the C library, which cannot look into a container.
@@ -248,18 +235,6 @@ fn fit_process(process: &mut Process, root: &Path, terminal: bool) -> Result<(),
         process.set_env(Some(environment));
     }
     Ok(())
-}
-
-fn no_capabilities() -> LinuxCapabilities {
-    let none = || Some(Capabilities::new());
-    let mut capabilities = LinuxCapabilities::default();
-    capabilities
-        .set_bounding(none())
-        .set_effective(none())
-        .set_permitted(none())
-        .set_inheritable(none())
-        .set_ambient(none());
-    capabilities
 }
 
 /// Libcontainer lifts the limit of locked memory to load the device filter, and does not lower it

@@ -1,27 +1,24 @@
 //! The tenant: this binary's third life, which adds one process to a container and exits.
 //!
-//! Like the creator it finds everything in the container's [`Place`] and answers by a report. Where
-//! libcontainer leaves a joining process without the container's system call filter, this one puts
-//! it there: libcontainer is told to drop no capability, because installing a filter may take one,
-//! and both are done here right before the program ([`Confinement`]).
+//! Like the creator it finds everything in the container's [`Place`] and answers by a report.
 
 use std::fs;
 use std::path::Path;
 use std::process::ExitCode;
 use std::rc::Rc;
 
-use libcontainer::capabilities;
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::error::LibcontainerError;
-use libcontainer::seccomp;
-use libcontainer::syscall::syscall::{SyscallType, create_syscall};
-use oci_spec::runtime::{LinuxCapabilities, LinuxSeccomp, Process, Spec};
+use libcontainer::syscall::syscall::SyscallType;
+use oci_spec::runtime::Process;
 use serde_json::Value;
 
 use crate::cgroup::Cgroup;
+use crate::confinement::Restrictions;
 use crate::creator::{self, Place};
 use crate::executor::Program;
 use crate::report::{self, Report};
+use crate::seccomp::FilterError;
 use crate::terminal;
 
 /// The first argument that makes the agent a tenant; the container's and the process's id follow.
@@ -38,16 +35,14 @@ const STATE: &str = "state.json";
 enum TenantError {
     #[error(transparent)]
     Libcontainer(#[from] LibcontainerError),
-    #[error("specification cannot be read back")]
-    Spec(#[from] oci_spec::OciSpecError),
     #[error("process cannot be read back")]
     Read(#[from] std::io::Error),
     #[error("libcontainer's state of the container tells no pid")]
     NoInit,
     #[error("cgroup of the container cannot be read")]
     Cgroup(#[source] std::io::Error),
-    #[error("process has no capabilities to drop to")]
-    NoCapabilities,
+    #[error(transparent)]
+    Filter(#[from] FilterError),
     #[error("process cannot be read back")]
     Json(#[from] serde_json::Error),
 }
@@ -74,15 +69,8 @@ fn join(
     report: Rc<Report>,
 ) -> Result<i32, TenantError> {
     let path = directory.join(PROCESS);
-    let mut process: Process = serde_json::from_slice(&fs::read(&path)?)?;
-    let spec = Spec::load(place.config())?;
-    let confinement = Confinement {
-        capabilities: process.capabilities().clone().ok_or(TenantError::NoCapabilities)?,
-        filter: spec.linux().as_ref().and_then(|linux| linux.seccomp().clone()),
-        unprivileged: process.no_new_privileges() == Some(true),
-    };
-    process.set_capabilities(None);
-    fs::write(&path, serde_json::to_vec(&process)?)?;
+    let process: Process = serde_json::from_slice(&fs::read(&path)?)?;
+    let confinement = Restrictions::read(directory)?.prepare()?;
     // Libcontainer leaves sockets beside the state that it reads. This copy goes with the rest of the
     // process's directory.
     let state = directory.join(container_id);
@@ -96,7 +84,7 @@ fn join(
     let has_terminal = process.terminal() == Some(true);
     let pid = ContainerBuilder::new(container_id.to_owned(), SyscallType::default())
         .with_root_path(directory)?
-        .with_executor(Program::confined(report, confinement))
+        .with_executor(Program::new(report, confinement, None))
         .with_console_socket(has_terminal.then_some(console))
         .with_preserved_fds(descriptors)
         .as_tenant()
@@ -105,43 +93,4 @@ fn join(
         .with_process(Some(&path))
         .build()?;
     Ok(pid.as_raw())
-}
-
-/// What a joining process gives up right before its program runs.
-#[derive(Clone, Debug)]
-pub(crate) struct Confinement {
-    capabilities: LinuxCapabilities,
-    filter: Option<LinuxSeccomp>,
-    /// It can gain no privileges any more, so that it may install a filter at any time.
-    unprivileged: bool,
-}
-
-impl Confinement {
-    /// Gives up capabilities, and before that installs the filter if it takes one of them.
-    ///
-    /// # Errors
-    /// In the kernel's words; the process must not go on then.
-    pub(crate) fn enter(&self) -> Result<(), String> {
-        if !self.unprivileged {
-            self.install_filter()?;
-        }
-        capabilities::drop_privileges(&self.capabilities, create_syscall().as_ref())
-            .map_err(|error| format!("capabilities cannot be dropped: {error}"))
-    }
-
-    /// The last step: installs the filter if that was left for now.
-    ///
-    /// # Errors
-    /// As [`Self::enter`].
-    pub(crate) fn close(&self) -> Result<(), String> {
-        if self.unprivileged { self.install_filter() } else { Ok(()) }
-    }
-
-    fn install_filter(&self) -> Result<(), String> {
-        let Some(filter) = &self.filter else { return Ok(()) };
-        match seccomp::initialize_seccomp(filter) {
-            Ok(_) => Ok(()),
-            Err(error) => Err(format!("system call filter cannot be installed: {error}")),
-        }
-    }
 }

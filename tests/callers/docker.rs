@@ -60,6 +60,7 @@ fn a_container_is_as_under_runc() {
         assert_eq!(told(&found), told(&expected), "{line:?}");
         assert_eq!(found.status.code(), Some(7));
     }
+    dockers_own_profile(&docker);
     for (program, words) in [
         ("absent", "exec: \"absent\": executable file not found in $PATH"),
         ("/etc/hosts", "exec: \"/etc/hosts\": permission denied"),
@@ -74,6 +75,28 @@ fn a_container_is_as_under_runc() {
     let (expected, found) = (call(&docker, "runc", &line), call(&docker, "bulkhead", &line));
     assert_eq!(told(&found), told(&expected));
     wait_for_nothing(docker.directory());
+}
+
+/// The calls that Docker's default profile is there for: namespaces by clone(2) and unshare(2),
+/// clone3, mount, ptrace, keyctl, one that nobody has, and one that everybody may make.
+fn dockers_own_profile(docker: &Docker) {
+    let calls = [
+        "x86_64:56:0x10000011",
+        "x86_64:272:0x10000000",
+        "x86_64:435",
+        "x86_64:165",
+        "x86_64:101",
+        "x86_64:250",
+        "x86_64:600",
+        "x86_64:39",
+    ];
+    let program = format!("--rm -v {}:/syscalls:ro", env!("CARGO_BIN_EXE_syscalls"));
+    let line = run(&program, &[&["box", "/syscalls"][..], &calls].concat());
+    let (expected, found) = (call(docker, "runc", &line), call(docker, "bulkhead", &line));
+    assert_eq!(told(&found), told(&expected));
+    let (status, answers, _) = told(&found);
+    assert_eq!(status, Some(0));
+    assert!(answers.starts_with("x86_64:56:0x10000011 errno 1\n"), "{answers}");
 }
 
 #[test]

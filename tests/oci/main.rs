@@ -12,6 +12,8 @@ mod differential;
 #[cfg(test)]
 mod disks;
 #[cfg(test)]
+mod ends;
+#[cfg(test)]
 mod errors;
 #[cfg(test)]
 mod exec;
@@ -19,6 +21,8 @@ mod exec;
 mod features;
 #[cfg(test)]
 mod files;
+#[cfg(test)]
+mod frozen;
 #[cfg(test)]
 mod growth;
 #[cfg(test)]
@@ -53,6 +57,8 @@ mod process;
 mod redirected;
 #[cfg(test)]
 mod resources;
+#[cfg(test)]
+mod seccomp;
 #[cfg(test)]
 mod sizes;
 #[cfg(test)]

@@ -12,16 +12,17 @@ use bulkhead_protocol::agent::{Descriptor, Streams};
 use tokio::task::spawn_blocking;
 
 use super::{
-    ContainerError, Containers, Made, failed, read_spec, signal_number, size_terminal, state,
+    Connected, ContainerError, Containers, End, Made, failed, read_spec, signal_number,
+    size_terminal, state,
 };
 use crate::cgroup::Cgroup;
+use crate::confinement::Restrictions;
 use crate::creator::Place;
 use crate::descriptors;
-use crate::process::{Exit, send_signal};
+use crate::process::send_signal;
 use crate::share;
 use crate::spec::{self, PreparedProcess, SpecError};
 use crate::tenant;
-use crate::terminal::Terminal;
 
 /// What Exec asks for; the fields are those of its message.
 #[derive(Debug)]
@@ -46,7 +47,7 @@ enum Entry {
 #[derive(Clone, Debug)]
 struct Exec {
     made: Made,
-    terminal: Option<Terminal>,
+    connected: Connected,
     /// It was given files of the host, which are to be let go of after its end.
     files: bool,
 }
@@ -140,7 +141,8 @@ impl Containers {
         columns: u32,
     ) -> Result<(), ContainerError> {
         let exec = self.created(id)?.execs.running(exec_id)?;
-        let terminal = exec.terminal.ok_or_else(|| not_now(exec_id, "has no terminal"))?;
+        let terminal =
+            exec.connected.terminal.ok_or_else(|| not_now(exec_id, "has no terminal"))?;
         terminal.resize(rows, columns).map_err(failed("resize the terminal"))
     }
 
@@ -148,15 +150,16 @@ impl Containers {
     ///
     /// # Errors
     /// There is no such process.
-    pub(crate) async fn wait_exec(&self, id: &str, exec_id: &str) -> Result<Exit, ContainerError> {
+    pub(crate) async fn wait_exec(&self, id: &str, exec_id: &str) -> Result<End, ContainerError> {
         let container = self.created(id)?;
         let mut exec = container.execs.running(exec_id)?;
         let exit = exec.made.end.wait().await;
+        let written = exec.connected.outputs.written();
         container.execs.table().remove(exec_id);
         if exec.files {
             forget();
         }
-        Ok(exit)
+        Ok(End { exit, oom_killed: false, written })
     }
 
     /// Starts a process whose id is reserved, or leaves nothing of it.
@@ -175,13 +178,17 @@ impl Containers {
         let terminal = streams.terminal.is_some();
         let prepared = spawn_blocking(move || {
             let spec = read_spec(&container)?;
-            spec::prepare_process(&spec, &process_json, terminal).map_err(ContainerError::from)
+            let restrictions = Restrictions::read(&container.bundle)
+                .map_err(failed("read the container's restrictions"))?;
+            let container = (&spec, &restrictions);
+            spec::prepare_process(container, &process_json, terminal).map_err(ContainerError::from)
         });
         let prepared = prepared.await.map_err(|e| failed("read the process")(e.into()))??;
         let directory = place.exec(&exec_id);
         let started = async {
             fs::create_dir_all(&directory).map_err(failed("make the process's directory"))?;
-            let PreparedProcess { process, stream_owner } = prepared;
+            let PreparedProcess { process, restrictions, stream_owner } = prepared;
+            restrictions.write(&directory).map_err(failed("write the restrictions"))?;
             size_terminal(&mut streams, &process);
             let process = serde_json::to_vec(&process).map_err(SpecError::from)?;
             fs::write(directory.join(tenant::PROCESS), process)
@@ -196,7 +203,7 @@ impl Containers {
         }
         let (made, connected) = started?;
         match connected {
-            Ok(terminal) => Ok(Exec { made, terminal, files }),
+            Ok(connected) => Ok(Exec { made, connected, files }),
             Err(error) => {
                 // It may have ended by itself.
                 let _ = send_signal(made.pid, libc::SIGKILL);

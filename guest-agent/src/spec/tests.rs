@@ -30,19 +30,15 @@ fn ids_are_what_other_runtimes_accept() {
 }
 
 #[test]
-fn a_process_without_capabilities_has_none_and_a_further_one_has_the_containers() {
-    let spec = prepared(&minimal()).unwrap().spec;
-    let process = spec.process().as_ref().unwrap();
-    let capabilities = process.capabilities().as_ref().unwrap();
-    assert!(capabilities.bounding().as_ref().unwrap().is_empty());
-    let mut with_one = minimal();
-    with_one["process"]["capabilities"] = json!({"bounding": ["CAP_KILL"]});
-    let spec = prepared(&with_one).unwrap().spec;
+fn a_further_process_has_the_containers_limits_and_restrictions() {
+    let mut spec = minimal();
+    spec["process"]["capabilities"] = json!({"bounding": ["CAP_KILL"]});
+    let Prepared { spec, restrictions, .. } = prepared(&spec).unwrap();
     let further = json!({"cwd": "/", "args": ["true"], "user": {"uid": 7, "gid": 7}});
     let further = serde_json::to_vec(&further).unwrap();
-    let further = prepare_process(&spec, &further, false).unwrap();
+    let further = prepare_process((&spec, &restrictions), &further, false).unwrap();
     let of_container = spec.process().as_ref().unwrap();
-    assert_eq!(further.process.capabilities(), of_container.capabilities());
+    assert_eq!(further.restrictions, restrictions);
     assert_eq!(further.process.rlimits(), of_container.rlimits());
     assert_eq!(further.stream_owner, 7);
     assert_eq!(further.process.env().as_deref(), Some(["HOME=/".to_owned()].as_slice()));
@@ -55,7 +51,7 @@ fn settings_of_the_guests_network_are_taken_out() {
     assert!(prepared(&spec).unwrap().network_settings.is_empty(), "the container has its own");
     spec["linux"]["namespaces"] = json!([]);
     let taken = prepared(&spec).unwrap();
-    let expected = (PathBuf::from("net/ipv4/ip_forward"), "1".to_owned());
+    let expected = Setting::new("net.ipv4.ip_forward", "1".to_owned()).unwrap();
     assert_eq!(taken.network_settings, [expected]);
     let left = taken.spec.linux().as_ref().unwrap().sysctl().clone().unwrap();
     assert_eq!(left.keys().collect::<Vec<_>>(), ["kernel.shmmax"]);

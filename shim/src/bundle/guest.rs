@@ -6,37 +6,14 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use bulkhead_protocol::{NOTIFY_DIR, NOTIFY_SOCKET, SHARE_DIR};
-use oci_spec::runtime::{
-    Linux, LinuxNamespaceType, Mount, PosixRlimitBuilder, PosixRlimitType, Process, Spec,
-};
-use rustix::process::{Resource, Rlimit, getrlimit};
+use oci_spec::runtime::{Linux, LinuxNamespaceType, Mount, Spec};
 
 use super::id_map::{self, IdMap};
-use super::{Additions, BundleError, Surroundings, hook_programs, namespaces, refuse, resources};
+use super::{Additions, BundleError, Surroundings, hook_programs, pod, refuse, resources};
 use crate::state::id::ContainerId;
 
-/// The limits that a process inherits. Of locked memory the guest has its own (`guest-agent`).
-const LIMITS: [(PosixRlimitType, Resource); 15] = [
-    (PosixRlimitType::RlimitAs, Resource::As),
-    (PosixRlimitType::RlimitCore, Resource::Core),
-    (PosixRlimitType::RlimitCpu, Resource::Cpu),
-    (PosixRlimitType::RlimitData, Resource::Data),
-    (PosixRlimitType::RlimitFsize, Resource::Fsize),
-    (PosixRlimitType::RlimitLocks, Resource::Locks),
-    (PosixRlimitType::RlimitMsgqueue, Resource::Msgqueue),
-    (PosixRlimitType::RlimitNice, Resource::Nice),
-    (PosixRlimitType::RlimitNofile, Resource::Nofile),
-    (PosixRlimitType::RlimitNproc, Resource::Nproc),
-    (PosixRlimitType::RlimitRss, Resource::Rss),
-    (PosixRlimitType::RlimitRtprio, Resource::Rtprio),
-    (PosixRlimitType::RlimitRttime, Resource::Rttime),
-    (PosixRlimitType::RlimitSigpending, Resource::Sigpending),
-    (PosixRlimitType::RlimitStack, Resource::Stack),
-];
 /// Where a container has the socket for sd_notify(3), as under runc.
 const NOTIFY_MOUNT: &str = "/run/notify";
-/// What `fs.nr_open` is in the guest: no limit of open files can be higher there.
-const OPEN_FILES_MAX: u64 = 1 << 20;
 
 /// What a mount point in the share is, because it is made before it is covered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -119,16 +96,6 @@ pub(super) fn rewrite(
     Ok(Guest { spec, shared, dropped })
 }
 
-/// The name of the machine itself: the container's, or the host's for one that asks for no UTS
-/// namespace and so shows the machine's.
-pub(super) fn machine_hostname(spec: &Spec) -> String {
-    let own = namespaces(spec).iter().any(|entry| entry.typ() == LinuxNamespaceType::Uts);
-    match spec.hostname() {
-        Some(name) if own => name.clone(),
-        _ => rustix::system::uname().nodename().to_string_lossy().into_owned(),
-    }
-}
-
 /// Adds what is not in the bundle.
 fn add(spec: &mut Spec, id: &ContainerId, additions: &Additions) {
     let mut environment = additions.environment.clone();
@@ -203,35 +170,19 @@ fn adapt(spec: &mut Spec, id: &ContainerId, surroundings: &Surroundings) -> Vec<
         let label = process.selinux_label().as_ref().is_some_and(|name| !name.is_empty());
         note(&mut dropped, label, "process.selinuxLabel");
         process.set_selinux_label(None);
-        inherit_limits(process);
+        surroundings.limits.fill(process);
     }
     if let Some(linux) = spec.linux_mut() {
+        if surroundings.brings_up_the_pod
+            && let Some(settings) = linux.sysctl_mut()
+        {
+            // They are the pod's.
+            settings.retain(|name, _| !pod::is_of_the_pod(name));
+        }
         drop_host_devices(linux, &mut dropped);
         adapt_linux(linux, id, surroundings, &mut dropped);
     }
     dropped
-}
-
-/// Gives a process the limits of this one where its specification has none, as it would inherit them
-/// on the host.
-fn inherit_limits(process: &mut Process) {
-    let mut limits = process.rlimits().clone().unwrap_or_default();
-    for (kind, resource) in LIMITS {
-        if limits.iter().any(|limit| limit.typ() == kind) {
-            continue;
-        }
-        let Rlimit { current, maximum } = getrlimit(resource);
-        let most = if kind == PosixRlimitType::RlimitNofile { OPEN_FILES_MAX } else { u64::MAX };
-        let number = |limit: Option<u64>| limit.unwrap_or(u64::MAX).min(most);
-        let limit = PosixRlimitBuilder::default()
-            .typ(kind)
-            .soft(number(current))
-            .hard(number(maximum))
-            .build();
-        // Complete, so that it is one.
-        limits.extend(limit);
-    }
-    process.set_rlimits(Some(limits));
 }
 
 /// Leaves out devices of the host that the guest does not have.

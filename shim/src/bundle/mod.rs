@@ -1,13 +1,15 @@
 //! An OCI bundle: read once, refused early or turned into what the pod needs.
 //!
 //! OCI runtime-spec, "Bundle" and "Configuration". [`read`] reads `config.json`, [`refuse`] holds
-//! what cannot be kept, [`Plan`] is the rest: the specification as the guest gets it, the files that
-//! are shared with it and the size of its machine. Mounts nothing and starts nothing.
+//! what cannot be kept, [`PodPlan`] is what the pod is, and [`ContainerPlan`] the rest: the specification
+//! as the guest gets it and the files that are shared with it. Mounts nothing and starts nothing.
 
 mod disks;
 mod guest;
 mod hook_programs;
 mod id_map;
+mod limits;
+mod pod;
 pub mod refuse;
 mod resources;
 mod size;
@@ -26,6 +28,8 @@ use thiserror::Error;
 pub use self::disks::{DISKS_MAX, Disk};
 pub use self::guest::{FileKind, Shared};
 pub use self::id_map::IdMap;
+pub use self::limits::ProcessLimits;
+pub use self::pod::PodPlan;
 use self::refuse::Refusal;
 pub use self::resources::{merge, normalize, say_no_swap, total};
 pub use self::size::{HostSize, MACHINE_OVERHEAD_MIB, MachineSize};
@@ -136,13 +140,11 @@ pub struct Bundle {
     pub spec: Spec,
 }
 
-/// What a pod needs to run one container.
+/// What a pod needs to run one container, beyond what the pod is itself ([`PodPlan`]).
 #[derive(Clone, Debug)]
-pub struct Plan {
+pub struct ContainerPlan {
     /// The specification for the guest, JSON.
     pub spec_json: Vec<u8>,
-    /// The host name of the machine itself.
-    pub hostname: String,
     /// The bundle's directory on the host.
     pub bundle: PathBuf,
     /// The root file system on the host.
@@ -151,10 +153,6 @@ pub struct Plan {
     pub shared: Vec<Shared>,
     /// Block devices of the host, by [`Disk::path`] in `spec_json`.
     pub disks: Vec<Disk>,
-    /// vCPUs and memory at the start.
-    pub size: MachineSize,
-    /// What they can become.
-    pub most: MachineSize,
     /// How the kernel of the host weighs the pod when memory is short; none leaves the caller's.
     pub oom_score_adj: Option<i32>,
     /// For the state.
@@ -165,7 +163,7 @@ pub struct Plan {
     pub dropped: Vec<&'static str>,
 }
 
-/// What a caller adds to a specification, because of the environment in which it was called: systemd's.
+/// What a creator adds to a bundle, because of the environment in which it was called: systemd's.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Additions {
     /// Variables for the container's program.
@@ -174,15 +172,19 @@ pub struct Additions {
     pub notify: bool,
 }
 
-/// Where in its machine a container will be, and what it finds there.
+/// Where a container will be: what its plan depends on beside its specification.
 #[derive(Clone, Debug, Default)]
 pub struct Surroundings {
-    /// Of its caller.
-    pub additions: Additions,
     /// Its directory in the share, relative to the share's root.
     pub directory: PathBuf,
     /// Namespaces that it joins, as the guest names them.
     pub namespaces: Vec<(LinuxNamespaceType, PathBuf)>,
+    /// It is the one that the pod is brought up for.
+    pub brings_up_the_pod: bool,
+    /// The limits of its creator.
+    pub limits: ProcessLimits,
+    /// What its creator adds.
+    pub additions: Additions,
 }
 
 /// Reads a bundle.
@@ -243,7 +245,7 @@ impl Bundle {
         Ok(refuse::check(&self.spec, &neighbours)?)
     }
 
-    /// Turns the specification into what the pod needs.
+    /// Turns the specification into what the pod needs for the container.
     ///
     /// # Errors
     /// When the root file system or the source of a bind mount is not there.
@@ -251,24 +253,19 @@ impl Bundle {
         &self,
         id: &ContainerId,
         surroundings: &Surroundings,
-        host: HostSize,
-    ) -> Result<Plan, BundleError> {
+    ) -> Result<ContainerPlan, BundleError> {
         let rootfs = self.rootfs()?;
-        let size = MachineSize::of(&[&self.resources()], host);
         let guest = guest::rewrite(&self.spec, id, surroundings, &self.dir, &rootfs)?;
         let spec_json = serde_json::to_vec(&guest.spec).map_err(BundleError::Rewrite)?;
         if spec_json.len() > GUEST_BYTES_MAX {
             return Err(BundleError::TooLargeForGuest(spec_json.len()));
         }
-        Ok(Plan {
+        Ok(ContainerPlan {
             spec_json,
-            hostname: guest::machine_hostname(&self.spec),
             bundle: self.dir.clone(),
             rootfs,
             shared: guest.shared,
             disks: disks::of(self.spec.linux().as_ref())?,
-            size,
-            most: size.most(host),
             oom_score_adj: self.spec.process().as_ref().and_then(|it| it.oom_score_adj()),
             annotations: self.spec.annotations().clone().unwrap_or_default(),
             hooks: self.spec.hooks().clone().unwrap_or_default(),

@@ -9,8 +9,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use oci_spec::runtime::{
-    Linux, LinuxDevice, LinuxDeviceType, LinuxNamespace, LinuxNamespaceType, LinuxSeccompAction,
-    Spec,
+    Linux, LinuxDevice, LinuxDeviceType, LinuxNamespace, LinuxNamespaceType, LinuxSeccomp,
+    LinuxSeccompAction, LinuxSeccompFilterFlag, Spec,
 };
 use thiserror::Error;
 
@@ -194,20 +194,32 @@ pub(super) fn guest_has(device: &LinuxDevice) -> Result<(), Refusal> {
     Err(refuse(what, "leave it out, and run without \"privileged\""))
 }
 
+fn filter(seccomp: &LinuxSeccomp) -> Result<(), Refusal> {
+    let notifies = |action| action == LinuxSeccompAction::ScmpActNotify;
+    let mut rules = seccomp.syscalls().iter().flatten();
+    if notifies(seccomp.default_action()) || rules.any(|rule| notifies(rule.action())) {
+        return Err(refuse(
+            "linux.seccomp: SCMP_ACT_NOTIFY needs a process of the host that looks into the \
+             container, which it cannot in a machine of its own",
+            "use SCMP_ACT_ALLOW or SCMP_ACT_ERRNO",
+        ));
+    }
+    let waits = LinuxSeccompFilterFlag::SeccompFilterFlagWaitKillableRecv;
+    if seccomp.flags().iter().flatten().any(|flag| *flag == waits) {
+        return Err(refuse(
+            format!("linux.seccomp.flags: {waits} is only for SCMP_ACT_NOTIFY"),
+            "leave it out",
+        ));
+    }
+    Ok(())
+}
+
 fn host_features(linux: &Linux) -> Result<(), Refusal> {
     if linux.intel_rdt().is_some() {
         return Err(refuse("linux.intelRdt divides the host's caches", "leave it out"));
     }
     if let Some(seccomp) = linux.seccomp() {
-        let notifies = |action| action == LinuxSeccompAction::ScmpActNotify;
-        let mut rules = seccomp.syscalls().iter().flatten();
-        if notifies(seccomp.default_action()) || rules.any(|rule| notifies(rule.action())) {
-            return Err(refuse(
-                "linux.seccomp asks with SCMP_ACT_NOTIFY a process of the host, which cannot look \
-                 into the machine",
-                "decide with SCMP_ACT_ALLOW or SCMP_ACT_ERRNO",
-            ));
-        }
+        filter(seccomp)?;
     }
     let resources = linux.resources().as_ref();
     resources.map_or(Ok(()), unified::check)?;

@@ -2,9 +2,9 @@
 //! (sd_listen_fds(3)) and word of being ready (sd_notify(3)). Both reach a container as under runc.
 
 use std::env;
-use std::fs;
 
 use anyhow::Context;
+use rustix::fs::{Mode, mkdirat};
 
 use super::notify;
 use crate::bundle::Additions;
@@ -30,7 +30,7 @@ pub(super) fn additions() -> Additions {
 /// Makes what a new container's directory needs for it.
 pub(super) fn prepare(home: &Home) -> anyhow::Result<()> {
     if notify::is_wanted() {
-        fs::create_dir(home.path(NOTIFY_DIR)).context(NOTIFY_DIR)?;
+        mkdirat(home, NOTIFY_DIR, Mode::RWXU).context(NOTIFY_DIR)?;
     }
     Ok(())
 }

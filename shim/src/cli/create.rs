@@ -5,7 +5,8 @@ use std::path::Path;
 use anyhow::Context;
 
 use super::args::{Create, Global};
-use super::client::{self, Creation};
+use super::client;
+use super::creation::Creation;
 use crate::machine::{assets, spawn};
 use crate::network::namespace::Network;
 use crate::state::Home;

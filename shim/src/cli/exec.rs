@@ -16,8 +16,9 @@ use ttrpc::proto::MESSAGE_LENGTH_MAX;
 use super::args::{Exec, Global};
 use super::client;
 use super::create;
+use super::creation;
 use super::signals;
-use crate::bundle;
+use crate::bundle::{self, ProcessLimits};
 use crate::containerd::task;
 use crate::state::process::Process as StandIn;
 use crate::state::socket_path::SocketPath;
@@ -50,7 +51,7 @@ pub(super) fn exec(global: &Global, exec: &Exec, preserved: Preserved) -> anyhow
     }
     let process = process(exec, &state)?;
     let terminal = process.terminal() == Some(true);
-    client::check_console(terminal, !exec.detach, exec.console_socket.as_deref())?;
+    creation::check_console(terminal, !exec.detach, exec.console_socket.as_deref())?;
     let process = serde_json::to_vec(&process)?;
     ensure!(
         process.len() <= CALL_BYTES_MAX,
@@ -105,7 +106,7 @@ fn detached(
             && let Err(error) = client::write_pid_file(path, pid)
         {
             // The process that it stands for is killed with it.
-            let _ = StandIn::find(pid).is_ok_and(|it| it.kill_and_wait(client::KILLED));
+            let _ = StandIn::find(pid).is_ok_and(|it| it.kill_and_wait(creation::KILLED));
             return Err(error);
         }
         Ok(ExitCode::SUCCESS)
@@ -170,6 +171,7 @@ fn process(exec: &Exec, state: &State) -> anyhow::Result<Process> {
         tracing::warn!("labels of the host mean nothing inside the machine and are left out");
     }
     process.set_apparmor_profile(None).set_selinux_label(None);
+    ProcessLimits::own().fill(&mut process);
     Ok(process)
 }
 

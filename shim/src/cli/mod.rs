@@ -7,6 +7,7 @@ mod activation;
 pub mod args;
 pub mod client;
 mod create;
+mod creation;
 mod delete;
 mod events;
 mod exec;

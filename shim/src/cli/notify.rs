@@ -18,7 +18,7 @@ use bulkhead_vmm::seqpacket;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use crate::state::Home;
-use crate::state::socket_path::{NOTIFY_DIR, SocketPath};
+use crate::state::socket_path::SocketPath;
 use crate::supervisor::lifecycle::Status;
 
 /// Where systemd listens, and the container's processes.
@@ -45,11 +45,8 @@ impl Listener {
     /// created for nobody who does.
     pub(super) fn bind(home: &Home) -> anyhow::Result<Option<Self>> {
         let Some(systemd) = socket_of_systemd() else { return Ok(None) };
-        if !home.path(NOTIFY_DIR).exists() {
-            return Ok(None);
-        }
+        let Ok(path) = SocketPath::notify(home) else { return Ok(None) };
         let systemd = address(&systemd).context(VARIABLE)?;
-        let path = SocketPath::notify(home)?;
         // One that has failed to start it may have left it.
         let _ = std::fs::remove_file(path.path());
         let socket = UnixDatagram::bind(path.path()).context("socket for sd_notify")?;

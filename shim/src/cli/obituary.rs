@@ -1,9 +1,10 @@
 //! Why a supervisor does not answer: whatever ends one while a caller waits, the caller is told.
 
-use std::fs;
+use std::io::Read;
 use std::time::Duration;
 
 use anyhow::anyhow;
+use rustix::fs::OFlags;
 use rustix::process::{Pid, Signal, WaitId, WaitIdOptions, waitid};
 
 use crate::state::Home;
@@ -17,17 +18,23 @@ const ABORTED: i32 = Signal::ABORT.as_raw();
 const KILLED: i32 = Signal::KILL.as_raw();
 
 /// The words of a failed call: the supervisor's own, or how it ended.
-pub(super) fn words(home: &Home, supervisor: Process, error: ttrpc::Error) -> anyhow::Error {
+pub(super) fn words(
+    home: &Home,
+    supervisor: Option<Process>,
+    error: ttrpc::Error,
+) -> anyhow::Error {
     match error {
         ttrpc::Error::RpcStatus(status) => anyhow!(status.message),
-        broken if supervisor.wait(GOING) => anyhow!(end(home, supervisor, &broken)),
+        broken if supervisor.is_none_or(|it| it.wait(GOING)) => {
+            anyhow!(end(home, supervisor, &broken))
+        }
         broken => anyhow!("the connection to the pod's supervisor failed: {broken}"),
     }
 }
 
 /// How a supervisor that is gone has ended.
-fn end(home: &Home, supervisor: Process, broken: &ttrpc::Error) -> String {
-    let signal = signal(supervisor).filter(|signal| *signal != ABORTED);
+fn end(home: &Home, supervisor: Option<Process>, broken: &ttrpc::Error) -> String {
+    let signal = supervisor.and_then(signal).filter(|signal| *signal != ABORTED);
     match (signal, last_words(home)) {
         (Some(KILLED), _) => {
             "the pod's supervisor was killed by signal 9: by the kernel if memory \
@@ -42,7 +49,8 @@ fn end(home: &Home, supervisor: Process, broken: &ttrpc::Error) -> String {
 
 /// What it last wrote.
 fn last_words(home: &Home) -> Option<String> {
-    let log = fs::read(home.path(supervisor::LOG)).ok()?;
+    let mut log = Vec::new();
+    home.file(supervisor::LOG, OFlags::RDONLY).ok()?.read_to_end(&mut log).ok()?;
     let log = String::from_utf8_lossy(&log);
     log.lines().map(str::trim).rfind(|line| !line.is_empty()).map(str::to_owned)
 }
@@ -68,7 +76,7 @@ mod tests {
 
     fn told(home: &Home, script: &str) -> String {
         let (mut child, process) = ended(script);
-        let error = words(home, process, ttrpc::Error::Socket("early eof".to_owned()));
+        let error = words(home, Some(process), ttrpc::Error::Socket("early eof".to_owned()));
         child.wait().unwrap();
         error.to_string()
     }
@@ -82,7 +90,8 @@ mod tests {
         assert_eq!(told(&home, "kill -11 $$"), "the pod's supervisor was killed by signal 11");
         let silent = "the pod's supervisor has ended: socket err: early eof";
         assert_eq!(told(&home, "exit 1"), silent);
-        fs::write(home.path(supervisor::LOG), "first\n\npanicked at x.rs:1:2: oh\n\n").unwrap();
+        std::fs::write(home.dir().join(supervisor::LOG), "first\n\npanicked at x.rs:1:2: oh\n\n")
+            .unwrap();
         let failed = "the pod's supervisor failed: panicked at x.rs:1:2: oh";
         assert_eq!(told(&home, "kill -6 $$"), failed);
     }
@@ -92,7 +101,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let home = Home::claim(root.path(), &"a".parse().unwrap(), Path::new("/b")).unwrap();
         let status = ttrpc::error::get_rpc_status(ttrpc::Code::INTERNAL, "no room");
-        let error = words(&home, Process::current().unwrap(), status);
+        let error = words(&home, Process::current().ok(), status);
         assert_eq!(error.to_string(), "no room");
     }
 }

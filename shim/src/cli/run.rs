@@ -1,14 +1,14 @@
 //! `bulkhead run`: create, start, wait and delete in one. This process itself stands for the
 //! container; however it ends, the supervisor notices and takes everything down.
 
-use std::io::Write;
 use std::process::ExitCode;
 use std::thread;
 
 use anyhow::Context;
 
 use super::args::{Global, Run};
-use super::client::{self, Creation, GOODBYE};
+use super::client::{self, GOODBYE};
+use super::creation::Creation;
 use super::notify::Listener;
 use super::{create, signals};
 use crate::state::socket_path::SocketPath;
@@ -72,15 +72,14 @@ fn foreground(
         tracing::warn!("the supervisor did not end");
     }
     phase.end();
-    let (home, joined) = (creation.home.clone(), creation.joined());
-    creation.done();
-    if !run.keep && (over || !joined) {
+    if !run.keep && (over || !creation.joined()) {
         // Only what a supervisor that was killed has left.
-        client::clean_up(&home)?;
+        creation.remove()?;
     }
+    creation.done();
     let ended = ended?;
     if let Some(reason) = ended.reason {
-        let _ = writeln!(std::io::stderr(), "bulkhead: the container was killed: {reason}");
+        tracing::warn!("the container was killed: {reason}");
     }
     Ok(ExitCode::from(ended.status))
 }

@@ -38,11 +38,11 @@ pub const PROCESSES: &str = "bulkhead.agent.v1.ProcessesReply";
 /// What limits are called in an update; containerd's name for them.
 pub const RESOURCES: &str = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources";
 
-/// What the options of a creation are called that are [`Additions`](crate::bundle::Additions), JSON.
-pub const ADDITIONS: &str = "bulkhead.Additions";
-
 /// The word among a call's metadata that has a process wait while its container is frozen.
 pub const IGNORE_PAUSED: &str = "ignore-paused";
+
+/// The word among a call's metadata that has a container be deleted whatever it does.
+pub const FORCE: &str = "force";
 
 /// The service of one pod.
 #[derive(Debug)]
@@ -99,6 +99,8 @@ fn status(error: ContainerError) -> Error {
         | E::State(_)
         | E::Hook(_)
         | E::StandIn(_)
+        | E::Cancelled
+        | E::Thread(_)
         | E::Cgroup(_)
         | E::OomScore(..) => Code::INTERNAL,
         E::Agent(_) => Code::UNKNOWN,
@@ -133,12 +135,7 @@ impl Task for Service {
         request: CreateTaskRequest,
     ) -> ttrpc::Result<CreateTaskResponse> {
         let container = self.container(&request.id, "")?;
-        let options = request.options.into_option().filter(|options| options.type_url == ADDITIONS);
-        let additions = options.map(|options| serde_json::from_slice(&options.value)).transpose();
-        let additions = additions
-            .map_err(|error| get_rpc_status(Code::INVALID_ARGUMENT, format!("options: {error}")))?;
-        let additions = additions.unwrap_or_default();
-        let pid = container.create(&self.attachments, additions).await.map_err(status)?.pid;
+        let pid = container.create(&self.attachments).await.map_err(status)?.pid;
         Ok(CreateTaskResponse { pid, ..Default::default() })
     }
 
@@ -166,11 +163,12 @@ impl Task for Service {
 
     async fn delete(
         &self,
-        _: &TtrpcContext,
+        context: &TtrpcContext,
         request: DeleteRequest,
     ) -> ttrpc::Result<DeleteResponse> {
         let container = self.container(&request.id, &request.exec_id)?;
-        let exit = container.delete().await.map_err(status)?;
+        let force = context.metadata.contains_key(FORCE);
+        let exit = container.delete(force).await.map_err(status)?;
         let (exit_status, exited_at) = (exit.status.into(), time(Some(exit)));
         Ok(DeleteResponse { exit_status, exited_at, ..Default::default() })
     }

@@ -4,6 +4,7 @@
 //! here. Only [`Agent::wait`] may take as long as the container lives, and [`Agent::create`] as its
 //! hooks.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::{Mutex, PoisonError};
@@ -63,6 +64,18 @@ impl AgentError {
     pub const fn is_not_found(&self) -> bool {
         matches!(self, Self::Refused(_, Code::NotFound))
     }
+
+    /// What was asked for cannot be.
+    #[must_use]
+    pub const fn is_invalid(&self) -> bool {
+        matches!(self, Self::Refused(_, Code::InvalidArgument))
+    }
+
+    /// What was asked about is not there any more, or not in the state for it.
+    #[must_use]
+    pub const fn is_too_late(&self) -> bool {
+        matches!(self, Self::Refused(_, Code::NotFound | Code::FailedPrecondition))
+    }
 }
 
 impl From<Status> for AgentError {
@@ -117,14 +130,20 @@ impl Agent {
     /// The first call; gives the guest's kernel release.
     ///
     /// # Errors
-    /// When the agent speaks another version.
-    pub async fn hello(&self, hostname: &str, entropy: &[u8]) -> Result<String, AgentError> {
+    /// When the agent speaks another version, or there is no such setting.
+    pub async fn hello(
+        &self,
+        hostname: &str,
+        entropy: &[u8],
+        sysctls: &BTreeMap<String, String>,
+    ) -> Result<String, AgentError> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let request = HelloRequest {
             version: VERSION,
             time_ns: u64::try_from(now.as_nanos()).unwrap_or(0),
             entropy: entropy.to_vec(),
             hostname: hostname.to_owned(),
+            sysctls: sysctls.clone().into_iter().collect(),
         };
         let mut client = self.client.clone();
         Ok(within(SHORT, "Hello", client.hello(request)).await?.kernel_release)

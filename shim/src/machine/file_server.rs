@@ -9,6 +9,7 @@ use bulkhead_vmm::config::JailConfig;
 use bulkhead_vmm::fileserver::config::{FsAnswer, FsConfig, VERSION};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use thiserror::Error;
+use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
 use crate::machine::channel::Channel;
@@ -17,7 +18,7 @@ use crate::machine::spawn::{self, Jailed, Launch};
 use crate::state::process::Process;
 
 /// Threads that serve requests.
-const THREADS: u8 = 4;
+const THREADS: u8 = 6;
 /// How long it may take to lock itself up.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// Descriptors that it may hold: one for each file that the guest remembers.
@@ -80,7 +81,7 @@ impl FileServer {
         Ok(Self { jailed, control, share_dirs: Mutex::default() })
     }
 
-    /// A directory of the share for one container, empty yet; the first one's is [`ShareDir::default`].
+    /// A directory of the share for one container, empty yet; the first is [`ShareDir::default`].
     ///
     /// # Errors
     /// [`ShareError::Full`].
@@ -92,8 +93,10 @@ impl FileServer {
     ///
     /// # Errors
     /// Names the path that failed.
-    pub fn show(&self, files: Files, dir: ShareDir) -> Result<(), ShareError> {
-        files.attach(self.jailed.process.pid, dir)
+    pub async fn show(&self, files: Files, dir: ShareDir) -> Result<(), ShareError> {
+        let pid = self.jailed.process.pid;
+        let attached = spawn_blocking(move || files.attach(pid, dir)).await;
+        attached.unwrap_or_else(|error| Err(ShareError::Namespace(error.into())))
     }
 
     /// Shows them no more and gives the dir away.

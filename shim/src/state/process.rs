@@ -10,6 +10,21 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 
+/// One boot of the host: only in the same one do numbers and start times of processes mean anything.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct BootId(String);
+
+impl BootId {
+    /// That of now.
+    ///
+    /// # Errors
+    /// When /proc is not mounted.
+    pub fn current() -> io::Result<Self> {
+        let id = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+        Ok(Self(id.trim().to_owned()))
+    }
+}
+
 /// A process, whoever has its number later.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Process {

@@ -1,9 +1,9 @@
 //! The sockets in a container's directory.
 
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{Mode, OFlags, openat};
 
 use crate::state::{Home, StateError};
 
@@ -31,7 +31,7 @@ impl SocketPath {
     /// Where stand-ins attach.
     ///
     /// # Errors
-    /// When the directory is gone.
+    /// When this process has no descriptor left.
     pub fn attach(home: &Home) -> Result<Self, StateError> {
         Self::new(home, ATTACH)
     }
@@ -39,7 +39,7 @@ impl SocketPath {
     /// The Task service.
     ///
     /// # Errors
-    /// When the directory is gone.
+    /// When this process has no descriptor left.
     pub fn task(home: &Home) -> Result<Self, StateError> {
         Self::new(home, TASK)
     }
@@ -47,7 +47,7 @@ impl SocketPath {
     /// Where containers join the pod.
     ///
     /// # Errors
-    /// When the directory is gone.
+    /// When this process has no descriptor left.
     pub fn join(home: &Home) -> Result<Self, StateError> {
         Self::new(home, JOIN)
     }
@@ -57,19 +57,21 @@ impl SocketPath {
     /// # Errors
     /// When nobody wants to know ([`NOTIFY_DIR`] is not there).
     pub fn notify(home: &Home) -> Result<Self, StateError> {
-        Self::within(home.path(NOTIFY_DIR), NOTIFY)
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let dir = openat(home, NOTIFY_DIR, flags, Mode::empty());
+        let path = home.dir().join(NOTIFY_DIR);
+        let dir = dir.map_err(|error| StateError::Io { path, source: error.into() })?;
+        Ok(Self::within(dir, NOTIFY))
     }
 
     fn new(home: &Home, name: &str) -> Result<Self, StateError> {
-        Self::within(home.dir(), name)
+        let dir = home.as_fd().try_clone_to_owned();
+        let dir = dir.map_err(|source| StateError::Io { path: home.dir(), source })?;
+        Ok(Self::within(dir, name))
     }
 
-    fn within(path: PathBuf, name: &str) -> Result<Self, StateError> {
-        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let dir = rustix::fs::open(&path, flags, Mode::empty())
-            .map_err(|error| StateError::Io { path, source: error.into() })?;
-        let number = dir.as_raw_fd();
-        Ok(Self { path: format!("/proc/self/fd/{number}/{name}").into(), _dir: dir })
+    fn within(dir: OwnedFd, name: &str) -> Self {
+        Self { path: format!("/proc/self/fd/{}/{name}", dir.as_raw_fd()).into(), _dir: dir }
     }
 
     /// The path.

@@ -11,6 +11,8 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::pin::pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use rustix::net::sockopt::socket_peercred;
@@ -18,8 +20,9 @@ use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with,
 };
 use serde::{Deserialize, Serialize};
-use tokio::sync::Mutex;
-use tokio::time::timeout;
+use tokio::sync::{Mutex, Notify, Semaphore};
+use tokio::task::AbortHandle;
+use tokio::time::{sleep, timeout};
 
 use crate::machine::channel::Channel;
 use crate::state::process::Process;
@@ -29,7 +32,7 @@ use crate::streams::preserved::Descriptor;
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How long a connection may take to say what it is.
 const GREETING: Duration = Duration::from_secs(2);
-/// The most stand-ins that wait for their process to be asked for.
+/// The most stand-ins that wait for their process to be asked for, and connections that say nothing yet.
 const WAITING: usize = 256;
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 128;
@@ -94,13 +97,25 @@ pub enum ToStandIn {
     /// The streams that were wanted ride along, in the order of [`Wants`]; behind them those of
     /// descriptors.
     Streams,
-    /// The process has ended; its streams end by themselves.
+    /// The process has ended.
     Exited {
         /// As a shell shows it.
         status: u8,
         /// Why, if it did not end by itself.
         reason: Option<String>,
+        /// What its streams carry of it; none if its machine is gone, with whoever else had them.
+        written: Option<Written>,
     },
+}
+
+/// The bytes of standard output and standard error that a process wrote, and that others wrote before
+/// its end.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Written {
+    /// Standard output.
+    pub stdout: u64,
+    /// Standard error.
+    pub stderr: u64,
 }
 
 /// A listening socket at `path`.
@@ -148,15 +163,25 @@ pub struct StandIn {
 /// Where stand-ins connect: each is kept until the process that it stands for is asked for.
 #[derive(Debug)]
 pub struct Attachments {
-    listener: Channel,
-    waiting: Mutex<HashMap<String, StandIn>>,
+    waiting: Arc<Waiting>,
+    accepting: AbortHandle,
+}
+
+/// Those that have attached.
+#[derive(Debug, Default)]
+struct Waiting {
+    stand_ins: Mutex<HashMap<String, StandIn>>,
+    /// Rung whenever one has come.
+    bell: Notify,
 }
 
 impl Attachments {
-    /// Stand-ins that connect to `listener`.
+    /// Stand-ins that connect to `listener`; inside a runtime.
     #[must_use]
     pub fn new(listener: Channel) -> Self {
-        Self { listener, waiting: Mutex::default() }
+        let waiting = Arc::<Waiting>::default();
+        let accepting = tokio::spawn(accept_all(listener, waiting.clone())).abort_handle();
+        Self { waiting, accepting }
     }
 
     /// Waits for the stand-in of a process; `exec` is as in [`FromStandIn::Attach`].
@@ -165,26 +190,59 @@ impl Attachments {
     /// When it does not connect within a bounded time.
     pub async fn take(&self, exec: &str) -> io::Result<StandIn> {
         let taken = async {
-            // Whoever holds the lock accepts for all.
-            let mut waiting = self.waiting.lock().await;
             loop {
-                if let Some(stand_in) = waiting.remove(exec) {
-                    return Ok(stand_in);
+                // Before the look, so that nobody comes unheard.
+                let mut rung = pin!(self.waiting.bell.notified());
+                rung.as_mut().enable();
+                if let Some(stand_in) = self.waiting.stand_ins.lock().await.remove(exec) {
+                    return stand_in;
                 }
-                let socket = self.listener.accept().await?;
-                let Ok(Ok((name, stand_in))) = timeout(GREETING, StandIn::greet(socket)).await
-                else {
-                    tracing::debug!("a connection that says nothing was closed");
-                    continue;
-                };
-                // Nobody will ask for one whose caller has gone away.
-                waiting.retain(|_, stand_in: &mut StandIn| stand_in.process.is_alive());
-                if waiting.len() < WAITING {
-                    waiting.insert(name, stand_in);
-                }
+                rung.await;
             }
         };
-        timeout(PATIENCE, taken).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+        timeout(PATIENCE, taken).await.map_err(|_| io::ErrorKind::TimedOut.into())
+    }
+}
+
+impl Drop for Attachments {
+    fn drop(&mut self) {
+        self.accepting.abort();
+    }
+}
+
+/// Hears each connection, however long another takes to say something.
+async fn accept_all(listener: Channel, waiting: Arc<Waiting>) {
+    let room = Arc::new(Semaphore::new(WAITING));
+    // Never closed.
+    while let Ok(place) = room.clone().acquire_owned().await {
+        match listener.accept().await {
+            Ok(socket) => {
+                let waiting = waiting.clone();
+                tokio::spawn(async move {
+                    match timeout(GREETING, StandIn::greet(socket)).await {
+                        Ok(Ok((name, stand_in))) => waiting.add(name, stand_in).await,
+                        _ => tracing::debug!("a connection that says nothing was closed"),
+                    }
+                    drop(place);
+                });
+            }
+            Err(error) => {
+                tracing::warn!(error = %error, "no stand-in can attach");
+                sleep(GREETING).await;
+            }
+        }
+    }
+}
+
+impl Waiting {
+    async fn add(&self, name: String, stand_in: StandIn) {
+        let mut stand_ins = self.stand_ins.lock().await;
+        // Nobody will ask for one whose caller has gone away.
+        stand_ins.retain(|_, stand_in| stand_in.process.is_alive());
+        if stand_ins.len() < WAITING {
+            stand_ins.insert(name, stand_in);
+        }
+        self.bell.notify_waiters();
     }
 }
 
@@ -222,8 +280,13 @@ impl StandIn {
     ///
     /// # Errors
     /// When it is gone.
-    pub async fn tell_exit(&self, status: u8, reason: Option<String>) -> io::Result<()> {
-        self.channel.send(&ToStandIn::Exited { status, reason }, &[]).await
+    pub async fn tell_exit(
+        &self,
+        status: u8,
+        reason: Option<String>,
+        written: Option<Written>,
+    ) -> io::Result<()> {
+        self.channel.send(&ToStandIn::Exited { status, reason, written }, &[]).await
     }
 
     /// Waits for the next thing that it passes on; `None` when it is gone.
@@ -264,20 +327,21 @@ mod tests {
             let attachments = Attachments::new(Channel::new(listener).unwrap());
             let first = attachments.take("other").await.unwrap();
             let stand_in = attachments.take("").await.unwrap();
-            first.tell_exit(1, None).await.unwrap();
+            let written = Written { stdout: 5, stderr: 0 };
+            first.tell_exit(1, None, None).await.unwrap();
             assert!(seqpacket::receive(&other).unwrap().is_some());
             assert_eq!(stand_in.process.pid, std::process::id());
             assert_eq!((stand_in.wants.stdin, stand_in.wants.stdout), (false, true));
             let (stream, _other) = UnixStream::pair().unwrap();
             stand_in.hand_over(&[stream]).await.unwrap();
-            stand_in.tell_exit(7, None).await.unwrap();
+            stand_in.tell_exit(7, None, Some(written)).await.unwrap();
             let message = seqpacket::receive(&client).unwrap().unwrap();
             assert_eq!(
                 (message.bytes.as_slice(), message.descriptors.len()),
                 (&b"\"streams\""[..], 1)
             );
             let message = seqpacket::receive(&client).unwrap().unwrap();
-            let exited = ToStandIn::Exited { status: 7, reason: None };
+            let exited = ToStandIn::Exited { status: 7, reason: None, written: Some(written) };
             assert_eq!(serde_json::from_slice::<ToStandIn>(&message.bytes).unwrap(), exited);
             seqpacket::send(&client, br#"{"signal":15}"#, &[]).unwrap();
             assert_eq!(stand_in.said().await, Some(Said::Signal(15)));

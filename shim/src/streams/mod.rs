@@ -7,6 +7,8 @@
 //! - [`terminal`]: where the streams are a terminal. [`preserved`]: what a caller passes beside them.
 
 pub mod attach;
+mod copy;
+mod linger;
 mod own_text;
 pub mod preserved;
 pub mod relay;

@@ -2,19 +2,19 @@
 //! relays them to the container's, passes signals on and ends with the container's exit status.
 //!
 //! Deliberately without a runtime: it lives as long as the container and should cost next to
-//! nothing. Each stream is copied by a thread of its own.
+//! nothing. Each stream is copied by a thread of its own ([`super::copy`]).
 //!
-//! Copied through a buffer, although the kernel could splice: a splice that waits for the container
-//! holds the lock of the caller's pipe meanwhile, and the caller's read of what has arrived already
-//! waits for that lock, not even to be killed.
+//! It ends when the process has ended and what that wrote was passed on. It does not wait for others who
+//! have the same streams, nor for long for a reader that stands still: [`super::linger`] goes on for
+//! both.
 
 use std::fs::File;
-use std::io::{self, ErrorKind, Read, Write};
-use std::net::Shutdown;
+use std::io::{self, ErrorKind};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::thread::{self, JoinHandle};
+use std::sync::Arc;
+use std::time::Duration;
 
 use bulkhead_vmm::seqpacket;
 use nix::sys::signal::{SigSet, Signal};
@@ -22,13 +22,23 @@ use nix::sys::signalfd::{SfdFlags, SignalFd};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{FileType, fstat, major, minor};
 
-use crate::streams::attach::{FromStandIn, Said, ToStandIn, Wants, connect_to};
-use crate::streams::own_text;
-use crate::streams::preserved::Preserved;
-use crate::streams::terminal::Terminal;
+use super::attach::{FromStandIn, Said, ToStandIn, Wants, Written, connect_to};
+use super::copy::{Copies, CopyId, Ends, Way};
+use super::preserved::Preserved;
+use super::terminal::Terminal;
+use super::{linger, own_text};
 
-/// The most bytes that one step of a copy moves: what a pipe holds.
-const CHUNK: usize = 64 << 10;
+/// How long a reader may stand still before the end of the process is told without him.
+const QUIET: Duration = Duration::from_secs(1);
+/// How long what the process wrote may take to be read, all together, before its end is told.
+const LONGEST: Duration = Duration::from_secs(10);
+/// How long the end of a stream may take that nobody else holds.
+const END: Duration = Duration::from_millis(100);
+/// How long the rest may take to come out of a machine.
+const REST: Duration = Duration::from_millis(500);
+/// The most that is taken out of a machine for a reader that stands still, in bytes: more than a pipe
+/// and the stream behind it hold.
+const REST_MAX: usize = 4 << 20;
 /// What the kernel raises in the process itself or for its own business: not passed on.
 const NOT_FORWARDED: [Signal; 12] = [
     Signal::SIGCHLD,
@@ -98,6 +108,8 @@ pub struct Relay {
     terminal: Option<Terminal>,
     preserved: Preserved,
     detached: bool,
+    /// The null device.
+    null: OwnedFd,
 }
 
 /// What a stand-in has of its caller beside its standard streams.
@@ -107,6 +119,23 @@ pub struct Belongings {
     pub terminal: Option<Terminal>,
     /// Further descriptors.
     pub preserved: Preserved,
+}
+
+/// The copies of a stand-in.
+struct Streams {
+    /// Of standard input, or of a terminal's keys: nobody waits for it.
+    input: Copies,
+    /// Of everything else.
+    copies: Copies,
+    outputs: Outputs,
+}
+
+/// Which of the copies carry what the process writes.
+#[derive(Default)]
+struct Outputs {
+    stdout: Option<CopyId>,
+    stderr: Option<CopyId>,
+    terminal: Option<CopyId>,
 }
 
 impl Relay {
@@ -131,19 +160,20 @@ impl Relay {
                 stderr: !is_null(io::stderr().as_fd()),
             },
         };
+        let null = File::options().read(true).write(true).open("/dev/null")?.into();
         let supervisor = connect_to(socket)?;
         let (exec, descriptors) = (exec.to_owned(), preserved.list());
         let hello = FromStandIn::Attach { wants, exec, detached, descriptors };
         seqpacket::send(&supervisor, &serde_json::to_vec(&hello)?, &preserved.mounts())?;
-        Ok(Self { supervisor, wants, terminal, preserved, detached })
+        Ok(Self { supervisor, wants, terminal, preserved, detached, null })
     }
 
-    /// Relays until the container has ended and everything that it wrote has been passed on.
+    /// Relays until the process has ended and what it wrote has been passed on.
     ///
     /// # Errors
     /// When the supervisor goes away before.
     pub fn serve(mut self, signals: &Signals) -> io::Result<Ended> {
-        let mut outputs = Vec::new();
+        let mut streams = None;
         loop {
             let mut ready =
                 [PollFd::new(&self.supervisor, PollFlags::IN), PollFd::new(signals, PollFlags::IN)];
@@ -152,14 +182,7 @@ impl Relay {
                 other => other?,
             };
             if !ready[1].revents().is_empty() {
-                while let Some(signal) = signals.next()? {
-                    self.say(&FromStandIn::Said(match &self.terminal {
-                        Some(terminal) if signal == WINDOW_CHANGED => Said::Resize(terminal.size()),
-                        _ => Said::Signal(signal),
-                    }))?;
-                }
-            }
-            if ready[0].revents().is_empty() {
+                self.pass_signals_on(signals)?;
                 continue;
             }
             let message = seqpacket::receive(&self.supervisor)?;
@@ -168,16 +191,15 @@ impl Relay {
             })?;
             match serde_json::from_slice(&message.bytes)? {
                 ToStandIn::Streams => {
-                    outputs = self.relay(message.descriptors)?;
+                    streams = Some(self.relay(message.descriptors)?);
                     if self.detached {
                         // From here on it mostly waits, for as long as the container lives.
                         own_text::give_back();
                     }
                 }
-                ToStandIn::Exited { status, reason } => {
-                    for output in outputs {
-                        // A thread that failed has nothing more to pass on.
-                        let _ = output.join();
+                ToStandIn::Exited { status, reason, written } => {
+                    if let Some(streams) = streams {
+                        streams.finish(written, &self.null)?;
                     }
                     return Ok(Ended { status, reason });
                 }
@@ -185,75 +207,76 @@ impl Relay {
         }
     }
 
+    fn pass_signals_on(&self, signals: &Signals) -> io::Result<()> {
+        while let Some(signal) = signals.next()? {
+            self.say(&FromStandIn::Said(match &self.terminal {
+                Some(terminal) if signal == WINDOW_CHANGED => Said::Resize(terminal.size()),
+                _ => Said::Signal(signal),
+            }))?;
+        }
+        Ok(())
+    }
+
     fn say(&self, words: &FromStandIn) -> io::Result<()> {
         seqpacket::send(&self.supervisor, &serde_json::to_vec(words)?, &[])
     }
 
-    /// Starts copying; gives the threads that copy what the container writes.
-    fn relay(&mut self, descriptors: Vec<OwnedFd>) -> io::Result<Vec<JoinHandle<()>>> {
+    /// Starts to copy.
+    fn relay(&mut self, descriptors: Vec<OwnedFd>) -> io::Result<Streams> {
         let mut streams = descriptors.into_iter().map(UnixStream::from);
+        let (mut input, mut copies) = (Copies::new(), Copies::new());
+        let mut outputs = Outputs::default();
+        let ends = |caller: OwnedFd, stream| Arc::new(Ends { caller, stream, socket: false });
         if let Some(terminal) = &mut self.terminal {
             let stream = streams.next().ok_or(ErrorKind::InvalidData)?;
             terminal.make_raw()?;
-            start_feeding(terminal.keyboard()?, stream.try_clone()?)?;
-            let mut outputs = vec![start_draining(stream, terminal.screen()?)?];
-            outputs.extend(self.preserved.relay(streams)?);
-            return Ok(outputs);
+            input.start(ends(terminal.keyboard()?, stream.try_clone()?), Way::In)?;
+            outputs.terminal = Some(copies.start(ends(terminal.screen()?, stream), Way::Out)?);
+        } else {
+            let mut next = |wanted: bool| if wanted { streams.next() } else { None };
+            let (stdin, stdout, stderr) =
+                (next(self.wants.stdin), next(self.wants.stdout), next(self.wants.stderr));
+            if let Some(stream) = stdin {
+                input.start(ends(io::stdin().as_fd().try_clone_to_owned()?, stream), Way::In)?;
+            }
+            let mut start = |own: BorrowedFd<'_>, stream: Option<UnixStream>| {
+                let started =
+                    |stream| copies.start(ends(own.try_clone_to_owned()?, stream), Way::Out);
+                stream.map(started).transpose()
+            };
+            outputs.stdout = start(io::stdout().as_fd(), stdout)?;
+            outputs.stderr = start(io::stderr().as_fd(), stderr)?;
         }
-        let mut next = |wanted: bool| if wanted { streams.next() } else { None };
-        let (stdin, stdout, stderr) =
-            (next(self.wants.stdin), next(self.wants.stdout), next(self.wants.stderr));
-        if let Some(stream) = stdin {
-            start_feeding(io::stdin().as_fd().try_clone_to_owned()?, stream)?;
+        self.preserved.relay(streams, &mut copies)?;
+        if self.detached {
+            // The copies have their own: a stream that the container closes is to look closed.
+            rustix::stdio::dup2_stdin(&self.null)?;
+            rustix::stdio::dup2_stdout(&self.null)?;
+            rustix::stdio::dup2_stderr(&self.null)?;
         }
-        let mut outputs = Vec::new();
-        for (stream, own) in [(stdout, io::stdout().as_fd()), (stderr, io::stderr().as_fd())] {
-            let Some(stream) = stream else { continue };
-            outputs.push(start_draining(stream, own.try_clone_to_owned()?)?);
-        }
-        outputs.extend(self.preserved.relay(streams)?);
-        Ok(outputs)
+        Ok(Streams { input, copies, outputs })
     }
 }
 
-fn start_feeding(source: OwnedFd, stream: UnixStream) -> io::Result<()> {
-    let feed = move || feed(File::from(source), &stream);
-    thread::Builder::new().name("stdin".into()).spawn(feed).map(drop)
-}
-
-fn start_draining(stream: UnixStream, sink: OwnedFd) -> io::Result<JoinHandle<()>> {
-    let drain = move || drain(&stream, File::from(sink));
-    thread::Builder::new().name("output".into()).spawn(drain)
-}
-
-/// Copies standard input to the container, and its end.
-fn feed(mut source: File, stream: &UnixStream) {
-    // Both ends of this copy may fail at any time: the caller's input, or a container that reads no
-    // further. Either way there is nothing more to pass on.
-    let _ = pass_on(&mut source, &mut &*stream);
-    let _ = stream.shutdown(Shutdown::Write);
-}
-
-/// Copies what the container writes. When nobody reads it any more the container learns it as from
-/// a closed pipe.
-fn drain(stream: &UnixStream, mut sink: File) {
-    if let Err(error) = pass_on(&mut &*stream, &mut sink)
-        && error.kind() != ErrorKind::ConnectionReset
-    {
-        let _ = stream.shutdown(Shutdown::Both);
-    }
-}
-
-/// Copies until the end of `from`.
-fn pass_on(from: &mut impl Read, to: &mut impl Write) -> io::Result<()> {
-    let mut buffer = vec![0; CHUNK];
-    loop {
-        match from.read(&mut buffer) {
-            Ok(0) => return Ok(()),
-            Ok(count) => to.write_all(buffer.get(..count).unwrap_or_default())?,
-            Err(error) if error.kind() == ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
+impl Streams {
+    /// Waits until what the process wrote has been passed on, and leaves the rest to another process.
+    fn finish(self, written: Option<Written>, null: &OwnedFd) -> io::Result<()> {
+        let Self { input, copies, outputs } = self;
+        let Outputs { stdout, stderr, terminal } = outputs;
+        // Without a number the stream ends by itself: the machine is gone, or the terminal hung up.
+        let bytes = |of: fn(Written) -> u64| written.map_or(u64::MAX, of);
+        let wanted = [(stdout, bytes(|it| it.stdout)), (stderr, bytes(|it| it.stderr))];
+        let wanted = wanted.into_iter().chain([(terminal, u64::MAX)]);
+        let wanted: Vec<_> = wanted.filter_map(|(copy, bytes)| Some((copy?, bytes))).collect();
+        copies.wait(&wanted, QUIET, LONGEST);
+        copies.wait(&copies.outputs(), END, END);
+        // What a process that has ended did not read is the caller's no more, and nobody else's.
+        drop(input.halt()?);
+        let mut left = copies.halt()?;
+        for copy in &mut left {
+            copy.take_rest(REST_MAX, REST);
         }
+        linger::leave_behind(left, null)
     }
 }
 
@@ -268,69 +291,6 @@ fn is_null(fd: BorrowedFd<'_>) -> bool {
 mod tests {
     use super::*;
     use std::os::unix::net::UnixListener;
-    use std::sync::mpsc;
-    use std::time::Duration;
-
-    /// A container whose output is passed on, and where it arrives.
-    fn draining() -> (UnixStream, io::PipeReader, JoinHandle<()>) {
-        let (container, stream) = UnixStream::pair().unwrap();
-        let (reader, writer) = io::pipe().unwrap();
-        let thread = thread::spawn(move || drain(&stream, File::from(OwnedFd::from(writer))));
-        (container, reader, thread)
-    }
-
-    #[test]
-    fn input_reaches_the_container_to_its_end() {
-        let (container, stream) = UnixStream::pair().unwrap();
-        let mut source = tempfile::tempfile().unwrap();
-        source.write_all(&[7; 300_000]).unwrap();
-        io::Seek::rewind(&mut source).unwrap();
-        let feeding = thread::spawn(move || feed(source, &stream));
-        let mut received = Vec::new();
-        (&container).read_to_end(&mut received).unwrap();
-        assert_eq!(received, vec![7; 300_000]);
-        feeding.join().unwrap();
-    }
-
-    #[test]
-    fn a_container_whose_output_nobody_reads_learns_it() {
-        let (mut container, reader, draining) = draining();
-        drop(reader);
-        // The first byte shows that nobody reads, unless the pipe has shown it before.
-        let _ = container.write_all(b"x");
-        draining.join().unwrap();
-        let error = container.write_all(b"y").unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::BrokenPipe);
-    }
-
-    #[test]
-    fn output_is_passed_on_to_its_end() {
-        let (mut container, mut reader, draining) = draining();
-        container.write_all(b"all of it").unwrap();
-        drop(container);
-        let mut text = String::new();
-        reader.read_to_string(&mut text).unwrap();
-        assert_eq!(text, "all of it");
-        draining.join().unwrap();
-    }
-
-    #[test]
-    fn a_reader_is_not_held_up_while_the_container_is_silent() {
-        let (mut container, mut reader, draining) = draining();
-        container.write_all(b"x").unwrap();
-        reader.read_exact(&mut [0]).unwrap();
-        // Time for the copy to wait for more.
-        thread::sleep(Duration::from_millis(100));
-        rustix::io::ioctl_fionbio(&reader, true).unwrap();
-        let (sender, receiver) = mpsc::channel();
-        let reading = thread::spawn(move || sender.send(reader.read(&mut [0])));
-        let read = receiver.recv_timeout(Duration::from_secs(5));
-        // The end frees a reader that was held up.
-        drop(container);
-        draining.join().unwrap();
-        reading.join().unwrap().unwrap();
-        assert_eq!(read.unwrap().unwrap_err().kind(), ErrorKind::WouldBlock);
-    }
 
     #[test]
     fn the_null_device_is_no_stream() {

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bulkhead_protocol::agent::ExecRequest;
 use thiserror::Error;
-use tokio::sync::{RwLock, RwLockReadGuard};
+use tokio::sync::{RwLock, RwLockReadGuard, watch};
 
 use crate::machine::agent::Target;
 use crate::state::process::Process;
@@ -223,8 +223,11 @@ impl Container {
     /// Waits for the end of a process, whichever it is, and tells its stand-in.
     async fn watch_exec(self: Arc<Self>, name: String, pod: Arc<Pod>, stand_in: StandIn) {
         let target = Target { container: self.home().id(), exec: &name };
-        let (exit, reason) = proxy::until_end(&pod, target, &stand_in).await;
-        self.take_leave(&pod, &stand_in, exit, reason).await;
+        // A stuck process of a container that goes on is left to it, as on a host.
+        let (doomed, _) = watch::channel(false);
+        let patience = async { proxy::patience(false) };
+        let end = proxy::until_end(&pod, target, &stand_in, (&doomed, patience)).await;
+        self.take_leave(&pod, &stand_in, end).await;
         self.execs.forget(&name);
     }
 }

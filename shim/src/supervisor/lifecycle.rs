@@ -24,14 +24,15 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 /// Where a container is in its life.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Status {
     /// Its machine is being started.
     Creating,
     /// Its init process waits for the user's program.
     Created,
-    /// The user's program runs.
+    /// The user's program runs. What is not known is taken for this: it is ended before it is removed.
+    #[default]
     Running,
     /// Its processes are frozen.
     Paused,

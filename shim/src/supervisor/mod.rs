@@ -16,6 +16,7 @@ mod notify;
 pub mod oom;
 pub mod pod;
 mod proxy;
+pub mod remains;
 pub mod sandbox;
 
 use std::io;
@@ -31,17 +32,18 @@ use rustix::net::SocketType;
 use serde::{Deserialize, Serialize};
 use tokio::sync::Notify;
 use tokio::sync::mpsc::{self, UnboundedSender};
-use tokio::task::JoinSet;
+use tokio::task::{JoinSet, spawn_blocking};
 use tokio::time::timeout;
 use ttrpc::asynchronous::Server;
 use ttrpc::asynchronous::transport::Listener;
 
+use crate::bundle::{Additions, ProcessLimits};
 use crate::cgroup;
 use crate::containerd::task::Service;
 use crate::logging::{self, LogTarget};
 use crate::machine::channel::Channel;
-use crate::state::Home;
 use crate::state::id::ContainerId;
+use crate::state::{Home, StateError};
 use crate::streams::attach::Attachments;
 use crate::supervisor::container::Container;
 use crate::supervisor::lifecycle::Status;
@@ -70,6 +72,10 @@ pub struct ServeRequest {
     pub ephemeral: bool,
     /// The pod's cgroup is a unit of systemd.
     pub systemd_cgroup: bool,
+    /// The limits of the creator, which the container's process inherits.
+    pub limits: ProcessLimits,
+    /// What the creator adds to the bundle.
+    pub additions: Additions,
     /// Where warnings go.
     pub log: LogTarget,
     /// When the creator began to start this process.
@@ -125,11 +131,14 @@ pub fn run() -> anyhow::Result<()> {
     let _ = rustix::process::setsid();
     rustix::process::chdir("/").context("/")?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(async {
+    let served = runtime.block_on(async {
         let first = Newcomer::greet(creator).await?;
         logging::start(&first.request.log)?;
         serve(first).await
-    })
+    });
+    // A thread that still waits for a file system of the host keeps nobody.
+    runtime.shutdown_background();
+    served
 }
 
 /// Serves the containers of one pod until there are none.
@@ -167,8 +176,7 @@ async fn serve_one(
 ) -> anyhow::Result<()> {
     let Newcomer { request, sockets, creator } = newcomer;
     let home = Home::open(&request.root, &request.id)?;
-    let container =
-        Container::take_over(home, request.systemd_cgroup, request.ephemeral, sandbox).await?;
+    let container = Container::take_over(home, &request, sandbox)?;
     let leave = Arc::new(Notify::new());
     let attachments = Attachments::new(Channel::new(sockets.attach)?);
     let service = Service::new(container.clone(), attachments, leave.clone());
@@ -199,26 +207,42 @@ async fn serve_one(
     };
     // Callers that wait are being answered.
     let _ = timeout(GOODBYE, server.shutdown()).await;
-    let (home, state) = (container.home(), container.state().await);
-    let outlived = state.outlived;
+    let outlived = container.state().await.outlived;
     if !created || request.ephemeral {
-        if let Some(cgroup) = &state.cgroup {
-            let phase = Phase::begin("cgroup removed");
-            if !outlived {
-                // Unless the container has ended by itself, this process is still in it.
-                cgroup::leave(home.id())?;
-            }
-            cgroup.remove()?;
-            phase.end();
-        }
-        hooks::poststop(home, state);
-        home.remove()?;
+        let phase = Phase::begin("container removed");
+        remove(container.home(), outlived).await;
+        phase.end();
     }
     if outlived {
         // Most have gone away long ago.
         let _ = creator.send(&GOES_ON, &[]).await;
     }
     Ok(())
+}
+
+/// Removes a container that nobody will delete, unless somebody is at it already.
+async fn remove(home: &Home, outlived: bool) {
+    let home = home.clone();
+    let removed = spawn_blocking(move || {
+        let lock = home.lock(Duration::ZERO)?;
+        if !outlived {
+            // Unless the container has ended by itself, this process is still in its cgroup.
+            cgroup::leave(home.id())?;
+        }
+        remains::remove(lock)
+    });
+    match removed.await.map_err(anyhow::Error::from).flatten() {
+        Err(error) if !is_anothers(&error) => {
+            tracing::error!(error = format!("{error:#}"), "not everything was removed");
+        }
+        _ => {}
+    }
+}
+
+/// Whether another process removes the container, or has removed it.
+fn is_anothers(error: &anyhow::Error) -> bool {
+    let error = error.downcast_ref::<StateError>();
+    matches!(error, Some(StateError::Locked(_) | StateError::NoSuchContainer { .. }))
 }
 
 /// Passes containers that join on to [`serve`]; returns when the socket fails.
@@ -237,11 +261,13 @@ async fn let_in(join: Channel, door: UnboundedSender<Newcomer>) -> io::Error {
     }
 }
 
-/// Waits until the creator is gone, or says that it is done; whether there is a container then.
+/// Waits until the creator is gone, or says that it is done, or nobody wants the container any more;
+/// whether there is one then.
 async fn is_left(container: &Container, creator: &Channel, leave: &Notify) -> bool {
     tokio::select! {
         _ = creator.receive() => {}
         () = leave.notified() => {}
+        () = container.is_cancelled() => {}
     }
     // The state on disk is asked: the container itself is locked while it is being created.
     container.home().read().is_ok_and(|state| state.status != Status::Creating)

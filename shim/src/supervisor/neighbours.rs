@@ -42,9 +42,14 @@ impl Neighbours {
             let state = home.read().ok()?;
             let lives = !matches!(state.observed(), Status::Creating | Status::Stopped);
             let stand_in = state.stand_in.filter(|_| lives)?.pid;
-            Some(Neighbour { id: state.id, keeper: state.keeper, stand_in })
+            Some(Neighbour { id: home.id().clone(), keeper: state.keeper?, stand_in })
         };
         Ok(Self(Home::all(root)?.into_iter().filter_map(running).collect()))
+    }
+
+    /// Those that a supervisor serves.
+    pub fn of_keeper(&self, keeper: Process) -> impl Iterator<Item = &ContainerId> {
+        self.0.iter().filter(move |it| it.keeper == keeper).map(|it| &it.id)
     }
 
     /// The one whose namespace the path is.

@@ -80,7 +80,7 @@ mod tests {
     async fn datagrams_reach_whoever_listens_until_he_has_gone() {
         let root = tempfile::tempdir().unwrap();
         let home = Home::claim(root.path(), &"a".parse().unwrap(), Path::new("/b")).unwrap();
-        std::fs::create_dir(home.path(NOTIFY_DIR)).unwrap();
+        std::fs::create_dir(home.dir().join(NOTIFY_DIR)).unwrap();
         let (mut guest, stream) = UnixStream::pair().unwrap();
         let passed = tokio::spawn({
             let home = home.clone();
@@ -88,7 +88,7 @@ mod tests {
         });
         // Nobody listens yet.
         guest.write_all(b"\0\x05EARLY").await.unwrap();
-        tokio::time::sleep(Duration::from_millis(50)).await;
+        sleep(Duration::from_millis(50)).await;
         let listener = UnixDatagram::bind(SocketPath::notify(&home).unwrap().path()).unwrap();
         guest.write_all(b"\0\x07READY=1").await.unwrap();
         let mut heard = [0; 64];

@@ -1,55 +1,60 @@
-//! A pod's processes together: monitor, file server and the agent inside.
+//! A pod: a machine with its file server and the agent inside, whichever containers come into it.
 //!
 //! The guest boots while the file server is started; what does not come up within a bounded time is
 //! an error that quotes the guest's console. Dropping a pod kills its processes at once;
 //! [`Pod::end`] first lets the guest write everything back.
 
-use std::fs::{self, File};
+mod boot;
+mod network;
+
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use bulkhead_protocol::agent;
-use bulkhead_protocol::{AGENT_PORT, STREAM_PORT, StreamHeader};
+use bulkhead_protocol::{STREAM_PORT, StreamHeader};
 use bulkhead_vmm::config::JailConfig;
 use bulkhead_vmm::seqpacket;
+use rustix::fs::OFlags;
 use rustix::net::sockopt::{set_socket_recv_buffer_size_force, set_socket_send_buffer_size_force};
 use thiserror::Error;
-use tokio::task::AbortHandle;
+use tokio::sync::watch;
 use tokio::time::{sleep, timeout};
 
-use crate::bundle::{DISKS_MAX, Disk, FileKind, MachineSize, Plan, Shared};
+use self::boot::boot;
+use self::network::{AbortOnDrop, NameService};
+use crate::bundle::{DISKS_MAX, Disk, FileKind, MachineSize, PodPlan};
 use crate::machine::agent::{Agent, AgentError, Target};
 use crate::machine::assets::{AssetError, Assets};
 use crate::machine::file_server::{FileServer, FileServerError};
 use crate::machine::growth::{Growth, GrowthError};
 use crate::machine::kvm::{self, KvmError};
-use crate::machine::monitor::{self, Machine, MachineError, Parts};
+use crate::machine::monitor::{Machine, MachineError, Parts};
 use crate::machine::share::{Files, ShareDir, ShareError};
 use crate::machine::spawn::Launch;
-use crate::network::interfaces::{Bell, Interfaces, NetworkError};
-use crate::network::names;
+use crate::network::interfaces::{Interfaces, NetworkError};
 use crate::state::Home;
 use crate::state::id::ContainerId;
 use crate::state::process::Process;
 use crate::trace::Phase;
 
-/// How long a guest may take to boot, unless [`BOOT_SECONDS`] says otherwise.
-const BOOT_PATIENCE: Duration = Duration::from_secs(30);
-/// The environment variable with another patience, in seconds, for hosts that are emulated.
-const BOOT_SECONDS: &str = "BULKHEAD_BOOT_TIMEOUT";
 /// How long the agent may take to accept a stream of a process.
 const STREAM_PATIENCE: Duration = Duration::from_secs(30);
-/// How long a container that leaves a pod may take to be gone from it.
-const DISMISSAL: Duration = Duration::from_secs(60);
+/// How long a container that leaves a pod may take to be gone from it. A process that does not die stays
+/// until the pod ends, as it would on a host.
+const DISMISSAL: Duration = Duration::from_secs(10);
+/// How long a guest may write back whose machine must not go on.
+const LAST_SYNC: Duration = Duration::from_secs(2);
 /// How long to wait before it is tried again.
 const RETRY: Duration = Duration::from_millis(20);
-/// The first of the ids that jailed processes run under: no user of a host has one of these, and the
-/// supervisor's pid makes it unique while it lives.
-const JAIL_IDS: u32 = 0x7000_0000;
+/// The first of the ids that jailed processes run under. Users have lower ones: SSSD gives directory
+/// services those up to 2,000,200,000; and FreeIPA hands out those from 2,147,483,648 for users of
+/// containers. The supervisor's pid, which is below 4,194,304, makes them its own while it lives.
+const JAIL_IDS: u32 = 2_100_000_000;
 /// What the relay socket between monitor and file server holds in each direction, in bytes.
 const RELAY_BUFFER: usize = 2 << 20;
 /// The console of the guest, in the container's directory.
@@ -114,19 +119,18 @@ pub struct Pod {
     interfaces: Interfaces,
     follower: OnceLock<AbortOnDrop>,
     names: tokio::sync::Mutex<NameService>,
+    condemned: watch::Sender<bool>,
 }
 
 impl Pod {
-    /// Starts everything that `plan` needs; `kvm` is `/dev/kvm`.
+    /// Starts a pod in which there is no container yet; its logs go to `home`, and `kvm` is `/dev/kvm`.
     ///
     /// # Errors
     /// When anything does not come up; nothing is left then.
-    pub async fn start(home: &Home, plan: &Plan, kvm: File) -> Result<Self, PodError> {
+    pub async fn start(home: &Home, plan: &PodPlan, kvm: File) -> Result<Self, PodError> {
         let assets = Assets::find()?;
-        let shared = Files::prepare(&plan.shared)?;
         let (relay, other) = relay().map_err(|error| PodError::Io("relay socket", error))?;
-        let id = JAIL_IDS + std::process::id();
-        let jail = JailConfig { uid: id, gid: id };
+        let [monitor, server] = identities();
         let directory = home.dir();
         let pod = directory.as_path();
         let launch = Launch { program: &assets.monitor, pod, log: log(home, "monitor.log")? };
@@ -136,7 +140,7 @@ impl Pod {
             initramfs: &assets.initramfs,
             file_server: relay.as_fd(),
             console: log(home, CONSOLE)?,
-            jail,
+            jail: monitor,
             size: plan.size,
             vcpus_max: plan.most.vcpus,
         };
@@ -152,8 +156,7 @@ impl Pod {
             let phase = Phase::begin("file server and share");
             let log = log(home, "fileserver.log")?;
             let launch = Launch { program: &assets.file_server, pod, log };
-            let server = FileServer::start(launch, other.as_fd(), jail).await?;
-            server.show(shared, server.take_share_dir()?)?;
+            let server = FileServer::start(launch, other.as_fd(), server).await?;
             phase.end();
             Ok::<_, PodError>(server)
         };
@@ -168,10 +171,11 @@ impl Pod {
             interfaces: Interfaces::new(plan.size.vcpus),
             follower: OnceLock::new(),
             names: tokio::sync::Mutex::default(),
+            condemned: watch::channel(false).0,
         })
     }
 
-    /// A directory of the share for a further container.
+    /// A directory of the share for a container.
     ///
     /// # Errors
     /// When all are taken.
@@ -187,12 +191,12 @@ impl Pod {
         Ok(self.file_server.leave_share_dir(dir)?)
     }
 
-    /// Shows the files of a further container at its directory.
+    /// Shows the files of a container at its directory.
     ///
     /// # Errors
     /// Names the path that failed.
-    pub fn show(&self, shared: &[Shared], dir: ShareDir) -> Result<(), PodError> {
-        Ok(self.file_server.show(Files::prepare(shared)?, dir)?)
+    pub async fn show(&self, files: Files, dir: ShareDir) -> Result<(), PodError> {
+        Ok(self.file_server.show(files, dir).await?)
     }
 
     /// Shows files that are mounts already ([`crate::machine::share::alone`]) for as long as the value lives that is
@@ -200,9 +204,9 @@ impl Pod {
     ///
     /// # Errors
     /// Names the path that failed.
-    pub fn lend(&self, mounts: Vec<(FileKind, OwnedFd)>) -> Result<Lent<'_>, PodError> {
+    pub async fn lend(&self, mounts: Vec<(FileKind, OwnedFd)>) -> Result<Lent<'_>, PodError> {
         let lent = Lent { pod: self, dir: self.take_share_dir()? };
-        self.file_server.show(Files::given(mounts)?, lent.dir)?;
+        self.file_server.show(Files::given(mounts)?, lent.dir).await?;
         Ok(lent)
     }
 
@@ -263,70 +267,6 @@ impl Pod {
         Ok(named)
     }
 
-    /// Gives the machine the interfaces of a network namespace, and follows what becomes of them;
-    /// name servers there that `resolv_conf` names are asked by the guest.
-    ///
-    /// # Errors
-    /// When one cannot be had; the machine may have others then.
-    pub async fn attach_network(
-        self: &Arc<Self>,
-        namespace: PathBuf,
-        resolv_conf: Option<PathBuf>,
-    ) -> Result<(), PodError> {
-        let bell = self.interfaces.attach((&self.machine, &self.agent), namespace.clone()).await?;
-        let follower = tokio::spawn(follow(Arc::downgrade(self), bell));
-        // Set once, as a pod has one network.
-        let _ = self.follower.set(AbortOnDrop(follower.abort_handle()));
-        if let Some(file) = resolv_conf {
-            *self.names.lock().await = NameService::Unasked { file, namespace };
-            self.learn_names().await;
-        }
-        Ok(())
-    }
-
-    /// Has the guest's interfaces be what the host's are now; what is not is a warning.
-    pub async fn follow_network(&self) {
-        match self.interfaces.update(&self.machine, &self.agent).await {
-            Ok(false) => {}
-            // Whoever adds a network with names may write down only now where they are known.
-            Ok(true) => self.learn_names().await,
-            Err(error) => {
-                let error = format!("{:#}", anyhow::Error::from(error));
-                tracing::warn!(error, "the guest does not follow the container's network");
-            }
-        }
-    }
-
-    /// Has the guest ask name servers of the container's network namespace, once there are any.
-    async fn learn_names(&self) {
-        let mut names = self.names.lock().await;
-        let NameService::Unasked { file, namespace } = &*names else { return };
-        let servers = names::on_loopback(file).unwrap_or_else(|error| {
-            tracing::debug!(error = %error, "resolv.conf was not read");
-            Vec::new()
-        });
-        if servers.is_empty() {
-            return;
-        }
-        if let Err(error) = self.interfaces.share_answers().await {
-            let error = format!("{:#}", anyhow::Error::from(error));
-            tracing::warn!(error, "name servers of the container's network cannot ask others");
-        }
-        match names::NameServers::open(&self.agent, namespace, &servers).await {
-            Ok(opened) => {
-                let serving = tokio::spawn(opened.serve());
-                *names = NameService::Asked { _by: AbortOnDrop(serving.abort_handle()) };
-            }
-            Err(error) => {
-                let error = format!("{:#}", anyhow::Error::from(error));
-                tracing::warn!(
-                    error,
-                    "names of the container's network are not known in the guest"
-                );
-            }
-        }
-    }
-
     /// The number of a disk that no container has had.
     fn next_disk(&self) -> Option<u8> {
         let mut count = self.disks.lock().unwrap_or_else(PoisonError::into_inner);
@@ -348,58 +288,49 @@ impl Pod {
         Ok(self.growth.grow(&self.machine, &self.agent, to).await?)
     }
 
-    /// Waits until the machine or the file server has ended by itself; says which.
+    /// Waits until the machine or the file server has ended by itself, or must not go on; says which.
     pub async fn broken(&self) -> String {
+        let mut condemned = self.condemned.subscribe();
+        tokio::select! {
+            words = self.gone() => words,
+            // The sender lives in this pod.
+            _ = condemned.wait_for(|condemned| *condemned) => {
+                "the guest did not end a container that was killed".to_owned()
+            }
+        }
+    }
+
+    /// Waits until the machine or the file server has ended by itself; says which.
+    async fn gone(&self) -> String {
         tokio::select! {
             words = self.machine.ended() => words,
             () = self.file_server.ended() => "the file server is gone".to_owned(),
         }
     }
 
+    /// Says that the machine must not go on: its guest does not end what was killed.
+    pub fn condemn(&self) {
+        self.condemned.send_replace(true);
+    }
+
     /// Lets the guest write everything back, then ends it.
     pub async fn end(self) {
         let phase = Phase::begin("sync");
+        // A guest that does not end what was killed may not write back either.
+        let patience = if *self.condemned.borrow() { LAST_SYNC } else { Duration::MAX };
         tokio::select! {
-            synced = self.agent.sync() => if let Err(error) = synced {
-                tracing::warn!(error = %error, "guest did not write back");
+            synced = timeout(patience, self.agent.sync()) => match synced {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::warn!(error = %error, "guest did not write back"),
+                Err(_) => tracing::warn!("guest did not write back in time"),
             },
-            words = self.broken() => tracing::debug!(words, "pod is over"),
+            words = self.gone() => tracing::debug!(words, "pod is over"),
         }
         phase.end();
         let phase = Phase::begin("teardown");
         self.machine.stop().await;
         drop(self.file_server);
         phase.end();
-    }
-}
-
-/// Whether names are asked in the container's network namespace.
-#[derive(Debug, Default)]
-enum NameService {
-    /// It has no such file, or no network.
-    #[default]
-    Unknown,
-    /// No server of the namespace is in the file yet.
-    Unasked { file: PathBuf, namespace: PathBuf },
-    /// They are.
-    Asked { _by: AbortOnDrop },
-}
-
-/// A task that ends with the pod.
-#[derive(Debug)]
-struct AbortOnDrop(AbortHandle);
-
-impl Drop for AbortOnDrop {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
-}
-
-/// Has a pod's network be looked at whenever it changes.
-async fn follow(pod: Weak<Pod>, bell: Bell) {
-    while bell.rung().await.is_ok() {
-        let Some(pod) = pod.upgrade() else { return };
-        pod.follow_network().await;
     }
 }
 
@@ -426,61 +357,18 @@ impl Drop for Lent<'_> {
     }
 }
 
-async fn boot(home: &Home, machine: &Machine, plan: &Plan) -> Result<Agent, PodError> {
-    let patience = boot_patience();
-    let phase = Phase::begin("kernel to agent");
-    let came_up = async {
-        let stream = machine.open_stream(AGENT_PORT, patience).await?;
-        let agent = Agent::connect(stream).await?;
-        let mut entropy = [0; 64];
-        random(&mut entropy).map_err(|error| PodError::Io("/dev/urandom", error))?;
-        let kernel = agent.hello(&plan.hostname, &entropy).await?;
-        tracing::debug!(kernel, "guest is up");
-        // A pod with fewer processors than it could have is still a pod.
-        if plan.size.vcpus > 1
-            && let Err(error) = agent.start_processors(plan.size.vcpus.into()).await
-        {
-            tracing::warn!(error = %error, "a processor does not start");
-        }
-        Ok(agent)
-    };
-    let result = tokio::select! {
-        result = timeout(patience, came_up) => result,
-        words = machine.ended() => Ok(Err(MachineError::Ended(words).into())),
-    };
-    phase.end();
-    match result {
-        Ok(Ok(agent)) => Ok(agent),
-        // The monitor's own words come with the console; all others do not.
-        Ok(Err(error @ PodError::Machine(MachineError::Ended(_)))) => Err(error),
-        Ok(Err(error)) => {
-            tracing::warn!(error = %error, "guest did not come up");
-            Err(PodError::Boot { patience, console: last_words(home) })
-        }
-        Err(_) => Err(PodError::Boot { patience, console: last_words(home) }),
-    }
-}
-
-fn boot_patience() -> Duration {
-    let seconds = std::env::var(BOOT_SECONDS).ok().and_then(|seconds| seconds.parse().ok());
-    seconds.map_or(BOOT_PATIENCE, Duration::from_secs)
-}
-
-/// The end of the console's log for an error; the monitor keeps the log short.
-fn last_words(home: &Home) -> String {
-    let bytes = fs::read(home.path(CONSOLE)).unwrap_or_default();
-    let lines: Vec<_> = String::from_utf8_lossy(&bytes).lines().map(str::to_owned).collect();
-    match monitor::quote(&lines) {
-        quoted if quoted.is_empty() => "; it wrote nothing to its console".to_owned(),
-        quoted => quoted,
-    }
-}
-
 fn log(home: &Home, name: &'static str) -> Result<File, PodError> {
-    let open = File::options().append(true).create(true).open(home.path(name));
+    let open = home.file(name, OFlags::CREATE | OFlags::WRONLY | OFlags::APPEND);
     open.map_err(|error| PodError::Io(name, error))
 }
 
+/// Those of the monitor and of the file server: neither may signal the other, or look at it.
+fn identities() -> [JailConfig; 2] {
+    let first = JAIL_IDS + 2 * std::process::id();
+    [first, first + 1].map(|id| JailConfig { uid: id, gid: id })
+}
+
+/// The two ends of the relay socket.
 fn relay() -> io::Result<(OwnedFd, OwnedFd)> {
     let (ours, theirs) = seqpacket::pair()?;
     for end in [&ours, &theirs] {

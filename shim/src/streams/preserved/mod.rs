@@ -2,20 +2,18 @@
 //! (`--preserve-fds`), at the same numbers, as far as they reach into a machine: what each of them
 //! is, or why it is refused.
 //!
-//! Ends of pipes and connected sockets are streams, which the stand-in relays (`pump`). Files are
+//! Ends of pipes and connected sockets are streams, which the stand-in copies ([`super::copy`]). Files are
 //! shared with the guest while it opens them. The memory devices are the guest's own. Everything else
 //! belongs to the host's kernel.
 
 // UNSAFETY: a number on which a caller left a descriptor is made an owned one.
 #![expect(unsafe_code, reason = "inherited descriptors are only known by their numbers")]
 
-pub(crate) mod pump;
-
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::thread::JoinHandle;
+use std::sync::Arc;
 
 use bulkhead_protocol::DESCRIPTORS_MAX;
 use rustix::fs::{
@@ -29,6 +27,7 @@ use rustix::termios::isatty;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+use super::copy::{Copies, Ends, Way};
 use crate::machine::share;
 
 /// The number of the first.
@@ -195,22 +194,28 @@ impl Preserved {
         self.0.iter().map(|taken| taken.fd.as_fd())
     }
 
-    /// Relays those that are streams; gives the threads that copy what the container writes. The
-    /// others stay open as long as this value lives, with the locks that they may hold.
+    /// Starts to copy those that are streams. The others stay open as long as this value lives, with
+    /// the locks that they may hold.
     pub(crate) fn relay(
         &mut self,
         mut streams: impl Iterator<Item = UnixStream>,
-    ) -> io::Result<Vec<JoinHandle<()>>> {
-        let mut outputs = Vec::new();
+        copies: &mut Copies,
+    ) -> io::Result<()> {
         for taken in std::mem::take(&mut self.0) {
-            if !taken.descriptor.kind.is_stream() {
-                self.0.push(Taken { mount: None, ..taken });
-                continue;
-            }
+            let ways: &[Way] = match taken.descriptor.kind {
+                DescriptorKind::Reading => &[Way::In],
+                DescriptorKind::Writing => &[Way::Out],
+                DescriptorKind::Socket => &[Way::In, Way::Out],
+                _ => {
+                    self.0.push(Taken { mount: None, ..taken });
+                    continue;
+                }
+            };
             let stream = streams.next().ok_or(io::ErrorKind::InvalidData)?;
-            outputs.extend(pump::start(&taken.descriptor.kind, taken.fd, stream)?);
+            let ends = Arc::new(Ends { caller: taken.fd, stream, socket: ways.len() == 2 });
+            ways.iter().try_for_each(|way| copies.start(ends.clone(), *way).map(drop))?;
         }
-        Ok(outputs)
+        Ok(())
     }
 }
 

@@ -21,6 +21,7 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{FileType, fstat, major, minor};
+use rustix::termios::isatty;
 
 use super::attach::{FromStandIn, Said, ToStandIn, Wants, Written, connect_to};
 use super::copy::{Copies, CopyId, Ends, Way};
@@ -152,9 +153,14 @@ impl Relay {
     ) -> io::Result<Self> {
         let Belongings { terminal, preserved } = belongings;
         let wants = match &terminal {
-            Some(terminal) => Wants { terminal: Some(terminal.size()), ..Wants::default() },
+            Some(terminal) => Wants {
+                terminal: Some(terminal.size()),
+                plain: !isatty(io::stdout()),
+                ..Wants::default()
+            },
             None => Wants {
                 terminal: None,
+                plain: false,
                 stdin: !is_null(io::stdin().as_fd()),
                 stdout: !is_null(io::stdout().as_fd()),
                 stderr: !is_null(io::stderr().as_fd()),

@@ -18,6 +18,7 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use bulkhead_protocol::StreamHeader;
 use bulkhead_protocol::agent::{Descriptor, Disk, ProcessInfo, Streams};
 use oci_spec::runtime::{LinuxResources, Process, Spec};
 use rustix::fs::{Uid, fchown};
@@ -36,6 +37,7 @@ use crate::disks::{self, DiskError};
 use crate::hooks::Hooks;
 use crate::inherit;
 use crate::io::{self as streams, Meeting, Outputs, Pipes, StreamError, Written};
+use crate::notify;
 use crate::process::{Exit, Reaper, Waiter, send_signal};
 use crate::report::{self, Line};
 use crate::share::{self, Share};
@@ -102,6 +104,7 @@ pub(crate) struct Order {
     pub(crate) descriptors: Vec<Descriptor>,
     pub(crate) disks: Vec<Disk>,
     pub(crate) bundle: String,
+    pub(crate) notify: Vec<u8>,
 }
 
 /// All containers of the guest. Clones share them.
@@ -188,7 +191,7 @@ impl Containers {
         if container.started.swap(true, Ordering::AcqRel) {
             return Err(state(id, "was started before"));
         }
-        notify(&Place::of(id).state).await.map_err(failed("start the init process"))
+        release(&Place::of(id).state).await.map_err(failed("start the init process"))
     }
 
     /// Sends a signal to a container's init, or to all of its processes.
@@ -314,8 +317,12 @@ impl Containers {
 
     /// Makes a container whose id is reserved, or leaves nothing of it.
     async fn make(&self, order: Order) -> Result<Container, ContainerError> {
-        let Order { container_id: id, spec_json, streams, descriptors, disks, bundle } = order;
+        let Order { container_id: id, spec_json, streams, descriptors, disks, bundle, notify } =
+            order;
         self.share.mount().await.map_err(failed("mount the share"))?;
+        if !notify.is_empty() {
+            self.listen_for_readiness(&id, &notify).await?;
+        }
         let preparing = id.clone();
         let terminal = streams.terminal.is_some();
         // It reads the container's user table, which may be slow to come from the host.
@@ -334,6 +341,17 @@ impl Containers {
                 Err(error)
             }
         }
+    }
+
+    /// Makes the socket for sd_notify(3) whose datagrams go over the stream with this header.
+    async fn listen_for_readiness(&self, id: &str, header: &[u8]) -> Result<(), ContainerError> {
+        let (stream, length) = (streams::Kind::Notify, header.len());
+        let header =
+            StreamHeader::from_bytes(header).ok_or(StreamError::Header { stream, length })?;
+        let socket = notify::listen(id).map_err(failed("make a socket for sd_notify"))?;
+        let connection = self.meeting.claim(header, stream).await?;
+        tokio::spawn(notify::relay(socket, connection));
+        Ok(())
     }
 
     /// Runs the creator while the streams connect, and returns the container's init.
@@ -536,7 +554,7 @@ fn outcome(lines: &[Line], status: u32) -> Result<Pid, ContainerError> {
 }
 
 /// Tells a waiting init to go on, by the socket that libcontainer's init listens on.
-async fn notify(state: &Path) -> io::Result<()> {
+async fn release(state: &Path) -> io::Result<()> {
     use std::os::fd::AsRawFd as _;
     // The path of a socket may have 107 bytes, and an id alone 255.
     let directory = File::open(state)?;
@@ -549,8 +567,9 @@ async fn notify(state: &Path) -> io::Result<()> {
 /// Removes whatever there is of a container: processes, cgroup, files.
 async fn remove(id: &str) -> io::Result<()> {
     Cgroup::of(id).remove().await?;
+    notify::end(id);
     let place = Place::of(id);
-    for directory in [place.state, place.bundle] {
+    for directory in [place.state, place.bundle, notify::directory(id)] {
         match fs::remove_dir_all(directory) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             Ok(()) | Err(_) => {}

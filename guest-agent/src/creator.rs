@@ -164,7 +164,10 @@ fn create(
     let console = place.bundle.join(terminal::SOCKET);
     let mut container = ContainerBuilder::new(container_id.to_owned(), SyscallType::default())
         .with_root_path(Place::STATES)?
-        .with_executor(Program::new(report, confinement, hooks.map(Rc::new)))
+        .with_executor(
+            Program::new(report, confinement, hooks.map(Rc::new))
+                .with_plain_lines(terminal::is_plain(&place.bundle)),
+        )
         .with_console_socket(terminal.then_some(console))
         .with_preserved_fds(descriptors)
         .as_init(&place.bundle)

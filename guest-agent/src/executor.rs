@@ -29,6 +29,7 @@ use rustix::fs::{
 use crate::confinement::Confinement;
 use crate::hooks::Hooks;
 use crate::report::{Line, Report};
+use crate::terminal;
 
 /// Major and minor number of `/dev/null`, Documentation/admin-guide/devices.txt.
 const NULL_DEVICE: (u32, u32) = (1, 3);
@@ -41,6 +42,8 @@ pub(crate) struct Program {
     confinement: Confinement,
     /// What to run before it.
     hooks: Option<Rc<Hooks>>,
+    /// Its terminal ends lines with a line feed alone.
+    plain_lines: bool,
 }
 
 /// Why a program cannot be run.
@@ -58,7 +61,12 @@ impl Program {
         confinement: Confinement,
         hooks: Option<Rc<Hooks>>,
     ) -> Self {
-        Self { report, confinement, hooks }
+        Self { report, confinement, hooks, plain_lines: false }
+    }
+
+    /// With a terminal that ends lines with a line feed alone, or as terminals do.
+    pub(crate) fn with_plain_lines(self, plain_lines: bool) -> Self {
+        Self { plain_lines, ..self }
     }
 
     /// Becomes the program; returns only if it cannot.
@@ -112,6 +120,11 @@ impl Executor for Program {
             .map_err(|unusable| ExecutorError::Other(format!("exec: {name:?}: {unusable}")))?;
         if let Err(error) = make_null_writable() {
             return Err(ExecutorError::Other(format!("/dev/null: {}", words(&error))));
+        }
+        if self.plain_lines
+            && let Err(error) = terminal::end_lines_plainly(rustix::stdio::stdout())
+        {
+            return Err(ExecutorError::Other(format!("terminal: {}", words(&error))));
         }
         if let Some(Err(error)) = self.hooks.as_ref().map(|hooks| hooks.start(&self.confinement)) {
             say(&error.to_string());

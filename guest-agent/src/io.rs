@@ -58,6 +58,8 @@ pub(crate) enum Kind {
     Terminal,
     /// One beyond them, see [`crate::descriptors`].
     Descriptor(u32),
+    /// None of a process, see [`crate::notify`].
+    Notify,
 }
 
 impl fmt::Display for Kind {
@@ -67,6 +69,7 @@ impl fmt::Display for Kind {
             Self::Stdout => "stdout",
             Self::Stderr => "stderr",
             Self::Terminal => "terminal",
+            Self::Notify => "stream of sd_notify",
             Self::Descriptor(number) => return write!(f, "descriptor {number}"),
         })
     }

@@ -27,6 +27,7 @@ mod io;
 mod logging;
 mod names;
 mod network;
+mod notify;
 mod process;
 mod propagation;
 mod report;

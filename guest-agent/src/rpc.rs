@@ -15,7 +15,7 @@ use bulkhead_protocol::agent::{
     ResumeRequest, StartProcessorsReply, StartProcessorsRequest, StartReply, StartRequest,
     SyncReply, SyncRequest, UpdateReply, UpdateRequest, WaitReply, WaitRequest,
 };
-use bulkhead_protocol::{MAX_MESSAGE_BYTES, VERSION};
+use bulkhead_protocol::{MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES, VERSION};
 use rustix::system::uname;
 use tokio::sync::{Mutex, mpsc};
 use tokio::task::spawn_blocking;
@@ -61,7 +61,7 @@ pub(crate) async fn serve(
         network: Arc::default(),
         names: Mutex::default(),
     })
-    .max_decoding_message_size(MAX_MESSAGE_BYTES)
+    .max_decoding_message_size(MAX_REQUEST_BYTES)
     .max_encoding_message_size(MAX_MESSAGE_BYTES);
     let service = InterceptedService::new(service, move |request| from_host(request, host));
     Server::builder().add_service(service).serve_with_incoming(listener.incoming()).await
@@ -115,10 +115,10 @@ impl Agent for Calls {
         &self,
         request: Request<CreateRequest>,
     ) -> Result<Response<CreateReply>, Status> {
-        let CreateRequest { container_id, spec_json, streams, disks, bundle, descriptors } =
+        let CreateRequest { container_id, spec_json, streams, disks, bundle, descriptors, notify } =
             request.into_inner();
         let streams = streams.unwrap_or_default();
-        let order = Order { container_id, spec_json, streams, descriptors, disks, bundle };
+        let order = Order { container_id, spec_json, streams, descriptors, disks, bundle, notify };
         let pid = self.containers.create(order).await?;
         Ok(Response::new(CreateReply { pid }))
     }

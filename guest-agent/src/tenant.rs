@@ -84,7 +84,10 @@ fn join(
     let has_terminal = process.terminal() == Some(true);
     let pid = ContainerBuilder::new(container_id.to_owned(), SyscallType::default())
         .with_root_path(directory)?
-        .with_executor(Program::new(report, confinement, None))
+        .with_executor(
+            Program::new(report, confinement, None)
+                .with_plain_lines(terminal::is_plain(&directory)),
+        )
         .with_console_socket(has_terminal.then_some(console))
         .with_preserved_fds(descriptors)
         .as_tenant()

@@ -8,7 +8,7 @@
 use std::fs::File;
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ use bulkhead_protocol::StreamHeader;
 use bulkhead_protocol::agent;
 use rustix::io::{Errno, ioctl_fionbio};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
-use rustix::termios::{Winsize, tcsetwinsize};
+use rustix::termios::{OptionalActions, OutputModes, Winsize, tcgetattr, tcsetattr, tcsetwinsize};
 use tokio::io::{AsyncRead, ReadBuf};
 use tokio::net::UnixListener;
 use tokio::net::unix::pipe;
@@ -29,6 +29,8 @@ use crate::io::{self as streams, Kind, Meeting, StreamError};
 
 /// The socket that libcontainer sends the master to, in a directory of the process's own.
 pub(crate) const SOCKET: &str = "console.sock";
+/// The file beside it that says that lines end plainly.
+const PLAIN: &str = "plain";
 
 /// A process's terminal as the host sees it: to be resized. Clones share it.
 #[derive(Clone, Debug)]
@@ -71,6 +73,9 @@ impl Awaited {
         let opened = File::open(directory).map_err(failed)?;
         let path = format!("/proc/self/fd/{}/{SOCKET}", opened.as_raw_fd());
         let listener = UnixListener::bind(path).map_err(failed)?;
+        if asked.plain {
+            File::create(directory.join(PLAIN)).map_err(failed)?;
+        }
         Ok(Self { listener, header, rows: asked.rows, columns: asked.columns })
     }
 
@@ -95,6 +100,22 @@ impl Awaited {
         start(master, connection).map_err(failed)?;
         Ok(terminal)
     }
+}
+
+/// Whether the terminal of the process that is made in `directory` ends lines with a line feed alone.
+pub(crate) fn is_plain(directory: &Path) -> bool {
+    directory.join(PLAIN).exists()
+}
+
+/// Has a terminal not add a carriage return to what a program writes. The program's own process does
+/// that, so that it is done when it writes.
+///
+/// # Errors
+/// It is no terminal.
+pub(crate) fn end_lines_plainly(terminal: BorrowedFd<'_>) -> io::Result<()> {
+    let mut modes = tcgetattr(terminal)?;
+    modes.output_modes.remove(OutputModes::ONLCR);
+    Ok(tcsetattr(terminal, OptionalActions::Now, &modes)?)
 }
 
 /// The master that the first connection brings.

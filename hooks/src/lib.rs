@@ -1,6 +1,7 @@
 //! Hooks: OCI runtime-spec, "POSIX-platform Hooks".
 //!
-//! A hook is a program that reads the container's state from its standard input and has a time to end.
+//! A hook is a program that reads the container's state from its standard input, and may have a time to
+//! end.
 //! The supervisor runs those of the host, the agent those of the guest; who runs one says what
 //! executes it ([`Command`]), everything else is alike.
 
@@ -16,16 +17,13 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
-/// For hooks without a timeout of their own.
-const PATIENCE: Duration = Duration::from_secs(60);
 /// As much of a failed hook's standard error becomes part of the error, in bytes.
 const WORDS_MAX: u64 = 1024;
 
-/// How long a hook may take.
+/// How long a hook may take; one without a timeout, as long as it likes.
 #[must_use]
-pub fn patience(hook: &Hook) -> Duration {
-    let seconds = hook.timeout().and_then(|seconds| u64::try_from(seconds).ok());
-    seconds.map_or(PATIENCE, Duration::from_secs)
+pub fn patience(hook: &Hook) -> Option<Duration> {
+    hook.timeout().map(|seconds| Duration::from_secs(u64::try_from(seconds).unwrap_or(0)))
 }
 
 /// Names the hook that failed: the `number`th of its kind.
@@ -55,14 +53,16 @@ pub fn run(hook: &Hook, mut command: Command, state: &[u8]) -> io::Result<()> {
     }
     let mut child = command.spawn()?;
     let written = child.stdin.take().map_or(Ok(()), |mut stdin| stdin.write_all(state));
-    let patience = patience(hook);
-    let ended = ends(&child, patience)?;
-    if !ended {
+    let late = match patience(hook) {
+        Some(patience) if !ends(&child, patience)? => Some(patience),
+        _ => None,
+    };
+    if late.is_some() {
         child.kill()?;
     }
     let status = child.wait()?;
-    match written {
-        _ if !ended => Err(io::Error::other(format!("not done within {patience:?}"))),
+    match (written, late) {
+        (_, Some(patience)) => Err(io::Error::other(format!("not done within {patience:?}"))),
         _ if !status.success() => {
             let mut said = Vec::new();
             words.rewind()?;
@@ -71,7 +71,7 @@ pub fn run(hook: &Hook, mut command: Command, state: &[u8]) -> io::Result<()> {
             Err(io::Error::other(format!("{status}, stderr: {}", said.trim())))
         }
         // A hook need not read its input.
-        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(error),
+        (Err(error), None) if error.kind() != io::ErrorKind::BrokenPipe => Err(error),
         _ => Ok(()),
     }
 }
@@ -132,6 +132,14 @@ mod tests {
         let error = run_here(&shell("exec sleep 60", 0)).unwrap_err();
         assert!(error.to_string().contains("not done within"), "{error}");
         assert!(started.elapsed() < Duration::from_secs(30));
+    }
+
+    #[test]
+    fn a_hook_without_a_timeout_takes_as_long_as_it_likes() {
+        let hook = HookBuilder::default().path("/bin/sh").build().unwrap();
+        assert_eq!(patience(&hook), None);
+        assert_eq!(patience(&shell("true", -1)), Some(Duration::ZERO));
+        assert_eq!(patience(&shell("true", 3)), Some(Duration::from_secs(3)));
     }
 
     #[test]

@@ -1,11 +1,13 @@
-//! Log lines in the forms that callers of runc read: its text, or its JSON
-//! (`{"level":"error","msg":"…","time":"…"}`), one line for each event.
+//! Log lines in the forms that callers of runc read: its text, its JSON
+//! (`{"level":"error","msg":"…","time":"…"}`), or its short text on a terminal (`ERRO[0000] …`); one
+//! line for each event.
 
 use std::fmt::{self, Write as _};
 use std::fs::File;
-use std::io;
+use std::io::{self, IsTerminal as _, Write as _};
 use std::path::PathBuf;
 use std::sync::Mutex;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use serde::{Deserialize, Serialize};
@@ -51,14 +53,54 @@ pub fn start(target: &LogTarget) -> anyhow::Result<()> {
     let subscriber = tracing_subscriber::fmt()
         .with_max_level(level)
         .with_writer(writer)
-        .event_format(Lines { json: target.json })
+        .event_format(Lines { form: Form::of(target), since: Instant::now() })
         .finish()
         .with(levels);
     tracing::subscriber::set_global_default(subscriber).context("log is set already")
 }
 
+/// Makes a panic one line on standard error, and one in the log.
+pub fn note_panics() {
+    std::panic::set_hook(Box::new(|panic| {
+        let place = panic.location().map_or_else(String::new, |place| format!(" at {place}"));
+        let reason = panic.payload_as_str().unwrap_or("it does not say why");
+        let words = format!("panicked{place}: {reason}");
+        tracing::error!("{words}");
+        // Last, because a caller who waits is told the last line; nothing is left to do if it fails.
+        let _ = writeln!(io::stderr(), "{words}");
+    }));
+}
+
+/// Prints an error on standard error, for a command line from which no target can be read.
+pub fn print_error(words: &str) {
+    let form = Form::of(&LogTarget::default());
+    let line = line(form, Level::ERROR, words, Duration::ZERO);
+    // Nothing is left to do if that fails.
+    let _ = writeln!(io::stderr(), "{line}");
+}
+
+/// What a line looks like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Form {
+    Json,
+    Text,
+    /// For a person at a terminal.
+    Short,
+}
+
+impl Form {
+    fn of(target: &LogTarget) -> Self {
+        match &target.path {
+            _ if target.json => Self::Json,
+            None if io::stderr().is_terminal() => Self::Short,
+            _ => Self::Text,
+        }
+    }
+}
+
 struct Lines {
-    json: bool,
+    form: Form,
+    since: Instant,
 }
 
 /// The words of one event, its fields behind them.
@@ -88,22 +130,29 @@ where
     ) -> fmt::Result {
         let mut words = Words::default();
         event.record(&mut words);
-        let line = line(self.json, *event.metadata().level(), words.0.trim(), &timestamp::now());
+        let level = *event.metadata().level();
+        let line = line(self.form, level, words.0.trim(), self.since.elapsed());
         writeln!(writer, "{line}")
     }
 }
 
-fn line(json: bool, level: Level, words: &str, time: &str) -> String {
+/// A line, so long after the process has started.
+fn line(form: Form, level: Level, words: &str, after: Duration) -> String {
     let level = match level {
         Level::ERROR => "error",
         Level::WARN => "warning",
         Level::INFO => "info",
         _ => "debug",
     };
-    if json {
-        serde_json::json!({"level": level, "msg": words, "time": time}).to_string()
-    } else {
-        format!("time={time:?} level={level} msg={words:?}")
+    match form {
+        Form::Json => {
+            let time = timestamp::now();
+            serde_json::json!({"level": level, "msg": words, "time": time}).to_string()
+        }
+        Form::Text => format!("time={:?} level={level} msg={words:?}", timestamp::now()),
+        Form::Short => {
+            format!("{:.4}[{:04}] {words}", level.to_ascii_uppercase(), after.as_secs())
+        }
     }
 }
 
@@ -114,13 +163,15 @@ mod tests {
     #[test]
     fn lines_are_those_that_callers_of_runc_read() {
         let words = "container \"a\" does not exist";
-        assert_eq!(
-            line(true, Level::ERROR, words, "T"),
-            r#"{"level":"error","msg":"container \"a\" does not exist","time":"T"}"#
-        );
-        assert_eq!(
-            line(false, Level::WARN, words, "T"),
-            r#"time="T" level=warning msg="container \"a\" does not exist""#
-        );
+        let json = line(Form::Json, Level::ERROR, words, Duration::ZERO);
+        let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+        assert_eq!((&json["level"], &json["msg"]), (&"error".into(), &words.into()));
+        assert!(json["time"].as_str().unwrap().ends_with('Z'), "{json}");
+        let text = line(Form::Text, Level::WARN, words, Duration::ZERO);
+        let (time, rest) = text.split_once(' ').unwrap();
+        assert!(time.starts_with("time=\"2"), "{time}");
+        assert_eq!(rest, r#"level=warning msg="container \"a\" does not exist""#);
+        let short = line(Form::Short, Level::ERROR, words, Duration::from_secs(7));
+        assert_eq!(short, "ERRO[0007] container \"a\" does not exist");
     }
 }

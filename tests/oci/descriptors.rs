@@ -11,7 +11,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use bulkhead_tests::bundle::Bundle;
-use bulkhead_tests::runtime::{Runtime, comes_true, finish, output, told};
+use bulkhead_tests::runtime::{Runtime, comes_true, finish, message, output, told};
 use rustix::event::{EventfdFlags, eventfd};
 
 const LONG: [&str; 2] = ["/bin/sleep", "1000"];
@@ -336,7 +336,7 @@ fn what_cannot_be_passed_is_refused_by_its_name_and_nothing_is_left() {
             let called = output(command.stdin(descriptor.try_clone().unwrap())).unwrap();
             let (code, _, err) = told(&called);
             assert_eq!(code, Some(*status), "{err}");
-            assert!(err.starts_with(&format!("bulkhead: {words}")), "{err}");
+            assert!(message(&err).starts_with(words), "{err}");
         }
     }
     gone(&runtime, "refused");
@@ -362,7 +362,8 @@ fn a_number_that_is_not_open_is_an_error() {
     for (count, words) in words {
         let args = ["run", "--preserve-fds", count, "none"];
         let called = output(&mut passing(&runtime, "exec 3</dev/null", &args)).unwrap();
-        assert_eq!(told(&called), (Some(1), String::new(), format!("bulkhead: {words}\n")));
+        let (code, out, err) = told(&called);
+        assert_eq!((code, out.as_str(), message(&err).as_str()), (Some(1), "", words));
     }
 }
 

@@ -4,6 +4,8 @@
 #[cfg(test)]
 mod cgroup;
 #[cfg(test)]
+mod command_line;
+#[cfg(test)]
 mod descriptors;
 #[cfg(test)]
 mod differential;
@@ -28,11 +30,15 @@ mod growth;
 #[cfg(test)]
 mod hooks;
 #[cfg(test)]
+mod ids;
+#[cfg(test)]
 mod isolation;
 #[cfg(test)]
 mod kill;
 #[cfg(test)]
 mod lifecycle;
+#[cfg(test)]
+mod limits;
 #[cfg(test)]
 mod load;
 #[cfg(test)]
@@ -44,17 +50,25 @@ mod network;
 #[cfg(test)]
 mod network_load;
 #[cfg(test)]
+mod pause;
+#[cfg(test)]
 mod pods;
 #[cfg(test)]
 mod process;
+#[cfg(test)]
+mod redirected;
 #[cfg(test)]
 mod resources;
 #[cfg(test)]
 mod seccomp;
 #[cfg(test)]
+mod sizes;
+#[cfg(test)]
 mod storage;
 #[cfg(test)]
 mod streams;
+#[cfg(test)]
+mod supervisor;
 #[cfg(test)]
 mod terminal;
 #[cfg(test)]

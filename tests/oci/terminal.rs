@@ -26,7 +26,7 @@ const TALK: &str = "until [ \"$(busybox stty size)\" = '33 77' ]; do sleep 0.1; 
     while :; do sleep 0.1; done";
 
 /// The master of a terminal, and all that was seen on it.
-struct Screen {
+pub(crate) struct Screen {
     master: File,
     seen: String,
 }
@@ -36,12 +36,12 @@ impl Screen {
         Self { master: master.into(), seen: String::new() }
     }
 
-    fn resize(&self, rows: u16, columns: u16) -> Result<()> {
+    pub(crate) fn resize(&self, rows: u16, columns: u16) -> Result<()> {
         let size = Winsize { ws_row: rows, ws_col: columns, ws_xpixel: 0, ws_ypixel: 0 };
         Ok(tcsetwinsize(&self.master, size)?)
     }
 
-    fn type_in(&mut self, keys: &str) -> Result<()> {
+    pub(crate) fn type_in(&mut self, keys: &str) -> Result<()> {
         Ok(self.master.write_all(keys.as_bytes())?)
     }
 
@@ -89,7 +89,7 @@ fn receive(listener: &UnixListener) -> Result<Screen> {
 }
 
 /// A terminal whose slave a program is started on.
-fn own_terminal() -> Result<(Screen, OwnedFd)> {
+pub(crate) fn own_terminal() -> Result<(Screen, OwnedFd)> {
     let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
     let master = openpt(flags)?;
     grantpt(&master)?;
@@ -98,7 +98,7 @@ fn own_terminal() -> Result<(Screen, OwnedFd)> {
     Ok((Screen::new(master), slave))
 }
 
-fn with_terminal(script: &str) -> Result<Bundle> {
+pub(crate) fn with_terminal(script: &str) -> Result<Bundle> {
     Bundle::script(script)?.with(|spec| spec["process"]["terminal"] = json!(true))
 }
 

@@ -196,7 +196,12 @@ fn a_frozen_container_stands_still_takes_no_process_and_can_be_killed() {
 fn a_terminal_is_one_and_takes_keys_and_sizes() {
     Guest::run(async |mut guest| {
         let terminal = |number, rows| Streams {
-            terminal: Some(Terminal { stream: header(number).to_vec(), rows, columns: 80 }),
+            terminal: Some(Terminal {
+                stream: header(number).to_vec(),
+                rows,
+                columns: 80,
+                plain: false,
+            }),
             ..Streams::default()
         };
         let line = "stty size; test -t 0 && test -t 2 && tty; read line; echo \"got $line\"; \

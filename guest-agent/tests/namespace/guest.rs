@@ -126,6 +126,7 @@ impl Guest {
             disks: Vec::new(),
             bundle: String::new(),
             descriptors: Vec::new(),
+            notify: Vec::new(),
         };
         self.agent.create(request).await.map(|reply| reply.into_inner().pid)
     }

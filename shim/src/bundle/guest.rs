@@ -5,12 +5,15 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use bulkhead_protocol::SHARE_DIR;
+use bulkhead_protocol::{NOTIFY_DIR, NOTIFY_SOCKET, SHARE_DIR};
 use oci_spec::runtime::{Linux, LinuxNamespaceType, Mount, Spec};
 
 use super::id_map::{self, IdMap};
-use super::{BundleError, Surroundings, hook_programs, pod, refuse, resources};
+use super::{Additions, BundleError, Surroundings, hook_programs, pod, refuse, resources};
 use crate::state::id::ContainerId;
+
+/// Where a container has the socket for sd_notify(3), as under runc.
+const NOTIFY_MOUNT: &str = "/run/notify";
 
 /// What a mount point in the share is, because it is made before it is covered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,8 +87,43 @@ pub(super) fn rewrite(
         *hooks = own;
         shared.extend(programs);
     }
+    if !has_hooks(&spec) {
+        // Only they are told of them, and callers keep there whatever they like.
+        spec.set_annotations(None);
+    }
+    add(&mut spec, id, &surroundings.additions);
     let dropped = adapt(&mut spec, id, surroundings);
     Ok(Guest { spec, shared, dropped })
+}
+
+/// Adds what is not in the bundle.
+fn add(spec: &mut Spec, id: &ContainerId, additions: &Additions) {
+    let mut environment = additions.environment.clone();
+    if additions.notify {
+        let path = Path::new(NOTIFY_MOUNT).join(NOTIFY_SOCKET);
+        environment.push(format!("NOTIFY_SOCKET={}", path.display()));
+        let mut mount = Mount::default();
+        mount
+            .set_destination(NOTIFY_MOUNT.into())
+            .set_source(Some(Path::new(NOTIFY_DIR).join(id.as_str())))
+            .set_typ(Some("bind".to_owned()))
+            .set_options(Some(
+                ["bind", "nosuid", "noexec", "nodev", "ro"].map(str::to_owned).into(),
+            ));
+        spec.set_mounts(Some(spec.mounts().iter().flatten().cloned().chain([mount]).collect()));
+    }
+    if let Some(process) = spec.process_mut() {
+        let own = process.env().clone().unwrap_or_default();
+        process.set_env(Some(own.into_iter().chain(environment).collect()));
+    }
+}
+
+/// Whether hooks run in the guest.
+fn has_hooks(spec: &Spec) -> bool {
+    spec.hooks().as_ref().is_some_and(|hooks| {
+        let lists = [hooks.create_container(), hooks.start_container()];
+        lists.into_iter().flatten().any(|list| !list.is_empty())
+    })
 }
 
 pub(super) fn is_bind(mount: &Mount) -> bool {
@@ -178,6 +216,7 @@ fn adapt_linux(
     note(dropped, label, "linux.mountLabel");
     linux.set_mount_label(None);
     if let Some(resources) = linux.resources_mut() {
+        resources::normalize(resources);
         resources::for_guest(resources);
     }
 }

@@ -13,13 +13,16 @@ mod pod;
 pub mod refuse;
 mod resources;
 mod size;
+mod unified;
 
 use std::collections::HashMap;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use bulkhead_protocol::MAX_REQUEST_BYTES;
 use oci_spec::runtime::{Hooks, LinuxNamespace, LinuxNamespaceType, LinuxResources, Spec};
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 pub use self::disks::{DISKS_MAX, Disk};
@@ -28,8 +31,10 @@ pub use self::id_map::IdMap;
 pub use self::limits::ProcessLimits;
 pub use self::pod::PodPlan;
 use self::refuse::Refusal;
-pub use self::resources::{merge, say_no_swap, total};
+pub use self::resources::{merge, normalize, say_no_swap, total};
 pub use self::size::{HostSize, MACHINE_OVERHEAD_MIB, MachineSize};
+pub(crate) use self::unified::bytes;
+pub use self::unified::check as check_files;
 use crate::network::namespace::Network;
 use crate::state::StateError;
 use crate::state::id::ContainerId;
@@ -38,7 +43,9 @@ use crate::supervisor::neighbours::{Joined, Neighbours};
 /// The file that makes a directory a bundle.
 const CONFIG: &str = "config.json";
 /// The largest `config.json` that is read, in bytes.
-const CONFIG_BYTES_MAX: u64 = 3 << 20;
+const CONFIG_BYTES_MAX: u64 = 64 << 20;
+/// The largest specification that the guest is given: beside it there are names in the same message.
+const GUEST_BYTES_MAX: usize = MAX_REQUEST_BYTES - (64 << 10);
 
 /// Why a bundle cannot be used.
 #[derive(Debug, Error)]
@@ -76,6 +83,12 @@ pub enum BundleError {
         /// Its size.
         bytes: u64,
     },
+    /// Larger than the guest takes.
+    #[error(
+        "the container's specification has {0} bytes without its annotations; at most \
+         {GUEST_BYTES_MAX} are supported"
+    )]
+    TooLargeForGuest(usize),
     /// Not JSON, or not a specification; the source has line and column.
     #[error("{} is not an OCI specification", .path.display())]
     Json {
@@ -150,6 +163,15 @@ pub struct ContainerPlan {
     pub dropped: Vec<&'static str>,
 }
 
+/// What a creator adds to a bundle, because of the environment in which it was called: systemd's.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Additions {
+    /// Variables for the container's program.
+    pub environment: Vec<String>,
+    /// The container can say that it is ready: sd_notify(3).
+    pub notify: bool,
+}
+
 /// Where a container will be: what its plan depends on beside its specification.
 #[derive(Clone, Debug, Default)]
 pub struct Surroundings {
@@ -161,6 +183,8 @@ pub struct Surroundings {
     pub brings_up_the_pod: bool,
     /// The limits of its creator.
     pub limits: ProcessLimits,
+    /// What its creator adds.
+    pub additions: Additions,
 }
 
 /// Reads a bundle.
@@ -232,8 +256,12 @@ impl Bundle {
     ) -> Result<ContainerPlan, BundleError> {
         let rootfs = self.rootfs()?;
         let guest = guest::rewrite(&self.spec, id, surroundings, &self.dir, &rootfs)?;
+        let spec_json = serde_json::to_vec(&guest.spec).map_err(BundleError::Rewrite)?;
+        if spec_json.len() > GUEST_BYTES_MAX {
+            return Err(BundleError::TooLargeForGuest(spec_json.len()));
+        }
         Ok(ContainerPlan {
-            spec_json: serde_json::to_vec(&guest.spec).map_err(BundleError::Rewrite)?,
+            spec_json,
             bundle: self.dir.clone(),
             rootfs,
             shared: guest.shared,
@@ -277,7 +305,9 @@ impl Bundle {
     #[must_use]
     pub fn resources(&self) -> LinuxResources {
         let linux = self.spec.linux().as_ref();
-        linux.and_then(|linux| linux.resources().clone()).unwrap_or_default()
+        let mut resources = linux.and_then(|linux| linux.resources().clone()).unwrap_or_default();
+        normalize(&mut resources);
+        resources
     }
 
     /// Whether hooks look at the container before its program runs.

@@ -15,7 +15,7 @@ use oci_spec::runtime::{
 use thiserror::Error;
 
 use super::disks::DISKS_MAX;
-use super::id_map;
+use super::{id_map, unified};
 use crate::supervisor::neighbours::{Joined, Neighbours};
 
 /// Something that is asked for and cannot be kept.
@@ -222,6 +222,7 @@ fn host_features(linux: &Linux) -> Result<(), Refusal> {
         filter(seccomp)?;
     }
     let resources = linux.resources().as_ref();
+    resources.map_or(Ok(()), unified::check)?;
     if resources.and_then(|it| it.rdma().as_ref()).is_some_and(|rdma| !rdma.is_empty()) {
         return Err(refuse(
             "linux.resources.rdma limits adapters of the host, which are not passed",

@@ -5,10 +5,16 @@
 use oci_spec::runtime::{LinuxMemory, LinuxResources};
 
 use super::size::PERIOD_DEFAULT_US;
+use super::unified;
+
+/// The files of `unified` that are the container's own cgroup's, in the guest.
+const GUEST_FILES: [&str; 5] = ["cgroup.", "cpu.", "hugetlb.", "memory.", "pids."];
 
 /// Takes over what an update sets. As under runc, 0 and an empty list leave a limit as it is, and -1
 /// takes it away.
 pub fn merge(current: &mut LinuxResources, update: &LinuxResources) {
+    let mut update = update.clone();
+    unified::fold(&mut update);
     if let Some(new) = update.memory() {
         let mut memory = current.memory().unwrap_or_default();
         let (limit, swap, reservation) = (memory.limit(), memory.swap(), memory.reservation());
@@ -47,12 +53,42 @@ pub fn merge(current: &mut LinuxResources, update: &LinuxResources) {
     }
 }
 
-/// What the guest keeps. Processors, memory nodes and disks are numbered by the host, whose cgroup
-/// keeps them.
+/// Gives limits the one form that the rest of this program knows: as under runc, a number that is 0
+/// and a list that is empty are none, and files are fields where there is one ([`unified`]).
+pub fn normalize(resources: &mut LinuxResources) {
+    unified::fold(resources);
+    if let Some(memory) = resources.memory_mut() {
+        let (limit, swap) = (set(memory.limit()), set(memory.swap()));
+        let (reservation, kernel) = (set(memory.reservation()), set(memory.kernel()));
+        memory.set_limit(limit).set_swap(swap).set_reservation(reservation).set_kernel(kernel);
+    }
+    if let Some(cpu) = resources.cpu_mut() {
+        let (shares, quota, period) = (set(cpu.shares()), set(cpu.quota()), set(cpu.period()));
+        let (runtime, whole) = (set(cpu.realtime_runtime()), set(cpu.realtime_period()));
+        let (cpus, mems) = (listed(cpu.cpus()), listed(cpu.mems()));
+        cpu.set_shares(shares).set_quota(quota).set_period(period);
+        cpu.set_realtime_runtime(runtime).set_realtime_period(whole);
+        cpu.set_cpus(cpus).set_mems(mems);
+    }
+    if resources.pids().is_some_and(|pids| pids.limit() == 0) {
+        resources.set_pids(None);
+    }
+    if let Some(block_io) = resources.block_io_mut() {
+        let weight = set(block_io.weight());
+        block_io.set_weight(weight);
+    }
+}
+
+/// What the guest keeps, of limits in the form that [`normalize`] gives. Processors, memory nodes and
+/// disks are numbered by the host, whose cgroup keeps them; so are files of other controllers.
 pub(super) fn for_guest(resources: &mut LinuxResources) {
     resources.set_block_io(None);
     if let Some(cpu) = resources.cpu_mut() {
-        cpu.set_cpus(None).set_mems(None);
+        // Realtime is of cgroup v1, which the guest does not have.
+        cpu.set_cpus(None).set_mems(None).set_realtime_runtime(None).set_realtime_period(None);
+    }
+    if let Some(files) = resources.unified_mut() {
+        files.retain(|file, _| GUEST_FILES.iter().any(|controller| file.starts_with(controller)));
     }
     say_no_swap(resources);
 }
@@ -198,12 +234,41 @@ mod tests {
     #[test]
     fn the_guest_has_no_numbers_of_the_host() {
         let mut resources = serde_json::from_value(json!({
-            "cpu": {"cpus": "3", "mems": "0", "quota": 7}, "blockIO": {"weight": 5},
+            "cpu": {"cpus": "3", "mems": "0", "quota": 7, "realtimeRuntime": 5},
+            "blockIO": {"weight": 5},
+            "unified": {"memory.high": "1", "io.max": "8:0 rbps=1", "misc.max": "x 1"},
         }))
         .unwrap();
         for_guest(&mut resources);
-        assert_eq!(serde_json::to_value(resources).unwrap(), json!({"cpu": {"quota": 7}}));
+        let expected = json!({"cpu": {"quota": 7}, "unified": {"memory.high": "1"}});
+        assert_eq!(serde_json::to_value(resources).unwrap(), expected);
     }
+
+    #[test]
+    fn zeros_and_empty_lists_are_no_limits() {
+        let normal = |json: &Value| {
+            let mut resources = serde_json::from_value(json.clone()).unwrap();
+            normalize(&mut resources);
+            serde_json::to_value(resources).unwrap()
+        };
+        let nothing = json!({
+            "memory": {"limit": 0, "swap": 0, "reservation": 0, "kernel": 0, "swappiness": 0},
+            "cpu": {
+                "quota": 0, "period": 0, "cpus": "", "mems": "", "shares": 0, "realtimeRuntime": 0,
+                "realtimePeriod": 0, "idle": 0,
+            },
+            "pids": {"limit": 0},
+            "blockIO": {"weight": 0},
+        });
+        let none = json!({"memory": {"swappiness": 0}, "cpu": {"idle": 0}, "blockIO": {}});
+        assert_eq!(normal(&nothing), none);
+        let limits = json!({
+            "memory": {"limit": 5, "swap": -1}, "cpu": {"quota": -1, "cpus": "0"},
+            "pids": {"limit": -1},
+        });
+        assert_eq!(normal(&limits), limits);
+    }
+
     #[test]
     fn no_swap_is_said_only_where_there_is_none() {
         let said = |memory: Value| {

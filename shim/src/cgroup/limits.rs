@@ -3,9 +3,11 @@
 
 use std::collections::HashMap;
 
-use oci_spec::runtime::{LinuxDeviceCgroupBuilder, LinuxDeviceType, LinuxMemory, LinuxResources};
+use oci_spec::runtime::{
+    LinuxCpu, LinuxDeviceCgroupBuilder, LinuxDeviceType, LinuxMemory, LinuxResources,
+};
 
-use crate::bundle::MACHINE_OVERHEAD_MIB;
+use crate::bundle::{self, MACHINE_OVERHEAD_MIB};
 
 /// Memory of monitor, file server, supervisor and stand-ins with page tables and sockets, in MiB;
 /// several times what they have at rest.
@@ -32,10 +34,9 @@ impl Limits {
         if let Some(pids) = host.pids_mut().as_mut().filter(|pids| pids.limit() > 0) {
             pids.set_limit(pids.limit().saturating_add(TASKS));
         }
-        // Files of cgroup v2 as they are: those of memory and tasks are the container's own.
-        let unified = host.unified().clone().unwrap_or_default().into_iter();
-        let unified: HashMap<_, _> = unified.filter(|(file, _)| !is_inside(file)).collect();
-        host.set_unified((!unified.is_empty()).then_some(unified));
+        let files = host.unified().clone().unwrap_or_default().into_iter();
+        let files: HashMap<_, _> = files.filter_map(of_host).collect();
+        host.set_unified((!files.is_empty()).then_some(files));
         Self(host)
     }
 
@@ -66,38 +67,80 @@ impl Limits {
         resources
     }
 
-    /// Whether [`Limits::while_it_boots`] leaves something out.
-    #[must_use]
-    pub fn has_quota(&self) -> bool {
-        self.0.cpu().as_ref().is_some_and(|cpu| cpu.quota().is_some() || cpu.period().is_some())
-    }
-
-    /// Without the share of processor time: a machine that boots is not the container yet.
+    /// What counts while the machine boots: nothing that would only slow it down.
     #[must_use]
     pub fn while_it_boots(&self) -> LinuxResources {
         let mut resources = self.0.clone();
+        resources.set_block_io(None);
         if let Some(cpu) = resources.cpu_mut() {
-            cpu.set_quota(None).set_period(None);
+            *cpu = only_places(cpu);
+        }
+        if let Some(files) = resources.unified_mut() {
+            files.retain(|file, _| !slows_down(file));
         }
         resources
     }
+
+    /// What [`Limits::while_it_boots`] leaves out, if anything.
+    #[must_use]
+    pub fn held_back(&self) -> Option<LinuxResources> {
+        let mut resources = LinuxResources::default();
+        resources.set_devices(self.0.devices().clone());
+        let nothing = resources.clone();
+        resources.set_block_io(self.0.block_io().clone());
+        if let Some(cpu) = self.0.cpu().as_ref().filter(|cpu| **cpu != only_places(cpu)) {
+            let mut cpu = cpu.clone();
+            cpu.set_cpus(None).set_mems(None);
+            resources.set_cpu(Some(cpu));
+        }
+        let files = self.0.unified().clone().unwrap_or_default().into_iter();
+        let files: HashMap<_, _> = files.filter(|(file, _)| slows_down(file)).collect();
+        resources.set_unified((!files.is_empty()).then_some(files));
+        (resources != nothing).then_some(resources)
+    }
+}
+
+/// Where something may run, without how much.
+fn only_places(cpu: &LinuxCpu) -> LinuxCpu {
+    let mut places = LinuxCpu::default();
+    places.set_cpus(cpu.cpus().clone()).set_mems(cpu.mems().clone());
+    places
+}
+
+/// Whether a file of cgroup v2 limits how fast something runs, not what it may have.
+fn slows_down(file: &str) -> bool {
+    file.starts_with("cpu.") || file.starts_with("io.")
 }
 
 fn with_the_machine(mut memory: LinuxMemory) -> LinuxMemory {
-    let more = i64::try_from((MACHINE_OVERHEAD_MIB + PROCESSES_MIB) << 20).unwrap_or(i64::MAX);
-    let raised = |limit: Option<i64>| {
-        limit.map(|limit| if limit > 0 { limit.saturating_add(more) } else { limit })
-    };
+    let raised = |amount: Option<i64>| amount.map(with_overhead);
     // Memory and swap together, so it grows by as much.
     let (limit, swap) = (raised(memory.limit()), raised(memory.swap()));
-    memory.set_limit(limit).set_swap(swap);
+    let reservation = raised(memory.reservation());
+    memory.set_limit(limit).set_swap(swap).set_reservation(reservation);
     // Of cgroup v1: what the kernel keeps for the container is in the guest.
     memory.set_kernel(None).set_kernel_tcp(None);
     memory
 }
 
-fn is_inside(file: &str) -> bool {
-    ["memory.", "pids."].iter().any(|controller| file.starts_with(controller))
+/// An amount of memory and what a machine takes besides; no limit stays none.
+fn with_overhead(amount: i64) -> i64 {
+    let more = i64::try_from((MACHINE_OVERHEAD_MIB + PROCESSES_MIB) << 20).unwrap_or(i64::MAX);
+    if amount > 0 { amount.saturating_add(more) } else { amount }
+}
+
+/// A file of cgroup v2 as the host's cgroup gets it; nothing for what is only the container's own, whose
+/// cgroup is in the guest.
+fn of_host((file, value): (String, String)) -> Option<(String, String)> {
+    let inside = ["cgroup.", "pids.", "memory.oom.group", "memory.reclaim"];
+    if inside.iter().any(|name| file.starts_with(name)) {
+        return None;
+    }
+    let raised = match file.as_str() {
+        "memory.high" | "memory.min" => bundle::bytes(&value).filter(|amount| *amount > 0),
+        _ => None,
+    };
+    Some((file, raised.map_or(value, |amount| with_overhead(amount).to_string())))
 }
 
 #[cfg(test)]
@@ -118,7 +161,7 @@ mod tests {
         }));
         let memory = limits.whole().memory().unwrap();
         assert_eq!((memory.limit(), memory.swap()), (Some(1000 + more), Some(3000 + more)));
-        assert_eq!((memory.reservation(), memory.kernel()), (Some(500), None));
+        assert_eq!((memory.reservation(), memory.kernel()), (Some(500 + more), None));
         assert_eq!(limits.whole().pids().unwrap().limit(), 10 + TASKS);
     }
 
@@ -144,20 +187,43 @@ mod tests {
     }
 
     #[test]
-    fn a_boot_has_all_the_processor_time() {
-        let limits = limits(&json!({"cpu": {"quota": 1000, "period": 10000, "shares": 5}}));
-        let cpu = limits.while_it_boots().cpu().clone().unwrap();
-        assert_eq!((cpu.quota(), cpu.period(), cpu.shares()), (None, None, Some(5)));
-        assert_eq!(limits.whole().cpu().clone().unwrap().quota(), Some(1000));
-        assert!(limits.has_quota());
-        assert!(!self::limits(&json!({"cpu": {"shares": 5}})).has_quota());
+    fn nothing_slows_a_boot_down() {
+        let all = json!({
+            "cpu": {"quota": 1000, "period": 10000, "shares": 5, "burst": 7, "idle": 1, "cpus": "0"},
+            "blockIO": {"weight": 10},
+            "pids": {"limit": 10},
+            "unified": {"cpu.weight": "1", "io.max": "8:0 rbps=1", "misc.max": "x 1"},
+        });
+        let json = |resources| serde_json::to_value::<LinuxResources>(resources).unwrap();
+        let first = json(limits(&all).while_it_boots());
+        assert_eq!(first["cpu"], json!({"cpus": "0"}));
+        assert_eq!(
+            (&first["unified"], &first["blockIO"]),
+            (&json!({"misc.max": "x 1"}), &Value::Null)
+        );
+        assert_eq!(first["pids"]["limit"], 10 + TASKS);
+        let later = json(limits(&all).held_back().unwrap());
+        let cpu = json!({"quota": 1000, "period": 10000, "shares": 5, "burst": 7, "idle": 1});
+        assert_eq!((&later["cpu"], &later["blockIO"]), (&cpu, &json!({"weight": 10})));
+        assert_eq!(later["unified"], json!({"cpu.weight": "1", "io.max": "8:0 rbps=1"}));
+        assert_eq!(later["devices"], first["devices"]);
+        let places = json!({"cpu": {"cpus": "0"}, "memory": {"limit": 5}});
+        assert_eq!(limits(&places).held_back(), None);
     }
 
     #[test]
-    fn files_of_memory_are_the_containers() {
-        let limits =
-            limits(&json!({"unified": {"memory.high": "1", "pids.max": "1", "io.weight": "7"}}));
-        let unified = limits.whole().unified().clone().unwrap();
-        assert_eq!(unified.into_iter().collect::<Vec<_>>(), [("io.weight".into(), "7".into())]);
+    fn files_are_the_hosts_unless_only_the_container_has_them() {
+        let more = (MACHINE_OVERHEAD_MIB + PROCESSES_MIB) << 20;
+        let limits = limits(&json!({"unified": {
+            "memory.high": "1M", "memory.min": "2", "memory.swap.high": "max",
+            "memory.oom.group": "1", "pids.max": "0", "cgroup.freeze": "1", "cgroup.kill": "1",
+            "io.weight": "7",
+        }}));
+        let files = serde_json::to_value(limits.whole().unified()).unwrap();
+        let expected = json!({
+            "memory.high": ((1 << 20) + more).to_string(), "memory.min": (2 + more).to_string(),
+            "memory.swap.high": "max", "io.weight": "7",
+        });
+        assert_eq!(files, expected);
     }
 }

@@ -5,9 +5,11 @@
 //! libcgroups speaks to cgroup v1, v2 and systemd. What is ours is where the cgroup is, who is in it
 //! when, and that nobody else's cgroup is ever taken over: removing one kills what is in it.
 
+mod controllers;
 mod limits;
 mod lowering;
 mod memory;
+mod on_v2;
 mod stats;
 mod units;
 
@@ -60,21 +62,21 @@ pub enum CgroupError {
     /// systemd with old cgroups.
     #[error("--systemd-cgroup needs a host with cgroup v2; leave it out")]
     UnitOnV1,
-    /// It cannot be opened.
-    #[error("cgroup {}: {source}", .path.display())]
+    /// It cannot be opened. (The crate's errors repeat their causes, so the chain ends here.)
+    #[error("cgroup {}: {reason}", .path.display())]
     Open {
         /// Which.
         path: PathBuf,
         /// Why.
-        source: Box<CreateCgroupSetupError>,
+        reason: Box<CreateCgroupSetupError>,
     },
     /// It cannot be made, entered, limited, read or removed.
-    #[error("cgroup {}: {source}", .path.display())]
+    #[error("cgroup {}: {reason}", .path.display())]
     Use {
         /// Which.
         path: PathBuf,
         /// Why.
-        source: Box<AnyManagerError>,
+        reason: Box<AnyManagerError>,
     },
     /// Somebody else's.
     #[error(
@@ -88,7 +90,7 @@ pub enum CgroupError {
         count: usize,
     },
     /// What it uses cannot be read.
-    #[error("what {} uses", .path.display())]
+    #[error("cannot read the usage of cgroup {}", .path.display())]
     Stats {
         /// Which.
         path: PathBuf,
@@ -173,8 +175,10 @@ impl Cgroup {
         let pid = Pid::from_raw(pid.cast_signed());
         self.kept(|cgroup| cgroup.add_task(pid))?;
         if self.systemd {
-            // systemd enables only the controllers that it knows itself.
             self.files()?.add_task(pid).map_err(self.failed())?;
+        }
+        if matches!(get_cgroup_setup()?, CgroupSetup::Unified) {
+            controllers::enable(&self.directory());
         }
         Ok(())
     }
@@ -190,6 +194,9 @@ impl Cgroup {
             self.kept(|cgroup| cgroup.apply(&options(&resources)))?;
         }
         bundle::say_no_swap(&mut resources);
+        if matches!(get_cgroup_setup()?, CgroupSetup::Unified) {
+            on_v2::settings(&mut resources, &self.directory());
+        }
         Self::apart(|| self.files()?.apply(&options(&resources)).map_err(self.failed()))
     }
 
@@ -217,10 +224,7 @@ impl Cgroup {
     /// When it is not there.
     pub fn stats(&self) -> Result<Stats, CgroupError> {
         if self.systemd {
-            let path = units::path(&self.path);
-            let directory =
-                Path::new(DEFAULT_CGROUP_ROOT).join(path.strip_prefix("/").unwrap_or(&path));
-            return stats::of_scope(&directory)
+            return stats::of_scope(&self.directory())
                 .map_err(|source| CgroupError::Stats { path: self.path.clone(), source });
         }
         let cgroup = self.files()?;
@@ -281,8 +285,18 @@ impl Cgroup {
 
     /// The cgroup by its files, also where systemd keeps it.
     fn files(&self) -> Result<AnyCgroupManager, CgroupError> {
-        let path = if self.systemd { units::path(&self.path) } else { self.path.clone() };
-        self.by(path, false)
+        self.by(self.in_hierarchy(), false)
+    }
+
+    /// Its path from the root of the hierarchies.
+    fn in_hierarchy(&self) -> PathBuf {
+        if self.systemd { units::path(&self.path) } else { self.path.clone() }
+    }
+
+    /// Its directory on a host with cgroup v2.
+    fn directory(&self) -> PathBuf {
+        let path = self.in_hierarchy();
+        Path::new(DEFAULT_CGROUP_ROOT).join(path.strip_prefix("/").unwrap_or(&path))
     }
 
     fn by(
@@ -293,11 +307,11 @@ impl Cgroup {
         let container_name = self.container.to_string();
         let config = CgroupConfig { cgroup_path, systemd_cgroup, container_name };
         create_cgroup_manager(config)
-            .map_err(|source| CgroupError::Open { path: self.path.clone(), source: source.into() })
+            .map_err(|reason| CgroupError::Open { path: self.path.clone(), reason: reason.into() })
     }
 
     fn failed(&self) -> impl FnOnce(AnyManagerError) -> CgroupError {
-        |source| CgroupError::Use { path: self.path.clone(), source: source.into() }
+        |reason| CgroupError::Use { path: self.path.clone(), reason: reason.into() }
     }
 }
 

@@ -5,7 +5,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand, ValueEnum};
+use clap::{ArgAction, Args, Command, CommandFactory, Parser, Subcommand, ValueEnum};
 
 use crate::logging::LogTarget;
 use crate::state::id::ContainerId;
@@ -13,13 +13,36 @@ use crate::state::id::ContainerId;
 /// Where containers are kept unless `--root` says otherwise.
 pub const ROOT: &str = "/run/bulkhead";
 
+/// What callers read who ask for the version: runc's lines.
+const VERSION: &str = concat!("version ", env!("CARGO_PKG_VERSION"), "\nspec: ", "1.0.2");
+/// Help, in runc's layout.
+const HELP: &str = "NAME:\n   {name} - {about}\n\nUSAGE:\n   bulkhead [global options] command \
+                    [command options] [arguments...]\n\nCOMMANDS:\n{subcommands}\n\nGLOBAL \
+                    OPTIONS:\n{options}";
+
+/// The command line, with help and version in runc's layout.
+#[must_use]
+pub fn command() -> Command {
+    let command = CommandLine::command().version(VERSION).help_template(HELP);
+    let names: Vec<_> = command.get_subcommands().map(|verb| verb.get_name().to_owned()).collect();
+    names.into_iter().fold(command, |command, name| {
+        let help = format!(
+            "NAME:\n   bulkhead {name} - {{about}}\n\nUSAGE:\n   {{usage}}\n\nOPTIONS:\n{{options}}"
+        );
+        command.mut_subcommand(&name, |verb| verb.args_override_self(true).help_template(help))
+    })
+}
+
 /// Runs OCI containers, each in a virtual machine of its own.
 #[derive(Debug, Parser)]
-#[command(name = "bulkhead", version, subcommand_required = true, arg_required_else_help = true)]
+#[command(name = "bulkhead", disable_version_flag = true, args_override_self = true)]
 pub struct CommandLine {
     /// What applies to every verb.
     #[command(flatten)]
     pub global: Global,
+    /// Print the version.
+    #[arg(short, long, action = ArgAction::Version)]
+    version: (),
     /// What to do.
     #[command(subcommand)]
     pub verb: Verb,
@@ -128,7 +151,21 @@ pub enum Verb {
     /// The process that is killed so that the host counts a kill.
     #[command(hide = true)]
     OomVictim,
-    /// Verbs of runc that are not there yet.
+    /// Not supported yet.
+    #[command(hide = true, disable_help_flag = true)]
+    Checkpoint {
+        /// Whatever runc takes.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        line: Vec<String>,
+    },
+    /// Not supported yet.
+    #[command(hide = true, disable_help_flag = true)]
+    Restore {
+        /// Whatever runc takes.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        line: Vec<String>,
+    },
+    /// What is no verb.
     #[command(external_subcommand)]
     Other(Vec<String>),
 }
@@ -415,11 +452,26 @@ pub struct Spec {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
+    use crate::state::OCI_VERSION;
 
     #[test]
     fn the_command_line_is_consistent() {
-        CommandLine::command().debug_assert();
+        command().debug_assert();
+        assert!(VERSION.ends_with(OCI_VERSION));
+    }
+
+    #[test]
+    fn help_and_version_are_laid_out_as_by_runc() {
+        let mut command = command();
+        let help = command.render_help().to_string();
+        assert!(help.starts_with("NAME:\n   bulkhead - Runs OCI containers"), "{help}");
+        let kill = command.find_subcommand_mut("kill").unwrap().render_help().to_string();
+        assert!(kill.starts_with("NAME:\n   bulkhead kill - Send a signal"), "{kill}");
+        let version = command.render_version();
+        assert!(
+            version.starts_with("bulkhead version ") && version.contains("\nspec: "),
+            "{version}"
+        );
     }
 
     #[test]

@@ -14,6 +14,7 @@ use ttrpc::asynchronous::Client;
 use ttrpc::asynchronous::transport::Socket;
 use ttrpc::context::{self, Context as CallContext};
 
+use super::obituary;
 use crate::state::Home;
 use crate::state::socket_path::SocketPath;
 
@@ -34,14 +35,16 @@ pub(super) fn connect(home: &Home) -> anyhow::Result<TaskClient> {
 
 /// For calls that the supervisor bounds.
 pub(super) fn unbounded() -> CallContext {
-    context::with_duration(Duration::from_secs(3600))
+    // So the crate has no time limit.
+    context::with_duration(Duration::ZERO)
 }
 
-/// The words of an error: the supervisor's own, without the codes of the transport.
-pub(super) fn words(error: ttrpc::Error) -> anyhow::Error {
-    match error {
-        ttrpc::Error::RpcStatus(status) => anyhow!(status.message),
-        other => anyhow!("the supervisor is gone ({other})"),
+/// The words of a failed call: those of the container's supervisor, or how it ended.
+pub(super) fn words(home: &Home) -> impl FnOnce(ttrpc::Error) -> anyhow::Error {
+    |error| match home.read() {
+        Ok(state) => obituary::words(home, state.keeper, error),
+        // The container was deleted meanwhile.
+        Err(gone) => anyhow!(gone),
     }
 }
 
@@ -50,7 +53,7 @@ pub(super) fn words(error: ttrpc::Error) -> anyhow::Error {
 pub(super) async fn start(client: &TaskClient, home: &Home, exec: &str) -> anyhow::Result<()> {
     let (id, exec_id) = (home.id().to_string(), exec.to_owned());
     let request = StartRequest { id, exec_id, ..Default::default() };
-    client.start(unbounded(), &request).await.map_err(words)?;
+    client.start(unbounded(), &request).await.map_err(words(home))?;
     Ok(())
 }
 
@@ -62,7 +65,7 @@ pub(super) async fn kill(
     all: bool,
 ) -> anyhow::Result<()> {
     let request = KillRequest { id: home.id().to_string(), signal, all, ..Default::default() };
-    client.kill(unbounded(), &request).await.map_err(words)?;
+    client.kill(unbounded(), &request).await.map_err(words(home))?;
     Ok(())
 }
 

@@ -15,8 +15,10 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::OFlags;
 use rustix::net::{Shutdown, shutdown};
 
+use super::activation;
 use super::args::{Create, Global};
 use super::client::{connect, unbounded, words};
+use super::obituary;
 use crate::bundle::{self, ProcessLimits};
 use crate::network::namespace::Network;
 use crate::state::id::ContainerId;
@@ -24,11 +26,11 @@ use crate::state::process::Process;
 use crate::state::socket_path::SocketPath;
 use crate::state::{Home, StateError};
 use crate::streams::attach;
-use crate::supervisor::{ServeRequest, remains};
+use crate::supervisor::{self, ServeRequest, remains};
 use crate::trace::Phase;
 
 /// How long a process that was killed may take to go.
-const KILLED: Duration = Duration::from_secs(10);
+pub(super) const KILLED: Duration = Duration::from_secs(10);
 
 /// A claimed id and its supervisor. Dropping it before the container is created takes everything
 /// back.
@@ -54,7 +56,7 @@ impl Creation {
         ephemeral: bool,
     ) -> anyhow::Result<Self> {
         if !rustix::process::geteuid().is_root() {
-            bail!("mounts, namespaces and {} need root; run as root", global.root.display());
+            bail!("bulkhead must be run as root");
         }
         let bundle = bundle::read(&create.bundle)?;
         let root = std::path::absolute(&global.root)?;
@@ -63,10 +65,10 @@ impl Creation {
         check_console(terminal, foreground, create.console_socket.as_deref())?;
         let home = Home::claim(&root, &create.id, &bundle.dir)?;
         let supervision = Supervision { global, home: &home, ephemeral };
-        let ordered = match joined.pod() {
+        let ordered = activation::prepare(&home).and_then(|()| match joined.pod() {
             None => supervision.start_supervisor().map(|(child, link)| (Some(child), link)),
             Some(neighbour) => supervision.join(neighbour).map(|link| (None, link)),
-        };
+        });
         let (supervisor, link) = match ordered {
             Ok(ordered) => ordered,
             Err(error) => {
@@ -84,8 +86,17 @@ impl Creation {
         let client = connect(&self.home)?;
         let id = self.home.id().to_string();
         let request = CreateTaskRequest { id, ..Default::default() };
-        client.create(unbounded(), &request).await.map_err(words)?;
+        client.create(unbounded(), &request).await.map_err(|error| self.words(error))?;
         Ok(client)
+    }
+
+    /// The words of a failed call. The state names the supervisor only once it has read that.
+    fn words(&self, error: ttrpc::Error) -> anyhow::Error {
+        let child = self.supervisor.as_ref().and_then(|child| Process::find(child.id()).ok());
+        match child {
+            Some(supervisor) => obituary::words(&self.home, Some(supervisor), error),
+            None => words(&self.home)(error),
+        }
     }
 
     /// Whether its supervisor serves others too.
@@ -204,7 +215,7 @@ impl Supervision<'_> {
         let spawned = Phase::begin("supervisor up");
         let (link, theirs) = seqpacket::pair()?;
         let flags = OFlags::CREATE | OFlags::WRONLY | OFlags::APPEND;
-        let log = self.home.file("supervisor.log", flags).context("supervisor.log")?;
+        let log = self.home.file(supervisor::LOG, flags).context(supervisor::LOG)?;
         let supervisor = Command::new(std::env::current_exe().context("/proc/self/exe")?)
             .arg(remains::SUPERVISE)
             .arg(self.home.dir())
@@ -238,6 +249,7 @@ impl Supervision<'_> {
             ephemeral: self.ephemeral,
             systemd_cgroup: self.global.systemd_cgroup,
             limits: ProcessLimits::own(),
+            additions: activation::additions(),
             log: self.global.log_target(),
             spawned,
         };

@@ -49,7 +49,8 @@ pub(super) fn delete(global: &Global, delete: &Delete) -> anyhow::Result<()> {
         state => Some(state?),
     };
     let status = state.as_ref().map(State::observed);
-    if let Some(status @ (Status::Creating | Status::Running | Status::Paused)) = status
+    if let Some(status) = status
+        && !matches!(status, Status::Created | Status::Stopped)
         && !delete.force
     {
         bail!(

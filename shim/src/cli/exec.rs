@@ -11,6 +11,7 @@ use containerd_shim_protos::shim_async::TaskClient;
 use oci_spec::runtime::{Capabilities, Capability, LinuxCapabilities, Process};
 use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
+use ttrpc::proto::MESSAGE_LENGTH_MAX;
 
 use super::args::{Exec, Global};
 use super::client;
@@ -19,6 +20,7 @@ use super::creation;
 use super::signals;
 use crate::bundle::{self, ProcessLimits};
 use crate::containerd::task;
+use crate::state::process::Process as StandIn;
 use crate::state::socket_path::SocketPath;
 use crate::state::{Home, State};
 use crate::streams::preserved::Preserved;
@@ -32,15 +34,17 @@ const FAILED: &str = "exec failed: unable to start container process";
 /// How containerd calls the `process` object of a specification.
 const PROCESS_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/Process";
 /// The largest process file that is read, in bytes.
-const PROCESS_BYTES_MAX: u64 = 1 << 20;
+const PROCESS_BYTES_MAX: u64 = 16 << 20;
+/// The largest process that a call carries; beside it there are names in the same message.
+const CALL_BYTES_MAX: usize = MESSAGE_LENGTH_MAX - (64 << 10);
 
 pub(super) fn exec(global: &Global, exec: &Exec, preserved: Preserved) -> anyhow::Result<ExitCode> {
     let home = Home::open(&global.root, &exec.id)?;
     let state = home.read()?;
     match state.observed() {
         Status::Created | Status::Running => {}
-        Status::Paused if exec.ignore_paused => {}
-        Status::Paused => {
+        status if status.is_paused() && exec.ignore_paused => {}
+        status if status.is_paused() => {
             bail!("cannot exec in a paused container (use --ignore-paused to override)")
         }
         status => bail!("cannot exec in a container that is {status}"),
@@ -49,6 +53,11 @@ pub(super) fn exec(global: &Global, exec: &Exec, preserved: Preserved) -> anyhow
     let terminal = process.terminal() == Some(true);
     creation::check_console(terminal, !exec.detach, exec.console_socket.as_deref())?;
     let process = serde_json::to_vec(&process)?;
+    ensure!(
+        process.len() <= CALL_BYTES_MAX,
+        "the process has {} bytes as JSON; at most {CALL_BYTES_MAX} are supported",
+        process.len()
+    );
     let name = name()?;
     if exec.detach {
         return detached(exec, &home, (&name, process), &preserved);
@@ -98,8 +107,12 @@ fn detached(
         let console_socket = exec.console_socket.as_deref();
         let pid = create::spawn_stand_in(home, name, None, (console_socket, preserved))?;
         client::start(&client, home, name).await.context(FAILED)?;
-        if let Some(path) = &exec.pid_file {
-            client::write_pid_file(path, pid)?;
+        if let Some(path) = &exec.pid_file
+            && let Err(error) = client::write_pid_file(path, pid)
+        {
+            // The process that it stands for is killed with it.
+            let _ = StandIn::find(pid).is_ok_and(|it| it.kill_and_wait(creation::KILLED));
+            return Err(error);
         }
         Ok(ExitCode::SUCCESS)
     })
@@ -126,7 +139,7 @@ async fn prepare(
     if ignore_paused {
         context.add(task::IGNORE_PAUSED.to_owned(), "true".to_owned());
     }
-    client.exec(context, &request).await.map_err(client::words)?;
+    client.exec(context, &request).await.map_err(client::words(home))?;
     Ok(client)
 }
 

@@ -20,18 +20,23 @@ const RTMAX: u32 = 64;
 pub(super) fn kill(global: &Global, kill: &Kill) -> anyhow::Result<()> {
     let home = Home::open(&global.root, &kill.id)?;
     let signal = number(&kill.signal)
-        .with_context(|| format!("unknown signal {:?}; use a name or 1 to {RTMAX}", kill.signal))?;
+        .with_context(|| format!("unknown signal {:?}; use a name or 0 to {RTMAX}", kill.signal))?;
     if home.read()?.observed() == Status::Stopped {
+        // Nobody is left to get it, which is what callers that clean up want.
+        if kill.all {
+            return Ok(());
+        }
         bail!("container not running");
     }
     client::runtime()?
         .block_on(async { client::kill(&client::connect(&home)?, &home, signal, kill.all).await })
 }
 
-/// The number of a signal given as `9`, `KILL`, `SIGKILL`, `sigkill` or `RTMIN+3`.
+/// The number of a signal given as `9`, `KILL`, `SIGKILL`, `sigkill` or `RTMIN+3`; 0 only asks whether the
+/// process is there.
 fn number(text: &str) -> Option<u32> {
     if let Ok(number) = text.parse() {
-        return (1..=RTMAX).contains(&number).then_some(number);
+        return (number <= RTMAX).then_some(number);
     }
     let upper = text.to_ascii_uppercase();
     let name = upper.strip_prefix("SIG").unwrap_or(&upper);
@@ -59,7 +64,7 @@ mod tests {
             ("RTMIN", Some(34)),
             ("SIGRTMIN+3", Some(37)),
             ("RTMIN+31", None),
-            ("0", None),
+            ("0", Some(0)),
             ("65", None),
             ("-1", None),
             ("NOSUCH", None),

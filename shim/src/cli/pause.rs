@@ -13,7 +13,7 @@ pub(super) fn pause(global: &Global, id: &ContainerId) -> anyhow::Result<()> {
     client::runtime()?.block_on(async {
         let request = PauseRequest { id: id.to_string(), ..Default::default() };
         let client = client::connect(&home)?;
-        client.pause(client::unbounded(), &request).await.map_err(client::words)?;
+        client.pause(client::unbounded(), &request).await.map_err(client::words(&home))?;
         Ok(())
     })
 }
@@ -23,7 +23,7 @@ pub(super) fn resume(global: &Global, id: &ContainerId) -> anyhow::Result<()> {
     client::runtime()?.block_on(async {
         let request = ResumeRequest { id: id.to_string(), ..Default::default() };
         let client = client::connect(&home)?;
-        client.resume(client::unbounded(), &request).await.map_err(client::words)?;
+        client.resume(client::unbounded(), &request).await.map_err(client::words(&home))?;
         Ok(())
     })
 }

@@ -1,11 +1,12 @@
-//! `bulkhead ps`: the processes of a container. For a person, those that run in the machine, as it
-//! numbers them; for a caller who looks for them on the host (JSON), those that stand for them there.
+//! `bulkhead ps`: the processes of a container, of which one that has stopped has none. For a person,
+//! those that run in the machine, as it numbers them; for a caller who looks for them on the host (JSON),
+//! those that stand for them there.
 
 use std::io::Write;
 
-use anyhow::{Context, bail, ensure};
+use anyhow::{Context, ensure};
 use bulkhead_protocol::agent::{ProcessInfo, ProcessesReply};
-use containerd_shim_protos::api::PidsRequest;
+use containerd_shim_protos::api::{PidsRequest, PidsResponse};
 use prost::Message;
 
 use super::args::{Global, Ps, PsFormat};
@@ -13,6 +14,7 @@ use super::client;
 use crate::containerd::task::PROCESSES;
 use crate::state::Home;
 use crate::state::timestamp;
+use crate::state::users;
 use crate::supervisor::lifecycle::Status;
 
 pub(super) fn ps(global: &Global, ps: &Ps) -> anyhow::Result<()> {
@@ -24,29 +26,40 @@ pub(super) fn ps(global: &Global, ps: &Ps) -> anyhow::Result<()> {
         ps.id
     );
     let home = Home::open(&global.root, &ps.id)?;
-    if home.read()?.observed() == Status::Stopped {
-        bail!("container not running");
-    }
-    let mut told = client::runtime()?.block_on(async {
-        let request = PidsRequest { id: ps.id.to_string(), ..Default::default() };
-        let client = client::connect(&home)?;
-        client.pids(client::unbounded(), &request).await.map_err(client::words)
-    })?;
+    let told = match home.read()?.observed() {
+        Status::Stopped => None,
+        _ => Some(ask(&home)?),
+    };
     let mut out = std::io::stdout().lock();
     if ps.format == PsFormat::Json {
-        let pids: Vec<u32> = told.processes.iter().map(|process| process.pid).collect();
+        let pids = told.map(|told| told.processes.iter().map(|it| it.pid).collect::<Vec<_>>());
+        // None at all is null in runc.
         writeln!(out, "{}", serde_json::to_string(&pids)?)?;
         return Ok(());
     }
     let now = timestamp::now_ns();
     writeln!(out, "{}", line(["UID", "PID", "PPID", "C", "STIME", "TTY", "TIME", "CMD"]))?;
-    let info = told.processes.first_mut().and_then(|first| first.info.take());
-    let info = info.filter(|info| info.type_url == PROCESSES);
-    let info = info.context("the supervisor tells nothing of the processes")?;
-    for process in ProcessesReply::decode(info.value.as_slice())?.processes {
+    for process in told.map_or_else(|| Ok(Vec::new()), in_the_machine)? {
         writeln!(out, "{}", row(&process, now))?;
     }
     Ok(())
+}
+
+/// Asks a container's supervisor.
+fn ask(home: &Home) -> anyhow::Result<PidsResponse> {
+    client::runtime()?.block_on(async {
+        let request = PidsRequest { id: home.id().to_string(), ..Default::default() };
+        let client = client::connect(home)?;
+        client.pids(client::unbounded(), &request).await.map_err(client::words(home))
+    })
+}
+
+/// The processes as the machine knows them.
+fn in_the_machine(mut told: PidsResponse) -> anyhow::Result<Vec<ProcessInfo>> {
+    let info = told.processes.first_mut().and_then(|first| first.info.take());
+    let info = info.filter(|info| info.type_url == PROCESSES);
+    let info = info.context("the supervisor does not tell which processes there are")?;
+    Ok(ProcessesReply::decode(info.value.as_slice())?.processes)
 }
 
 /// The columns of `ps -ef`.
@@ -68,7 +81,7 @@ fn row(process: &ProcessInfo, now_ns: u64) -> String {
         .map(|letter| if letter.is_control() { '?' } else { letter })
         .collect();
     line([
-        &process.uid.to_string(),
+        &shortened(users::name(process.uid)),
         &process.pid.to_string(),
         &process.parent.to_string(),
         &share.to_string(),
@@ -77,6 +90,14 @@ fn row(process: &ProcessInfo, now_ns: u64) -> String {
         &format!("{:02}:{:02}:{:02}", seconds / 3600, seconds / 60 % 60, seconds % 60),
         &command,
     ])
+}
+
+/// What fits into a column.
+fn shortened(mut name: String) -> String {
+    if name.chars().count() > 8 {
+        name = name.chars().take(7).chain(['+']).collect();
+    }
+    name
 }
 
 /// The name of a terminal by its number, as the kernel packs it: Documentation/admin-guide/devices.txt.
@@ -105,8 +126,12 @@ mod tests {
             terminal: 136 << 8 | 3,
             command: "sh -c\nexit".to_owned(),
         };
-        let expected = "5              7       1 99 22:13 pts/3    01:01:01 sh -c?exit";
-        assert_eq!(row(&process, now), expected);
+        let expected = "        7       1 99 22:13 pts/3    01:01:01 sh -c?exit";
+        assert_eq!(row(&process, now).split_at(8).1, expected);
+        let root = ProcessInfo { uid: 0, ..process.clone() };
+        assert!(row(&root, now).starts_with("root      "));
+        let nobody_has_it = ProcessInfo { uid: 4_294_967_290, ..process };
+        assert!(row(&nobody_has_it, now).starts_with("4294967+ "));
     }
 
     #[test]

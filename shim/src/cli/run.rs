@@ -1,7 +1,6 @@
 //! `bulkhead run`: create, start, wait and delete in one. This process itself stands for the
 //! container; however it ends, the supervisor notices and takes everything down.
 
-use std::io::Write;
 use std::process::ExitCode;
 use std::sync::mpsc;
 use std::thread;
@@ -11,6 +10,7 @@ use anyhow::{Context, anyhow};
 use super::args::{Global, Run};
 use super::client::{self, GOODBYE};
 use super::creation::Creation;
+use super::notify::Listener;
 use super::{create, signals};
 use crate::network::namespace::Network;
 use crate::state::Home;
@@ -24,21 +24,28 @@ pub(super) fn run(global: &Global, run: &Run, preserved: Preserved) -> anyhow::R
     let whole = Phase::begin("whole run");
     let ephemeral = !run.detach && !run.keep;
     let creation = Creation::begin(global, &run.create, !run.detach, ephemeral)?;
+    let ready = Listener::bind(&creation.home)?;
     if run.detach {
         create::detached(&run.create, &creation, &preserved, async |task| {
             client::start(task, &creation.home, "").await
         })?;
         creation.done();
+        ready.map_or(Ok(()), Listener::wait_for_stand_in)?;
         return Ok(ExitCode::SUCCESS);
     }
-    let code = foreground(run, creation, preserved)?;
+    let code = foreground(run, creation, preserved, ready)?;
     whole.end();
     Ok(code)
 }
 
 /// The main thread is what the container's number on the host names, and lets go of the host's files;
 /// another one does what needs them.
-fn foreground(run: &Run, creation: Creation, preserved: Preserved) -> anyhow::Result<ExitCode> {
+fn foreground(
+    run: &Run,
+    creation: Creation,
+    preserved: Preserved,
+    ready: Option<Listener>,
+) -> anyhow::Result<ExitCode> {
     // After the supervisor was started, which would inherit it.
     let signals = Signals::hold()?;
     let ((attached, is_attached), (over, is_over)) = (mpsc::channel(), mpsc::channel());
@@ -54,6 +61,14 @@ fn foreground(run: &Run, creation: Creation, preserved: Preserved) -> anyhow::Re
             }
             let brought_up = bring_up(run, &creation, signals);
             let runs = matches!(brought_up, Ok(None));
+            if let Some(ready) = ready.filter(|_| runs) {
+                // Signals and streams do not wait for it.
+                thread::spawn(move || {
+                    if let Err(error) = ready.wait(std::process::id()) {
+                        tracing::warn!("{error:#}");
+                    }
+                });
+            }
             // Whoever waits is in the main thread, which ends after this one.
             let _ = up.send(brought_up);
             let ended = is_over.recv();
@@ -102,7 +117,7 @@ fn stand(
 /// What this process ends with.
 fn status(ended: &Ended) -> ExitCode {
     if let Some(reason) = &ended.reason {
-        let _ = writeln!(std::io::stderr(), "bulkhead: the container was killed: {reason}");
+        tracing::warn!("the container was killed: {reason}");
     }
     ExitCode::from(ended.status)
 }

@@ -1,4 +1,5 @@
-//! `bulkhead spec`: a config.json to begin with, like runc's.
+//! `bulkhead spec`: a config.json to begin with, runc's for a host with cgroup v2: that is what a
+//! container sees, whatever its host has.
 
 use std::fs::File;
 use std::io::{ErrorKind, Write};
@@ -15,7 +16,10 @@ const DEFAULT: &str = include_str!("default-config.json");
 
 pub(super) fn spec(spec: &Spec) -> anyhow::Result<()> {
     if spec.rootless {
-        bail!("--rootless: mounts and namespaces need root; leave it out");
+        bail!(
+            "--rootless is not supported: a rootless container shares the host's network, which one \
+             in a machine of its own cannot; leave it out"
+        );
     }
     let path = spec.bundle.as_deref().unwrap_or(Path::new("")).join("config.json");
     match File::create_new(&path) {

@@ -4,6 +4,7 @@ use anyhow::bail;
 
 use super::args::Global;
 use super::client;
+use super::notify::Listener;
 use crate::state::Home;
 use crate::state::id::ContainerId;
 use crate::supervisor::lifecycle::Status;
@@ -13,5 +14,8 @@ pub(super) fn start(global: &Global, id: &ContainerId) -> anyhow::Result<()> {
     if home.read()?.observed() == Status::Stopped {
         bail!("cannot start a container that has stopped");
     }
-    client::runtime()?.block_on(async { client::start(&client::connect(&home)?, &home, "").await })
+    let ready = Listener::bind(&home)?;
+    client::runtime()?
+        .block_on(async { client::start(&client::connect(&home)?, &home, "").await })?;
+    ready.map_or(Ok(()), Listener::wait_for_stand_in)
 }

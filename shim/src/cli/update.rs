@@ -34,7 +34,10 @@ pub(super) fn update(global: &Global, update: &Update) -> anyhow::Result<()> {
         ..Default::default()
     };
     client::runtime()?.block_on(async {
-        client::connect(&home)?.update(client::unbounded(), &request).await.map_err(client::words)
+        client::connect(&home)?
+            .update(client::unbounded(), &request)
+            .await
+            .map_err(client::words(&home))
     })?;
     Ok(())
 }

@@ -178,7 +178,7 @@ impl Task for Service {
         let status = match state.observed() {
             Status::Creating | Status::Created => TaskStatus::CREATED,
             Status::Running => TaskStatus::RUNNING,
-            Status::Paused => TaskStatus::PAUSED,
+            Status::Paused | Status::CreatedPaused => TaskStatus::PAUSED,
             Status::Stopped => TaskStatus::STOPPED,
         };
         Ok(StateResponse {

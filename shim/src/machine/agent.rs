@@ -1,7 +1,8 @@
 //! The client of the agent: gRPC over one vsock stream that the monitor handed out.
 //!
 //! The agent is not trusted: every answer is bounded in size by the protocol's limit and in time
-//! here. Only [`Agent::wait`] may take as long as the container lives.
+//! here. Only [`Agent::wait`] may take as long as the container lives, and [`Agent::create`] as its
+//! hooks.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -16,7 +17,7 @@ use bulkhead_protocol::agent::{
     RescanRequest, ResizeRequest, ResumeRequest, StartProcessorsRequest, StartRequest, SyncRequest,
     UpdateRequest, WaitReply, WaitRequest,
 };
-use bulkhead_protocol::{MAX_MESSAGE_BYTES, VERSION};
+use bulkhead_protocol::{MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES, VERSION};
 use hyper_util::rt::TokioIo;
 use thiserror::Error;
 use tokio::sync::mpsc;
@@ -123,7 +124,7 @@ impl Agent {
             .map_err(AgentError::Connect)?;
         let client = AgentClient::new(channel)
             .max_decoding_message_size(MAX_MESSAGE_BYTES)
-            .max_encoding_message_size(MAX_MESSAGE_BYTES);
+            .max_encoding_message_size(MAX_REQUEST_BYTES);
         Ok(Self { client })
     }
 
@@ -149,13 +150,22 @@ impl Agent {
         Ok(within(SHORT, "Hello", client.hello(request)).await?.kernel_release)
     }
 
-    /// Creates a container; its disks were attached to its machine, and its hooks may take their time.
+    /// Creates a container; its disks were attached to its machine. Its hooks may take so long besides,
+    /// or as long as they like.
     ///
     /// # Errors
     /// When the guest cannot.
-    pub async fn create(&self, request: CreateRequest, hooks: Duration) -> Result<u32, AgentError> {
+    pub async fn create(
+        &self,
+        request: CreateRequest,
+        hooks: Option<Duration>,
+    ) -> Result<u32, AgentError> {
         let mut client = self.client.clone();
-        Ok(within(CREATE + hooks, "Create", client.create(request)).await?.pid)
+        let created = client.create(request);
+        Ok(match hooks {
+            Some(hooks) => within(CREATE + hooks, "Create", created).await?.pid,
+            None => created.await?.into_inner().pid,
+        })
     }
 
     /// Starts a created container.

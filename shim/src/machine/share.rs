@@ -16,7 +16,8 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::thread;
+use std::sync::mpsc;
+use std::thread::{self, JoinHandle};
 
 use nix::sched::{CloneFlags, unshare};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, mkdirat, openat};
@@ -32,6 +33,8 @@ use crate::machine::user_namespace;
 
 /// The size of a tmpfs, which only ever holds mount points.
 const SIZE: &str = "1m";
+/// Clones that are open at once: a caller may mount more than a process may have descriptors.
+const CLONES: usize = 256;
 /// ShareDirs that a share has.
 const SHARE_DIRS: u32 = 64;
 
@@ -126,6 +129,8 @@ pub fn root() -> Result<OwnedFd, ShareError> {
 pub struct Files {
     mount_points: OwnedFd,
     clones: Vec<(PathBuf, OwnedFd)>,
+    /// What is cloned later, because too many clones are open.
+    rest: Vec<Shared>,
 }
 
 impl Files {
@@ -135,21 +140,15 @@ impl Files {
     /// Names the path that failed.
     pub fn prepare(shared: &[Shared]) -> Result<Self, ShareError> {
         let mount_points = make_tmpfs().map_err(ShareError::Root)?;
-        let mut clones = Vec::with_capacity(shared.len());
         for entry in shared {
             mount_point(mount_points.as_fd(), &entry.target, entry.kind)
                 .map_err(|error| ShareError::MountPoint(entry.target.clone(), error))?;
-            let clone = clone_mount(entry)
-                .map_err(|error| ShareError::Clone(entry.source.clone(), error))?;
-            if let Some(id_map) = &entry.id_map {
-                map_owners(clone.as_fd(), id_map)
-                    .map_err(|error| ShareError::IdMap(entry.source.clone(), error))?;
-            }
-            clones.push((entry.target.clone(), clone));
         }
         let read_only = set_attributes(mount_points.as_fd(), libc::MOUNT_ATTR_RDONLY, false);
         read_only.map_err(ShareError::Root)?;
-        Ok(Self { mount_points, clones })
+        let (first, rest) = shared.split_at(shared.len().min(CLONES));
+        let clones = first.iter().map(clone_mount).collect::<Result<_, _>>()?;
+        Ok(Self { mount_points, clones, rest: rest.to_vec() })
     }
 
     /// Files and directories that are mounts already, each attached nowhere ([`alone`]); the number
@@ -168,7 +167,7 @@ impl Files {
         }
         let read_only = set_attributes(mount_points.as_fd(), libc::MOUNT_ATTR_RDONLY, false);
         read_only.map_err(ShareError::Root)?;
-        Ok(Self { mount_points, clones })
+        Ok(Self { mount_points, clones, rest: Vec::new() })
     }
 
     /// Attaches everything at a directory that nobody has, inside the mount namespace of a file server
@@ -177,11 +176,23 @@ impl Files {
     /// # Errors
     /// Names the path that failed; what was attached before stays.
     pub fn attach(self, file_server: u32, dir: ShareDir) -> Result<(), ShareError> {
+        let Self { mount_points, clones, rest } = self;
         let base = Path::new("/").join(dir.directory());
-        inside(file_server, move || {
-            attach(&self.mount_points, &base)?;
-            self.clones.iter().try_for_each(|(target, clone)| attach(clone, &base.join(target)))
-        })
+        // What is cloned here is of this namespace, and what it is attached to of the other.
+        let (sender, more) = mpsc::sync_channel(CLONES);
+        let attaching = start_inside(file_server, move || {
+            attach(&mount_points, &base)?;
+            for (target, clone) in clones.into_iter().chain(more) {
+                attach(&clone, &base.join(target))?;
+            }
+            Ok(())
+        })?;
+        let cloned = rest.iter().try_for_each(|entry| {
+            // If nobody takes it any more, attaching has failed, and says why.
+            clone_mount(entry).map(|clone| drop(sender.send(clone)))
+        });
+        drop(sender);
+        end(attaching).and(cloned)
     }
 }
 
@@ -191,9 +202,9 @@ impl Files {
 /// When nothing is.
 pub fn detach(file_server: u32, dir: ShareDir) -> Result<(), ShareError> {
     let base = Path::new("/").join(dir.directory());
-    inside(file_server, move || {
+    end(start_inside(file_server, move || {
         unmount(&base, UnmountFlags::DETACH).map_err(|error| ShareError::Detach(base, error.into()))
-    })
+    })?)
 }
 
 fn attach(mount: &OwnedFd, path: &Path) -> Result<(), ShareError> {
@@ -201,11 +212,14 @@ fn attach(mount: &OwnedFd, path: &Path) -> Result<(), ShareError> {
         .map_err(|error| ShareError::Attach(path.to_owned(), error.into()))
 }
 
-/// Does something in the mount namespace of a file server.
-fn inside(
+/// A thread that works in another mount namespace.
+type Inside = JoinHandle<Result<(), ShareError>>;
+
+/// Begins to do something in the mount namespace of a file server.
+fn start_inside(
     file_server: u32,
     work: impl FnOnce() -> Result<(), ShareError> + Send + 'static,
-) -> Result<(), ShareError> {
+) -> Result<Inside, ShareError> {
     let namespace =
         File::open(format!("/proc/{file_server}/ns/mnt")).map_err(ShareError::Namespace)?;
     let joined = move || {
@@ -213,8 +227,13 @@ fn inside(
         work()
     };
     let thread = thread::Builder::new().name("attach".into()).spawn(joined);
+    thread.map_err(ShareError::Namespace)
+}
+
+/// Waits until it is done.
+fn end(inside: Inside) -> Result<(), ShareError> {
     let failed = || ShareError::Namespace(io::Error::other("thread failed"));
-    thread.map_err(ShareError::Namespace)?.join().unwrap_or_else(|_| Err(failed()))
+    inside.join().unwrap_or_else(|_| Err(failed()))
 }
 
 /// Moves this thread, and only this one, into a mount namespace; its root becomes that one's.
@@ -253,7 +272,18 @@ fn mount_point(root: BorrowedFd<'_>, target: &Path, kind: FileKind) -> io::Resul
     Ok(())
 }
 
-fn clone_mount(entry: &Shared) -> io::Result<OwnedFd> {
+/// Clones what is shared, with its mapped owners; gives where it goes too.
+fn clone_mount(entry: &Shared) -> Result<(PathBuf, OwnedFd), ShareError> {
+    let clone = clone_tree(entry);
+    let clone = clone.map_err(|error| ShareError::Clone(entry.source.clone(), error))?;
+    if let Some(id_map) = &entry.id_map {
+        map_owners(clone.as_fd(), id_map)
+            .map_err(|error| ShareError::IdMap(entry.source.clone(), error))?;
+    }
+    Ok((entry.target.clone(), clone))
+}
+
+fn clone_tree(entry: &Shared) -> io::Result<OwnedFd> {
     let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     flags.set(OpenTreeFlags::AT_RECURSIVE, entry.recursive);
     let clone = open_tree(CWD, &entry.source, flags)?;
@@ -428,7 +458,7 @@ mod tests {
     #[ignore = "needs the test host"]
     fn a_read_only_clone_cannot_be_written() {
         let host = tempfile::tempdir().unwrap();
-        let clone = clone_mount(&shared(host.path(), "x", FileKind::Directory, true)).unwrap();
+        let clone = clone_tree(&shared(host.path(), "x", FileKind::Directory, true)).unwrap();
         let error = mkdirat(&clone, "new", Mode::RWXU).unwrap_err();
         assert_eq!(error, rustix::io::Errno::ROFS);
         fs::create_dir(host.path().join("new")).unwrap();

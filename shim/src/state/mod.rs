@@ -12,6 +12,7 @@ pub mod id;
 pub mod process;
 pub mod socket_path;
 pub mod timestamp;
+pub mod users;
 mod view;
 
 use std::collections::HashMap;

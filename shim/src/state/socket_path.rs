@@ -3,6 +3,8 @@
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
+use rustix::fs::{Mode, OFlags, openat};
+
 use crate::state::{Home, StateError};
 
 /// The Task service.
@@ -11,6 +13,11 @@ const TASK: &str = "task.sock";
 const ATTACH: &str = "attach.sock";
 /// Where containers join the pod.
 const JOIN: &str = "join.sock";
+/// Where a container's processes are heard that say that they are ready, in a directory of its own.
+const NOTIFY: &str = "notify.sock";
+
+/// The directory in a container's that says that somebody wants to know when it is ready.
+pub const NOTIFY_DIR: &str = "notify";
 
 /// A socket's path however long the directory's is: `sun_path` holds 107 bytes, so the directory is
 /// named by a descriptor. The path is good as long as this lives.
@@ -45,11 +52,26 @@ impl SocketPath {
         Self::new(home, JOIN)
     }
 
+    /// Where whoever starts a container hears that it is ready.
+    ///
+    /// # Errors
+    /// When nobody wants to know ([`NOTIFY_DIR`] is not there).
+    pub fn notify(home: &Home) -> Result<Self, StateError> {
+        let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let dir = openat(home, NOTIFY_DIR, flags, Mode::empty());
+        let path = home.dir().join(NOTIFY_DIR);
+        let dir = dir.map_err(|error| StateError::Io { path, source: error.into() })?;
+        Ok(Self::within(dir, NOTIFY))
+    }
+
     fn new(home: &Home, name: &str) -> Result<Self, StateError> {
         let dir = home.as_fd().try_clone_to_owned();
         let dir = dir.map_err(|source| StateError::Io { path: home.dir(), source })?;
-        let number = dir.as_raw_fd();
-        Ok(Self { path: format!("/proc/self/fd/{number}/{name}").into(), _dir: dir })
+        Ok(Self::within(dir, name))
+    }
+
+    fn within(dir: OwnedFd, name: &str) -> Self {
+        Self { path: format!("/proc/self/fd/{}/{name}", dir.as_raw_fd()).into(), _dir: dir }
     }
 
     /// The path.

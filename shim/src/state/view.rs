@@ -5,10 +5,10 @@ use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::PathBuf;
 
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 
 use super::id::ContainerId;
-use super::{Home, State};
+use super::{Home, State, users};
 use crate::supervisor::lifecycle::Status;
 
 /// The OCI runtime specification whose state is shown.
@@ -25,6 +25,7 @@ pub struct View {
     /// The process that stands for it; 0 when it is stopped.
     pub pid: u32,
     /// By what runs.
+    #[serde(serialize_with = "shown")]
     pub status: Status,
     /// The bundle's directory.
     pub bundle: PathBuf,
@@ -61,12 +62,11 @@ impl Home {
     /// The name of the user who claimed the id, as `/etc/passwd` has it; else the number.
     fn owner(&self, state: &State) -> String {
         let uid = fs::metadata(self.dir()).map_or(state.owner, |metadata| metadata.uid());
-        let passwd = fs::read_to_string("/etc/passwd").unwrap_or_default();
-        let named = passwd.lines().find_map(|line| {
-            let mut fields = line.split(':');
-            let name = fields.next()?;
-            (fields.nth(1)? == uid.to_string()).then(|| name.to_owned())
-        });
-        named.unwrap_or_else(|| uid.to_string())
+        users::name(uid)
     }
+}
+
+/// A status in the words of the specification, which has fewer.
+fn shown<S: Serializer>(status: &Status, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(status)
 }

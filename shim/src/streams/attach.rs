@@ -52,6 +52,8 @@ pub struct Wants {
     /// All three are a terminal, whose one stream carries both directions; the others are not
     /// looked at then.
     pub terminal: Option<TerminalSize>,
+    /// What the terminal shows goes where there is none: into a pipe, a file.
+    pub plain: bool,
     /// Standard input.
     pub stdin: bool,
     /// Standard output.

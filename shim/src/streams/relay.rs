@@ -21,6 +21,7 @@ use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{FileType, fstat, major, minor};
+use rustix::termios::isatty;
 
 use super::attach::{FromStandIn, Said, ToStandIn, Wants, Written, connect_to};
 use super::copy::{Copies, CopyId, Ends, Way};
@@ -149,9 +150,14 @@ impl Relay {
     pub fn connect(socket: &Path, detached: bool, belongings: Belongings) -> io::Result<Self> {
         let Belongings { terminal, preserved } = belongings;
         let wants = match &terminal {
-            Some(terminal) => Wants { terminal: Some(terminal.size()), ..Wants::default() },
+            Some(terminal) => Wants {
+                terminal: Some(terminal.size()),
+                plain: !isatty(io::stdout()),
+                ..Wants::default()
+            },
             None => Wants {
                 terminal: None,
+                plain: false,
                 stdin: !is_null(io::stdin().as_fd()),
                 stdout: !is_null(io::stdout().as_fd()),
                 stderr: !is_null(io::stderr().as_fd()),
@@ -254,8 +260,8 @@ impl Relay {
         if let Some(terminal) = &mut self.terminal {
             let stream = streams.next().ok_or(ErrorKind::InvalidData)?;
             terminal.make_raw()?;
-            input.start(ends(terminal.descriptor()?, stream.try_clone()?), Way::In)?;
-            outputs.terminal = Some(copies.start(ends(terminal.descriptor()?, stream), Way::Out)?);
+            input.start(ends(terminal.keyboard()?, stream.try_clone()?), Way::In)?;
+            outputs.terminal = Some(copies.start(ends(terminal.screen()?, stream), Way::Out)?);
         } else {
             let mut next = |wanted: bool| if wanted { streams.next() } else { None };
             let (stdin, stdout, stderr) =

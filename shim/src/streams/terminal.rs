@@ -2,8 +2,10 @@
 //! at a console socket.
 //!
 //! The real terminal is in the guest, and it is the one that echoes, edits lines and makes signals of
-//! keys. So the one here is raw: it passes bytes on.
+//! keys. So the one here is raw: it passes bytes on. As under runc, what is typed comes from standard
+//! input and what is shown goes to standard output, whether those are the terminal or not.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -16,6 +18,9 @@ use rustix::termios::{OptionalActions, Termios, isatty, tcgetattr, tcgetwinsize,
 
 use crate::streams::attach::TerminalSize;
 
+/// The controlling terminal of this process, tty(4).
+const CONTROLLING: &str = "/dev/tty";
+
 /// The terminal of this process.
 #[derive(Debug)]
 pub struct Terminal {
@@ -25,17 +30,24 @@ pub struct Terminal {
 }
 
 impl Terminal {
-    /// The first of the standard streams that is a terminal.
+    /// The first of the standard streams that is a terminal, else the controlling one.
     ///
     /// # Errors
-    /// When none is.
+    /// When there is none.
     pub fn own() -> io::Result<Self> {
         let (stdin, stdout, stderr) = (io::stdin(), io::stdout(), io::stderr());
-        let streams: [BorrowedFd<'_>; 3] = [stdin.as_fd(), stdout.as_fd(), stderr.as_fd()];
-        let found = streams.into_iter().find(|stream| isatty(stream)).ok_or_else(|| {
-            io::Error::other("a terminal is asked for, and no standard stream is one")
+        let streams: [BorrowedFd<'_>; 3] = [stderr.as_fd(), stdout.as_fd(), stdin.as_fd()];
+        if let Some(found) = streams.into_iter().find(|stream| isatty(stream)) {
+            return Ok(Self { fd: found.try_clone_to_owned()?, saved: None });
+        }
+        let controlling = File::options().read(true).write(true).open(CONTROLLING);
+        let controlling = controlling.map_err(|error| {
+            io::Error::other(format!(
+                "process.terminal needs a terminal, and no standard stream is one: open \
+                 {CONTROLLING}: {error}"
+            ))
         })?;
-        Ok(Self { fd: found.try_clone_to_owned()?, saved: None })
+        Ok(Self { fd: controlling.into(), saved: None })
     }
 
     /// Makes it the controlling terminal of this process, which becomes a session of its own: then a
@@ -71,12 +83,20 @@ impl Terminal {
         )
     }
 
-    /// One more descriptor of it.
+    /// Where what is typed comes from.
     ///
     /// # Errors
-    /// When the process has none left.
-    pub fn descriptor(&self) -> io::Result<OwnedFd> {
-        self.fd.try_clone()
+    /// When the process has no descriptor left.
+    pub fn keyboard(&self) -> io::Result<OwnedFd> {
+        io::stdin().as_fd().try_clone_to_owned()
+    }
+
+    /// Where what is shown goes.
+    ///
+    /// # Errors
+    /// When the process has no descriptor left.
+    pub fn screen(&self) -> io::Result<OwnedFd> {
+        io::stdout().as_fd().try_clone_to_owned()
     }
 }
 

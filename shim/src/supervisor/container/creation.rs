@@ -26,7 +26,7 @@ use crate::supervisor::lifecycle::Event;
 use crate::supervisor::neighbours::Joined;
 use crate::supervisor::pod::{Pod, PodError};
 use crate::supervisor::sandbox::Admission;
-use crate::supervisor::{hooks, proxy};
+use crate::supervisor::{hooks, notify, proxy};
 use crate::trace::Phase;
 
 impl Container {
@@ -91,8 +91,8 @@ impl Container {
         }
         let phase = Phase::begin("container create");
         let (init, sockets) = self.create_in_guest(&pod, &stand_in, &plan).await?;
-        if first && limits.has_quota() {
-            host.cgroup.limit_async(limits.whole().clone()).await?;
+        if let Some(held_back) = limits.held_back().filter(|_| first) {
+            host.cgroup.limit_async(held_back).await?;
         }
         stand_in.hand_over(&sockets).await.map_err(ContainerError::StandIn)?;
         phase.end();
@@ -140,6 +140,7 @@ impl Container {
             namespaces: admission.namespaces.clone(),
             brings_up_the_pod: admission.pod.is_none(),
             limits: self.limits.clone(),
+            additions: self.additions.clone(),
         };
         let (bundle, id) = (bundle.clone(), self.home.id().clone());
         let plan = in_a_thread(move || Ok(bundle.plan(&id, &surroundings)?)).await?;
@@ -237,6 +238,10 @@ impl Container {
         plan: &ContainerPlan,
     ) -> Result<(u32, Vec<UnixStream>), ContainerError> {
         let disks = pod.attach_disks(&plan.disks).await?;
+        let notify = match self.additions.notify {
+            true => notify::open(pod, &self.home).await?,
+            false => Vec::new(),
+        };
         let ends = proxy::open(pod, stand_in).await?;
         let request = CreateRequest {
             container_id: self.home.id().to_string(),
@@ -245,6 +250,7 @@ impl Container {
             descriptors: ends.descriptors,
             disks,
             bundle: plan.bundle.display().to_string(),
+            notify,
         };
         let hooks = plan.hooks.create_container().iter().flatten();
         tokio::select! {

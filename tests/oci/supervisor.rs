@@ -1,0 +1,36 @@
+//! A supervisor that ends while somebody waits for it: the caller is told how.
+
+use std::process::Stdio;
+use std::time::Duration;
+
+use bulkhead_tests::bundle::Bundle;
+use bulkhead_tests::runtime::{Runtime, comes_true, finish, message, output};
+use serde_json::json;
+
+/// Kills the supervisor with this signal while it waits for a hook; gives what `run` says.
+fn killed(signal: &str) -> String {
+    let runtime = Runtime::new().unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let reached = directory.path().join("reached");
+    let script = format!("touch {}; exec sleep 1000", reached.display());
+    let hook = json!([{"path": "/bin/sh", "args": ["sh", "-c", script]}]);
+    let bundle = Bundle::new(&["true"]).unwrap();
+    let bundle = bundle.with(|spec| spec["hooks"] = json!({"createRuntime": hook})).unwrap();
+    let mut command = runtime.run_command("struck", &bundle);
+    let child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    assert!(comes_true(Duration::from_secs(60), || reached.exists()), "no hook has run");
+    let [supervisor] = runtime.processes(" supervise").unwrap()[..] else { panic!("not one") };
+    let mut kill = std::process::Command::new("kill");
+    output(kill.args(["-s", signal, &supervisor.to_string()])).unwrap();
+    let output = finish(child).unwrap();
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    runtime.assert_clean().unwrap();
+    message(&String::from_utf8(output.stderr).unwrap())
+}
+
+#[test]
+fn a_signal_that_kills_it_is_named() {
+    let words = killed("KILL");
+    assert!(words.starts_with("the pod's supervisor was killed by signal 9"), "{words}");
+    assert_eq!(killed("TERM"), "the pod's supervisor was killed by signal 15");
+}

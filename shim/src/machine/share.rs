@@ -436,7 +436,7 @@ mod tests {
             StatVfsMountFlags::NOSUID | StatVfsMountFlags::NODEV | StatVfsMountFlags::NOEXEC;
         let flags = |fd: &OwnedFd| fstatvfs(fd).unwrap().f_flag;
         assert!(!flags(&below).intersects(harmless));
-        let clone = clone_mount(&shared(host.path(), "x", FileKind::Directory, false)).unwrap();
+        let clone = clone_tree(&shared(host.path(), "x", FileKind::Directory, false)).unwrap();
         let inside = openat(&clone, "below", OFlags::PATH, Mode::empty()).unwrap();
         for fd in [&clone, &inside] {
             assert!(flags(fd).contains(harmless), "{:?}", flags(fd));

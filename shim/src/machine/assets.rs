@@ -44,7 +44,8 @@ impl Assets {
         Self::find_beside(&beside(), |variable| env::var_os(variable).map(PathBuf::from))
     }
 
-    fn find_beside(
+    /// Finds everything in an installation; `named` gives other files for variables.
+    pub(crate) fn find_beside(
         bin: &Path,
         named: impl Fn(&str) -> Option<PathBuf>,
     ) -> Result<Self, AssetError> {

@@ -123,12 +123,16 @@ pub struct Pod {
 }
 
 impl Pod {
-    /// Starts a pod in which there is no container yet; its logs go to `home`, and `kvm` is `/dev/kvm`.
+    /// Starts a pod in which there is no container yet, from `assets` and `/dev/kvm`; its logs go to
+    /// `home`.
     ///
     /// # Errors
     /// When anything does not come up; nothing is left then.
-    pub async fn start(home: &Home, plan: &PodPlan, kvm: File) -> Result<Self, PodError> {
-        let assets = Assets::find()?;
+    pub async fn start(
+        home: &Home,
+        plan: &PodPlan,
+        (assets, kvm): (Assets, File),
+    ) -> Result<Self, PodError> {
         let (relay, other) = relay().map_err(|error| PodError::Io("relay socket", error))?;
         let [monitor, server] = identities();
         let directory = home.dir();
@@ -382,3 +386,6 @@ fn relay() -> io::Result<(OwnedFd, OwnedFd)> {
 pub(crate) fn random(bytes: &mut [u8]) -> io::Result<()> {
     io::Read::read_exact(&mut File::open("/dev/urandom")?, bytes)
 }
+
+#[cfg(test)]
+mod tests;

@@ -4,7 +4,7 @@
 //! What waits for the host's file systems does so in threads of its own: the supervisor has one thread for
 //! all of its containers, and a file server of the network that is gone must not keep it.
 
-use std::fs;
+use std::fs::{self, File};
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 
@@ -15,9 +15,10 @@ use tokio::task::spawn_blocking;
 use super::{Container, ContainerError, Life, OnHost};
 use crate::bundle::{self, Bundle, ContainerPlan, HostSize, PodPlan, Surroundings};
 use crate::cgroup::{Cgroup, Limits};
+use crate::machine::assets::Assets;
 use crate::machine::kvm;
 use crate::machine::monitor::MachineError;
-use crate::machine::share::Files;
+use crate::machine::share::{Files, ShareDir};
 use crate::network::namespace::Network;
 use crate::state::State;
 use crate::state::process::Process;
@@ -64,27 +65,16 @@ impl Container {
         let host = OnHost { cgroup, score: plan.oom_score_adj };
         let limits = Limits::of(&resources);
         let first = admission.pod.is_none();
-        // Before the cgroup is entered, in which its caller may have forbidden all but a few devices.
-        let kvm = if first { Some(kvm::open().map_err(PodError::from)?) } else { None };
+        let dir = admission.dir;
+        let source = match admission.pod {
+            Some(pod) => Source::Running(pod),
+            // Before the cgroup is entered, in which its caller may have forbidden all but a few devices.
+            None => Source::new()?,
+        };
         self.claim_cgroup(&mut life.state, &host, first.then_some(&limits)).await?;
         let pod_plan = PodPlan::of(&bundle, HostSize::measure());
         let attached = self.attach(attachments, &host, (&bundle, &plan.hooks), &life.state);
-        let up = async {
-            let pod = async {
-                match (admission.pod, kvm) {
-                    (None, Some(kvm)) => Pod::start(&self.home, &pod_plan, kvm).await.map(Arc::new),
-                    (pod, _) => pod.ok_or(PodError::Io("pod", std::io::ErrorKind::NotFound.into())),
-                }
-            };
-            let shared = plan.shared.clone();
-            let files = in_a_thread(move || Ok(Files::prepare(&shared).map_err(PodError::from)?));
-            let (pod, files) = tokio::try_join!(async { Ok(pod.await?) }, files)?;
-            if first {
-                self.sandbox.is_up(&pod)?;
-            }
-            pod.show(files, admission.dir).await?;
-            Ok::<_, ContainerError>(pod)
-        };
+        let up = self.bring_up(source, &pod_plan, (&plan, dir));
         let (stand_in, pod) = tokio::try_join!(attached, up)?;
         if first {
             self.attach_network(&mut life.state, (&bundle, &pod_plan), &pod, &stand_in).await?;
@@ -98,6 +88,30 @@ impl Container {
         phase.end();
         self.sandbox.settle(self.home.id(), init);
         self.has_begun(&mut life, (pod, stand_in, host), plan)
+    }
+
+    /// Has the pod show the container's files, as soon as it is up.
+    async fn bring_up(
+        &self,
+        source: Source,
+        pod_plan: &PodPlan,
+        (plan, dir): (&ContainerPlan, ShareDir),
+    ) -> Result<Arc<Pod>, ContainerError> {
+        let shared = plan.shared.clone();
+        let files = in_a_thread(move || Ok(Files::prepare(&shared).map_err(PodError::from)?));
+        let pod = async {
+            match source {
+                Source::Running(pod) => Ok(pod),
+                Source::New(origin) => {
+                    let pod = Arc::new(Pod::start(&self.home, pod_plan, origin).await?);
+                    self.sandbox.is_up(&pod)?;
+                    Ok(pod)
+                }
+            }
+        };
+        let (pod, files) = tokio::try_join!(pod, files)?;
+        pod.show(files, dir).await?;
+        Ok(pod)
     }
 
     /// Writes down that the container is created, and watches over it from now on.
@@ -274,6 +288,21 @@ impl OnHost {
     /// Makes a stand-in one of the pod's processes, if it is not a caller's own.
     pub(super) async fn adopt(&self, stand_in: &StandIn) -> Result<(), ContainerError> {
         if stand_in.detached { self.take(stand_in.process.pid).await } else { Ok(()) }
+    }
+}
+
+/// Where a container's pod comes from.
+enum Source {
+    /// It runs.
+    Running(Arc<Pod>),
+    /// It is started from this.
+    New((Assets, File)),
+}
+
+impl Source {
+    /// What this host and this installation have.
+    fn new() -> Result<Self, PodError> {
+        Ok(Self::New((Assets::find()?, kvm::open()?)))
     }
 }
 

@@ -1,0 +1,96 @@
+//! Mount points in a container's root: made on the host, where the root is shown to the guest read-only
+//! and nobody can make them there.
+//!
+//! The root may be a tenant's: every path is walked below it, with its own links (openat2(2),
+//! `RESOLVE_IN_ROOT`), and nothing that exists is changed.
+
+use std::io;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::path::{Component, Path, PathBuf};
+
+use rustix::fs::{Mode, OFlags, ResolveFlags, mkdirat, openat, openat2};
+use rustix::io::Errno;
+
+use crate::bundle::FileKind;
+
+/// Makes what is missing, as runc does: directories on the way to it too.
+///
+/// # Errors
+/// When something is in the way, or cannot be made.
+pub(super) fn make(root: BorrowedFd<'_>, wanted: &[(PathBuf, FileKind)]) -> io::Result<()> {
+    wanted.iter().try_for_each(|(path, kind)| make_one(root, path, *kind))
+}
+
+fn make_one(root: BorrowedFd<'_>, path: &Path, kind: FileKind) -> io::Result<()> {
+    let mut walked = PathBuf::from("/");
+    let mut parts = path.components().peekable();
+    while let Some(part) = parts.next() {
+        let name = match part {
+            Component::RootDir | Component::CurDir => continue,
+            Component::Normal(name) => name,
+            // It would mean something else where links are followed.
+            Component::ParentDir | Component::Prefix(_) => return Err(Errno::INVAL.into()),
+        };
+        let parent = look(root, &walked, OFlags::DIRECTORY)?;
+        walked.push(name);
+        match look(root, &walked, OFlags::empty()) {
+            Ok(_) => continue,
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => return Err(error),
+        }
+        match kind {
+            FileKind::File if parts.peek().is_none() => {
+                let flags =
+                    OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::WRONLY | OFlags::CLOEXEC;
+                openat(&parent, name, flags, Mode::from_raw_mode(0o644))?;
+            }
+            _ => mkdirat(&parent, name, Mode::from_raw_mode(0o755))?,
+        }
+    }
+    Ok(())
+}
+
+/// What is at a path of the container.
+fn look(root: BorrowedFd<'_>, path: &Path, kind: OFlags) -> io::Result<OwnedFd> {
+    let flags = OFlags::PATH | OFlags::CLOEXEC | kind;
+    let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+    Ok(openat2(root, path, flags, Mode::empty(), resolve)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::os::fd::AsFd;
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    #[test]
+    fn what_is_missing_is_made_below_the_root_whatever_links_say() {
+        let outside = tempfile::tempdir().unwrap();
+        let root = tempfile::tempdir().unwrap();
+        let inside = |path: &str| root.path().join(path);
+        fs::create_dir_all(inside("real/etc")).unwrap();
+        fs::write(inside("real/etc/hosts"), "kept").unwrap();
+        symlink("/real/etc", inside("etc")).unwrap();
+        symlink(outside.path(), inside("away")).unwrap();
+        let fd = fs::File::open(root.path()).unwrap();
+        let wanted = [
+            ("/etc/hosts", FileKind::File),
+            ("/etc/resolv.conf", FileKind::File),
+            ("/var/lib/data", FileKind::Directory),
+            ("proc", FileKind::Directory),
+            ("/", FileKind::Directory),
+        ];
+        let wanted = wanted.map(|(path, kind)| (PathBuf::from(path), kind));
+        make(fd.as_fd(), &wanted).unwrap();
+        assert_eq!(fs::read_to_string(inside("real/etc/hosts")).unwrap(), "kept");
+        assert!(inside("real/etc/resolv.conf").is_file());
+        assert!(inside("var/lib/data").is_dir() && inside("proc").is_dir());
+        // A link that leads out leads into the root, where there is nothing.
+        for path in ["/away/file", "/etc/../../x", "/etc/hosts/below"] {
+            assert!(make(fd.as_fd(), &[(path.into(), FileKind::File)]).is_err(), "{path}");
+        }
+        assert_eq!(fs::read_dir(outside.path()).unwrap().count(), 0);
+    }
+}

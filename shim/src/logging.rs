@@ -59,6 +59,12 @@ pub fn start(target: &LogTarget) -> anyhow::Result<()> {
     tracing::subscriber::set_global_default(subscriber).context("log is set already")
 }
 
+/// Whether there is a log.
+#[must_use]
+pub fn has_started() -> bool {
+    tracing::dispatcher::has_been_set()
+}
+
 /// Makes a panic one line on standard error, and one in the log.
 pub fn note_panics() {
     std::panic::set_hook(Box::new(|panic| {

@@ -93,6 +93,18 @@ fn what_only_other_hosts_have_is_left_out_as_by_runc() {
 }
 
 #[test]
+fn groups_of_the_caller_are_refused_by_name() {
+    let ours = Runtime::new().unwrap();
+    let bundle = Bundle::new(&["true"]).unwrap();
+    let name = "run.oci.keep_original_groups";
+    let bundle = bundle.with(|spec| spec["annotations"] = json!({name: "1"})).unwrap();
+    let output = ours.run("groups", &bundle).unwrap();
+    let words = message(&String::from_utf8(output.stderr).unwrap());
+    assert!(words.contains(name) && words.contains("--group-add"), "{words}");
+    ours.assert_clean().unwrap();
+}
+
+#[test]
 fn zeros_are_no_limits() {
     let _place = Place::new();
     let [ours, runc] = both();

@@ -2,6 +2,8 @@
 //! the test host.
 
 #[cfg(test)]
+mod activation;
+#[cfg(test)]
 mod cgroup;
 #[cfg(test)]
 mod command_line;

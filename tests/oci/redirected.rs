@@ -5,10 +5,9 @@ use std::fs::{self, File};
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::Duration;
 
 use bulkhead_tests::bundle::Bundle;
-use bulkhead_tests::runtime::{Runtime, comes_true, finish};
+use bulkhead_tests::runtime::{Runtime, finish};
 
 use crate::terminal::{own_terminal, with_terminal};
 
@@ -119,23 +118,6 @@ fn without_any_terminal_there_is_none_to_be_had() {
         let errors = fs::read_to_string(directory.path().join("err")).unwrap();
         assert_eq!(status.code(), Some(1), "{errors}");
         assert!(errors.contains("open /dev/tty: "), "{errors}");
-    }
-    ours.assert_clean().unwrap();
-}
-
-#[test]
-fn a_reader_that_goes_away_hangs_up() {
-    let [ours, runc] = both();
-    for runtime in [&runc, &ours] {
-        let bundle = with_terminal("while echo tick; do sleep 0.1; done").unwrap();
-        let (_screen, slave) = own_terminal().unwrap();
-        let mut command = runtime.run_command("gone", &bundle);
-        command.stdin(slave.try_clone().unwrap()).stderr(slave).stdout(Stdio::piped());
-        let mut child = command.spawn().unwrap();
-        bulkhead_tests::runtime::expect_output(&mut child, "tick").unwrap();
-        drop(child.stdout.take());
-        let ended = || child.try_wait().unwrap().is_some();
-        assert!(comes_true(Duration::from_secs(60), ended), "it goes on");
     }
     ours.assert_clean().unwrap();
 }

@@ -32,6 +32,9 @@ pub(crate) fn refuse(what: impl Into<String>, instead: &'static str) -> Refusal 
     Refusal { what: what.into(), instead }
 }
 
+/// Asks crun to leave a process the groups of its caller.
+const KEEP_GROUPS: &str = "run.oci.keep_original_groups";
+
 /// The network namespace that this process is in.
 const OWN_NETWORK: &str = "/proc/self/ns/net";
 
@@ -47,6 +50,14 @@ pub fn check(spec: &Spec, neighbours: &Neighbours) -> Result<Joined, Refusal> {
     process(spec)?;
     if spec.root().is_none() {
         return Err(refuse("config.json has no root", "add \"root\": {\"path\": \"rootfs\"}"));
+    }
+    if spec.annotations().as_ref().is_some_and(|it| it.contains_key(KEEP_GROUPS)) {
+        return Err(refuse(
+            format!(
+                "annotation {KEEP_GROUPS}: the host's groups mean nothing in a machine of its own"
+            ),
+            "name groups in process.user.additionalGids, or with --group-add",
+        ));
     }
     mounts(spec)?;
     let Some(linux) = spec.linux() else {

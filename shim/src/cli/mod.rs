@@ -105,9 +105,9 @@ fn run_line(line: &CommandLine) -> ExitCode {
         Err(error) => {
             let words = one_line(&format!("{error:#}"));
             tracing::error!("{words}");
-            if is_own(&line.verb) || line.global.log.is_some() {
+            if is_own(&line.verb) || line.global.log.is_some() && logging::has_started() {
                 let _ = writeln!(io::stderr(), "{words}");
-            } else if !tracing::dispatcher::has_been_set() {
+            } else if !logging::has_started() {
                 logging::print_error(&words);
             }
             match line.verb {

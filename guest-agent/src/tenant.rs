@@ -85,8 +85,7 @@ fn join(
     let pid = ContainerBuilder::new(container_id.to_owned(), SyscallType::default())
         .with_root_path(directory)?
         .with_executor(
-            Program::new(report, confinement, None)
-                .with_plain_lines(terminal::is_plain(&directory)),
+            Program::new(report, confinement, None).with_plain_lines(terminal::is_plain(directory)),
         )
         .with_console_socket(has_terminal.then_some(console))
         .with_preserved_fds(descriptors)

@@ -38,7 +38,7 @@ fn weights(resources: &mut LinuxResources, directory: &Path) {
     }
     block_io.set_weight(None).set_leaf_weight(None);
     // Before Linux 5.4 the file has a single number, and none for a device.
-    if !bfq.is_some_and(|weights| weights.trim().parse::<u32>().is_err()) {
+    if bfq.is_none_or(|weights| weights.trim().parse::<u32>().is_ok()) {
         block_io.set_weight_device(None);
     }
     resources.set_block_io(Some(block_io));

@@ -23,7 +23,7 @@ const HELP: &str = "NAME:\n   {name} - {about}\n\nUSAGE:\n   bulkhead [global op
 /// The command line, with help and version in runc's layout.
 #[must_use]
 pub fn command() -> Command {
-    let command = CommandLine::command().version(VERSION).help_template(HELP);
+    let command = CommandLine::command().help_template(HELP);
     let names: Vec<_> = command.get_subcommands().map(|verb| verb.get_name().to_owned()).collect();
     names.into_iter().fold(command, |command, name| {
         let help = format!(
@@ -35,14 +35,15 @@ pub fn command() -> Command {
 
 /// Runs OCI containers, each in a virtual machine of its own.
 #[derive(Debug, Parser)]
-#[command(name = "bulkhead", disable_version_flag = true, args_override_self = true)]
+#[command(name = "bulkhead", version = VERSION, disable_version_flag = true)]
+#[command(args_override_self = true)]
 pub struct CommandLine {
     /// What applies to every verb.
     #[command(flatten)]
     pub global: Global,
     /// Print the version.
     #[arg(short, long, action = ArgAction::Version)]
-    version: (),
+    pub version: (),
     /// What to do.
     #[command(subcommand)]
     pub verb: Verb,

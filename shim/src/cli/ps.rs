@@ -12,6 +12,7 @@ use prost::Message;
 use super::args::{Global, Ps, PsFormat};
 use super::client;
 use crate::containerd::task::PROCESSES;
+use crate::machine::words::printable;
 use crate::state::Home;
 use crate::state::timestamp;
 use crate::state::users;
@@ -74,12 +75,6 @@ fn row(process: &ProcessInfo, now_ns: u64) -> String {
     let seconds = process.cpu_ms / 1000;
     let lived_ms = now_ns.saturating_sub(process.started_at_ns) / 1_000_000;
     let share = (process.cpu_ms * 100).checked_div(lived_ms).unwrap_or(0).min(99);
-    // What a program calls itself shall not move the cursor.
-    let command: String = process
-        .command
-        .chars()
-        .map(|letter| if letter.is_control() { '?' } else { letter })
-        .collect();
     line([
         &shortened(users::name(process.uid)),
         &process.pid.to_string(),
@@ -88,7 +83,7 @@ fn row(process: &ProcessInfo, now_ns: u64) -> String {
         &timestamp::short(process.started_at_ns, now_ns),
         &terminal(process.terminal),
         &format!("{:02}:{:02}:{:02}", seconds / 3600, seconds / 60 % 60, seconds % 60),
-        &command,
+        &printable(&process.command),
     ])
 }
 
@@ -126,7 +121,7 @@ mod tests {
             terminal: 136 << 8 | 3,
             command: "sh -c\nexit".to_owned(),
         };
-        let expected = "        7       1 99 22:13 pts/3    01:01:01 sh -c?exit";
+        let expected = "       7       1 99 22:13 pts/3    01:01:01 sh -c exit";
         assert_eq!(row(&process, now).split_at(8).1, expected);
         let root = ProcessInfo { uid: 0, ..process.clone() };
         assert!(row(&root, now).starts_with("root      "));

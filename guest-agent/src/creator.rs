@@ -11,7 +11,6 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::rc::Rc;
 
-use libcontainer::container::ContainerStatus;
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::error::LibcontainerError;
 use libcontainer::syscall::syscall::SyscallType;
@@ -162,7 +161,7 @@ fn create(
     let restrictions = Restrictions::read(&place.bundle).map_err(CreateError::Restrictions)?;
     let confinement = restrictions.prepare()?;
     let console = place.bundle.join(terminal::SOCKET);
-    let mut container = ContainerBuilder::new(container_id.to_owned(), SyscallType::default())
+    let container = ContainerBuilder::new(container_id.to_owned(), SyscallType::default())
         .with_root_path(Place::STATES)?
         .with_executor(Program::new(report, confinement, hooks.map(Rc::new)))
         .with_console_socket(terminal.then_some(console))
@@ -171,10 +170,6 @@ fn create(
         .with_systemd(false)
         .build()?;
     let pid = container.pid().ok_or(CreateError::NoPid)?.as_raw();
-    // The agent starts the container without libcontainer, which only lets processes join one that
-    // it takes for running.
-    container.set_status(ContainerStatus::Running);
-    container.save()?;
     if spec::has_new_network(&spec) {
         let path = format!("/proc/{pid}/ns/net");
         let namespace = File::open(path).map_err(CreateError::Loopback)?;

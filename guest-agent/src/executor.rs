@@ -23,8 +23,11 @@ use libcontainer::workload::{
 };
 use oci_spec::runtime::Spec;
 use rustix::fs::{
-    Access, AtFlags, CWD, FileType, Mode, OFlags, accessat, fstat, major, minor, open,
+    Access, AtFlags, CWD, FileType, Mode, OFlags, accessat, fchown, fstat, major, minor, open,
 };
+use rustix::io::Errno;
+use rustix::process::geteuid;
+use rustix::termios::isatty;
 
 use crate::confinement::Confinement;
 use crate::hooks::Hooks;
@@ -84,6 +87,11 @@ impl Program {
 
 impl Executor for Program {
     fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
+        let owned = own_terminal();
+        owned.map_err(|error| {
+            let reason = format!("unable to give the terminal to its user: {}", words(&error));
+            ExecutorValidationError::ArgValidationError(reason)
+        })?;
         // Before the look at the program, which is to be with the eyes of its user.
         self.confinement.enter().map_err(ExecutorValidationError::ArgValidationError)?;
         let arguments = arguments(spec).unwrap_or_default();
@@ -128,6 +136,20 @@ impl Executor for Program {
 /// Says why there is no program: on the container's standard error, the only place that is left.
 fn say(message: &str) {
     let _ = io::Write::write_all(&mut io::stderr(), format!("{message}\n").as_bytes());
+}
+
+/// Gives the terminal, if the streams are one, to the user that this process has become, so that its
+/// program can open `/dev/stdout` again. Its group stays: file systems of terminals have their own.
+fn own_terminal() -> io::Result<()> {
+    let stdin = rustix::stdio::stdin();
+    if !isatty(stdin) {
+        return Ok(());
+    }
+    match fchown(stdin, Some(geteuid()), None) {
+        // As under runc: its group may be none of the user namespace's, and `/dev` read-only.
+        Err(Errno::INVAL | Errno::PERM | Errno::ROFS) => Ok(()),
+        owned => Ok(owned?),
+    }
 }
 
 /// Opens the null device again where it stands for standard output or error: libcontainer has put

@@ -48,8 +48,8 @@ fn main() -> ExitCode {
     };
     match arguments.as_slice() {
         [verb, container_id] if verb == creator::VERB => creator::main(container_id, descriptors),
-        [verb, container_id, exec_id] if verb == tenant::VERB => {
-            tenant::main(container_id, exec_id, descriptors)
+        [verb, container_id, exec_id, init] if verb == tenant::VERB => {
+            tenant::main((container_id, exec_id, init), descriptors)
         }
         [verb, container_id] if verb == hooks::VERB => hooks::main(container_id),
         _ => init::main(),

@@ -9,6 +9,7 @@ use std::fs::File;
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -95,6 +96,16 @@ impl Awaited {
         start(master, connection).map_err(failed)?;
         Ok(terminal)
     }
+}
+
+/// Connects to the socket of a directory, to send a master there.
+///
+/// # Errors
+/// Nobody listens.
+pub(crate) fn connect(directory: &Path) -> io::Result<UnixStream> {
+    // As in [`Awaited::listen`].
+    let opened = File::open(directory)?;
+    UnixStream::connect(format!("/proc/self/fd/{}/{SOCKET}", opened.as_raw_fd()))
 }
 
 /// The master that the first connection brings.

@@ -52,4 +52,8 @@ mod streams;
 #[cfg(test)]
 mod terminal;
 #[cfg(test)]
+mod terminal_user;
+#[cfg(test)]
+mod user_namespace;
+#[cfg(test)]
 mod workloads;

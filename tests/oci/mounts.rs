@@ -38,7 +38,7 @@ fn given(bundle: &Bundle) -> std::path::PathBuf {
 }
 
 /// Gives a container a user namespace, and its root file system to its root.
-fn with_user_namespace(bundle: &Bundle, spec: &mut Value) {
+pub(crate) fn with_user_namespace(bundle: &Bundle, spec: &mut Value) {
     spec["linux"]["namespaces"].as_array_mut().unwrap().push(json!({"type": "user"}));
     spec["linux"]["uidMappings"] = mapping();
     spec["linux"]["gidMappings"] = mapping();

@@ -164,7 +164,8 @@ impl Containers {
     async fn start_exec(&self, order: ExecOrder) -> Result<Exec, ContainerError> {
         let files = descriptors::has_files(&order.descriptors);
         let ExecOrder { container_id: id, exec_id, process_json, mut streams, descriptors } = order;
-        if self.created(&id)?.init.ended().is_some() {
+        let of = self.created(&id)?;
+        if of.init.ended().is_some() {
             return Err(state(&id, "has ended"));
         }
         // It would be frozen on its way in.
@@ -191,7 +192,8 @@ impl Containers {
             let process = serde_json::to_vec(&process).map_err(SpecError::from)?;
             fs::write(directory.join(tenant::PROCESS), process)
                 .map_err(failed("write the process"))?;
-            let arguments = [tenant::VERB, &id, &exec_id];
+            let init = of.pid.as_raw_nonzero().to_string();
+            let arguments = [tenant::VERB, &id, &exec_id, &init];
             let ends = (streams, descriptors);
             self.make_process(&arguments, stream_owner, &directory, ends).await
         }

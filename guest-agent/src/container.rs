@@ -514,6 +514,7 @@ fn outcome(lines: &[Line], status: u32) -> Result<Pid, ContainerError> {
             Line::NotExecutable(reason) => {
                 return Err(ContainerError::ProgramNotExecutable(reason.clone()));
             }
+            Line::Unprepared(reason) => return Err(ContainerError::Create(reason.clone())),
             Line::Detail(detail) => details.push(detail.as_str()),
             Line::Failed(reason) => {
                 // The first detail is the innermost cause; what follows repeats it.

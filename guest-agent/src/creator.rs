@@ -25,7 +25,7 @@ use crate::hooks::Hooks;
 use crate::logging;
 use crate::report::{self, Line, Report};
 use crate::seccomp::FilterError;
-use crate::{device_directories, init, propagation, spec, terminal};
+use crate::{device_directories, fault, init, mount_options, propagation, spec, terminal};
 
 /// The first argument that makes the agent a creator; the second is the container's id.
 pub(crate) const VERB: &str = "create";
@@ -89,6 +89,8 @@ enum CreateError {
     Mounts(#[source] std::io::Error),
     #[error("propagation of the mount at {} cannot be set", .0.display())]
     Propagation(PathBuf, #[source] std::io::Error),
+    #[error("/dev cannot be made read-only")]
+    Dev(#[source] std::io::Error),
     #[error("mode of {} cannot be set", .0.display())]
     Directory(PathBuf, #[source] std::io::Error),
 }
@@ -101,6 +103,7 @@ pub(crate) fn main(container_id: &str, descriptors: i32) -> ExitCode {
         return ExitCode::FAILURE;
     };
     log_to(&place.report());
+    fault::watch_life(VERB);
     let report = Rc::new(report);
     conclude(&report, create(container_id, &place, descriptors, Rc::clone(&report)))
 }
@@ -186,7 +189,8 @@ fn create(
 /// Does to the container's mounts what libcontainer leaves undone, from inside.
 fn finish_mounts(spec: &Spec, pid: i32) -> Result<(), CreateError> {
     let (directories, propagation) = (device_directories::of(spec), propagation::matters(spec));
-    if directories.is_empty() && !propagation {
+    let read_only_dev = mount_options::has_read_only_dev(spec);
+    if directories.is_empty() && !propagation && !read_only_dev {
         return Ok(());
     }
     let table = join_mounts(pid).map_err(CreateError::Mounts)?;
@@ -195,6 +199,9 @@ fn finish_mounts(spec: &Spec, pid: i32) -> Result<(), CreateError> {
     if propagation {
         propagation::apply(spec, &table)
             .map_err(|(place, error)| CreateError::Propagation(place, error))?;
+    }
+    if read_only_dev {
+        mount_options::close_dev().map_err(CreateError::Dev)?;
     }
     Ok(())
 }

@@ -1,7 +1,7 @@
 //! Runs the user's program as the last step of a container's init, with the statuses and words of
 //! runc where libcontainer's own executor differs: a program that is not there and one that cannot
 //! be executed are told apart before the container counts as created, any execute permission will
-//! do, and a program that then fails to run says so on its standard error and exits with 255.
+//! do, and a program that then fails to run says so on its standard error and exits with 1.
 
 // UNSAFETY: std runs a shell on a file that the kernel refuses to execute, and ignores the
 // broken-pipe signal for every program that it does not start itself.
@@ -64,6 +64,28 @@ impl Program {
         Self { report, confinement, hooks }
     }
 
+    /// What comes before the look at the program, which is to be with the eyes of its user.
+    fn prepare(&self) -> Result<(), String> {
+        own_terminal().map_err(|error| {
+            format!("unable to give the terminal to its user: {}", words(&error))
+        })?;
+        self.confinement.enter()
+    }
+
+    /// Runs hooks and becomes the program; returns only if it cannot, with the reason.
+    fn become_program(&self, spec: &Spec) -> Result<Infallible, String> {
+        let arguments = arguments(spec).unwrap_or_default();
+        let name = arguments.first().ok_or_else(|| "process.args is empty".to_owned())?;
+        let path = find(name, search_path(spec))
+            .map_err(|unusable| format!("exec: {name:?}: {unusable}"))?;
+        make_null_writable().map_err(|error| format!("/dev/null: {}", words(&error)))?;
+        if let Some(hooks) = &self.hooks {
+            hooks.start(&self.confinement).map_err(|error| error.to_string())?;
+        }
+        let executed = self.execute(&path, arguments, environment(spec));
+        executed.map_err(|error| format!("exec {}: {}", path.display(), words(&error)))
+    }
+
     /// Becomes the program; returns only if it cannot.
     fn execute(
         &self,
@@ -87,13 +109,10 @@ impl Program {
 
 impl Executor for Program {
     fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
-        let owned = own_terminal();
-        owned.map_err(|error| {
-            let reason = format!("unable to give the terminal to its user: {}", words(&error));
-            ExecutorValidationError::ArgValidationError(reason)
-        })?;
-        // Before the look at the program, which is to be with the eyes of its user.
-        self.confinement.enter().map_err(ExecutorValidationError::ArgValidationError)?;
+        if let Err(reason) = self.prepare() {
+            self.report.write(Line::Unprepared(reason.clone()));
+            return Err(ExecutorValidationError::ArgValidationError(reason));
+        }
         let arguments = arguments(spec).unwrap_or_default();
         let Some(name) = arguments.first() else {
             let reason = "process.args is empty".to_owned();
@@ -114,22 +133,10 @@ impl Executor for Program {
     }
 
     fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
-        let arguments = arguments(spec).unwrap_or_default();
-        let name = arguments.first().ok_or(ExecutorError::InvalidArg)?;
-        let path = find(name, search_path(spec))
-            .map_err(|unusable| ExecutorError::Other(format!("exec: {name:?}: {unusable}")))?;
-        if let Err(error) = make_null_writable() {
-            return Err(ExecutorError::Other(format!("/dev/null: {}", words(&error))));
-        }
-        if let Some(Err(error)) = self.hooks.as_ref().map(|hooks| hooks.start(&self.confinement)) {
-            say(&error.to_string());
-            // As runc's init.
-            std::process::exit(1);
-        }
-        let Err(error) = self.execute(&path, arguments, environment(spec));
-        let message = format!("exec {}: {}", path.display(), words(&error));
-        say(&message);
-        Err(ExecutorError::Other(message))
+        let Err(reason) = self.become_program(spec);
+        say(&reason);
+        // As runc's init. The container counts as started, so that nobody else is told.
+        std::process::exit(1)
     }
 }
 

@@ -51,11 +51,12 @@ impl Hooks {
     pub(crate) fn take(spec: &mut Spec, id: &str, bundle: &str) -> io::Result<Option<Self>> {
         let Some(hooks) = spec.hooks_mut().take() else { return Ok(None) };
         let process = spec.process().as_ref();
-        let environment = process.and_then(|process| process.env().clone());
+        // As under runc it is the container's, and never the agent's own.
+        let environment = process.and_then(|process| process.env().clone()).unwrap_or_default();
         let take = |list: &Option<Vec<Hook>>| {
             let mut list = list.clone().unwrap_or_default();
             for hook in list.iter_mut().filter(|hook| hook.env().is_none()) {
-                hook.set_env(environment.clone());
+                hook.set_env(Some(environment.clone()));
             }
             list
         };

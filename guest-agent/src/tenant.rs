@@ -23,6 +23,7 @@ use crate::cgroup::Cgroup;
 use crate::confinement::Restrictions;
 use crate::creator::{self, Place};
 use crate::executor::Program;
+use crate::fault;
 use crate::report::{self, Report};
 use crate::seccomp::FilterError;
 use crate::terminal;
@@ -69,6 +70,7 @@ pub(crate) fn main(
         return ExitCode::FAILURE;
     };
     creator::log_to(&path);
+    fault::watch_life(VERB);
     let report = Rc::new(report);
     let joined = join((container_id, init), (&place, &directory), descriptors, Rc::clone(&report));
     creator::conclude(&report, joined)

@@ -2,9 +2,13 @@
 //! the test host.
 
 #[cfg(test)]
+mod capabilities;
+#[cfg(test)]
 mod cgroup;
 #[cfg(test)]
 mod descriptors;
+#[cfg(test)]
+mod device_rules;
 #[cfg(test)]
 mod differential;
 #[cfg(test)]
@@ -20,6 +24,8 @@ mod files;
 #[cfg(test)]
 mod growth;
 #[cfg(test)]
+mod hook_environment;
+#[cfg(test)]
 mod hooks;
 #[cfg(test)]
 mod isolation;
@@ -29,6 +35,8 @@ mod kill;
 mod lifecycle;
 #[cfg(test)]
 mod load;
+#[cfg(test)]
+mod mount_flags;
 #[cfg(test)]
 mod mounts;
 #[cfg(test)]
@@ -42,6 +50,10 @@ mod pods;
 #[cfg(test)]
 mod process;
 #[cfg(test)]
+mod process_settings;
+#[cfg(test)]
+mod programs;
+#[cfg(test)]
 mod resources;
 #[cfg(test)]
 mod seccomp;
@@ -53,6 +65,8 @@ mod streams;
 mod terminal;
 #[cfg(test)]
 mod terminal_user;
+#[cfg(test)]
+mod unified;
 #[cfg(test)]
 mod user_namespace;
 #[cfg(test)]

@@ -138,10 +138,10 @@ fn without_a_mapping_owners_are_as_they_are() {
 }
 
 /// A file system on a directory, as long as this lives.
-struct Mounted<'a>(&'a Path);
+pub(crate) struct Mounted<'a>(&'a Path);
 
 impl<'a> Mounted<'a> {
-    fn on(directory: &'a Path, kind: &str) -> Self {
+    pub(crate) fn on(directory: &'a Path, kind: &str) -> Self {
         mount(kind, directory, kind, MountFlags::empty(), None).unwrap();
         Self(directory)
     }

@@ -43,12 +43,12 @@ fn a_program_that_is_missing_and_one_that_is_none_have_their_codes() {
 
 #[test]
 #[ignore = "needs the test host"]
-fn a_program_that_the_kernel_refuses_says_so_and_exits_with_255() {
+fn a_program_that_the_kernel_refuses_says_so_and_exits_with_1() {
     Guest::run(async |mut guest| {
         let spec = guest.program(&["/bin/broken"]);
         let ran = guest.run_container(&spec, b"").await;
         assert_eq!(ran.stderr, "exec /bin/broken: exec format error\n");
-        assert_eq!(ran.status, 255);
+        assert_eq!(ran.status, 1);
     });
 }
 

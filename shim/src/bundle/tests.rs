@@ -116,6 +116,13 @@ fn what_cannot_be_kept_is_refused_in_words() {
             json!({"domain": "LINUX32", "flags": ["ADDR_NO_RANDOMIZE"]}),
             "linux.personality.flags",
         ),
+        ("/linux/memoryPolicy", json!({"mode": "MPOL_BIND"}), "linux.memoryPolicy"),
+        ("/linux/timeOffsets", json!({"monotonic": {"secs": 1}}), "linux.timeOffsets"),
+        (
+            "/annotations",
+            json!({"run.oci.keep_original_groups": "1"}),
+            "annotation run.oci.keep_original_groups",
+        ),
         ("/process/execCPUAffinity", json!({"initial": "0"}), "execCPUAffinity"),
         (
             "/mounts",

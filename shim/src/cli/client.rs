@@ -63,6 +63,7 @@ impl Creation {
             bail!("mounts, namespaces and {} need root; run as root", global.root.display());
         }
         let bundle = bundle::read(&create.bundle)?;
+        bundle::warn_of_unknown(&bundle.unknown_capabilities);
         let root = std::path::absolute(&global.root)?;
         let joined = bundle.check(&root)?;
         let terminal = bundle.terminal();

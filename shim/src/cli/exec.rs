@@ -168,7 +168,7 @@ fn read(path: &Path) -> anyhow::Result<Process> {
         "process file {} has {bytes} bytes; at most {PROCESS_BYTES_MAX} are read",
         path.display()
     );
-    serde_json::from_slice(&fs::read(path).with_context(context)?).with_context(context)
+    bundle::read_process(&fs::read(path).with_context(context)?).with_context(context)
 }
 
 /// The container's own process with the changes that the options ask for, as runc makes them.
@@ -227,11 +227,11 @@ fn with_more(
     capabilities: Option<LinuxCapabilities>,
     names: &[String],
 ) -> anyhow::Result<LinuxCapabilities> {
-    let parse = |name: &String| {
-        serde_json::from_value::<Capability>(name.clone().into())
-            .with_context(|| format!("--cap {name:?}: no such capability, write it as CAP_KILL"))
-    };
-    let more = names.iter().map(parse).collect::<anyhow::Result<Capabilities>>()?;
+    let (known, unknown): (Vec<_>, Vec<_>) =
+        names.iter().cloned().partition(|name| bundle::is_capability(name));
+    bundle::warn_of_unknown(&unknown);
+    let parse = |name: String| serde_json::from_value::<Capability>(name.into());
+    let more = known.into_iter().map(parse).collect::<Result<Capabilities, _>>()?;
     let mut capabilities = capabilities.unwrap_or_default();
     let with =
         |set: &Option<Capabilities>| Some(set.iter().flatten().chain(&more).copied().collect());

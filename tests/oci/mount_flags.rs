@@ -1,0 +1,212 @@
+//! Flags of mounts, beside runc: of every file system that a container has by itself, and of those in
+//! memory.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+
+use bulkhead_tests::bundle::{Bundle, bind};
+use bulkhead_tests::runtime::{Runtime, told};
+use serde_json::{Value, json};
+
+use super::mounts::Mounted;
+
+/// What is mounted, and where something can be made or changed.
+const PROBE: &str = "cat /proc/self/mountinfo; \
+    for at in /mnt/* /dev /dev/shm /dev/mqueue; do touch $at/file 2>&1; echo made $at $?; done; \
+    for at in /dev/null /dev/tty; do (echo > $at) 2>&1; echo written $at $?; done; \
+    stat -c '%n %a %u %g' /dev /dev/shm /dev/mqueue /dev/pts /mnt/* 2>&1; exit 0";
+
+/// A mount as it is seen inside: what is compared.
+fn mount(line: &str) -> Option<String> {
+    let (own, file_system) = line.split_once(" - ")?;
+    let own: Vec<&str> = own.split(' ').collect();
+    let [_, _, _, _, point, options, ..] = &own[..] else { return None };
+    let words: Vec<&str> = file_system.splitn(3, ' ').collect();
+    let [kind, source, superblock] = words[..] else { return None };
+    let superblock = match kind {
+        // Of the machine's: COMPATIBILITY.md.
+        "sysfs" | "cgroup2" => "",
+        _ => superblock,
+    };
+    let seen = point.starts_with("/mnt") || point.starts_with("/dev");
+    let seen = seen || ["/proc", "/sys", "/sys/fs/cgroup"].contains(point);
+    // runc 1.1 sets modes afterwards, later ones as here. Modes are compared by themselves.
+    let about = superblock.split(',').filter(|option| !option.starts_with("mode="));
+    let mut about: Vec<&str> = about.collect();
+    about.sort_unstable();
+    seen.then(|| format!("{point} {options} {kind} {source} {}", about.join(",")))
+}
+
+/// Everything that is compared, one of a line.
+fn seen(output: &str) -> BTreeSet<String> {
+    let lines = output.lines().map(|line| match line.contains(" - ") {
+        true => mount(line),
+        false => Some(line.to_owned()),
+    });
+    lines.flatten().collect()
+}
+
+/// Runs the probe under both runtimes after `change`, and fails on what differs.
+fn same(change: impl Fn(&mut Value)) -> BTreeSet<String> {
+    let runtimes = [Runtime::new().unwrap(), Runtime::runc().unwrap()];
+    let [ours, theirs] = runtimes.map(|runtime| {
+        let bundle = Bundle::script(PROBE).unwrap().with(|spec| change(spec)).unwrap();
+        let told = told(&runtime.run("flags", &bundle).unwrap());
+        runtime.assert_clean().unwrap();
+        assert_eq!((told.0, told.2.as_str()), (Some(0), ""), "{told:?}");
+        seen(&told.1)
+    });
+    let only = |one: &BTreeSet<String>, other| one.difference(other).cloned().collect::<Vec<_>>();
+    let (own, runcs) = (only(&ours, &theirs), only(&theirs, &ours));
+    assert!(own.is_empty() && runcs.is_empty(), "ours: {own:#?}\nrunc's: {runcs:#?}");
+    ours
+}
+
+/// Changes the options of what is mounted somewhere.
+fn set(spec: &mut Value, at: &str, change: impl Fn(&mut Vec<Value>)) {
+    let mounts = spec["mounts"].as_array_mut().unwrap();
+    let mount = mounts.iter_mut().find(|mount| mount["destination"] == at).unwrap();
+    if mount["options"].is_null() {
+        mount["options"] = json!([]);
+    }
+    change(mount["options"].as_array_mut().unwrap());
+}
+
+const SPECIAL: [&str; 7] =
+    ["/dev", "/proc", "/sys", "/dev/pts", "/dev/shm", "/dev/mqueue", "/sys/fs/cgroup"];
+
+#[test]
+fn a_read_only_dev_is_read_only_and_has_its_devices() {
+    for others in [&[][..], &["noexec"], &["noexec", "noatime"]] {
+        let seen = same(|spec| {
+            set(spec, "/dev", |options| {
+                options.push(json!("ro"));
+                options.extend(others.iter().map(|option| json!(option)));
+            });
+        });
+        assert!(seen.contains("made /dev 1"), "{seen:?}");
+        assert!(seen.contains("written /dev/null 0"), "{seen:?}");
+    }
+}
+
+#[test]
+fn every_flag_of_every_special_mount_is_kept() {
+    for flags in [
+        &["ro"][..],
+        &["rw"],
+        &["noexec", "nosuid"],
+        &["exec", "suid"],
+        &["noatime"],
+        &["relatime", "nodiratime"],
+        &["strictatime"],
+        &["ro", "noexec", "nosuid", "noatime"],
+    ] {
+        same(|spec| {
+            for at in SPECIAL {
+                set(spec, at, |options| options.extend(flags.iter().map(|flag| json!(flag))));
+            }
+        });
+    }
+}
+
+#[test]
+fn special_mounts_without_options_are_as_under_runc() {
+    same(|spec| {
+        for at in SPECIAL {
+            set(spec, at, Vec::clear);
+        }
+    });
+}
+
+#[test]
+fn a_file_system_in_memory_has_the_mode_of_what_it_covers() {
+    let runtimes = [Runtime::new().unwrap(), Runtime::runc().unwrap()];
+    let [ours, theirs] = runtimes.map(|runtime| {
+        let script = "stat -c '%n %a %u' /dev /mnt/* /mnt/b/below /mnt/given/below";
+        let mut bundle = Bundle::script(script).unwrap();
+        for (name, mode) in [("mnt/a", 0o711), ("mnt/b", 0o1770), ("mnt/b/below", 0o700)] {
+            let path = bundle.rootfs().join(name);
+            fs::create_dir(&path).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+        }
+        let given = bundle.path().join("given");
+        fs::create_dir_all(given.join("below")).unwrap();
+        fs::set_permissions(given.join("below"), fs::Permissions::from_mode(0o750)).unwrap();
+        let memory = |at: &str| json!({"destination": at, "type": "tmpfs", "source": "tmpfs"});
+        for mount in [
+            memory("/mnt/a"),
+            memory("/mnt/b"),
+            memory("/mnt/b/below"),
+            memory("/mnt/new"),
+            bind(&given, "/mnt/given", &[]),
+            memory("/mnt/given/below"),
+        ] {
+            bundle = bundle.mount(mount).unwrap();
+        }
+        let told = told(&runtime.run("flags", &bundle).unwrap());
+        runtime.assert_clean().unwrap();
+        told
+    });
+    assert_eq!(ours, theirs);
+    assert!(ours.1.contains("/mnt/a 711 0\n"), "{ours:?}");
+    assert!(ours.1.contains("/mnt/new 1777 0\n"), "{ours:?}");
+}
+
+/// `docs/COMPATIBILITY.md` has the difference: under runc what is below stays writable.
+#[test]
+fn what_is_mounted_below_a_read_only_mount_is_read_only_unless_it_is_mounted_by_itself() {
+    let directory = tempfile::tempdir().unwrap();
+    let below = directory.path().join("below");
+    fs::create_dir(&below).unwrap();
+    let _mounted = Mounted::on(&below, "tmpfs");
+    let runtime = Runtime::new().unwrap();
+    let script = "touch /mnt/file; echo $?; touch /mnt/below/file; echo $?";
+    let with = bind(directory.path(), "/mnt", &["rbind", "ro"]);
+    let bundle = Bundle::script(script).unwrap().mount(with).unwrap();
+    let output = told(&runtime.run("below", &bundle).unwrap());
+    assert_eq!((output.0, output.1.as_str()), (Some(0), "1\n1\n"), "{output:?}");
+    let bundle = bundle.mount(bind(&below, "/mnt/below", &[])).unwrap();
+    let output = told(&runtime.run("below", &bundle).unwrap());
+    assert_eq!((output.0, output.1.as_str()), (Some(0), "1\n0\n"), "{output:?}");
+    assert!(below.join("file").exists());
+    runtime.assert_clean().unwrap();
+}
+
+#[test]
+fn every_flag_of_a_file_system_in_memory_is_kept() {
+    let lists: [&[&str]; 23] = [
+        &["ro"],
+        &["rw"],
+        &["ro", "rw"],
+        &["rw", "ro"],
+        &["noexec"],
+        &["nodev"],
+        &["nosuid"],
+        &["nosuid", "nodev", "noexec"],
+        &["noexec", "exec"],
+        &["noatime"],
+        &["atime"],
+        &["noatime", "atime"],
+        &["nodiratime"],
+        &["relatime"],
+        &["strictatime"],
+        &["norelatime"],
+        &["sync"],
+        &["dirsync"],
+        &["async"],
+        &["mode=0700", "uid=5", "gid=6"],
+        &["size=1m", "nr_inodes=100"],
+        &["ro", "size=64k", "noatime", "sync"],
+        &[],
+    ];
+    same(|spec| {
+        let mounts = spec["mounts"].as_array_mut().unwrap();
+        for (number, options) in lists.iter().enumerate() {
+            let at = format!("/mnt/{number:02}");
+            mounts.push(json!({
+                "destination": at, "type": "tmpfs", "source": "tmpfs", "options": options,
+            }));
+        }
+    });
+}

@@ -35,11 +35,12 @@ use crate::descriptors;
 use crate::disks::{self, DiskError};
 use crate::hooks::Hooks;
 use crate::inherit;
-use crate::io::{self as streams, Meeting, Pipes, StreamError};
+use crate::io::{self as streams, Meeting, Outputs, Pipes, StreamError, Written};
 use crate::process::{Exit, Reaper, Waiter, send_signal};
 use crate::report::{self, Line};
 use crate::share::{self, Share};
 use crate::spec::{self, Prepared, SpecError};
+use crate::sysctl::{Setting, SettingError};
 use crate::table;
 use crate::terminal::{Awaited, Terminal};
 use exec::Execs;
@@ -73,8 +74,8 @@ pub(crate) enum ContainerError {
     ProgramNotFound(String),
     #[error("{0}")]
     ProgramNotExecutable(String),
-    #[error("linux.sysctl: {0}: {1}")]
-    Setting(String, io::Error),
+    #[error(transparent)]
+    Setting(#[from] SettingError),
     #[error("limits cannot be set: {0}")]
     Limits(String),
     #[error("container cannot be created: {0}")]
@@ -88,6 +89,8 @@ pub(crate) enum ContainerError {
 pub(crate) struct End {
     pub(crate) exit: Exit,
     pub(crate) oom_killed: bool,
+    /// What its streams carried when it ended; what others write to them afterwards comes behind.
+    pub(crate) written: Written,
 }
 
 /// What Create asks for; the fields are those of its message.
@@ -125,6 +128,13 @@ struct Container {
     end: watch::Receiver<Option<End>>,
     terminal: Option<Terminal>,
     execs: Execs,
+}
+
+/// What a process has of the host.
+#[derive(Clone, Debug)]
+struct Connected {
+    outputs: Outputs,
+    terminal: Option<Terminal>,
 }
 
 /// A process that a creator, or a tenant, has made.
@@ -316,7 +326,7 @@ impl Containers {
         let prepared = prepared.await;
         let prepared = prepared.map_err(|e| failed("read the specification")(e.into()))??;
         match self.create_connected(&id, &bundle, prepared, (streams, descriptors)).await {
-            Ok((made, terminal)) => Ok(Container::new(id, made, terminal)),
+            Ok((made, connected)) => Ok(Container::new(id, made, connected)),
             Err(error) => {
                 if let Err(error) = remove(&id).await {
                     tracing::error!(container = id, %error, "a failed container left something");
@@ -333,13 +343,10 @@ impl Containers {
         bundle: &str,
         prepared: Prepared,
         (mut streams, descriptors): (Streams, Vec<Descriptor>),
-    ) -> Result<(Made, Option<Terminal>), ContainerError> {
+    ) -> Result<(Made, Connected), ContainerError> {
         let place = Place::of(id);
         let Prepared { mut spec, restrictions, stream_owner, network_settings } = prepared;
-        for (path, value) in network_settings {
-            let set = fs::write(Path::new("/proc/sys").join(&path), value);
-            set.map_err(|error| ContainerError::Setting(path.display().to_string(), error))?;
-        }
+        network_settings.into_iter().try_for_each(Setting::make)?;
         if let Some(process) = spec.process() {
             size_terminal(&mut streams, process);
         }
@@ -373,7 +380,7 @@ impl Containers {
         stream_owner: u32,
         directory: &Path,
         (streams, descriptors): (Streams, Vec<Descriptor>),
-    ) -> Result<(Made, Result<Option<Terminal>, StreamError>), ContainerError> {
+    ) -> Result<(Made, Result<Connected, StreamError>), ContainerError> {
         let Streams { stdin, stdout, stderr, terminal } = streams;
         let awaited = terminal.map(|asked| Awaited::listen(directory, &asked)).transpose()?;
         let (pipes, stdio) = Pipes::new([&stdin, &stdout, &stderr])?;
@@ -397,14 +404,15 @@ impl Containers {
             }
         };
         let connected = async {
-            match connected {
+            let (outputs, ()) = match connected {
                 Some(connected) => connected?,
                 None => connecting.await?,
             };
-            match awaited {
-                Some(awaited) => Ok(Some(awaited.connect(&self.meeting).await?)),
-                None => Ok(None),
-            }
+            let terminal = match awaited {
+                Some(awaited) => Some(awaited.connect(&self.meeting).await?),
+                None => None,
+            };
+            Ok(Connected { outputs, terminal })
         };
         Ok((made, connected.await))
     }
@@ -441,14 +449,16 @@ impl Containers {
 
 impl Container {
     /// A created container; notes its end.
-    fn new(id: String, made: Made, terminal: Option<Terminal>) -> Self {
+    fn new(id: String, made: Made, connected: Connected) -> Self {
         let Made { pid, end: init } = made;
+        let Connected { outputs, terminal } = connected;
         let (sender, end) = watch::channel(None);
         let mut ending = init.clone();
         let cgroup = Cgroup::of(&id);
         tokio::spawn(async move {
             let exit = ending.wait().await;
-            sender.send_replace(Some(End { exit, oom_killed: cgroup.oom_killed() }));
+            let written = outputs.written();
+            sender.send_replace(Some(End { exit, oom_killed: cgroup.oom_killed(), written }));
             // Kept until the last receiver has gone, so that the end can be asked for again.
             sender.closed().await;
         });

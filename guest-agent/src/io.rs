@@ -10,10 +10,12 @@ use std::fmt;
 use std::io;
 use std::net::Shutdown;
 use std::os::fd::OwnedFd;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
 use bulkhead_protocol::{DESCRIPTORS_MAX, StreamHeader};
+use rustix::io::ioctl_fionread;
 use rustix::pipe::{PipeFlags, pipe_with};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, Interest};
 use tokio::net::unix::pipe;
@@ -249,7 +251,10 @@ impl Pipes {
     ///
     /// # Errors
     /// A connection does not come in [`PATIENCE`].
-    pub(crate) async fn connect(self, meeting: &Meeting<VsockStream>) -> Result<(), StreamError> {
+    pub(crate) async fn connect(
+        self,
+        meeting: &Meeting<VsockStream>,
+    ) -> Result<Outputs, StreamError> {
         let stdin = claim(meeting, self.stdin, Kind::Stdin);
         let stdout = claim(meeting, self.stdout, Kind::Stdout);
         let stderr = claim(meeting, self.stderr, Kind::Stderr);
@@ -257,13 +262,54 @@ impl Pipes {
         if let Some((connection, pipe)) = stdin {
             tokio::spawn(feed(Kind::Stdin, connection, pipe));
         }
-        if let Some((connection, pipe)) = stdout {
-            tokio::spawn(drain(Kind::Stdout, pipe, connection));
-        }
-        if let Some((connection, pipe)) = stderr {
-            tokio::spawn(drain(Kind::Stderr, pipe, connection));
-        }
-        Ok(())
+        let drained = |stream, output: Option<(VsockStream, pipe::Receiver)>| {
+            let Some((connection, pipe)) = output else { return Output::default() };
+            let pipe = Arc::new(pipe);
+            let output = Output { taken: Arc::default(), pipe: Arc::downgrade(&pipe) };
+            tokio::spawn(drain(stream, (pipe, Arc::clone(&output.taken)), connection));
+            output
+        };
+        let (stdout, stderr) = (drained(Kind::Stdout, stdout), drained(Kind::Stderr, stderr));
+        Ok(Outputs { stdout, stderr })
+    }
+}
+
+/// What a process writes to its standard output and standard error. Clones share the counts.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Outputs {
+    stdout: Output,
+    stderr: Output,
+}
+
+/// One of them; without a stream nothing is ever written.
+#[derive(Clone, Debug, Default)]
+struct Output {
+    /// The bytes that were taken from the pipe.
+    taken: Arc<AtomicU64>,
+    /// The pipe, while it is read.
+    pipe: Weak<pipe::Receiver>,
+}
+
+/// The bytes that were written so far to a process's standard output and standard error.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Written {
+    pub(crate) stdout: u64,
+    pub(crate) stderr: u64,
+}
+
+impl Outputs {
+    /// What was written so far. Asked after a process has ended, it covers all that the process wrote.
+    pub(crate) fn written(&self) -> Written {
+        Written { stdout: self.stdout.written(), stderr: self.stderr.written() }
+    }
+}
+
+impl Output {
+    fn written(&self) -> u64 {
+        // Whoever takes bytes from the pipe counts them before another task runs: the agent has one
+        // thread for all tasks.
+        let waiting = self.pipe.upgrade().and_then(|pipe| ioctl_fionread(&*pipe).ok());
+        self.taken.load(Ordering::Relaxed) + waiting.unwrap_or(0)
     }
 }
 
@@ -318,13 +364,36 @@ where
 
 /// Copies a process's output to the host, then ends that direction and waits until the host has
 /// closed the other, so that nothing in flight is cut off.
-async fn drain(stream: Kind, mut pipe: pipe::Receiver, mut connection: VsockStream) {
-    let copied = copy(&mut pipe, &mut connection).await;
+async fn drain(
+    stream: Kind,
+    (pipe, taken): (Arc<pipe::Receiver>, Arc<AtomicU64>),
+    mut connection: VsockStream,
+) {
+    let copied = drain_all(&pipe, &taken, &mut connection).await;
     let whole = copied.is_ok();
     log_end(stream, copied);
     drop(pipe);
     if whole {
         finish(connection).await;
+    }
+}
+
+async fn drain_all(
+    pipe: &pipe::Receiver,
+    taken: &AtomicU64,
+    connection: &mut (impl AsyncWrite + Unpin),
+) -> io::Result<()> {
+    let mut buffer = Vec::with_capacity(CHUNK);
+    loop {
+        pipe.readable().await?;
+        buffer.clear();
+        match pipe.try_read_buf(&mut buffer) {
+            Ok(0) => return Ok(()),
+            Ok(length) => taken.fetch_add(length as u64, Ordering::Relaxed),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
+            Err(error) => return Err(error),
+        };
+        connection.write_all(&buffer).await?;
     }
 }
 

@@ -37,6 +37,7 @@ mod rpc;
 mod seccomp;
 mod share;
 mod spec;
+mod sysctl;
 mod table;
 mod tenant;
 mod terminal;

@@ -26,10 +26,11 @@ use tonic::transport::Server;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::container::exec::ExecOrder;
-use crate::container::{ContainerError, Containers, End, Order};
+use crate::container::{ContainerError, Containers, Order};
 use crate::names::Names;
 use crate::network::Network;
 use crate::share::Share;
+use crate::sysctl::Setting;
 use crate::{clock, hotplug, logging};
 
 /// The most of a reason that is told: a status is a header, which has to fit.
@@ -80,7 +81,7 @@ fn from_host(request: Request<()>, host: u32) -> Result<Request<()>, Status> {
 #[tonic::async_trait]
 impl Agent for Calls {
     async fn hello(&self, request: Request<HelloRequest>) -> Result<Response<HelloReply>, Status> {
-        let HelloRequest { version, time_ns, entropy, hostname } = request.into_inner();
+        let HelloRequest { version, time_ns, entropy, hostname, sysctls } = request.into_inner();
         if version != VERSION {
             return Err(Status::failed_precondition(format!(
                 "host speaks version {version} of the protocol, this guest version {VERSION}"
@@ -99,6 +100,11 @@ impl Agent for Calls {
         if !hostname.is_empty() {
             clock::set_hostname(&hostname)
                 .map_err(|error| Status::invalid_argument(format!("host name: {error}")))?;
+        }
+        for (name, value) in sysctls {
+            Setting::new(&name, value)
+                .and_then(Setting::make)
+                .map_err(|error| Status::invalid_argument(error.to_string()))?;
         }
         Ok(Response::new(HelloReply {
             version: VERSION,
@@ -139,14 +145,15 @@ impl Agent for Calls {
         let end = if exec_id.is_empty() {
             self.containers.wait(&container_id).await?
         } else {
-            let exit = self.containers.wait_exec(&container_id, &exec_id).await?;
-            End { exit, oom_killed: false }
+            self.containers.wait_exec(&container_id, &exec_id).await?
         };
         let at = end.exit.at.duration_since(UNIX_EPOCH).unwrap_or_default();
         Ok(Response::new(WaitReply {
             exit_status: end.exit.status,
             exited_at_ns: u64::try_from(at.as_nanos()).unwrap_or(u64::MAX),
             oom_killed: end.oom_killed,
+            stdout_bytes: end.written.stdout,
+            stderr_bytes: end.written.stderr,
         }))
     }
 

@@ -18,6 +18,7 @@ use crate::confinement::Restrictions;
 use crate::device_rules::{self, DeviceRuleError};
 use crate::disks::BoundDisk;
 use crate::mount_options;
+use crate::sysctl::{Setting, SettingError};
 
 /// The most of the container's user table that is read.
 const PASSWD_BYTES: u64 = 1 << 20;
@@ -37,10 +38,10 @@ pub(crate) enum SpecError {
     Terminal,
     #[error("process.execCPUAffinity is not supported: it numbers the processors of the host")]
     Affinity,
-    #[error("linux.sysctl: {0:?} is no setting")]
-    Setting(String),
     #[error(transparent)]
     DeviceRule(#[from] DeviceRuleError),
+    #[error(transparent)]
+    Setting(#[from] SettingError),
     #[error("hooks.{0} run on the host, not in the guest")]
     HostHooks(&'static str),
 }
@@ -53,8 +54,8 @@ pub(crate) struct Prepared {
     pub(crate) restrictions: Restrictions,
     /// The user that owns the standard streams, as the guest numbers it.
     pub(crate) stream_owner: u32,
-    /// Settings of the network that is the guest's own, by their paths below `/proc/sys`.
-    pub(crate) network_settings: Vec<(PathBuf, String)>,
+    /// Settings of the network that is the guest's own.
+    pub(crate) network_settings: Vec<Setting>,
 }
 
 /// Checks an id: it becomes a file name and a cgroup's.
@@ -169,21 +170,13 @@ fn has_new(spec: &Spec, kind: LinuxNamespaceType) -> bool {
 }
 
 /// Takes the settings of the network out, which libcontainer only makes in one of the container's own.
-fn take_network_settings(spec: &mut Spec) -> Result<Vec<(PathBuf, String)>, SpecError> {
-    let mut taken = Vec::new();
+fn take_network_settings(spec: &mut Spec) -> Result<Vec<Setting>, SettingError> {
     let linux = spec.linux_mut().as_mut();
     let Some(settings) = linux.and_then(|linux| linux.sysctl_mut().as_mut()) else {
-        return Ok(taken);
+        return Ok(Vec::new());
     };
-    for (name, value) in settings.extract_if(|name, _| name.starts_with("net.")) {
-        let path = PathBuf::from(name.replace('.', "/"));
-        // A name has no slash of its own, and so leads nowhere else.
-        if name.contains('/') || name.ends_with('.') {
-            return Err(SpecError::Setting(name));
-        }
-        taken.push((path, value));
-    }
-    Ok(taken)
+    let taken = settings.extract_if(|name, _| name.starts_with("net."));
+    taken.map(|(name, value)| Setting::new(&name, value)).collect()
 }
 
 /// The root's propagation as libcontainer knows it: nothing is below a root, so that one which is said

@@ -2,8 +2,9 @@
 //! `Documentation/driver-api/early-userspace/buffer-format.rst`, uncompressed.
 //!
 //! Device nodes are only entries of the archive, so no root is needed. Inodes are numbered in order,
-//! times are zero, and the entries are fixed: the same agent gives the same bytes. It holds the agent
-//! as `/init`, the console, and the directories that the agent mounts on; nothing else.
+//! times are zero, and the entries are fixed: the same program gives the same bytes. It holds the program
+//! as `/init`, the console, and the directories that the program mounts on. A pod's holds nothing else;
+//! the test host's may hold further files.
 
 use std::fs;
 use std::path::Path;
@@ -36,7 +37,7 @@ struct Entry<'a> {
 pub fn write(agent: &Path, output: &Path) -> Result<usize> {
     let program = fs::read(agent).with_context(|| format!("read the agent {}", agent.display()))?;
     ensure!(program.starts_with(b"\x7fELF"), "{} is not an ELF file", agent.display());
-    let archive = archive(&program)?;
+    let archive = archive(&program, &[])?;
     ensure!(
         archive.len() <= MAX_SIZE,
         "the initramfs would be {} bytes, more than {MAX_SIZE}: the agent {} has {} (is it a stripped \
@@ -51,15 +52,21 @@ pub fn write(agent: &Path, output: &Path) -> Result<usize> {
     Ok(archive.len())
 }
 
-fn archive(agent: &[u8]) -> Result<Vec<u8>> {
+/// The bytes of an archive with that program, and files beside it, each a name and its content.
+///
+/// # Errors
+/// When a file is too large for the format.
+pub fn archive(program: &[u8], files: &[(String, Vec<u8>)]) -> Result<Vec<u8>> {
     let mut entries: Vec<Entry<'_>> = DIRECTORIES
         .iter()
         .map(|name| Entry { name, mode: S_IFDIR | 0o755, device: (0, 0), data: &[] })
         .collect();
     entries.push(Entry { name: "dev/console", mode: S_IFCHR | 0o600, device: CONSOLE, data: &[] });
-    entries.push(Entry { name: "init", mode: S_IFREG | 0o755, device: (0, 0), data: agent });
+    entries.push(Entry { name: "init", mode: S_IFREG | 0o755, device: (0, 0), data: program });
+    let file = |(name, data)| Entry { name, mode: S_IFREG | 0o644, device: (0, 0), data };
+    entries.extend(files.iter().map(|(name, data)| (name.as_str(), data.as_slice())).map(file));
     entries.sort_by_key(|entry| entry.name);
-    let mut archive = Vec::with_capacity(agent.len() + 4096);
+    let mut archive = Vec::with_capacity(program.len() + 4096);
     for (number, entry) in (1..).zip(&entries) {
         append(&mut archive, number, entry)?;
     }
@@ -111,7 +118,7 @@ mod tests {
 
     #[test]
     fn first_entry_has_the_bytes_of_the_format() {
-        let archive = archive(b"\x7fELF").unwrap();
+        let archive = archive(b"\x7fELF", &[]).unwrap();
         let header = concat!(
             "070701", "00000001", "000041ED", "00000000", "00000000", "00000002", "00000000",
             "00000000", "00000000", "00000000", "00000000", "00000000", "00000004", "00000000",
@@ -135,7 +142,7 @@ mod tests {
 
     #[test]
     fn same_agent_gives_the_same_bytes() {
-        assert_eq!(archive(b"agent").unwrap(), archive(b"agent").unwrap());
+        assert_eq!(archive(b"agent", &[]).unwrap(), archive(b"agent", &[]).unwrap());
     }
 
     #[test]
@@ -155,7 +162,8 @@ mod tests {
     fn busybox_lists_exactly_the_entries() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("initramfs.cpio");
-        fs::write(&path, archive(b"\x7fELF agent").unwrap()).unwrap();
+        let files = [("further".to_owned(), b"file".to_vec())];
+        fs::write(&path, archive(b"\x7fELF agent", &files).unwrap()).unwrap();
         let listing = Command::new("busybox")
             .args(["cpio", "-t"])
             .stdin(fs::File::open(&path).unwrap())
@@ -163,6 +171,6 @@ mod tests {
             .output()
             .unwrap();
         let names = String::from_utf8(listing.stdout).unwrap();
-        assert_eq!(names, "dev\ndev/console\ninit\nproc\nrun\nsys\ntmp\n");
+        assert_eq!(names, "dev\ndev/console\nfurther\ninit\nproc\nrun\nsys\ntmp\n");
     }
 }

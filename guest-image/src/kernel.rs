@@ -5,6 +5,9 @@
 //! Kept in the cache under the hash of the fragment, the source, the tools and `RECIPE`, so a second
 //! call only looks it up. What does not depend on the inputs (user, host, time) is fixed, so the same
 //! inputs give the same kernel.
+//!
+//! The objects stay in the cache too: another fragment compiles what its options reach, and a first
+//! build that was interrupted goes on.
 
 use std::collections::VecDeque;
 use std::ffi::OsStr;
@@ -69,15 +72,58 @@ pub fn build(recipe: Recipe<'_>, source: &Source) -> Result<Kernel> {
         return Ok(kernel);
     }
     let tree = source.unpack(&cache)?;
+    let objects = Objects::open(&cache, recipe, source)?;
     let log = cache.join(format!("kernel-{}.log", recipe.name));
     cache::publish(&entry, |partial| {
-        let make = Make::new(&tree, &partial.join("build"), &log)?;
+        let make = Make::new(&tree, &objects.directory, &log)?;
         configure(recipe, &requested, &make)?;
-        compile(recipe, &make)?;
-        keep(&make.build, partial)?;
-        cache::remove(&make.build)
+        objects.change(|| compile(recipe, &make))?;
+        keep(&make.build, partial)
     })?;
     Ok(kernel)
+}
+
+/// The objects of all kernels of one name, source and compiler.
+///
+/// make takes an object for whole if the command that made it is written beside it, which happens
+/// afterwards. That tells a first build what an interruption left half made, but not a later one.
+struct Objects {
+    directory: PathBuf,
+}
+
+impl Objects {
+    /// There once make has ended by itself.
+    const WHOLE: &str = "whole";
+    /// There instead while it runs again.
+    const CHANGING: &str = "changing";
+
+    /// Takes over what the build before left. The caller holds the lock of that kernel.
+    fn open(cache: &Path, recipe: Recipe<'_>, source: &Source) -> Result<Self> {
+        let (gcc, ld) = (version("gcc")?, version("ld")?);
+        let key = cache::key([RECIPE, &source.identity(), &gcc, &ld]);
+        let directory = cache.join(format!("objects-{}-{key:.16}", recipe.name));
+        if directory.join(Self::CHANGING).exists() {
+            cache::remove(&directory)?;
+        }
+        fs::create_dir_all(&directory)
+            .with_context(|| format!("create {}", directory.display()))?;
+        Ok(Self { directory })
+    }
+
+    /// Runs what changes them, and remembers whether it came to its end, good or bad.
+    fn change(&self, work: impl FnOnce() -> Result<()>) -> Result<()> {
+        let (whole, changing) =
+            (self.directory.join(Self::WHOLE), self.directory.join(Self::CHANGING));
+        if whole.exists() {
+            fs::rename(&whole, &changing).context("mark the objects")?;
+        }
+        let result = work();
+        File::create(&whole).context("mark the objects")?;
+        if changing.exists() {
+            fs::remove_file(&changing).context("mark the objects")?;
+        }
+        result
+    }
 }
 
 /// The hash of everything that decides what comes out.
@@ -104,7 +150,6 @@ struct Make {
 
 impl Make {
     fn new(tree: &Path, build: &Path, log: &Path) -> Result<Self> {
-        fs::create_dir(build).with_context(|| format!("create {}", build.display()))?;
         File::create(log).with_context(|| format!("create {}", log.display()))?;
         Ok(Self { tree: tree.to_owned(), build: build.to_owned(), log: log.to_owned() })
     }
@@ -128,6 +173,8 @@ impl Make {
             .env("KBUILD_BUILD_TIMESTAMP", "Thu Jan  1 00:00:00 UTC 1970")
             .env("KBUILD_BUILD_USER", "bulkhead")
             .env("KBUILD_BUILD_HOST", "bulkhead")
+            // Else make counts the builds in a directory.
+            .env("KBUILD_BUILD_VERSION", "1")
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(log.try_clone()?)
@@ -210,6 +257,8 @@ fn joined(prefix: &str, path: &Path) -> impl AsRef<OsStr> {
 
 #[cfg(test)]
 mod tests {
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
     use super::*;
 
     #[test]
@@ -223,17 +272,39 @@ mod tests {
     }
 
     #[test]
+    fn objects_are_kept_unless_a_later_build_was_interrupted() {
+        let cache = tempfile::tempdir().unwrap();
+        let recipe = Recipe { name: "guest", fragment: "" };
+        let source = Source::Debian { version: "1".to_owned() };
+        let open = || Objects::open(cache.path(), recipe, &source).unwrap();
+        let has_one = |objects: &Objects| objects.directory.join("one.o").exists();
+        let interrupted = |objects: &Objects| {
+            let work = || objects.change(|| panic!("interrupted"));
+            assert!(catch_unwind(AssertUnwindSafe(work)).is_err());
+        };
+
+        let first = open();
+        fs::write(first.directory.join("one.o"), "").unwrap();
+        interrupted(&first);
+        // It goes on from there, and an error of make leaves whole objects too.
+        assert!(has_one(&open()));
+        open().change(|| bail!("a mistake in the source")).unwrap_err();
+        open().change(|| Ok(())).unwrap();
+        assert!(has_one(&open()));
+        // Now nobody knows which objects are whole.
+        interrupted(&open());
+        assert!(!has_one(&open()));
+    }
+
+    #[test]
     fn failing_make_shows_the_end_of_its_log() {
         let directory = tempfile::tempdir().unwrap();
         let noise: String = (0..100).map(|line| format!("\t@echo noise {line}\n")).collect();
         let rule = format!("vmlinux:\n{noise}\t@echo broken file >&2; false\n");
         fs::write(directory.path().join("Makefile"), rule).unwrap();
-        let make = Make::new(
-            directory.path(),
-            &directory.path().join("build"),
-            &directory.path().join("log"),
-        )
-        .unwrap();
+        let build = directory.path().join("build");
+        fs::create_dir(&build).unwrap();
+        let make = Make::new(directory.path(), &build, &directory.path().join("log")).unwrap();
         let error = make.run("vmlinux", |_| ()).unwrap_err().to_string();
         assert!(error.contains("broken file") && !error.contains("noise 1\n"), "{error}");
     }

@@ -18,7 +18,7 @@ use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::registry::LookupSpan;
 
-use crate::timestamp;
+use crate::state::timestamp;
 
 /// Where log lines go and what they look like.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -14,6 +14,8 @@ mod differential;
 #[cfg(test)]
 mod disks;
 #[cfg(test)]
+mod ends;
+#[cfg(test)]
 mod errors;
 #[cfg(test)]
 mod exec;
@@ -21,6 +23,8 @@ mod exec;
 mod features;
 #[cfg(test)]
 mod files;
+#[cfg(test)]
+mod frozen;
 #[cfg(test)]
 mod growth;
 #[cfg(test)]

@@ -4,6 +4,7 @@
 //! their end, 4 carries out a task given in words, 5 closes at once. Streams carry [`pattern`], so
 //! that bytes that were lost, doubled or moved are noticed at either end.
 
+use std::arch::x86_64::__cpuid_count;
 use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::net::Shutdown;
@@ -13,6 +14,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use rustix::fs::{FallocateFlags, fallocate};
 use rustix::mount::{MountFlags, mount};
+use rustix::thread::{CpuSet, sched_setaffinity};
 use vsock::{VMADDR_CID_ANY, VsockListener, VsockStream};
 
 mod network;
@@ -125,9 +127,22 @@ fn carry_out(words: &[&str]) -> Result<String> {
             Ok(read.to_string())
         }
         ["change", disk] => change(disk).map(|()| "done".into()).context("change"),
+        ["cpuid", processor, leaf, subleaf] => {
+            let number = |word: &str| u32::from_str_radix(word, 16);
+            cpuid(processor.parse()?, number(leaf)?, number(subleaf)?)
+        }
         ["network", words @ ..] => network::carry_out(words),
         _ => bail!("no such task: {words:?}"),
     }
+}
+
+/// What a processor says of itself: EAX, EBX, ECX, EDX.
+fn cpuid(processor: usize, leaf: u32, subleaf: u32) -> Result<String> {
+    let mut set = CpuSet::new();
+    set.set(processor);
+    sched_setaffinity(None, &set).context("run there")?;
+    let said = __cpuid_count(leaf, subleaf);
+    Ok(format!("{:x} {:x} {:x} {:x}", said.eax, said.ebx, said.ecx, said.edx))
 }
 
 /// Writes the second 4 KiB of a disk, and fills the third and fourth with zeroes in two ways.

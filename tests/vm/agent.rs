@@ -37,6 +37,7 @@ fn hello() -> HelloRequest {
         time_ns: 1_700_000_000_000_000_000,
         entropy: vec![1; 64],
         hostname: "pod".to_owned(),
+        ..HelloRequest::default()
     }
 }
 

@@ -111,3 +111,61 @@ fn a_device_is_attached_to_a_placeholder_and_detached_again() {
     vm.call(Request::Detach { slot: 9 }, &[]).unwrap_err();
     assert_eq!(vm.call(attach(9), &[disk.as_fd()]).unwrap().0, Reply::Done);
 }
+
+#[test]
+fn an_attach_that_fails_changes_nothing() {
+    const FREE: u8 = 9;
+    let mut vm = TestVm::boot(&Options::default()).unwrap();
+    vm.open_stream(AGENT_PORT, BOOT).unwrap();
+    let refused = |vm: &mut TestVm, slot, device, expected: &str| {
+        let error = vm.call(Request::Attach { slot, device }, &[]).unwrap_err();
+        let words = format!("{error:#}");
+        assert!(words.contains(expected), "{words}");
+    };
+    // Where a device sits already, and where there is nothing for one.
+    for slot in [0, 16] {
+        let reason = if slot == 0 { "holds a device" } else { "no such slot" };
+        refused(&mut vm, slot, DeviceConfig::Vsock { guest_cid: 4 }, reason);
+        refused(&mut vm, slot, DeviceConfig::Balloon, reason);
+        refused(&mut vm, slot, DeviceConfig::Mem { region_mib: 128 }, reason);
+    }
+    // Of these a machine has one.
+    refused(&mut vm, FREE, DeviceConfig::Vsock { guest_cid: 4 }, "has a vsock device");
+    vm.open_stream(AGENT_PORT, BOOT).unwrap();
+    let (reply, _) = vm.call(Request::Statistics, &[]).unwrap();
+    let Reply::Statistics(statistics) = reply else { panic!("{reply:?}") };
+    assert_eq!(statistics.devices.iter().map(|it| it.slot).collect::<Vec<_>>(), [0, 1]);
+    assert_eq!((statistics.balloon_mib, statistics.plugged_mib), (None, None));
+    vm.call(Request::Plug { target_mib: 128 }, &[]).unwrap_err();
+    vm.call(Request::Balloon { target_mib: 1 }, &[]).unwrap_err();
+    // A slot in which one could not be made takes the next.
+    let disk = |fd| DeviceConfig::Blk { disk: Fd(fd), read_only: false, serial: "late".into() };
+    let directory = std::fs::File::open("/").unwrap();
+    let attach = Request::Attach { slot: FREE, device: disk(0) };
+    vm.call(attach.clone(), &[directory.as_fd()]).unwrap_err();
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(1 << 20).unwrap();
+    vm.call(attach, &[file.as_fd()]).unwrap();
+    for (slot, device) in
+        [(FREE + 1, DeviceConfig::Balloon), (FREE + 2, DeviceConfig::Mem { region_mib: 128 })]
+    {
+        vm.call(Request::Attach { slot, device }, &[]).unwrap();
+    }
+    refused(&mut vm, FREE + 3, DeviceConfig::Balloon, "has a balloon");
+    refused(&mut vm, FREE + 3, DeviceConfig::Mem { region_mib: 1 }, "has a memory device");
+}
+
+#[test]
+fn what_a_detached_device_did_is_refused() {
+    let mut vm = TestVm::boot(&Options::default()).unwrap();
+    vm.call(Request::Attach { slot: 9, device: DeviceConfig::Balloon }, &[]).unwrap();
+    vm.call(Request::Balloon { target_mib: 0 }, &[]).unwrap();
+    vm.call(Request::Detach { slot: 9 }, &[]).unwrap();
+    let error = format!("{:#}", vm.call(Request::Balloon { target_mib: 0 }, &[]).unwrap_err());
+    assert!(error.contains("no balloon"), "{error}");
+    vm.call(Request::Attach { slot: 10, device: DeviceConfig::Balloon }, &[]).unwrap();
+    vm.call(Request::Balloon { target_mib: 0 }, &[]).unwrap();
+    vm.call(Request::Detach { slot: 0 }, &[]).unwrap();
+    let error = format!("{:#}", vm.open_stream(AGENT_PORT, BOOT).unwrap_err());
+    assert!(error.contains("no vsock device"), "{error}");
+}

@@ -15,3 +15,5 @@ mod jail;
 mod lifecycle;
 #[cfg(test)]
 mod network;
+#[cfg(test)]
+mod processors;

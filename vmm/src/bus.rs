@@ -135,25 +135,62 @@ mod tests {
     #[test]
     fn nobody_home_reads_all_ones() {
         let bus = bus();
-        let mut data = [0; 8];
-        bus.memory_read(layout::SLOTS_END.0, &mut data);
-        assert_eq!(data, [0xff; 8]);
-        bus.memory_read(u64::MAX, &mut data);
-        bus.memory_write(u64::MAX, &data);
-        bus.port_read(0x70, &mut data[..2]);
-        assert_eq!(data[..2], [0xff; 2]);
+        for address in [0, layout::SLOTS.0 - 8, layout::SLOTS_END.0, 1 << 40, u64::MAX] {
+            let mut data = [0; 8];
+            bus.memory_write(address, &data);
+            bus.memory_read(address, &mut data);
+            assert_eq!(data, [0xff; 8], "{address:#x}");
+        }
     }
 
     #[test]
-    fn odd_widths_at_any_offset_are_harmless() {
+    fn every_width_at_any_offset_of_a_placeholder_has_an_answer() {
+        const BEFORE: u8 = 0xa5;
         let bus = bus();
         for offset in 0..SLOT_BYTES {
             for width in 0..=8 {
-                let mut data = [0_u8; 8];
-                bus.memory_read(layout::SLOTS.0 + offset, &mut data[..width]);
+                let mut data = [BEFORE; 8];
                 bus.memory_write(layout::SLOTS.0 + offset, &data[..width]);
+                bus.memory_read(layout::SLOTS.0 + offset, &mut data[..width]);
+                let expected: &[u8] = match (offset, width) {
+                    (0, 4) => b"virt",
+                    (4, 4) => &[2, 0, 0, 0],
+                    (12, 4) => b"BLKH",
+                    _ => &[0; 8][..width],
+                };
+                assert_eq!(&data[..width], expected, "{width} bytes at {offset:#x}");
+                assert_eq!(data[width..], [BEFORE; 8][width..], "{width} bytes at {offset:#x}");
             }
         }
+        assert_eq!(bus.console().bytes(), 0);
+    }
+
+    #[test]
+    fn every_port_and_width_has_an_answer() {
+        let bus = bus();
+        let console = console::PORT_BASE..console::PORT_BASE + console::PORT_COUNT;
+        for port in 0..=u16::MAX {
+            for width in [1, 2, 4] {
+                let mut data = [0; 4];
+                bus.port_read(port, &mut data[..width]);
+                let expected = match (port, width) {
+                    (port, 1) if console.contains(&port) => continue,
+                    (I8042_COMMAND, 1) => [0, 0, 0, 0],
+                    (_, 1) => [0xff, 0, 0, 0],
+                    (_, 2) => [0xff, 0xff, 0, 0],
+                    _ => [0xff; 4],
+                };
+                assert_eq!(data, expected, "{width} bytes at {port:#x}");
+                assert_eq!(bus.port_write(port, &data[..width]), Effect::None);
+            }
+        }
+        // Only single bytes are for the console.
+        assert_eq!(bus.console().bytes(), 0);
+        bus.port_write(console::PORT_BASE, b"x");
+        assert_eq!(bus.console().bytes(), 1);
+        let mut status = [0];
+        bus.port_read(console::PORT_BASE + 5, &mut status);
+        assert_ne!(status[0] & 0x20, 0, "the console takes the next byte");
     }
 
     #[test]

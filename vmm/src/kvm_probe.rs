@@ -12,7 +12,7 @@ use std::arch::x86_64::__cpuid;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, IntoRawFd};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use kvm_bindings::kvm_userspace_memory_region;
 use kvm_ioctls::{Kvm, VcpuExit};
@@ -26,6 +26,8 @@ pub const LOOPS_PER_SECOND_MIN: u64 = 10_000_000;
 /// Long enough to outweigh entering the guest (some microseconds), short enough to end within
 /// 50 ms where it is emulated.
 const LOOPS: u16 = 20_000;
+/// Whoever takes the processor away meanwhile makes it look slow, so the best of so many counts.
+const ATTEMPTS: u32 = 5;
 /// Where the loop lies.
 const CODE: u64 = 0x1000;
 /// `mov cx, LOOPS; loop $; hlt` in 16-bit code.
@@ -68,7 +70,7 @@ pub fn processor_virtualizes() -> bool {
     vmx || extended && __cpuid(0x8000_0001).ecx & (1 << 2) != 0
 }
 
-/// Times the loop; `kvm` is `/dev/kvm`.
+/// Times the loop, a few times where it is slow; `kvm` is `/dev/kvm`.
 ///
 /// # Errors
 /// When KVM cannot run it.
@@ -105,21 +107,33 @@ fn time_loop(vm: &kvm_ioctls::VmFd) -> Result<Speed, ProbeError> {
     vcpu.set_sregs(&sregs).map_err(|error| ProbeError::Kvm("KVM_SET_SREGS", error))?;
     let mut regs = vcpu.get_regs().map_err(|error| ProbeError::Kvm("KVM_GET_REGS", error))?;
     (regs.rip, regs.rflags) = (CODE, 2);
-    vcpu.set_regs(&regs).map_err(|error| ProbeError::Kvm("KVM_SET_REGS", error))?;
-    let from = Instant::now();
-    match vcpu.run() {
-        Ok(VcpuExit::Hlt) => {}
-        Ok(exit) => return Err(ProbeError::Stopped(format!("{exit:?}"))),
-        Err(error) => return Err(ProbeError::Kvm("KVM_RUN", error)),
+    let mut best = Duration::MAX;
+    for _ in 0..ATTEMPTS {
+        vcpu.set_regs(&regs).map_err(|error| ProbeError::Kvm("KVM_SET_REGS", error))?;
+        let from = Instant::now();
+        match vcpu.run() {
+            Ok(VcpuExit::Hlt) => best = best.min(from.elapsed()),
+            Ok(exit) => return Err(ProbeError::Stopped(format!("{exit:?}"))),
+            Err(error) => return Err(ProbeError::Kvm("KVM_RUN", error)),
+        }
+        if Speed::of_loops_in(best) == Speed::Hardware {
+            break;
+        }
     }
-    let micros = from.elapsed().as_micros().max(1);
-    let rate = u128::from(LOOPS) * 1_000_000 / micros;
-    let loops_per_second = u64::try_from(rate).unwrap_or(u64::MAX);
-    Ok(if loops_per_second < LOOPS_PER_SECOND_MIN {
-        Speed::Emulated { loops_per_second }
-    } else {
-        Speed::Hardware
-    })
+    Ok(Speed::of_loops_in(best))
+}
+
+impl Speed {
+    /// Of [`LOOPS`] turns in so much time.
+    fn of_loops_in(time: Duration) -> Self {
+        let rate = u128::from(LOOPS) * 1_000_000 / time.as_micros().max(1);
+        let loops_per_second = u64::try_from(rate).unwrap_or(u64::MAX);
+        if loops_per_second < LOOPS_PER_SECOND_MIN {
+            Self::Emulated { loops_per_second }
+        } else {
+            Self::Hardware
+        }
+    }
 }
 
 #[cfg(test)]
@@ -127,12 +141,27 @@ mod tests {
     use super::*;
 
     #[test]
+    #[ignore = "needs the test host"]
     fn a_processor_that_virtualizes_is_measured_as_hardware() {
-        let Ok(kvm) = File::options().read(true).write(true).open("/dev/kvm") else { return };
-        if processor_virtualizes() {
-            assert_eq!(measure(&kvm).unwrap(), Speed::Hardware);
-        } else {
-            measure(&kvm).unwrap();
-        }
+        assert!(processor_virtualizes());
+        let kvm = File::options().read(true).write(true).open("/dev/kvm").unwrap();
+        assert_eq!(measure(&kvm).unwrap(), Speed::Hardware);
+    }
+
+    #[test]
+    fn what_is_not_kvm_is_an_error() {
+        let other = File::options().read(true).write(true).open("/dev/null").unwrap();
+        assert!(matches!(measure(&other), Err(ProbeError::Kvm("KVM_CREATE_VM", _))));
+    }
+
+    #[test]
+    fn the_rate_tells_hardware_from_emulation() {
+        let speed = |micros| Speed::of_loops_in(Duration::from_micros(micros));
+        // 20,000 turns.
+        assert_eq!(speed(100), Speed::Hardware);
+        assert_eq!(speed(0), Speed::Hardware, "faster than the clock ticks");
+        assert_eq!(speed(2_000), Speed::Hardware);
+        assert_eq!(speed(2_001), Speed::Emulated { loops_per_second: 9_995_002 });
+        assert_eq!(speed(30_000), Speed::Emulated { loops_per_second: 666_666 });
     }
 }

@@ -1,14 +1,28 @@
-//! Log lines of the jailed processes: JSON on standard error, which the supervisor gave them.
+//! Log lines of the jailed processes: JSON on standard error, a file that the supervisor gave them.
+//!
+//! The file is bounded, as a guest has all the time in the world: what it can cause is rate-limited
+//! where it is logged (`devices::rate_limit`), and ends when a part of the file is full. The rest is
+//! kept for errors, which are the host's, so that the reason of an end is in the file whatever a
+//! guest did before.
 
 use std::error::Error;
 use std::io::Write;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use log::{LevelFilter, Log, Metadata, Record};
+use log::{Level, LevelFilter, Log, Metadata, Record};
 
-struct Lines;
+/// The most that a process logs, in bytes, and the part of it that is not for errors.
+const LOG_BYTES_MAX: u64 = 1 << 20;
+const OTHER_BYTES_MAX: u64 = LOG_BYTES_MAX / 2;
+/// Where a message is cut, in characters.
+const MESSAGE_MAX: usize = 1000;
 
-static LINES: Lines = Lines;
+struct Lines {
+    written: AtomicU64,
+}
+
+static LINES: Lines = Lines { written: AtomicU64::new(0) };
 
 /// Writes everything from `info` up to standard error from now on.
 pub(crate) fn start() {
@@ -45,19 +59,101 @@ impl Log for Lines {
     }
 
     fn log(&self, record: &Record<'_>) {
-        if !self.enabled(record.metadata()) {
-            return;
+        if self.enabled(record.metadata()) {
+            self.write(&mut std::io::stderr(), record);
         }
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let line = serde_json::json!({
-            "ts": now.as_secs_f64(),
-            "level": record.level().as_str().to_ascii_lowercase(),
-            "target": record.target(),
-            "msg": record.args().to_string(),
-        });
-        // A full disk must not stop the machine.
-        let _ = writeln!(std::io::stderr(), "{line}");
     }
 
     fn flush(&self) {}
+}
+
+impl Lines {
+    /// Writes a line while there is room for its kind, and once that there is none any more. A disk
+    /// that is full does not stop the machine.
+    fn write(&self, file: &mut impl Write, record: &Record<'_>) {
+        let level = record.level();
+        let max = if level == Level::Error { LOG_BYTES_MAX } else { OTHER_BYTES_MAX };
+        if self.written.load(Ordering::Relaxed) >= max {
+            return;
+        }
+        let line = line(level, record.target(), &record.args().to_string());
+        let len = line.len() as u64;
+        let room = |written: u64| (written < max).then(|| written.saturating_add(len));
+        let Ok(before) = self.written.fetch_update(Ordering::Relaxed, Ordering::Relaxed, room)
+        else {
+            return;
+        };
+        let _ = file.write_all(line.as_bytes());
+        for (full, words) in [
+            (OTHER_BYTES_MAX, "this log is half full: from now on only errors are logged"),
+            (LOG_BYTES_MAX, "this log is full: nothing more is logged"),
+        ] {
+            if (before..before + len).contains(&(full - 1)) {
+                let _ = file.write_all(self::line(Level::Warn, module_path!(), words).as_bytes());
+            }
+        }
+    }
+}
+
+fn line(level: Level, target: &str, message: &str) -> String {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let cut = message.char_indices().nth(MESSAGE_MAX).map_or(message.len(), |(at, _)| at);
+    let line = serde_json::json!({
+        "ts": now.as_secs_f64(),
+        "level": level.as_str().to_ascii_lowercase(),
+        "target": target,
+        "msg": message.get(..cut),
+    });
+    format!("{line}\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn write(lines: &Lines, file: &mut Vec<u8>, level: Level, message: &str) {
+        let mut builder = Record::builder();
+        let record = builder.level(level).target("test");
+        lines.write(file, &record.args(format_args!("{message}")).build());
+    }
+
+    #[test]
+    fn a_guest_that_tries_for_a_year_does_not_fill_the_disk() {
+        let lines = Lines { written: AtomicU64::new(0) };
+        let mut file = Vec::new();
+        // Eight lines in ten seconds, from one place.
+        for _ in 0..365 * 24 * 360 {
+            write(&lines, &mut file, Level::Warn, "net: a frame of 70000 bytes was dropped");
+            if file.len() as u64 > 2 * LOG_BYTES_MAX {
+                break;
+            }
+        }
+        let by_the_guest = file.len() as u64;
+        assert!(
+            (OTHER_BYTES_MAX..OTHER_BYTES_MAX + 1000).contains(&by_the_guest),
+            "{by_the_guest}"
+        );
+        let text = String::from_utf8(file.clone()).unwrap();
+        assert_eq!(text.matches("half full").count(), 1);
+        // Why it ended is told all the same.
+        write(&lines, &mut file, Level::Error, "the reason");
+        assert!(String::from_utf8_lossy(&file).contains("the reason"));
+        for _ in 0..100_000 {
+            write(&lines, &mut file, Level::Error, "an error");
+        }
+        assert!(file.len() as u64 <= LOG_BYTES_MAX + 1000, "{}", file.len());
+        let text = String::from_utf8(file).unwrap();
+        assert!(text.trim_end().lines().last().unwrap().contains("nothing more is logged"));
+    }
+
+    #[test]
+    fn a_line_is_json_and_has_an_end() {
+        let lines = Lines { written: AtomicU64::new(0) };
+        let mut file = Vec::new();
+        write(&lines, &mut file, Level::Info, &"\u{1b}é\n".repeat(5000));
+        assert_eq!(file.iter().filter(|byte| **byte == b'\n').count(), 1);
+        let read: serde_json::Value = serde_json::from_slice(&file).unwrap();
+        assert_eq!(read["msg"].as_str().unwrap().chars().count(), MESSAGE_MAX);
+        assert_eq!(read["level"], "info");
+    }
 }

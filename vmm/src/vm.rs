@@ -6,7 +6,7 @@ use std::io;
 use std::os::fd::{IntoRawFd, OwnedFd};
 use std::sync::Arc;
 
-use kvm_bindings::CpuId;
+use kvm_bindings::{CpuId, KVM_CAP_PMU_CAPABILITY, KVM_PMU_CAP_DISABLE, kvm_enable_cap};
 use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
 use thiserror::Error;
 use vm_memory::GuestAddress;
@@ -174,7 +174,9 @@ impl Machine {
     /// Adds the next processor; the first enters the kernel.
     fn add_processor(&mut self, entry: Option<GuestAddress>) -> Result<(), VmError> {
         let index = self.vcpus.count();
-        let cpuid = cpuid::for_vcpu(&self.supported, index, self.vcpus_max);
+        let place = cpuid::Place { index, of: self.vcpus_max };
+        let cpuid = cpuid::for_vcpu(&self.supported, place)
+            .map_err(|error| host("features of a processor")(io::Error::other(error)))?;
         let vcpu = create_vcpu(&self.vm, &cpuid, index)?;
         if let Some(entry) = entry {
             registers::set_entry(&vcpu, entry).map_err(|error| VmError::Boot(error.into()))?;
@@ -235,17 +237,18 @@ impl Machine {
 
     /// Makes a slot a placeholder again.
     pub(crate) fn detach(&mut self, slot: u8) -> Result<(), VmError> {
-        let missing = || {
-            let source = io::Error::new(io::ErrorKind::NotFound, "slot holds no device");
-            VmError::Device { slot, source }
-        };
+        let failed = |source| VmError::Device { slot, source };
+        let missing =
+            || failed(io::Error::new(io::ErrorKind::NotFound, "the slot holds no device"));
         let mut transport = self.bus.slot(slot).ok_or_else(missing)?;
-        if transport.device_id() == Some(mem::DEVICE_ID) {
-            let source = io::Error::other("memory that was plugged cannot be taken out");
-            return Err(VmError::Device { slot, source });
+        let device_id = transport.device_id().ok_or_else(missing)?;
+        if device_id == mem::DEVICE_ID {
+            return Err(failed(io::Error::other("memory that was plugged cannot be taken out")));
         }
-        unwire(&self.vm, slot, &transport)?;
-        transport.detach().map(drop).ok_or_else(missing)
+        let unwired = unwire(&self.vm, slot, &transport);
+        self.handles.forget(device_id);
+        drop(transport.detach());
+        unwired
     }
 
     /// Plugs the cable of a network device, or unplugs it.
@@ -253,7 +256,7 @@ impl Machine {
         let failed = |source| VmError::Device { slot, source };
         let transport = self.bus.slot(slot).filter(|it| it.device_id() == Some(net::DEVICE_ID));
         let transport = transport.ok_or_else(|| {
-            failed(io::Error::new(io::ErrorKind::NotFound, "slot holds no network device"))
+            failed(io::Error::new(io::ErrorKind::NotFound, "the slot holds no network device"))
         })?;
         transport.change_config(|config| net::set_link(config, up)).map_err(failed)
     }
@@ -298,7 +301,20 @@ fn create_vm(kvm_device: &Kvm) -> Result<VmFd, VmError> {
     let vm = kvm_device.create_vm().map_err(kvm("create machine"))?;
     vm.set_tss_address(layout::KVM_TSS).map_err(kvm("set the address of its own pages"))?;
     vm.create_irq_chip().map_err(kvm("create interrupt controllers"))?;
+    disable_counters(&vm)?;
     Ok(vm)
+}
+
+/// Takes the performance counters away before there is a processor. AMD's first four are there
+/// whatever `cpuid` says, so hiding is not enough; a KVM older than Linux 5.18 can do no more.
+fn disable_counters(vm: &VmFd) -> Result<(), VmError> {
+    let known = vm.check_extension_raw(KVM_CAP_PMU_CAPABILITY.into());
+    if u32::try_from(known).unwrap_or(0) & KVM_PMU_CAP_DISABLE == 0 {
+        return Ok(());
+    }
+    let args = [KVM_PMU_CAP_DISABLE.into(), 0, 0, 0];
+    let capability = kvm_enable_cap { cap: KVM_CAP_PMU_CAPABILITY, args, ..Default::default() };
+    vm.enable_cap(&capability).map_err(kvm("disable performance counters"))
 }
 
 /// Creates a processor of which nothing runs yet.
@@ -309,6 +325,7 @@ fn create_vcpu(vm: &VmFd, cpuid: &CpuId, index: u8) -> Result<VcpuFd, VmError> {
     Ok(vcpu)
 }
 
+/// Puts a device into a free slot; one that cannot be put there changes nothing.
 fn attach(
     vm: &VmFd,
     bus: &Bus,
@@ -317,11 +334,24 @@ fn attach(
     fds: &mut Descriptors,
 ) -> Result<(), VmError> {
     let failed = |source| VmError::Device { slot, source };
-    let device = devices::build(config, fds, handles, bus.memory()).map_err(failed)?;
     let missing = || io::Error::new(io::ErrorKind::NotFound, "no such slot");
-    let mut transport =
-        bus.slot(slot).ok_or_else(|| VmError::Device { slot, source: missing() })?;
-    transport.attach(device).map_err(|source| VmError::Device { slot, source })?;
+    let mut transport = bus.slot(slot).ok_or_else(missing).map_err(failed)?;
+    // Before the device is made, which may change what it is made of, such as a tap.
+    transport.check_free().and_then(|()| handles.check(config)).map_err(failed)?;
+    let (device, brought) = devices::build(config, fds, bus.memory()).map_err(failed)?;
+    transport.attach(device).map_err(failed)?;
+    if let Err(error) = wire(vm, slot, &transport) {
+        // Of what was not wired this fails, which is nothing to tell.
+        let _ = unwire(vm, slot, &transport);
+        drop(transport.detach());
+        return Err(error);
+    }
+    handles.add(brought);
+    Ok(())
+}
+
+/// Tells KVM of a device's interrupt, and of where the driver kicks its queues.
+fn wire(vm: &VmFd, slot: u8, transport: &Transport) -> Result<(), VmError> {
     let Some((line, kicks)) = transport.wiring() else { return Ok(()) };
     vm.register_irqfd(line.irq(), layout::slot_irq(slot)).map_err(kvm("device interrupt"))?;
     let notify = IoEventAddress::Mmio(layout::slot_address(slot).0 + QUEUE_NOTIFY);
@@ -331,11 +361,13 @@ fn attach(
     Ok(())
 }
 
+/// Undoes [`wire`], as far as it can; the first error is that of the whole.
 fn unwire(vm: &VmFd, slot: u8, transport: &Transport) -> Result<(), VmError> {
     let Some((line, kicks)) = transport.wiring() else { return Ok(()) };
     let notify = IoEventAddress::Mmio(layout::slot_address(slot).0 + QUEUE_NOTIFY);
+    let mut unwired = vm.unregister_irqfd(line.irq(), layout::slot_irq(slot));
     for (queue, kick) in (0_u32..).zip(kicks) {
-        vm.unregister_ioevent(kick, &notify, queue).map_err(kvm("device notification"))?;
+        unwired = unwired.and(vm.unregister_ioevent(kick, &notify, queue));
     }
-    vm.unregister_irqfd(line.irq(), layout::slot_irq(slot)).map_err(kvm("device interrupt"))
+    unwired.map_err(kvm("device interrupt and notifications"))
 }

@@ -17,7 +17,7 @@ const CHECKS: [Check; 4] =
     [("format", format), ("clippy", clippy), ("documentation", documentation), ("rules", rules)];
 
 /// Runs the named checks, or all, to the last one; fails if any did.
-pub(crate) fn run(names: &[String], clock: &mut Clock) -> Result<ExitCode> {
+pub(crate) fn run(names: &[String], clock: &Clock) -> Result<ExitCode> {
     let known = |name: &String| CHECKS.iter().any(|(check, _)| check == name);
     if let Some(unknown) = names.iter().find(|name| !known(name)) {
         bail!("no check {unknown}: there are format, clippy, documentation and rules");

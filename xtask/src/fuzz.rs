@@ -41,7 +41,7 @@ enum Work {
 }
 
 /// Builds all targets, and runs one or all.
-pub(crate) fn run(arguments: &[String], clock: &mut Clock) -> Result<ExitCode> {
+pub(crate) fn run(arguments: &[String], clock: &Clock) -> Result<ExitCode> {
     let (wanted, work) = understood(arguments)?;
     let mut targets = clock.step("fuzz targets", build)?;
     let names: Vec<String> = targets.iter().map(|target| target.target.clone()).collect();

@@ -20,6 +20,13 @@ pub(crate) fn program() -> Result<PathBuf> {
     Ok(host.context("cargo built no test-host")?.executable)
 }
 
+/// The built `test-host`, whose kernel is there too, the one that these options choose.
+pub(crate) fn prepare(options: &[&str]) -> Result<PathBuf> {
+    let host = program()?;
+    cargo::succeed(Command::new(&host).args(options).arg("--build-only"))?;
+    Ok(host)
+}
+
 /// A command in the test host, to be run.
 pub(crate) fn command<S: AsRef<OsStr>>(
     options: &[&str],
@@ -47,7 +54,7 @@ const SOAK_SECONDS: &str = "7200";
 
 /// Runs the benchmark in the test host, then what [`COUNTED`] names in one that counts instructions,
 /// and keeps the JSON of both. [`SOAK`] is run once.
-pub(crate) fn bench(arguments: &[String], clock: &mut Clock) -> Result<ExitCode> {
+pub(crate) fn bench(arguments: &[String], clock: &Clock) -> Result<ExitCode> {
     image::build(clock)?;
     let built = clock.step("benchmark program", || {
         cargo::build(&["build", "--release", "-p", "bulkhead-tests", "--bin", "bench"])

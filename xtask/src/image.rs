@@ -9,10 +9,12 @@ use guest_image::source::Source;
 use guest_image::{initramfs, kernel};
 
 use crate::cargo::{self, root};
-use crate::clock::Clock;
+use crate::clock::{Clock, both};
 use crate::packages;
 
 const AGENT: &str = "bulkhead-agent";
+const PACKAGES: [&str; 8] =
+    ["build", "--release", "-p", "bulkhead", "-p", "bulkhead-vmm", "-p", "bulkhead-agent"];
 const PROGRAMS: [&str; 4] = ["bulkhead", "bulkhead-stand-in", "bulkhead-vmm", "bulkhead-fs"];
 
 /// Where everything is laid out.
@@ -20,25 +22,21 @@ pub(crate) fn dist() -> PathBuf {
     root().join("target/dist")
 }
 
-/// Builds what is out of date.
-pub(crate) fn build(clock: &mut Clock) -> Result<()> {
+/// Builds what is out of date: the programs and the kernel beside each other, which together keep every
+/// processor busy to the end.
+pub(crate) fn build(clock: &Clock) -> Result<()> {
     clock.step("Debian packages", packages::ensure)?;
     let (bin, share) = (dist().join("bin"), dist().join("share/bulkhead"));
     for directory in [&bin, &share] {
         fs::create_dir_all(directory).with_context(|| directory.display().to_string())?;
     }
-    let artifacts = clock.step("programs", || {
-        cargo::build(&[
-            "build",
-            "--release",
-            "-p",
-            "bulkhead",
-            "-p",
-            "bulkhead-vmm",
-            "-p",
-            "bulkhead-agent",
-        ])
-    })?;
+    let (artifacts, kernel) = both(
+        || clock.step("programs", || cargo::build(&PACKAGES)),
+        || {
+            let build = || kernel::build(kernel::guest(), &Source::from_environment()?);
+            clock.step("guest kernel", build)
+        },
+    )?;
     let built = |name: &str| {
         let found = artifacts.iter().find(|artifact| artifact.target == name);
         found.with_context(|| format!("cargo built no program {name}"))
@@ -46,10 +44,8 @@ pub(crate) fn build(clock: &mut Clock) -> Result<()> {
     for program in PROGRAMS {
         install(&built(program)?.executable, &bin.join(program))?;
     }
-    let guest = clock
-        .step("guest kernel", || kernel::build(kernel::guest(), &Source::from_environment()?))?;
-    install(&guest.vmlinux, &share.join("vmlinux"))?;
-    install(&guest.symbols, &share.join("System.map"))?;
+    install(&kernel.vmlinux, &share.join("vmlinux"))?;
+    install(&kernel.symbols, &share.join("System.map"))?;
     let agent = &built(AGENT)?.executable;
     clock.step("initramfs", || initramfs::write(agent, &share.join("initramfs.cpio")))?;
     Ok(())

@@ -1,6 +1,7 @@
 //! Reads what a libtest binary prints, as a person would: one line per test and one result line.
 
 use std::io::{BufRead, BufReader, Read};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use guest_image::progress::say;
@@ -13,6 +14,9 @@ pub(crate) struct Tally {
     pub(crate) failed: Vec<String>,
     /// The tests that were not run, each with its reason.
     pub(crate) skipped: Vec<(String, String)>,
+    /// The tests that ran, each with the time since the verdict before: where they run one after the
+    /// other, what it took. libtest tells that only on nightly.
+    pub(crate) times: Vec<(String, Duration)>,
     /// Whether a result line was seen: a binary that dies has none.
     pub(crate) finished: bool,
 }
@@ -22,16 +26,21 @@ impl Tally {
     /// its suite: another may run beside it.
     pub(crate) fn read(suite: &str, output: impl Read) -> Result<Self> {
         let mut tally = Self::default();
+        let mut last = Instant::now();
         for line in BufReader::new(output).split(b'\n') {
             let line = line.with_context(|| format!("read the output of {suite}"))?;
             let line = String::from_utf8_lossy(&line);
             say(&format!("{suite}: {line}"));
-            tally.line(suite, line.trim_end());
+            tally.line(suite, line.trim_end(), &mut last);
         }
         Ok(tally)
     }
 
-    fn line(&mut self, suite: &str, line: &str) {
+    /// `last` is when the verdict before came, or the first test started.
+    fn line(&mut self, suite: &str, line: &str, last: &mut Instant) {
+        if line.starts_with("running ") {
+            *last = Instant::now();
+        }
         if let Some(result) = line.strip_prefix("test result: ") {
             self.conclude(suite, result);
             return;
@@ -47,7 +56,10 @@ impl Tally {
         } else if let Some((_, reason)) = verdict.split_once("ignored") {
             let reason = reason.trim_start_matches(", ").to_owned();
             self.skipped.push((format!("{suite}: {name}"), reason));
+            return;
         }
+        self.times.push((name.to_owned(), last.elapsed()));
+        *last = Instant::now();
     }
 
     /// The counts are those of the result line: a process that a test started may have written into the
@@ -91,7 +103,8 @@ mod tests {
 
     fn tally(text: &str) -> Tally {
         let mut tally = Tally::default();
-        text.lines().for_each(|line| tally.line("oci", line));
+        let mut last = Instant::now();
+        text.lines().for_each(|line| tally.line("oci", line, &mut last));
         tally
     }
 
@@ -116,6 +129,24 @@ test result: FAILED. 2 passed; 1 failed; 2 ignored; 0 measured; 0 filtered out; 
         assert_eq!(tally.skipped[0], reason);
         assert_eq!(tally.summary(), "2 passed, 1 failed, 2 skipped");
         assert!(tally.finished && !tally.succeeded());
+        // Those that were not run took no time.
+        let timed: Vec<&str> = tally.times.iter().map(|(name, _)| name.as_str()).collect();
+        let ran = ["exit::zero_is_zero", "exit::panics", "streams::stdin_reaches_eof"];
+        assert_eq!(timed, ran);
+    }
+
+    #[test]
+    fn a_test_took_the_time_since_the_verdict_before() {
+        let (mut tally, mut last) = (Tally::default(), Instant::now());
+        let mut line = |line: &str| tally.line("oci", line, &mut last);
+        let pause = Duration::from_millis(20);
+        std::thread::sleep(pause);
+        line("running 2 tests");
+        line("test a ... ok");
+        std::thread::sleep(pause);
+        line("a word of its own");
+        line("test b ... ok");
+        assert!(tally.times[0].1 < pause && tally.times[1].1 >= pause, "{:?}", tally.times);
     }
 
     #[test]

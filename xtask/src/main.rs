@@ -10,7 +10,9 @@ mod host;
 mod image;
 mod libtest;
 mod packages;
+mod report;
 mod suites;
+mod test;
 mod tidy;
 
 use std::env;
@@ -23,7 +25,9 @@ use crate::clock::Clock;
 
 const USAGE: &str = "usage: cargo xtask VERB
   demo                    run a container in its own machine and compare what it sees with the host
-  test                    all tests, here and in the test host
+  test [--suite NAME [TEST…]]
+                          all tests, here and in the test host; with --suite those of one suite (vm, oci,
+                          callers, …) or package, or of these the ones whose names contain TEST
   check [NAME]            format, clippy, documentation, rules of the repository
   fuzz [TARGET] [SECONDS] programs that play a hostile guest, guided by what they reach; with the name of
                           a file in place of SECONDS, what was found once again
@@ -34,9 +38,9 @@ const USAGE: &str = "usage: cargo xtask VERB
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = env::args().skip(1).collect();
-    let mut clock = Clock::new();
+    let clock = Clock::new();
     let result = match arguments.split_first() {
-        Some((verb, rest)) => run(verb, rest, &mut clock),
+        Some((verb, rest)) => run(verb, rest, &clock),
         None => usage(),
     };
     clock.report();
@@ -46,11 +50,11 @@ fn main() -> ExitCode {
     })
 }
 
-fn run(verb: &str, rest: &[String], clock: &mut Clock) -> Result<ExitCode> {
+fn run(verb: &str, rest: &[String], clock: &Clock) -> Result<ExitCode> {
     match verb {
         "demo" => demo::run(clock),
         demo::INSIDE => demo::inside(),
-        "test" => suites::run(clock),
+        "test" => test::run(rest, clock),
         "check" => check::run(rest, clock),
         "fuzz" => fuzz::run(rest, clock),
         "bench" => host::bench(rest, clock),

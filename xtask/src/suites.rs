@@ -1,183 +1,187 @@
-//! `cargo xtask test`: unit and device tests on this machine, the suites of `tests/` and every test that
-//! says so in the test host, and one line that counts them all.
+//! Which suites there are, what is special about each, and which of all test programs are wanted.
 
-use std::io::{self, Write};
-use std::path::Path;
-use std::process::{Command, ExitCode, Stdio};
-use std::sync::{Mutex, PoisonError};
-use std::thread;
-use std::time::{Duration, Instant};
-
-use anyhow::{Context, Result, anyhow};
-use guest_image::progress::say;
+use anyhow::{Context, Result, bail};
+use serde_json::Value;
 
 use crate::cargo::{self, Artifact};
-use crate::clock::Clock;
-use crate::debian_image;
-use crate::fuzz;
-use crate::host;
-use crate::image;
-use crate::libtest::Tally;
 
-/// The package whose suites need KVM and root.
-const SUITES: &str = "bulkhead-tests";
-/// The reason to ignore that sends a test of another package to the test host.
-const NEEDS_HOST: &str = "needs the test host";
-/// Test hosts that run at once.
-const AT_ONCE: usize = 2;
-/// Options of every run in the test host; the time is a bound on hangs.
-const HOST: [&str; 4] = ["--memory", "8192", "--timeout", "2400"];
+/// The package whose test programs are suites: they need KVM and root.
+pub(crate) const PACKAGE: &str = "bulkhead-tests";
 
-/// How long each fuzz target looks for what nobody has thought of.
-const FUZZING: Duration = Duration::from_secs(20);
+/// A suite, which runs in a test host of its own.
+#[derive(Debug)]
+pub(crate) struct Suite {
+    /// Its target in [`PACKAGE`].
+    pub(crate) name: &'static str,
+    /// Options of its host, which count before those of every host.
+    pub(crate) host: &'static [&'static str],
+    /// It uses the image of `cargo xtask debian`.
+    pub(crate) debian: bool,
+    /// It runs only where `--suite` names it: it takes too long for every run.
+    pub(crate) only_by_name: bool,
+}
 
-/// Suites of another host than the plain one, and the options that make it.
-const OTHER_HOSTS: [(&str, &[&str]); 3] = [
-    ("systemd", &["--systemd"]),
-    ("cgroup_v1", &["--cgroup-v1"]),
-    ("processors", &["--cpus", "2"]),
+const PLAIN: Suite = Suite { name: "", host: &[], debian: false, only_by_name: false };
+
+/// All of them, in the order in which they start: the longest first, so that none is left over at the end.
+const ALL: [Suite; 6] = [
+    Suite { name: "callers", debian: true, ..PLAIN },
+    Suite { name: "oci", ..PLAIN },
+    Suite { name: "cgroup_v1", host: &["--cgroup-v1"], ..PLAIN },
+    Suite { name: "systemd", host: &["--systemd"], ..PLAIN },
+    Suite { name: "vm", ..PLAIN },
+    Suite { name: "processors", host: &["--cpus", "2"], ..PLAIN },
 ];
 
-/// Runs everything and prints the final line last, on standard output.
-pub(crate) fn run(clock: &mut Clock) -> Result<ExitCode> {
-    image::build(clock)?;
-    clock.step("Debian image", debian_image::build)?;
-    let host = clock.step("test host", || {
-        let host = host::program()?;
-        cargo::succeed(Command::new(&host).arg("--build-only"))?;
-        Ok(host)
-    })?;
-    let mut artifacts =
-        clock.step("test programs", || cargo::build(&["test", "--workspace", "--no-run"]))?;
-    artifacts.retain(|artifact| artifact.is_test && has_tests(artifact));
-    let mut total = Tally::default();
-    let (suites, units): (Vec<Artifact>, Vec<Artifact>) =
-        artifacts.into_iter().partition(|artifact| artifact.package == SUITES);
-    let mut guests: Vec<Guest<'_>> =
-        suites.iter().map(|test| Guest { test, ignored: false }).collect();
-    for unit in &units {
-        let mut tally = clock.step(&name(unit), || here(unit))?;
-        let before = tally.skipped.len();
-        tally.skipped.retain(|(_, reason)| reason != NEEDS_HOST);
-        if tally.skipped.len() < before {
-            guests.push(Guest { test: unit, ignored: true });
+/// What is to run.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Wanted<'a> {
+    Everything,
+    /// A suite, or a package for its unit tests, and what its test program is called with: the names of
+    /// tests, or parts of them, and options of libtest.
+    One {
+        name: &'a str,
+        words: &'a [String],
+    },
+}
+
+impl<'a> Wanted<'a> {
+    /// Reads the arguments of `cargo xtask test`.
+    pub(crate) fn parse(arguments: &'a [String]) -> Result<Self> {
+        match arguments {
+            [] => Ok(Self::Everything),
+            [option, name, words @ ..] if option == "--suite" => Ok(Self::One { name, words }),
+            _ => bail!("usage: cargo xtask test [--suite NAME [TEST…]]"),
         }
-        total.add(tally);
     }
-    for target in clock.step("fuzz targets", fuzz::build)? {
-        total.add(clock.step(&name(&target), || fuzzed(&target))?);
-    }
-    for (name, took, tally) in all_inside(&host, guests)? {
-        clock.took(&name, took);
-        total.add(tally);
-    }
-    clock.report();
-    conclude(&total)
-}
 
-/// Names what was not run and what failed; the counts are the last line.
-fn conclude(total: &Tally) -> Result<ExitCode> {
-    for (test, reason) in &total.skipped {
-        let reason = if reason.is_empty() { "no reason given" } else { reason };
-        say(&format!("skipped: {test}: {reason}"));
-    }
-    for test in &total.failed {
-        say(&format!("failed: {test}"));
-    }
-    writeln!(io::stdout(), "{}", total.summary()).context("write the last line")?;
-    Ok(if total.succeeded() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
-}
-
-/// A program without tests is not worth a start of the test host; one that cannot list them fails later.
-fn has_tests(artifact: &Artifact) -> bool {
-    let listing = Command::new(&artifact.executable).arg("--list").output();
-    !listing.is_ok_and(|listing| listing.stdout == b"0 tests, 0 benchmarks\n")
-}
-
-fn name(artifact: &Artifact) -> String {
-    if artifact.target.replace('_', "-") == artifact.package {
-        artifact.package.clone()
-    } else {
-        format!("{} {}", artifact.package, artifact.target)
-    }
-}
-
-fn here(test: &Artifact) -> Result<Tally> {
-    let mut command = Command::new(&test.executable);
-    tally(test, command.current_dir(&test.directory))
-}
-
-/// A fuzz target that finds nothing is a test that passed.
-fn fuzzed(target: &Artifact) -> Result<Tally> {
-    let mut tally = Tally { finished: true, ..Tally::default() };
-    match fuzz::fuzz(target, FUZZING)? {
-        None => tally.passed = 1,
-        Some(finding) => tally.failed.push(format!("{}: {finding}", name(target))),
-    }
-    Ok(tally)
-}
-
-/// A test program that runs in a test host of its own.
-#[derive(Clone, Copy, Debug)]
-struct Guest<'a> {
-    test: &'a Artifact,
-    /// Only those of its tests that say so.
-    ignored: bool,
-}
-
-/// Runs them all, [`AT_ONCE`] at a time: an emulated host keeps one processor busy.
-fn all_inside(host: &Path, guests: Vec<Guest<'_>>) -> Result<Vec<(String, Duration, Tally)>> {
-    let waiting = Mutex::new(guests.into_iter());
-    let next = || waiting.lock().unwrap_or_else(PoisonError::into_inner).next();
-    let work = || {
-        let mut done = Vec::new();
-        while let Some(guest) = next() {
-            let started = Instant::now();
-            let tally = inside(host, guest)?;
-            done.push((format!("{} in the test host", name(guest.test)), started.elapsed(), tally));
+    /// Further arguments of the test programs.
+    pub(crate) fn words(&self) -> &'a [String] {
+        match self {
+            Self::Everything => &[],
+            Self::One { words, .. } => words,
         }
-        Ok(done)
-    };
-    thread::scope(|scope| {
-        let workers: Vec<_> = (0..AT_ONCE).map(|_| scope.spawn(work)).collect();
-        let mut done = Vec::new();
-        for worker in workers {
-            let result: Result<Vec<_>> =
-                worker.join().unwrap_or_else(|_| Err(anyhow!("a thread of the tests panicked")));
-            done.extend(result?);
+    }
+
+    /// Whether a suite is among it.
+    pub(crate) fn has_suites(&self) -> bool {
+        match self {
+            Self::Everything => true,
+            Self::One { name, .. } => suite(name).is_some(),
         }
-        Ok(done)
-    })
+    }
+
+    /// Whether a suite that needs the Debian image is among it.
+    pub(crate) fn needs_debian(&self) -> bool {
+        match self {
+            Self::Everything => true,
+            Self::One { name, .. } => suite(name).is_some_and(|suite| suite.debian),
+        }
+    }
+
+    /// Builds its test programs, and no others: the suites in the order in which they start, and those of
+    /// the other packages.
+    pub(crate) fn build(&self) -> Result<(Vec<Artifact>, Vec<Artifact>)> {
+        let selection = match self {
+            Self::Everything => vec!["--workspace"],
+            // Of the whole workspace, whose features are then the same as when everything is built.
+            Self::One { name, .. } if suite(name).is_some() => vec!["--workspace", "--test", name],
+            Self::One { name, .. } => {
+                let metadata = ["metadata", "--no-deps", "--format-version", "1"];
+                let metadata = cargo::output(cargo::cargo().args(metadata))?;
+                check(name, &serde_json::from_str(&metadata).context("cargo metadata")?)?;
+                vec!["-p", name]
+            }
+        };
+        let mut artifacts = cargo::build(&[&["test", "--no-run"], &selection[..]].concat())?;
+        artifacts.retain(|artifact| artifact.is_test && self.has(of(artifact)));
+        let (mut suites, others): (Vec<_>, Vec<_>) =
+            artifacts.into_iter().partition(|artifact| artifact.package == PACKAGE);
+        suites.sort_by_key(|suite| ALL.iter().position(|known| known.name == suite.target));
+        Ok((suites, others))
+    }
+
+    fn has(&self, suite: Option<&Suite>) -> bool {
+        *self != Self::Everything || !suite.is_some_and(|suite| suite.only_by_name)
+    }
 }
 
-fn inside(host: &Path, guest: Guest<'_>) -> Result<Tally> {
-    say(&format!("==> {} in the test host", name(guest.test)));
-    let mut command = Command::new(host);
-    command.args(HOST);
-    let target = (&guest.test.package, &guest.test.target);
-    let other = OTHER_HOSTS.iter().find(|(suite, _)| target == (&SUITES.into(), &(*suite).into()));
-    command.args(other.map_or(&[][..], |(_, options)| options));
-    command.arg("--").arg(&guest.test.executable).arg("--test-threads=1");
-    if guest.ignored {
-        command.arg("--ignored");
-    }
-    tally(guest.test, command.current_dir(&guest.test.directory))
+/// The suite that a test program is.
+pub(crate) fn of(artifact: &Artifact) -> Option<&'static Suite> {
+    (artifact.package == PACKAGE).then(|| suite(&artifact.target)).flatten()
 }
 
-/// Runs a test program; one that ends without its result line counts as one failure.
-fn tally(test: &Artifact, command: &mut Command) -> Result<Tally> {
-    let name = name(test);
-    let mut child = command
-        .env("CARGO_MANIFEST_DIR", &test.directory)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .spawn()
-        .with_context(|| format!("run {name}"))?;
-    let output = child.stdout.take().context("no output")?;
-    let mut tally = Tally::read(&name, output)?;
-    let status = child.wait().with_context(|| format!("wait for {name}"))?;
-    if !tally.finished || (!status.success() && tally.failed.is_empty()) {
-        tally.failed.push(format!("{name}: ended without a result ({status})"));
+fn suite(name: &str) -> Option<&'static Suite> {
+    ALL.iter().find(|suite| suite.name == name)
+}
+
+/// Refuses what is no package with unit tests.
+fn check(name: &str, metadata: &Value) -> Result<()> {
+    let packages = metadata["packages"].as_array().into_iter().flatten();
+    let packages: Vec<&str> = packages
+        .filter_map(|package| package["name"].as_str())
+        .filter(|package| *package != PACKAGE)
+        .collect();
+    if !packages.contains(&name) {
+        bail!(
+            "no suite {name}: there are {}, and for the unit tests of a package its name: {}",
+            ALL.map(|suite| suite.name).join(", "),
+            packages.join(", ")
+        );
     }
-    Ok(tally)
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn unknown_suite_is_refused_and_the_known_ones_are_named() {
+        let metadata = json!({ "packages": [{ "name": PACKAGE }, { "name": "bulkhead-vmm" }] });
+        check("bulkhead-vmm", &metadata).unwrap();
+        for name in ["oic", PACKAGE] {
+            let error = check(name, &metadata).unwrap_err().to_string();
+            assert!(
+                error.contains(&format!("no suite {name}: there are callers, oci, ")),
+                "{error}"
+            );
+            assert!(error.ends_with("its name: bulkhead-vmm"), "{error}");
+        }
+    }
+
+    #[test]
+    fn words_after_the_suite_are_the_test_programs() {
+        let words: Vec<String> = ["--suite", "oci", "kill::", "--exact"].map(str::to_owned).into();
+        let wanted = Wanted::parse(&words).unwrap();
+        assert_eq!(wanted, Wanted::One { name: "oci", words: &words[2..] });
+        assert!(wanted.has_suites() && !wanted.needs_debian());
+        assert_eq!(Wanted::parse(&[]).unwrap(), Wanted::Everything);
+        assert!(Wanted::parse(&words[1..]).is_err());
+        assert!(Wanted::parse(&words[..1]).is_err());
+    }
+
+    /// One that the table lacks would get the plain host in silence.
+    #[test]
+    fn the_table_has_the_suites_that_there_are() {
+        let manifest = fs::read_to_string(cargo::root().join("tests/Cargo.toml")).unwrap();
+        let targets = manifest.split("[[test]]\nname = \"").skip(1);
+        let mut targets: Vec<&str> = targets.filter_map(|rest| rest.split('"').next()).collect();
+        let mut table: Vec<&str> = ALL.iter().map(|suite| suite.name).collect();
+        targets.sort_unstable();
+        table.sort_unstable();
+        assert_eq!(table, targets);
+    }
+
+    #[test]
+    fn suite_that_runs_only_by_name_is_left_out_of_everything() {
+        let by_name = Suite { only_by_name: true, ..PLAIN };
+        let one = Wanted::One { name: "", words: &[] };
+        assert!(one.has(Some(&by_name)) && Wanted::Everything.has(Some(&PLAIN)));
+        assert!(!Wanted::Everything.has(Some(&by_name)) && Wanted::Everything.has(None));
+    }
 }

@@ -12,17 +12,17 @@ use bulkhead_protocol::agent::{Descriptor, Streams};
 use tokio::task::spawn_blocking;
 
 use super::{
-    ContainerError, Containers, Made, failed, read_spec, signal_number, size_terminal, state,
+    Connected, ContainerError, Containers, End, Made, failed, read_spec, signal_number,
+    size_terminal, state,
 };
 use crate::cgroup::Cgroup;
 use crate::confinement::Restrictions;
 use crate::creator::Place;
 use crate::descriptors;
-use crate::process::{Exit, send_signal};
+use crate::process::send_signal;
 use crate::share;
 use crate::spec::{self, PreparedProcess, SpecError};
 use crate::tenant;
-use crate::terminal::Terminal;
 
 /// What Exec asks for; the fields are those of its message.
 #[derive(Debug)]
@@ -47,7 +47,7 @@ enum Entry {
 #[derive(Clone, Debug)]
 struct Exec {
     made: Made,
-    terminal: Option<Terminal>,
+    connected: Connected,
     /// It was given files of the host, which are to be let go of after its end.
     files: bool,
 }
@@ -141,7 +141,8 @@ impl Containers {
         columns: u32,
     ) -> Result<(), ContainerError> {
         let exec = self.created(id)?.execs.running(exec_id)?;
-        let terminal = exec.terminal.ok_or_else(|| not_now(exec_id, "has no terminal"))?;
+        let terminal =
+            exec.connected.terminal.ok_or_else(|| not_now(exec_id, "has no terminal"))?;
         terminal.resize(rows, columns).map_err(failed("resize the terminal"))
     }
 
@@ -149,15 +150,16 @@ impl Containers {
     ///
     /// # Errors
     /// There is no such process.
-    pub(crate) async fn wait_exec(&self, id: &str, exec_id: &str) -> Result<Exit, ContainerError> {
+    pub(crate) async fn wait_exec(&self, id: &str, exec_id: &str) -> Result<End, ContainerError> {
         let container = self.created(id)?;
         let mut exec = container.execs.running(exec_id)?;
         let exit = exec.made.end.wait().await;
+        let written = exec.connected.outputs.written();
         container.execs.table().remove(exec_id);
         if exec.files {
             forget();
         }
-        Ok(exit)
+        Ok(End { exit, oom_killed: false, written })
     }
 
     /// Starts a process whose id is reserved, or leaves nothing of it.
@@ -203,7 +205,7 @@ impl Containers {
         }
         let (made, connected) = started?;
         match connected {
-            Ok(terminal) => Ok(Exec { made, terminal, files }),
+            Ok(connected) => Ok(Exec { made, connected, files }),
             Err(error) => {
                 // It may have ended by itself.
                 let _ = send_signal(made.pid, libc::SIGKILL);

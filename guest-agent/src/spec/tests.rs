@@ -51,7 +51,7 @@ fn settings_of_the_guests_network_are_taken_out() {
     assert!(prepared(&spec).unwrap().network_settings.is_empty(), "the container has its own");
     spec["linux"]["namespaces"] = json!([]);
     let taken = prepared(&spec).unwrap();
-    let expected = (PathBuf::from("net/ipv4/ip_forward"), "1".to_owned());
+    let expected = Setting::new("net.ipv4.ip_forward", "1".to_owned()).unwrap();
     assert_eq!(taken.network_settings, [expected]);
     let left = taken.spec.linux().as_ref().unwrap().sysctl().clone().unwrap();
     assert_eq!(left.keys().collect::<Vec<_>>(), ["kernel.shmmax"]);

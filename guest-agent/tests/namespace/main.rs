@@ -10,6 +10,8 @@ mod exec;
 mod guest;
 mod streams;
 
+use std::collections::HashMap;
+
 use bulkhead_protocol::VERSION;
 use bulkhead_protocol::agent::{HelloRequest, RescanRequest, SyncRequest};
 use guest::Guest;
@@ -39,10 +41,21 @@ fn hello_seeds_the_generator_and_names_the_guest() {
             time_ns: 0,
             entropy: vec![7; 64],
             hostname: "pod-1".to_owned(),
+            sysctls: HashMap::from([("net.core.somaxconn".to_owned(), "4097".to_owned())]),
         };
         let reply = guest.agent.hello(request).await.unwrap().into_inner();
         assert_eq!(reply.version, VERSION);
         assert!(!reply.kernel_release.is_empty());
+        let set = std::fs::read_to_string("/proc/sys/net/core/somaxconn").unwrap();
+        assert_eq!(set.trim(), "4097");
+        let unknown = HelloRequest {
+            version: VERSION,
+            sysctls: HashMap::from([("net.no_such".to_owned(), "1".to_owned())]),
+            ..HelloRequest::default()
+        };
+        let status = guest.agent.hello(unknown).await.unwrap_err();
+        assert_eq!(status.code(), Code::InvalidArgument);
+        assert!(status.message().starts_with("linux.sysctl: net/no_such: "), "{status}");
         let too_much =
             HelloRequest { version: VERSION, entropy: vec![7; 65], ..HelloRequest::default() };
         let status = guest.agent.hello(too_much).await.unwrap_err();

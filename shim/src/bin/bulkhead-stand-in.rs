@@ -3,5 +3,5 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    bulkhead::stand_in::main()
+    bulkhead::streams::stand_in::main()
 }

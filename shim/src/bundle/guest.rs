@@ -6,39 +6,15 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use bulkhead_protocol::SHARE_DIR;
-use oci_spec::runtime::{
-    Linux, LinuxNamespaceType, Mount, PosixRlimitBuilder, PosixRlimitType, Process, Spec,
-};
-use rustix::process::{Resource, Rlimit, getrlimit};
+use oci_spec::runtime::{Linux, LinuxNamespaceType, Mount, Spec};
 
 use super::id_map::{self, IdMap};
-use super::{BundleError, Place, hook_programs, namespaces, refuse, resources};
-use crate::id::ContainerId;
-
-/// The limits that a process inherits. Of locked memory the guest has its own (`guest-agent`).
-const LIMITS: [(PosixRlimitType, Resource); 15] = [
-    (PosixRlimitType::RlimitAs, Resource::As),
-    (PosixRlimitType::RlimitCore, Resource::Core),
-    (PosixRlimitType::RlimitCpu, Resource::Cpu),
-    (PosixRlimitType::RlimitData, Resource::Data),
-    (PosixRlimitType::RlimitFsize, Resource::Fsize),
-    (PosixRlimitType::RlimitLocks, Resource::Locks),
-    (PosixRlimitType::RlimitMsgqueue, Resource::Msgqueue),
-    (PosixRlimitType::RlimitNice, Resource::Nice),
-    (PosixRlimitType::RlimitNofile, Resource::Nofile),
-    (PosixRlimitType::RlimitNproc, Resource::Nproc),
-    (PosixRlimitType::RlimitRss, Resource::Rss),
-    (PosixRlimitType::RlimitRtprio, Resource::Rtprio),
-    (PosixRlimitType::RlimitRttime, Resource::Rttime),
-    (PosixRlimitType::RlimitSigpending, Resource::Sigpending),
-    (PosixRlimitType::RlimitStack, Resource::Stack),
-];
-/// What `fs.nr_open` is in the guest: no limit of open files can be higher there.
-const OPEN_FILES_MAX: u64 = 1 << 20;
+use super::{BundleError, Surroundings, hook_programs, pod, refuse, resources};
+use crate::state::id::ContainerId;
 
 /// What a mount point in the share is, because it is made before it is covered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum FileKind {
     /// A directory.
     Directory,
     /// Anything else.
@@ -53,7 +29,7 @@ pub struct Shared {
     /// Relative to the container's directory in the share.
     pub target: PathBuf,
     /// What it is.
-    pub kind: Kind,
+    pub kind: FileKind,
     /// Nothing below it can be changed from the guest, whatever the guest does.
     pub read_only: bool,
     /// With what is mounted below it.
@@ -74,16 +50,16 @@ pub(super) struct Guest {
 pub(super) fn rewrite(
     spec: &Spec,
     id: &ContainerId,
-    place: &Place,
+    surroundings: &Surroundings,
     bundle: &Path,
     rootfs: &Path,
 ) -> Result<Guest, BundleError> {
     let mut spec = spec.clone();
-    let in_guest = |target: &Path| Path::new(SHARE_DIR).join(&place.directory).join(target);
+    let in_guest = |target: &Path| Path::new(SHARE_DIR).join(&surroundings.directory).join(target);
     let mut shared = vec![Shared {
         source: rootfs.to_owned(),
         target: "rootfs".into(),
-        kind: Kind::Directory,
+        kind: FileKind::Directory,
         read_only: false,
         recursive: true,
         id_map: None,
@@ -108,18 +84,8 @@ pub(super) fn rewrite(
         *hooks = own;
         shared.extend(programs);
     }
-    let dropped = adapt(&mut spec, id, place);
+    let dropped = adapt(&mut spec, id, surroundings);
     Ok(Guest { spec, shared, dropped })
-}
-
-/// The name of the machine itself: the container's, or the host's for one that asks for no UTS
-/// namespace and so shows the machine's.
-pub(super) fn machine_hostname(spec: &Spec) -> String {
-    let own = namespaces(spec).iter().any(|entry| entry.typ() == LinuxNamespaceType::Uts);
-    match spec.hostname() {
-        Some(name) if own => name.clone(),
-        _ => rustix::system::uname().nodename().to_string_lossy().into_owned(),
-    }
 }
 
 pub(super) fn is_bind(mount: &Mount) -> bool {
@@ -149,7 +115,7 @@ fn share(
     Ok(Shared {
         source,
         target,
-        kind: if metadata.is_dir() { Kind::Directory } else { Kind::File },
+        kind: if metadata.is_dir() { FileKind::Directory } else { FileKind::File },
         read_only: mode.is_some_and(|mode| mode == "ro"),
         recursive: has_option(mount, &["rbind"]),
         id_map: None,
@@ -157,7 +123,7 @@ fn share(
 }
 
 /// Takes out what belongs to the host; gives the names of what a caller may miss.
-fn adapt(spec: &mut Spec, id: &ContainerId, place: &Place) -> Vec<&'static str> {
+fn adapt(spec: &mut Spec, id: &ContainerId, surroundings: &Surroundings) -> Vec<&'static str> {
     let mut dropped = Vec::new();
     if let Some(process) = spec.process_mut() {
         let profile = process.apparmor_profile().as_ref().is_some_and(|name| !name.is_empty());
@@ -166,35 +132,19 @@ fn adapt(spec: &mut Spec, id: &ContainerId, place: &Place) -> Vec<&'static str> 
         let label = process.selinux_label().as_ref().is_some_and(|name| !name.is_empty());
         note(&mut dropped, label, "process.selinuxLabel");
         process.set_selinux_label(None);
-        inherit_limits(process);
+        surroundings.limits.fill(process);
     }
     if let Some(linux) = spec.linux_mut() {
+        if surroundings.brings_up_the_pod
+            && let Some(settings) = linux.sysctl_mut()
+        {
+            // They are the pod's.
+            settings.retain(|name, _| !pod::is_of_the_pod(name));
+        }
         drop_host_devices(linux, &mut dropped);
-        adapt_linux(linux, id, place, &mut dropped);
+        adapt_linux(linux, id, surroundings, &mut dropped);
     }
     dropped
-}
-
-/// Gives a process the limits of this one where its specification has none, as it would inherit them
-/// on the host.
-fn inherit_limits(process: &mut Process) {
-    let mut limits = process.rlimits().clone().unwrap_or_default();
-    for (kind, resource) in LIMITS {
-        if limits.iter().any(|limit| limit.typ() == kind) {
-            continue;
-        }
-        let Rlimit { current, maximum } = getrlimit(resource);
-        let most = if kind == PosixRlimitType::RlimitNofile { OPEN_FILES_MAX } else { u64::MAX };
-        let number = |limit: Option<u64>| limit.unwrap_or(u64::MAX).min(most);
-        let limit = PosixRlimitBuilder::default()
-            .typ(kind)
-            .soft(number(current))
-            .hard(number(maximum))
-            .build();
-        // Complete, so that it is one.
-        limits.extend(limit);
-    }
-    process.set_rlimits(Some(limits));
 }
 
 /// Leaves out devices of the host that the guest does not have.
@@ -212,14 +162,14 @@ fn drop_host_devices(linux: &mut Linux, dropped: &mut Vec<&'static str>) {
 fn adapt_linux(
     linux: &mut Linux,
     id: &ContainerId,
-    place: &Place,
+    surroundings: &Surroundings,
     dropped: &mut Vec<&'static str>,
 ) {
     let mut namespaces = linux.namespaces_mut().take().unwrap_or_default();
     // The machine is the pod's network namespace.
     namespaces.retain(|entry| entry.typ() != LinuxNamespaceType::Network);
     for entry in &mut namespaces {
-        let joined = place.namespaces.iter().find(|(kind, _)| *kind == entry.typ());
+        let joined = surroundings.namespaces.iter().find(|(kind, _)| *kind == entry.typ());
         entry.set_path(joined.map(|(_, path)| path.clone()));
     }
     linux.set_namespaces(Some(namespaces));

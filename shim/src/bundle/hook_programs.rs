@@ -16,7 +16,7 @@ use elf::parse::ParseError;
 use oci_spec::runtime::{Hook, Hooks};
 
 use super::refuse::refuse;
-use super::{BundleError, Kind, Shared};
+use super::{BundleError, FileKind, Shared};
 
 /// The hooks that run in the guest, with their programs' paths there as `in_guest` gives them, and what
 /// is shared for them.
@@ -56,7 +56,7 @@ fn share(hook: &Hook, target: PathBuf) -> Result<Option<Shared>, BundleError> {
     let shared = Shared {
         source: path.clone(),
         target,
-        kind: Kind::File,
+        kind: FileKind::File,
         read_only: true,
         recursive: false,
         id_map: None,

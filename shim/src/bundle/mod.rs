@@ -1,14 +1,16 @@
 //! An OCI bundle: read once, refused early or turned into what the pod needs.
 //!
 //! OCI runtime-spec, "Bundle" and "Configuration". [`read`] reads `config.json`, [`refuse`] holds
-//! what cannot be kept, [`Plan`] is the rest: the specification as the guest gets it, the files that
-//! are shared with it and the size of its machine. Mounts nothing and starts nothing.
+//! what cannot be kept, [`PodPlan`] is what the pod is, and [`ContainerPlan`] the rest: the specification
+//! as the guest gets it and the files that are shared with it. Mounts nothing and starts nothing.
 
 mod disks;
 mod guest;
 mod hook_programs;
 mod id_map;
 mod lenient;
+mod limits;
+mod pod;
 pub mod refuse;
 mod resources;
 mod size;
@@ -22,15 +24,17 @@ use oci_spec::runtime::{Hooks, LinuxNamespace, LinuxNamespaceType, LinuxResource
 use thiserror::Error;
 
 pub use self::disks::{DISKS_MAX, Disk};
-pub use self::guest::{Kind, Shared};
+pub use self::guest::{FileKind, Shared};
 pub use self::id_map::IdMap;
+pub use self::limits::ProcessLimits;
+pub use self::pod::PodPlan;
 use self::refuse::Refusal;
 pub use self::resources::{merge, say_no_swap, total};
 pub use self::size::{HostSize, MACHINE_OVERHEAD_MIB, MachineSize};
-use crate::id::ContainerId;
-use crate::neighbours::{Joined, Neighbours};
-use crate::network::Network;
+use crate::network::namespace::Network;
 use crate::state::StateError;
+use crate::state::id::ContainerId;
+use crate::supervisor::neighbours::{Joined, Neighbours};
 
 /// The file that makes a directory a bundle.
 const CONFIG: &str = "config.json";
@@ -126,13 +130,11 @@ pub struct Bundle {
     pub unknown_capabilities: Vec<String>,
 }
 
-/// What a pod needs to run one container.
+/// What a pod needs to run one container, beyond what the pod is itself ([`PodPlan`]).
 #[derive(Clone, Debug)]
-pub struct Plan {
+pub struct ContainerPlan {
     /// The specification for the guest, JSON.
     pub spec_json: Vec<u8>,
-    /// The host name of the machine itself.
-    pub hostname: String,
     /// The bundle's directory on the host.
     pub bundle: PathBuf,
     /// The root file system on the host.
@@ -141,10 +143,6 @@ pub struct Plan {
     pub shared: Vec<Shared>,
     /// Block devices of the host, by [`Disk::path`] in `spec_json`.
     pub disks: Vec<Disk>,
-    /// vCPUs and memory at the start.
-    pub size: MachineSize,
-    /// What they can become.
-    pub most: MachineSize,
     /// How the kernel of the host weighs the pod when memory is short; none leaves the caller's.
     pub oom_score_adj: Option<i32>,
     /// For the state.
@@ -155,13 +153,17 @@ pub struct Plan {
     pub dropped: Vec<&'static str>,
 }
 
-/// Where in its machine a container will be.
+/// Where a container will be: what its plan depends on beside its specification.
 #[derive(Clone, Debug, Default)]
-pub struct Place {
+pub struct Surroundings {
     /// Its directory in the share, relative to the share's root.
     pub directory: PathBuf,
     /// Namespaces that it joins, as the guest names them.
     pub namespaces: Vec<(LinuxNamespaceType, PathBuf)>,
+    /// It is the one that the pod is brought up for.
+    pub brings_up_the_pod: bool,
+    /// The limits of its creator.
+    pub limits: ProcessLimits,
 }
 
 /// Reads a bundle.
@@ -246,28 +248,23 @@ impl Bundle {
         Ok(refuse::check(&self.spec, &neighbours)?)
     }
 
-    /// Turns the specification into what the pod needs.
+    /// Turns the specification into what the pod needs for the container.
     ///
     /// # Errors
     /// When the root file system or the source of a bind mount is not there.
     pub fn plan(
         &self,
         id: &ContainerId,
-        place: &Place,
-        host: HostSize,
-    ) -> Result<Plan, BundleError> {
+        surroundings: &Surroundings,
+    ) -> Result<ContainerPlan, BundleError> {
         let rootfs = self.rootfs()?;
-        let size = MachineSize::of(&[&self.resources()], host);
-        let guest = guest::rewrite(&self.spec, id, place, &self.dir, &rootfs)?;
-        Ok(Plan {
+        let guest = guest::rewrite(&self.spec, id, surroundings, &self.dir, &rootfs)?;
+        Ok(ContainerPlan {
             spec_json: serde_json::to_vec(&guest.spec).map_err(BundleError::Rewrite)?,
-            hostname: guest::machine_hostname(&self.spec),
             bundle: self.dir.clone(),
             rootfs,
             shared: guest.shared,
             disks: disks::of(self.spec.linux().as_ref())?,
-            size,
-            most: size.most(host),
             oom_score_adj: self.spec.process().as_ref().and_then(|it| it.oom_score_adj()),
             annotations: self.spec.annotations().clone().unwrap_or_default(),
             hooks: self.spec.hooks().clone().unwrap_or_default(),

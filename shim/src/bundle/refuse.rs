@@ -16,7 +16,7 @@ use thiserror::Error;
 
 use super::disks::DISKS_MAX;
 use super::id_map;
-use crate::neighbours::{Joined, Neighbours};
+use crate::supervisor::neighbours::{Joined, Neighbours};
 
 /// Something that is asked for and cannot be kept.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]

@@ -22,11 +22,15 @@ impl TestBundle {
         self.0.path()
     }
 
-    fn plan(&self) -> Result<Plan, BundleError> {
+    fn plan(&self) -> Result<ContainerPlan, BundleError> {
         let bundle = read(self.path())?;
         bundle.check(Path::new("/nonexistent"))?;
-        let place = Place { directory: "0".into(), namespaces: Vec::new() };
-        bundle.plan(&"c1".parse().unwrap(), &place, HOST)
+        let surroundings = Surroundings {
+            directory: "0".into(),
+            brings_up_the_pod: true,
+            ..Surroundings::default()
+        };
+        bundle.plan(&"c1".parse().unwrap(), &surroundings)
     }
 
     fn guest_spec(&self) -> Value {
@@ -168,8 +172,8 @@ fn bind_mounts_are_shared_with_their_kind_and_mode() {
     assert_eq!(shared.len(), 3);
     assert_eq!(shared[0].target, Path::new("rootfs"));
     let seen = |n: usize| (shared[n].kind, shared[n].read_only, shared[n].recursive);
-    assert_eq!(seen(1), (Kind::Directory, false, true));
-    assert_eq!(seen(2), (Kind::File, true, false));
+    assert_eq!(seen(1), (FileKind::Directory, false, true));
+    assert_eq!(seen(2), (FileKind::File, true, false));
     assert_eq!(shared[2].target, Path::new("mounts/1"));
     let spec = bundle.guest_spec();
     assert_eq!(spec["mounts"][0]["source"], "/run/bulkhead/share/0/mounts/0");
@@ -195,7 +199,6 @@ fn what_only_means_something_on_the_host_is_dropped_and_reported() {
     let bundle = TestBundle::with(&config);
     let plan = bundle.plan().unwrap();
     assert_eq!(plan.dropped.len(), 2, "{:?}", plan.dropped);
-    assert_eq!(plan.size.vcpus, 2);
     assert!(plan.hooks.poststop().is_some());
     let spec = bundle.guest_spec();
     assert!(spec["process"].get("apparmorProfile").is_none());
@@ -203,6 +206,49 @@ fn what_only_means_something_on_the_host_is_dropped_and_reported() {
     assert_eq!(spec["hooks"]["startContainer"][0]["path"], "/s");
     assert_eq!(spec["linux"]["resources"]["pids"]["limit"], 5);
     assert!(spec["linux"]["resources"]["cpu"].get("cpus").is_none());
+}
+
+#[test]
+fn what_is_the_pods_is_planned_apart() {
+    let mut config = good();
+    config["linux"]["resources"] = json!({"cpu": {"cpus": "2-3"}});
+    config["linux"]["sysctl"] = json!({"net.ipv4.ip_forward": "1", "kernel.shmmax": "5"});
+    let resolv_conf =
+        json!({"destination": "/etc/resolv.conf", "type": "bind", "source": "/dev/null"});
+    config["mounts"].as_array_mut().unwrap().push(resolv_conf);
+    let bundle = TestBundle::with(&config);
+    let pod = PodPlan::of(&read(bundle.path()).unwrap(), HOST);
+    assert_eq!((pod.hostname.as_str(), pod.size.vcpus, pod.most.vcpus), ("inner", 2, 4));
+    assert_eq!(pod.network, Network::New);
+    assert_eq!(pod.resolv_conf.as_deref(), Some(Path::new("/dev/null")));
+    assert_eq!(
+        pod.sysctls.into_iter().collect::<Vec<_>>(),
+        [("net.ipv4.ip_forward".into(), "1".into())]
+    );
+    // Whoever brings it up does not ask for it again; whoever joins asks for what is its own.
+    assert_eq!(bundle.guest_spec()["linux"]["sysctl"], json!({"kernel.shmmax": "5"}));
+    let joined = Surroundings::default();
+    let plan = read(bundle.path()).unwrap().plan(&"c2".parse().unwrap(), &joined).unwrap();
+    let spec: Value = serde_json::from_slice(&plan.spec_json).unwrap();
+    assert_eq!(spec["linux"]["sysctl"], config["linux"]["sysctl"]);
+}
+
+#[test]
+fn a_container_inherits_the_limits_of_its_creator() {
+    let mut config = good();
+    config["process"]["rlimits"] = json!([{"type": "RLIMIT_CORE", "soft": 1, "hard": 2}]);
+    let bundle = TestBundle::with(&config);
+    let limits = json!([
+        {"type": "RLIMIT_CORE", "soft": 7, "hard": 7}, {"type": "RLIMIT_NOFILE", "soft": 5, "hard": 6}
+    ]);
+    let surroundings =
+        Surroundings { limits: serde_json::from_value(limits).unwrap(), ..Surroundings::default() };
+    let plan = read(bundle.path()).unwrap().plan(&"c".parse().unwrap(), &surroundings).unwrap();
+    let spec: Value = serde_json::from_slice(&plan.spec_json).unwrap();
+    let expected = json!([
+        {"type": "RLIMIT_CORE", "soft": 1, "hard": 2}, {"type": "RLIMIT_NOFILE", "soft": 5, "hard": 6}
+    ]);
+    assert_eq!(spec["process"]["rlimits"], expected);
 }
 
 #[test]

@@ -28,14 +28,14 @@ impl Cgroup {
             let (held, most) = self.held();
             let needed = held.saturating_add(MARGIN).min(most);
             if limits.memory().is_none_or(|limit| needed <= limit) {
-                return self.limit(limits.whole());
+                return self.limit_async(limits.whole().clone()).await;
             }
             if Instant::now() > deadline {
                 tracing::warn!(
                     held = needed,
                     "guest keeps memory; the host's limit is what it has"
                 );
-                return self.limit(&limits.with_memory(needed));
+                return self.limit_async(limits.with_memory(needed)).await;
             }
             tokio::time::sleep(STEP).await;
         }

@@ -29,11 +29,12 @@ use oci_spec::runtime::LinuxResources;
 use rustix::process::{Signal, kill_process};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
+use tokio::task::spawn_blocking;
 
 pub use self::limits::Limits;
 pub use self::memory::{Memory, drain};
 use crate::bundle;
-use crate::id::ContainerId;
+use crate::state::id::ContainerId;
 
 /// Nanoseconds of a microsecond.
 const NANOSECONDS: u64 = 1000;
@@ -141,6 +142,16 @@ impl Cgroup {
         Ok(Self { path, systemd, container: container.clone() })
     }
 
+    /// The cgroup of cgroup v2 that a process is in, if it is one of the container's own: it has the
+    /// container's name in its own.
+    #[must_use]
+    pub fn of_process(pid: u32, container: &ContainerId) -> Option<Self> {
+        let unified = paths_of(pid).ok()?.into_iter().find(|(kind, _)| kind.is_empty())?.1;
+        let named = unified.file_name()?.to_str()?.contains(container.as_str());
+        let path = Path::new("/").join(unified);
+        named.then(|| Self { path, systemd: false, container: container.clone() })
+    }
+
     /// Checks that nobody is in it. Only then is it the container's, to be removed with it.
     ///
     /// # Errors
@@ -180,6 +191,24 @@ impl Cgroup {
         }
         bundle::say_no_swap(&mut resources);
         Self::apart(|| self.files()?.apply(&options(&resources)).map_err(self.failed()))
+    }
+
+    /// [`Cgroup::limit`] in a thread of its own: the kernel may have to free memory first.
+    ///
+    /// # Errors
+    /// As [`Cgroup::limit`].
+    pub async fn limit_async(&self, resources: LinuxResources) -> Result<(), CgroupError> {
+        let cgroup = self.clone();
+        in_a_thread(move || cgroup.limit(&resources)).await
+    }
+
+    /// [`Cgroup::add`] of several processes, in a thread of its own.
+    ///
+    /// # Errors
+    /// As [`Cgroup::add`].
+    pub async fn add_async(&self, pids: Vec<u32>) -> Result<(), CgroupError> {
+        let cgroup = self.clone();
+        in_a_thread(move || pids.into_iter().try_for_each(|pid| cgroup.add(pid))).await
     }
 
     /// What is used.
@@ -270,6 +299,14 @@ impl Cgroup {
     fn failed(&self) -> impl FnOnce(AnyManagerError) -> CgroupError {
         |source| CgroupError::Use { path: self.path.clone(), source: source.into() }
     }
+}
+
+/// Does something that may block where it blocks nobody.
+async fn in_a_thread<T: Send + 'static>(
+    act: impl FnOnce() -> Result<T, CgroupError> + Send + 'static,
+) -> Result<T, CgroupError> {
+    let done = spawn_blocking(act).await;
+    done.unwrap_or_else(|error| Err(CgroupError::Thread(error.into())))
 }
 
 fn options(resources: &LinuxResources) -> ControllerOpt<'_> {

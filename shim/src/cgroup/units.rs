@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use super::CgroupError;
-use crate::id::ContainerId;
+use crate::state::id::ContainerId;
 
 /// What a scope is called before the container's name, when nobody says it.
 const SCOPE_PREFIX: &str = "bulkhead";

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::id::ContainerId;
 use crate::logging::LogTarget;
+use crate::state::id::ContainerId;
 
 /// Where containers are kept unless `--root` says otherwise.
 pub const ROOT: &str = "/run/bulkhead";

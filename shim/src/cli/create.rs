@@ -5,12 +5,14 @@ use std::path::Path;
 use anyhow::Context;
 
 use super::args::{Create, Global};
-use super::client::{self, Creation};
-use crate::network::Network;
-use crate::preserved::Preserved;
-use crate::stand_in::Orders;
+use super::client;
+use super::creation::Creation;
+use crate::machine::{assets, spawn};
+use crate::network::namespace::Network;
 use crate::state::Home;
-use crate::{assets, spawn, terminal};
+use crate::streams::preserved::Preserved;
+use crate::streams::stand_in::Options;
+use crate::streams::terminal;
 
 pub(super) fn create(
     global: &Global,
@@ -44,14 +46,14 @@ pub(super) fn detached(
 /// It has this process's standard streams, or a new terminal whose master goes to the console socket,
 /// and what was passed beside them, and becomes a child of whoever adopts orphans here.
 ///
-/// `exec` and `network` are as in [`Orders`].
+/// `exec` and `network` are as in [`Options`].
 pub(super) fn spawn_stand_in(
     home: &Home,
     exec: &str,
     network: Option<Network>,
     (console_socket, preserved): (Option<&Path>, &Preserved),
 ) -> anyhow::Result<u32> {
-    let orders = Orders {
+    let options = Options {
         root: home.root().to_owned(),
         id: home.id().clone(),
         exec: exec.to_owned(),
@@ -59,7 +61,7 @@ pub(super) fn spawn_stand_in(
         network,
         preserved: u32::try_from(preserved.count())?,
     };
-    let mut command = orders.command(&assets::stand_in()?);
+    let mut command = options.command(&assets::stand_in()?);
     spawn::hand_down(&mut command, preserved.descriptors());
     if let Some(socket) = console_socket {
         let slave = terminal::send_master(socket)

@@ -1,97 +1,152 @@
 //! `bulkhead delete`: removes a container that does not run; with `--force`, any, in any state of
 //! disrepair.
 
-use std::thread;
 use std::time::{Duration, Instant};
 
-use anyhow::bail;
-use containerd_shim_protos::api::DeleteRequest;
+use anyhow::{anyhow, bail};
+use containerd_shim_protos::api::{ConnectRequest, DeleteRequest};
+use tokio::time::{sleep, timeout};
 
 use super::args::{Delete, Global};
 use super::client::{self, GOODBYE};
-use crate::hooks;
-use crate::lifecycle::Status;
-use crate::state::{Home, StateError};
+use crate::containerd::task;
+use crate::state::process::Process;
+use crate::state::{Home, State, StateError};
+use crate::supervisor::lifecycle::Status;
+use crate::supervisor::neighbours::Neighbours;
+use crate::supervisor::remains;
 
-/// How long a supervisor may take to end a container that is deleted by force; then it is killed
-/// with everything else.
+/// How long another process may take that is deleting the same container.
+const TURN: Duration = Duration::from_secs(120);
+/// How long a supervisor may take to end a container that is deleted by force, if it serves no other; then
+/// it is killed with everything else.
 const FORCE_PATIENCE: Duration = Duration::from_secs(15);
-/// How long to wait before the state is read again.
-const LOOK_AGAIN: Duration = Duration::from_millis(20);
+/// How long a supervisor that serves others too may answer nothing at all; then it is killed with all of
+/// them.
+const SILENCE: Duration = Duration::from_secs(60);
+/// How long one that answers may take.
+const LONGEST: Duration = Duration::from_secs(120);
+/// How often a supervisor that takes its time is asked whether it lives, and how long it may take to say.
+const PING: Duration = Duration::from_secs(5);
 
 pub(super) fn delete(global: &Global, delete: &Delete) -> anyhow::Result<()> {
+    let gone =
+        |error: &StateError| delete.force && matches!(error, StateError::NoSuchContainer { .. });
     let home = match Home::open(&global.root, &delete.id) {
-        Err(StateError::NoSuchContainer { .. }) if delete.force => return Ok(()),
+        Err(error) if gone(&error) => return Ok(()),
         home => home?,
     };
-    let mut state = match home.read() {
-        // Whatever is written there, nothing of it can be used.
-        Err(_) if delete.force => return Ok(home.remove()?),
-        state => state?,
+    let lock = match home.lock(TURN) {
+        // Another process has just deleted it.
+        Err(error) if gone(&error) => return Ok(()),
+        lock => lock?,
     };
-    let mut status = state.observed();
-    if matches!(status, Status::Creating | Status::Running | Status::Paused) && !delete.force {
+    let state = match home.read() {
+        Err(error) if delete.force => {
+            tracing::warn!(error = format!("{:#}", anyhow!(error)), "its state is not known");
+            None
+        }
+        state => Some(state?),
+    };
+    let status = state.as_ref().map(State::observed);
+    if let Some(status @ (Status::Creating | Status::Running | Status::Paused)) = status
+        && !delete.force
+    {
         bail!(
             "cannot delete container {} that is not stopped: {status}; kill it first, or use --force",
             delete.id
         );
     }
-    let deadline = Instant::now() + if delete.force { FORCE_PATIENCE } else { GOODBYE };
-    if status == Status::Creating && state.joined {
-        if is_taken_back(&home, deadline) {
-            return Ok(());
+    let keeper = state.and_then(|state| state.keeper);
+    let shared = keeper.is_some_and(|keeper| serves_others(&home, keeper));
+    let patience = if delete.force { FORCE_PATIENCE } else { GOODBYE };
+    let end = client::runtime()?.block_on(async {
+        match shared {
+            true => end_in_shared_pod(&home, delete.force).await,
+            false => Ok(timeout(patience, end(&home, delete.force)).await.unwrap_or(End::Silence)),
         }
-        state = home.read()?;
-        status = state.observed();
+    })?;
+    match end {
+        // The pod goes on, or its supervisor ends by itself.
+        End::Done if shared => remains::end_without_pod(lock),
+        End::Done => {
+            if let Some(keeper) = keeper {
+                // One that does not end is killed.
+                let _ = keeper.wait(patience);
+            }
+            remains::end(lock)
+        }
+        End::Silence | End::Nobody => remains::end(lock),
     }
-    if status != Status::Creating
-        && end(&home, status, deadline)?
-        && !home.read().is_ok_and(|state| state.outlived)
-    {
-        let _ = state.keeper.wait(deadline.saturating_duration_since(Instant::now()));
-    }
-    client::clean_up(&home)?;
-    hooks::poststop(&home, state);
-    Ok(())
 }
 
-/// Whether the supervisor of a pod takes back a container that joins it and whose creator is gone. It
-/// is not killed for that: it is others' too.
-fn is_taken_back(home: &Home, deadline: Instant) -> bool {
+/// What became of a container whose supervisor was asked to end it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// It has ended.
+    Done,
+    /// There is no supervisor any more.
+    Nobody,
+    /// The supervisor does not answer.
+    Silence,
+}
+
+/// Whether a supervisor has other containers too that have not ended.
+fn serves_others(home: &Home, keeper: Process) -> bool {
+    let neighbours = Neighbours::of(home.root()).unwrap_or_default();
+    neighbours.of_keeper(keeper).any(|id| id != home.id())
+}
+
+/// Has the supervisor end the container and, if it is the last, its pod.
+async fn end(home: &Home, force: bool) -> End {
+    let Ok(client) = client::connect(home) else { return End::Nobody };
+    let mut context = client::unbounded();
+    if force {
+        context.add(task::FORCE.to_owned(), "true".to_owned());
+    }
+    let request = DeleteRequest { id: home.id().to_string(), ..Default::default() };
+    match client.delete(context, &request).await {
+        Ok(_) => End::Done,
+        Err(error) => {
+            tracing::debug!(error = %error, "supervisor did not end the container");
+            End::Nobody
+        }
+    }
+}
+
+/// The same where others would be killed with a supervisor that is: it is given the time that it needs
+/// as long as it answers.
+async fn end_in_shared_pod(home: &Home, force: bool) -> anyhow::Result<End> {
+    let (begun, mut heard) = (Instant::now(), Instant::now());
+    let ended = end(home, force);
+    tokio::pin!(ended);
     loop {
-        match home.read() {
-            Ok(state) if state.observed() != Status::Creating => return false,
-            Err(StateError::NoSuchContainer { .. }) => return true,
-            _ if Instant::now() > deadline => return false,
-            _ => thread::sleep(LOOK_AGAIN),
+        tokio::select! {
+            end = &mut ended => return Ok(end),
+            () = sleep(PING) => {
+                if answers(home).await {
+                    heard = Instant::now();
+                }
+            }
+        }
+        if heard.elapsed() > SILENCE {
+            tracing::warn!("the pod's supervisor does not answer: the whole pod is ended");
+            return Ok(End::Silence);
+        }
+        if begun.elapsed() > LONGEST {
+            bail!(
+                "container {} has not ended after {} s; try again, or delete the other containers \
+                 of its pod, which end with their machine",
+                home.id(),
+                LONGEST.as_secs()
+            );
         }
     }
 }
 
-/// Has the supervisor end the container and its pod; false if it hangs. One that hangs or is dead is
-/// no error: what it leaves is cleaned up without it.
-fn end(home: &Home, status: Status, deadline: Instant) -> anyhow::Result<bool> {
-    client::runtime()?.block_on(async {
-        let Ok(client) = client::connect(home) else { return Ok(true) };
-        let ended = async {
-            if matches!(status, Status::Running | Status::Paused) {
-                client::kill(&client, home, 9, true).await?;
-                let request = containerd_shim_protos::api::WaitRequest {
-                    id: home.id().to_string(),
-                    ..Default::default()
-                };
-                client.wait(client::unbounded(), &request).await.map_err(client::words)?;
-            }
-            let request = DeleteRequest { id: home.id().to_string(), ..Default::default() };
-            client.delete(client::unbounded(), &request).await.map_err(client::words)
-        };
-        match tokio::time::timeout_at(deadline.into(), ended).await {
-            Ok(Err(error)) => {
-                tracing::debug!(error = %error, "supervisor did not end the container");
-                Ok(true)
-            }
-            Ok(Ok(_)) => Ok(true),
-            Err(_) => Ok(false),
-        }
-    })
+/// Whether the container's supervisor answers at all.
+async fn answers(home: &Home) -> bool {
+    let Ok(client) = client::connect(home) else { return false };
+    let request = ConnectRequest { id: home.id().to_string(), ..Default::default() };
+    timeout(PING, client.connect(client::unbounded(), &request)).await.is_ok()
 }

@@ -15,8 +15,8 @@ use serde_json::{Map, Value, json};
 
 use super::args::{Events, Global};
 use crate::cgroup::{self, Memory};
-use crate::lifecycle::Status;
 use crate::state::Home;
+use crate::supervisor::lifecycle::Status;
 
 /// How often it is looked whether the container has ended.
 const LOOK: Duration = Duration::from_millis(500);
@@ -42,7 +42,8 @@ pub(super) fn events(global: &Global, events: &Events) -> anyhow::Result<()> {
     if events.stats {
         return Ok(tell("stats", Some(shown(&cgroup.stats()?)))?);
     }
-    let mut kills = Kills::watch(state.keeper.pid).context("memory of the container's cgroup")?;
+    let keeper = state.keeper.context("container not running")?;
+    let mut kills = Kills::watch(keeper.pid).context("memory of the container's cgroup")?;
     let mut next = Instant::now() + events.interval;
     loop {
         let patience = next.saturating_duration_since(Instant::now()).min(LOOK);

@@ -15,16 +15,17 @@ use protobuf::well_known_types::any::Any;
 use super::args::{Exec, Global};
 use super::client;
 use super::create;
+use super::creation;
 use super::signals;
-use crate::bundle;
-use crate::lifecycle::Status;
-use crate::pod;
-use crate::preserved::Preserved;
-use crate::relay::{Belongings, Relay, Signals};
-use crate::socket_path::SocketPath;
+use crate::bundle::{self, ProcessLimits};
+use crate::containerd::task;
+use crate::state::socket_path::SocketPath;
 use crate::state::{Home, State};
-use crate::task;
-use crate::terminal::Terminal;
+use crate::streams::preserved::Preserved;
+use crate::streams::relay::{Belongings, Relay, Signals};
+use crate::streams::terminal::Terminal;
+use crate::supervisor::lifecycle::Status;
+use crate::supervisor::pod;
 
 /// What an error is called, as callers of runc know it.
 const FAILED: &str = "exec failed: unable to start container process";
@@ -46,7 +47,7 @@ pub(super) fn exec(global: &Global, exec: &Exec, preserved: Preserved) -> anyhow
     }
     let process = process(exec, &state)?;
     let terminal = process.terminal() == Some(true);
-    client::check_console(terminal, !exec.detach, exec.console_socket.as_deref())?;
+    creation::check_console(terminal, !exec.detach, exec.console_socket.as_deref())?;
     let process = serde_json::to_vec(&process)?;
     let name = name()?;
     if exec.detach {
@@ -157,6 +158,7 @@ fn process(exec: &Exec, state: &State) -> anyhow::Result<Process> {
         tracing::warn!("labels of the host mean nothing inside the machine and are left out");
     }
     process.set_apparmor_profile(None).set_selinux_label(None);
+    ProcessLimits::own().fill(&mut process);
     Ok(process)
 }
 
@@ -286,6 +288,18 @@ mod tests {
     }
 
     #[test]
+    fn an_unknown_capability_is_left_out() {
+        let process = changed(&parsed("--cap FLY --cap CAP_BPF one true"), Some(own())).unwrap();
+        let sets = serde_json::to_value(process.capabilities()).unwrap();
+        let permitted = ["CAP_KILL", "CAP_BPF"];
+        assert!(
+            permitted.iter().all(|name| sets["permitted"].to_string().contains(name)),
+            "{sets}"
+        );
+        assert_eq!(sets["permitted"].as_array().unwrap().len(), 2);
+    }
+
+    #[test]
     fn without_options_only_the_program_changes() {
         let process = changed(&parsed("one true"), Some(own())).unwrap();
         let mut expected = own();
@@ -294,11 +308,10 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_number_and_no_capability_is_named() {
+    fn what_is_no_number_is_named() {
         for (line, words) in [
             ("-u root one true", "--user \"root\": uid \"root\" is not a number"),
             ("-u 1:staff one true", "--user \"1:staff\": gid \"staff\" is not a number"),
-            ("--cap FLY one true", "--cap \"FLY\": no such capability, write it as CAP_KILL"),
         ] {
             let error = changed(&parsed(line), Some(own())).unwrap_err();
             assert_eq!(error.to_string(), words);

@@ -5,7 +5,7 @@ use std::io::Write;
 
 use serde_json::{Value, json};
 
-use crate::vhost;
+use crate::network::vhost;
 
 /// createContainer and startContainer run in the guest.
 const HOOKS: &[&str] =

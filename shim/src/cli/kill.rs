@@ -4,8 +4,8 @@ use anyhow::{Context, bail};
 
 use super::args::{Global, Kill};
 use super::client;
-use crate::lifecycle::Status;
 use crate::state::Home;
+use crate::supervisor::lifecycle::Status;
 
 /// The names of signals 1 to 31, in order, without `SIG`.
 const NAMES: [&str; 31] = [

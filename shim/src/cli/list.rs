@@ -60,7 +60,7 @@ fn table(views: &[View]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::lifecycle::Status;
+    use crate::supervisor::lifecycle::Status;
     use std::collections::BTreeMap;
 
     #[test]

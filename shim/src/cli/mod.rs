@@ -6,6 +6,7 @@
 pub mod args;
 pub mod client;
 mod create;
+mod creation;
 mod delete;
 mod events;
 mod exec;
@@ -28,8 +29,10 @@ use anyhow::bail;
 use clap::Parser;
 
 use self::args::{CommandLine, Verb};
-use crate::preserved::Preserved;
-use crate::{logging, oom, spawn, supervisor};
+use crate::machine::spawn;
+use crate::streams::preserved::Preserved;
+use crate::supervisor::oom;
+use crate::{logging, supervisor};
 
 /// Reads the command line and does what it says.
 #[must_use]

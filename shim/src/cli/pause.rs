@@ -4,9 +4,9 @@ use containerd_shim_protos::api::{PauseRequest, ResumeRequest};
 
 use super::args::Global;
 use super::client;
-use crate::id::ContainerId;
-use crate::lifecycle::{Event, Status};
 use crate::state::Home;
+use crate::state::id::ContainerId;
+use crate::supervisor::lifecycle::{Event, Status};
 
 pub(super) fn pause(global: &Global, id: &ContainerId) -> anyhow::Result<()> {
     let home = may(global, id, Event::Frozen)?;

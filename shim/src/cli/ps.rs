@@ -10,10 +10,10 @@ use prost::Message;
 
 use super::args::{Global, Ps, PsFormat};
 use super::client;
-use crate::lifecycle::Status;
+use crate::containerd::task::PROCESSES;
 use crate::state::Home;
-use crate::task::PROCESSES;
-use crate::timestamp;
+use crate::state::timestamp;
+use crate::supervisor::lifecycle::Status;
 
 pub(super) fn ps(global: &Global, ps: &Ps) -> anyhow::Result<()> {
     ensure!(

@@ -7,12 +7,13 @@ use std::process::ExitCode;
 use anyhow::Context;
 
 use super::args::{Global, Run};
-use super::client::{self, Creation, GOODBYE};
+use super::client::{self, GOODBYE};
+use super::creation::Creation;
 use super::{create, signals};
-use crate::preserved::Preserved;
-use crate::relay::{Belongings, Relay, Signals};
-use crate::socket_path::SocketPath;
-use crate::terminal::Terminal;
+use crate::state::socket_path::SocketPath;
+use crate::streams::preserved::Preserved;
+use crate::streams::relay::{Belongings, Relay, Signals};
+use crate::streams::terminal::Terminal;
 use crate::trace::Phase;
 
 pub(super) fn run(global: &Global, run: &Run, preserved: Preserved) -> anyhow::Result<ExitCode> {
@@ -55,12 +56,11 @@ fn foreground(run: &Run, mut creation: Creation, preserved: Preserved) -> anyhow
         tracing::warn!("the supervisor did not end");
     }
     phase.end();
-    let (home, joined) = (creation.home.clone(), creation.joined());
-    creation.done();
-    if !run.keep && (over || !joined) {
+    if !run.keep && (over || !creation.joined()) {
         // Only what a supervisor that was killed has left.
-        client::clean_up(&home)?;
+        creation.remove()?;
     }
+    creation.done();
     let ended = ended?;
     if let Some(reason) = ended.reason {
         let _ = writeln!(std::io::stderr(), "bulkhead: the container was killed: {reason}");

@@ -4,8 +4,8 @@ use std::os::fd::{AsFd, AsRawFd, RawFd};
 
 use rustix::process::Signal;
 
-use crate::channel::{self, Steady};
-use crate::relay::Signals;
+use crate::machine::channel::{self, Steady};
+use crate::streams::relay::Signals;
 
 /// Waits for a signal that ends a program which does not handle it. Others mean nothing to a
 /// container that does not run yet.

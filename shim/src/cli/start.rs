@@ -4,9 +4,9 @@ use anyhow::bail;
 
 use super::args::Global;
 use super::client;
-use crate::id::ContainerId;
-use crate::lifecycle::Status;
 use crate::state::Home;
+use crate::state::id::ContainerId;
+use crate::supervisor::lifecycle::Status;
 
 pub(super) fn start(global: &Global, id: &ContainerId) -> anyhow::Result<()> {
     let home = Home::open(&global.root, id)?;

@@ -3,8 +3,8 @@
 use std::io::Write;
 
 use super::args::Global;
-use crate::id::ContainerId;
 use crate::state::Home;
+use crate::state::id::ContainerId;
 
 pub(super) fn state(global: &Global, id: &ContainerId) -> anyhow::Result<()> {
     let home = Home::open(&global.root, id)?;

@@ -12,9 +12,9 @@ use protobuf::well_known_types::any::Any;
 
 use super::args::{Global, Update};
 use super::client;
-use crate::lifecycle::Status;
+use crate::containerd::task::RESOURCES;
 use crate::state::Home;
-use crate::task::RESOURCES;
+use crate::supervisor::lifecycle::Status;
 
 pub(super) fn update(global: &Global, update: &Update) -> anyhow::Result<()> {
     let home = Home::open(&global.root, &update.id)?;

@@ -28,7 +28,7 @@ use rustix::termios::{Winsize, tcsetwinsize};
 use crate::request::{
     Answer, CONTROL_PORT, Hosted, Request, SHARE_DIRECTORY, SHARE_TAG, STDERR_PORT, STDOUT_PORT,
 };
-use crate::{cgroups, systemd};
+use crate::{cgroups, early, systemd};
 
 /// How long the ports may take to appear, and the streams to end once everything is killed.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -64,6 +64,7 @@ fn complain(message: &str) {
 }
 
 fn host() -> Result<()> {
+    early::reach_root().context("reach the machine's root")?;
     overlay_root().context("overlay over the root")?;
     let machine_tmp = File::open("/tmp").context("open the machine's /tmp")?;
     mount_all()?;
@@ -76,7 +77,9 @@ fn host() -> Result<()> {
         Hosted::Alone | Hosted::BySystemd => cgroups::unified(),
         Hosted::OnCgroupV1 => cgroups::legacy(),
     };
-    let ready = mounted.and_then(|()| show_checkout(&machine_tmp, Path::new(&request.directory)));
+    let ready = mounted
+        .and_then(|()| show_checkout(&machine_tmp, Path::new(&request.directory)))
+        .and_then(|()| request.modules.as_deref().map_or(Ok(()), early::load_modules));
     if ready.is_ok() && request.hosted == Hosted::BySystemd {
         match systemd::become_it(&request, control)? {}
     }

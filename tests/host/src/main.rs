@@ -2,12 +2,15 @@
 //! as root. The machine's root file system is there read-only under a tmpfs overlay, so nothing that
 //! the command does changes the machine; results get out over the output and over `--share`.
 //!
-//! The program is both sides: outside it builds the kernel, starts QEMU and copies the streams; inside
+//! The program is both sides: outside it gets the kernel, starts QEMU and copies the streams; inside
 //! it is the kernel's first process. It ends with the exit status of the command.
 
 mod cgroups;
 mod clock;
+mod debian;
+mod early;
 mod init;
+mod kernel;
 mod qemu;
 mod request;
 mod session;
@@ -20,6 +23,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use guest_image::progress::say;
 
+use crate::kernel::Choice;
 use crate::qemu::{Accelerator, Time};
 use crate::request::Hosted;
 
@@ -33,8 +37,9 @@ const USAGE: &str = "usage: test-host [OPTIONS] [--] [COMMAND ARGUMENTS…]   (n
                     fast they are emulated; implies --accel tcg, one processor
   --cgroup-v1       the hierarchies of cgroup v1 instead of cgroup v2
   --systemd         systemd as the first process, with the system's message bus
+  --kernel K        built (the default: from tests/host/x86_64.config) or debian (Debian's own, as it is)
   --console         show the host's kernel messages on standard error
-  --build-only      build the host's kernel, say where it is, and end";
+  --build-only      get the host's kernel, say where it is, and end";
 
 /// The exit status when the test host itself fails: not one that commands tend to use.
 const FAILED: u8 = 125;
@@ -49,6 +54,7 @@ struct Options {
     accelerator: Accelerator,
     time: Time,
     hosted: Hosted,
+    kernel: Choice,
     console: bool,
     build_only: bool,
     command: Vec<String>,
@@ -79,6 +85,7 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options> {
         accelerator: Accelerator::Auto,
         time: Time::Outside,
         hosted: Hosted::Alone,
+        kernel: Choice::Built,
         console: false,
         build_only: false,
         command: Vec::new(),
@@ -96,6 +103,7 @@ fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Options> {
             "--count" => options.time = Time::Instructions,
             "--cgroup-v1" => options.hosted = Hosted::OnCgroupV1,
             "--systemd" => options.hosted = Hosted::BySystemd,
+            "--kernel" => options.kernel = value()?.parse()?,
             "--console" => options.console = true,
             "--build-only" => options.build_only = true,
             "--" => {
@@ -143,6 +151,7 @@ mod tests {
         assert!(parsed("--frob").is_err());
         assert!(parsed("--timeout").is_err());
         assert!(parsed("--accel fast").is_err());
+        assert!(parsed("--kernel new").is_err());
     }
 
     #[test]

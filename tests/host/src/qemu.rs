@@ -16,11 +16,15 @@ use std::str::FromStr;
 use anyhow::{Context, Result, bail};
 
 use crate::clock;
-use crate::request::{CONTROL_PORT, ROOT_TAG, SHARE_TAG, STDERR_PORT, STDOUT_PORT};
+use crate::request::{CONTROL_PORT, ROOT_OPTIONS, ROOT_TAG, SHARE_TAG, STDERR_PORT, STDOUT_PORT};
 
 /// The emulated processor. Registers that only XSAVE keeps are not claimed either: programs that look
 /// at nothing but their own flag, such as those with the crate `sha2`, would use them.
 const PROCESSOR: &str = "max,+svm,-la57,-xsave,-avx,-avx2,-f16c,-fma,-vaes,-vpclmulqdq,-erms,-fsrm";
+
+/// Makes Debian's kernel what the built one is: it needs no ACPI, guards against no neighbour, and an
+/// oops ends it.
+const AS_BUILT: &str = "acpi=off mitigations=off oops=panic";
 
 /// What runs the host's instructions.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -101,6 +105,8 @@ pub(crate) struct Sockets {
 pub(crate) struct Machine<'a> {
     pub(crate) kernel: &'a Path,
     pub(crate) init: &'a Path,
+    /// The initramfs of a kernel that cannot mount the root by itself.
+    pub(crate) initramfs: Option<RawFd>,
     pub(crate) accelerator: Accelerator,
     pub(crate) time: Time,
     pub(crate) memory_mib: u32,
@@ -132,6 +138,9 @@ impl Machine<'_> {
         command.args(["-smp", &format!("{0},sockets={0},cores=1,threads=1", self.cpus)]);
         command.args(["-m", &self.memory_mib.to_string()]);
         command.arg("-kernel").arg(self.kernel).args(["-append", &self.kernel_arguments()?]);
+        if let Some(initramfs) = self.initramfs {
+            command.arg("-initrd").arg(format!("/proc/self/fd/{initramfs}"));
+        }
         share(&mut command, ROOT_TAG, Path::new("/"), ",readonly=on")?;
         if let Some(directory) = self.share {
             share(&mut command, SHARE_TAG, directory, "")?;
@@ -158,8 +167,11 @@ impl Machine<'_> {
         let init = self.init.to_str().context("the path of this program is not UTF-8")?;
         let mut arguments = format!(
             "console=ttyS0 quiet panic=-1 reboot=t tsc=reliable root={ROOT_TAG} rootfstype=9p ro \
-             rootflags=trans=virtio,version=9p2000.L,msize=1048576,cache=loose init={init}"
+             rootflags={ROOT_OPTIONS} init={init}"
         );
+        if self.initramfs.is_some() {
+            write!(arguments, " {AS_BUILT}")?;
+        }
         if self.accelerator != Accelerator::Kvm {
             // Time-outs while this machine is busy would make the kernel give up on clock and timer.
             let khz = match self.time {
@@ -194,6 +206,7 @@ mod tests {
         let machine = Machine {
             kernel: Path::new("/kernel"),
             init: Path::new("/init"),
+            initramfs: None,
             accelerator,
             time,
             memory_mib: 512,

@@ -3,6 +3,7 @@
 //! awake.
 
 use std::collections::BTreeMap;
+use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
@@ -14,6 +15,10 @@ pub(crate) const STDOUT_PORT: &str = "stdout";
 pub(crate) const STDERR_PORT: &str = "stderr";
 /// The mount tag of the machine's root.
 pub(crate) const ROOT_TAG: &str = "root";
+/// How the machine's root is mounted.
+pub(crate) const ROOT_OPTIONS: &str = "trans=virtio,version=9p2000.L,msize=1048576,cache=loose";
+/// How the names of modules in the initramfs begin; the place in the order of loading follows.
+pub(crate) const MODULE: &str = "test-host-module-";
 /// The mount tag of the shared directory.
 pub(crate) const SHARE_TAG: &str = "share";
 /// Where the shared directory is mounted inside.
@@ -29,6 +34,8 @@ pub(crate) struct Request {
     /// Both streams go to the output port, in the order they are written.
     pub(crate) merged: bool,
     pub(crate) share: bool,
+    /// The modules of the kernel, where it has some.
+    pub(crate) modules: Option<PathBuf>,
     pub(crate) hosted: Hosted,
     /// Rows and columns of the terminal.
     pub(crate) window: (u16, u16),

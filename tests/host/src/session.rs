@@ -4,6 +4,7 @@
 //! it dies, QEMU dies too.
 
 use std::env;
+use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -14,15 +15,15 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use guest_image::kernel::{self, Recipe};
+use guest_image::initramfs;
 use guest_image::progress::say;
-use guest_image::source::Source;
-use rustix::fs::fstat;
+use rustix::fs::{MemfdFlags, fstat, memfd_create};
 use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::termios::tcgetwinsize;
 
 use crate::Options;
+use crate::kernel::{Kernel, Modules};
 use crate::qemu::{Machine, Sockets};
 use crate::request::{Answer, Request};
 
@@ -55,20 +56,22 @@ enum End {
 /// Runs the command in the host and returns its exit status.
 ///
 /// # Errors
-/// When the kernel cannot be built, QEMU cannot be started or ends by itself, or the kernel panics.
+/// When there is no kernel to be had, QEMU cannot be started or ends by itself, or the kernel panics.
 pub(crate) fn run(options: &Options) -> Result<u8> {
-    let recipe = Recipe { name: "host", fragment: include_str!("../x86_64.config") };
-    let kernel = kernel::build(recipe, &Source::from_environment()?)?;
+    let kernel = Kernel::prepare(options.kernel)?;
     if options.build_only {
-        say(&kernel.vmlinux.display().to_string());
+        say(&kernel.image.display().to_string());
         return Ok(0);
     }
+    let init = env::current_exe().context("find this program")?;
+    let initramfs = kernel.modules.as_ref().map(|modules| initramfs(&init, modules)).transpose()?;
     let share = options.share.as_deref().map(Path::canonicalize).transpose();
     let share = share.context("--share")?;
     let accelerator = options.accelerator.resolve();
     let machine = Machine {
-        kernel: &kernel.vmlinux,
-        init: &env::current_exe().context("find this program")?,
+        kernel: &kernel.image,
+        init: &init,
+        initramfs: initramfs.as_ref().map(AsRawFd::as_raw_fd),
         accelerator,
         time: options.time,
         memory_mib: options.memory_mib,
@@ -76,7 +79,7 @@ pub(crate) fn run(options: &Options) -> Result<u8> {
         share: share.as_deref(),
         shell: options.command.is_empty(),
     };
-    let request = request(options)?;
+    let request = request(options, &kernel)?;
     let mut why = String::new();
     for _ in 0..STARTS {
         let mut session = Session::start(&machine, &request, options.console)?;
@@ -91,7 +94,17 @@ pub(crate) fn run(options: &Options) -> Result<u8> {
     bail!("the host did not come up in {STARTS} starts: {why}")
 }
 
-fn request(options: &Options) -> Result<Request> {
+/// The initramfs of this start, in memory, in a descriptor that QEMU inherits.
+fn initramfs(init: &Path, modules: &Modules) -> Result<File> {
+    let program = fs::read(init).with_context(|| init.display().to_string())?;
+    let archive = initramfs::archive(&program, &modules.files()?)?;
+    let file = memfd_create("initramfs", MemfdFlags::empty()).context("memfd_create")?;
+    let mut file = File::from(file);
+    file.write_all(&archive).context("write the initramfs")?;
+    Ok(file)
+}
+
+fn request(options: &Options, kernel: &Kernel) -> Result<Request> {
     let text = |value: std::ffi::OsString| value.to_string_lossy().into_owned();
     let window = tcgetwinsize(io::stdout()).map_or((24, 80), |size| (size.ws_row, size.ws_col));
     Ok(Request {
@@ -100,6 +113,7 @@ fn request(options: &Options) -> Result<Request> {
         directory: text(env::current_dir().context("working directory")?.into_os_string()),
         merged: same_file().unwrap_or(false),
         share: options.share.is_some(),
+        modules: kernel.modules.as_ref().map(|modules| modules.directory.clone()),
         hosted: options.hosted,
         window,
     })

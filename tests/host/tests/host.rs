@@ -63,6 +63,31 @@ fn host_is_whole_for_containers_and_machines() {
 }
 
 #[test]
+fn debians_kernel_is_whole_for_machines_too() {
+    let script = "set -e
+        uname -r; case $(uname -r) in *-testhost) exit 9;; esac
+        test -c /dev/kvm; test -c /dev/net/tun; test -c /dev/vhost-net
+        for c in cpuset cpu io memory pids; do grep -qw $c /sys/fs/cgroup/cgroup.subtree_control; done
+        ip link add one type veth peer name two; nft add table inet one
+        unshare -Urmpf --mount-proc true; test $(stat -f -c %T /tmp) = tmpfs; exit 7";
+    let output = run(&["--kernel", "debian"], script).unwrap();
+    assert_eq!(output.status.code(), Some(7), "{output:?}");
+}
+
+#[test]
+fn the_built_kernel_stands_in_for_debians_where_that_cannot_be_had() {
+    let directory = tempfile::tempdir().unwrap();
+    let tool = directory.path().join("apt-cache");
+    program(&tool, "#!/bin/sh\necho no packages here\n").unwrap();
+    let mut command = host(&["--kernel", "debian"], "uname -r");
+    let output = command.env("PATH", before_path(directory.path())).output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    assert!(String::from_utf8_lossy(&output.stdout).ends_with("-testhost\n"), "{output:?}");
+    let told = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(told.contains("cannot get Debian's kernel: apt knows no package"), "{told}");
+}
+
+#[test]
 fn cgroup_v1_is_there_instead_of_v2() {
     let script = "set -e
         for c in blkio cpu cpuset devices freezer memory net_cls pids; do
@@ -127,17 +152,26 @@ fn host_that_never_comes_up_is_125_and_says_how_qemu_ended() {
 /// Runs a script where the first starts of QEMU fail; how many starts there were, too.
 fn with_qemu_that_fails(times: usize, script: &str) -> io::Result<(Output, usize)> {
     let directory = tempfile::tempdir()?;
-    let (program, log) = (directory.path().join(QEMU), directory.path().join("starts"));
+    let log = directory.path().join("starts");
     let (log_path, path) = (log.display(), std::env::var("PATH").unwrap_or_default());
     let fails = format!(
         "#!/bin/sh\necho start >> {log_path}\ntest $(wc -l < {log_path}) -gt {times} || exit 9\n\
          PATH='{path}' exec {QEMU} \"$@\"\n"
     );
-    fs::write(&program, fails)?;
-    fs::set_permissions(&program, fs::Permissions::from_mode(0o755))?;
-    let path = format!("{}:{path}", directory.path().display());
-    let output = host(&[], script).env("PATH", path).output()?;
+    program(&directory.path().join(QEMU), &fails)?;
+    let output = host(&[], script).env("PATH", before_path(directory.path())).output()?;
     Ok((output, fs::read_to_string(&log)?.lines().count()))
+}
+
+/// A script that can be run.
+fn program(path: &Path, script: &str) -> io::Result<()> {
+    fs::write(path, script)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o755))
+}
+
+/// The search path with a directory before all others.
+fn before_path(directory: &Path) -> String {
+    format!("{}:{}", directory.display(), std::env::var("PATH").unwrap_or_default())
 }
 
 #[test]

@@ -15,7 +15,7 @@ use crate::config::{CMDLINE_MAX, SLOT_COUNT, VmConfig};
 use crate::devices::virtio::queue::GuestMemory;
 
 /// e820 types, as the kernel's asm/e820/types.h numbers them.
-const E820_RAM: u32 = 1;
+pub(super) const E820_RAM: u32 = 1;
 const E820_RESERVED: u32 = 2;
 /// "Loader that has no assigned id", boot.rst type_of_loader.
 const LOADER_UNDEFINED: u8 = 0xff;
@@ -119,7 +119,7 @@ fn load_initramfs(
 }
 
 /// What the firmware of a PC would say about memory.
-fn memory_map(memory: &GuestMemory) -> Vec<boot_e820_entry> {
+pub(super) fn memory_map(memory: &GuestMemory) -> Vec<boot_e820_entry> {
     let entry =
         |addr: u64, end: u64, type_| boot_e820_entry { addr, size: end - addr, r#type: type_ };
     let mut map = vec![

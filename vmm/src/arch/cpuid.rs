@@ -1,103 +1,198 @@
-//! What the guest's `cpuid` instruction says: what KVM supports, with this machine's topology.
+//! What the guest's `cpuid` instruction says: what KVM supports, with this machine's topology, and
+//! without what the guest shall not have.
 //!
-//! Topology is one package of one-thread cores. Leaf numbers are those of the Intel SDM volume 2A
-//! and the AMD APM volume 3.
+//! Topology is one package of one-thread cores. Each leaf that tells of it is made here, whatever
+//! KVM lists: it has the host's in some, and nothing in others. Taken out is what would show the host
+//! to the guest or cost state to save (performance counters, tracing), what this monitor sets nothing
+//! up for (enclaves, memory encryption), and what no container needs and every guest could attack
+//! (machines in the machine). Leaf numbers are those of the Intel SDM volume 2A and the AMD APM
+//! volume 3.
 
-use kvm_bindings::{CpuId, kvm_cpuid_entry2};
+use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
+use vmm_sys_util::fam;
 
+const VENDOR: u32 = 0x0;
 const FEATURES: u32 = 0x1;
 const INTEL_CACHES: u32 = 0x4;
-const PMU: u32 = 0xa;
+const MORE_FEATURES: u32 = 0x7;
 const TOPOLOGY: u32 = 0xb;
 const TOPOLOGY_V2: u32 = 0x1f;
+const AMD_FEATURES: u32 = 0x8000_0001;
 const AMD_CORES: u32 = 0x8000_0008;
+const AMD_CACHES: u32 = 0x8000_001d;
 const AMD_TOPOLOGY: u32 = 0x8000_001e;
+
+/// Leaves of which the guest sees nothing.
+const HIDDEN: [u32; 14] = [
+    0xa,         // performance counters
+    0xf,         // monitoring of caches and memory
+    0x10,        // allocation of caches and memory
+    0x12,        // enclaves
+    0x14,        // processor trace
+    0x1c,        // last branch records
+    0x23,        // performance counters
+    0x8000_000a, // machines in the machine
+    0x8000_001b, // instruction-based sampling
+    0x8000_001c, // lightweight profiling
+    0x8000_001f, // memory encryption
+    0x8000_0020, // monitoring and allocation of caches and memory
+    0x8000_0022, // performance counters
+    0x8000_0026, // topology in a form that no guest needs beside the others
+];
+
+/// Features of which the guest sees nothing, in a leaf's EAX, EBX, ECX and EDX.
+const HIDDEN_FEATURES: [((u32, u32), [u32; 4]); 4] = [
+    // DTES64, DS-CPL, VMX, SMX, PDCM; DS: debug store and performance counters, virtualization.
+    ((FEATURES, 0), [0, 0, 1 << 2 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 15, 1 << 21]),
+    // SGX, PQM, PQE, Intel PT; SGX_LC; architectural LBR.
+    ((MORE_FEATURES, 0), [0, 1 << 2 | 1 << 12 | 1 << 15 | 1 << 25, 1 << 30, 1 << 19]),
+    // ArchPerfmonExt.
+    ((MORE_FEATURES, 1), [1 << 8, 0, 0, 0]),
+    // SVM, IBS, SKINIT, LWP, NodeId, and the performance counters of core, northbridge, time stamp
+    // and last-level cache.
+    (
+        (AMD_FEATURES, 0),
+        [0, 0, 1 << 2 | 1 << 10 | 1 << 12 | 1 << 15 | 1 << 19 | 0b11 << 23 | 0b11 << 27, 0],
+    ),
+];
 
 const ECX_TSC_DEADLINE: u32 = 1 << 24;
 const ECX_HYPERVISOR: u32 = 1 << 31;
 const EDX_MULTI_THREADED: u32 = 1 << 28;
+/// `CmpLegacy`: what is multi-threaded are cores.
+const ECX_CORES: u32 = 1 << 1;
 /// Cache lines of 64 bytes, in units of 8, at bit 8.
 const EBX_CLFLUSH: u32 = 8 << 8;
+/// The type of a cache, whose number is 0 behind the last.
+const CACHE_TYPE: u32 = 0x1f;
+/// Threads that share a cache, less one; and on Intel's processors the cores of the package.
+const SHARING: u32 = 0xfff << 14;
+const CORES: u32 = 0x3f << 26;
 /// The topology leaves' level types.
 const LEVEL_THREAD: u32 = 1;
 const LEVEL_CORE: u32 = 2;
 
-/// Adapts what KVM supports to one processor of a machine with `vcpus` of them.
-pub(crate) fn for_vcpu(supported: &CpuId, index: u8, vcpus: u8) -> CpuId {
-    let mut cpuid = supported.clone();
-    for entry in cpuid.as_mut_slice() {
-        adapt(entry, u32::from(index), u32::from(vcpus));
-    }
-    cpuid
+/// One processor of a machine.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Place {
+    /// Its number, which is its APIC's identity as well.
+    pub(crate) index: u8,
+    /// How many the machine can have.
+    pub(crate) of: u8,
 }
 
-fn adapt(entry: &mut kvm_cpuid_entry2, index: u32, vcpus: u32) {
+impl Place {
+    fn id(self) -> u32 {
+        self.index.into()
+    }
+
+    fn cores(self) -> u32 {
+        self.of.into()
+    }
+
+    /// Bits of an identity that tell cores apart.
+    fn core_bits(self) -> u32 {
+        self.cores().next_power_of_two().trailing_zeros()
+    }
+}
+
+/// Adapts what KVM supports to one processor.
+///
+/// # Errors
+/// When KVM supports so much that the topology does not fit as well.
+pub(crate) fn for_vcpu(supported: &CpuId, place: Place) -> Result<CpuId, fam::Error> {
+    let supported = supported.as_slice();
+    let amd = is_amd(supported);
+    let made_here = [TOPOLOGY, TOPOLOGY_V2];
+    let mut entries: Vec<_> =
+        supported.iter().filter(|entry| !made_here.contains(&entry.function)).copied().collect();
+    for entry in &mut entries {
+        hide(entry);
+        place_in_package(entry, place, amd);
+    }
+    let last = supported.iter().find(|entry| entry.function == VENDOR).map_or(0, |entry| entry.eax);
+    for leaf in made_here.into_iter().filter(|leaf| *leaf <= last) {
+        entries.extend(levels(leaf, place));
+    }
+    CpuId::from_entries(&entries)
+}
+
+/// Whether the leaves are those of AMD's processors, which Hygon's have too.
+fn is_amd(supported: &[kvm_cpuid_entry2]) -> bool {
+    let name = |entry: &kvm_cpuid_entry2| [entry.ebx, entry.edx, entry.ecx].map(u32::to_le_bytes);
+    let vendor = supported.iter().find(|entry| entry.function == VENDOR).map(name);
+    vendor.is_some_and(|name| matches!(&name.concat()[..], b"AuthenticAMD" | b"HygonGenuine"))
+}
+
+/// Takes out what the guest shall not have.
+fn hide(entry: &mut kvm_cpuid_entry2) {
+    if HIDDEN.contains(&entry.function) {
+        (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
+    }
+    let leaf = (entry.function, entry.index);
+    for (_, [eax, ebx, ecx, edx]) in HIDDEN_FEATURES.iter().filter(|(of, _)| *of == leaf) {
+        entry.eax &= !eax;
+        entry.ebx &= !ebx;
+        entry.ecx &= !ecx;
+        entry.edx &= !edx;
+    }
+}
+
+/// Says which core it is, of how many, and which caches it shares.
+fn place_in_package(entry: &mut kvm_cpuid_entry2, place: Place, amd: bool) {
+    let (id, cores) = (place.id(), place.cores());
     match entry.function {
         FEATURES => {
             entry.ebx &= 0xff;
-            entry.ebx |= EBX_CLFLUSH | vcpus << 16 | index << 24;
+            entry.ebx |= EBX_CLFLUSH | cores << 16 | id << 24;
             // KVM_CAP_TSC_DEADLINE_TIMER is not in the supported set but in the in-kernel APIC.
             entry.ecx |= ECX_TSC_DEADLINE | ECX_HYPERVISOR;
-            if vcpus > 1 {
-                entry.edx |= EDX_MULTI_THREADED;
-            }
+            set(&mut entry.edx, EDX_MULTI_THREADED, cores > 1);
         }
-        INTEL_CACHES => {
-            // Cores per package, and threads that share this cache.
-            entry.eax &= 0x3fff;
-            let (cores, level) = (vcpus - 1, entry.eax >> 5 & 7);
-            entry.eax |= cores << 26;
+        INTEL_CACHES | AMD_CACHES if entry.eax & CACHE_TYPE != 0 => {
+            // The last level is the package's, the others are each core's own.
+            let level = entry.eax >> 5 & 7;
+            entry.eax &= !SHARING;
             if level == 3 {
-                entry.eax |= cores << 14;
+                entry.eax |= (cores - 1) << 14;
+            }
+            if entry.function == INTEL_CACHES {
+                entry.eax = entry.eax & !CORES | (cores - 1) << 26;
             }
         }
-        // Performance counters would show the host's microarchitecture and cost state to save.
-        PMU => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
-        TOPOLOGY | TOPOLOGY_V2 => {
-            let (shift, threads, kind) = match entry.index {
-                0 => (0, 1, LEVEL_THREAD),
-                1 => (vcpus.next_power_of_two().trailing_zeros(), vcpus, LEVEL_CORE),
-                _ => (0, 0, 0),
-            };
-            entry.eax = shift;
-            entry.ebx = threads;
-            entry.ecx = kind << 8 | entry.index & 0xff;
-            entry.edx = index;
-        }
+        AMD_FEATURES if amd => set(&mut entry.ecx, ECX_CORES, cores > 1),
         AMD_CORES => {
-            entry.ecx = vcpus.next_power_of_two().trailing_zeros() << 12 | (vcpus - 1);
+            entry.ecx = if amd { place.core_bits() << 12 | (cores - 1) } else { 0 };
         }
         AMD_TOPOLOGY => {
-            entry.eax = index;
-            entry.ebx = index;
-            entry.ecx = 0;
+            (entry.eax, entry.ebx, entry.ecx) = if amd { (id, id, 0) } else { (0, 0, 0) };
         }
         _ => {}
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn adapted(function: u32, sub: u32, index: u8, vcpus: u8) -> kvm_cpuid_entry2 {
-        let entry = kvm_cpuid_entry2 { function, index: sub, ..Default::default() };
-        let supported = CpuId::from_entries(&[entry]).unwrap();
-        for_vcpu(&supported, index, vcpus).as_slice()[0]
-    }
-
-    #[test]
-    fn each_vcpu_sees_its_own_apic_id_and_the_hypervisor() {
-        let entry = adapted(FEATURES, 0, 3, 4);
-        assert_eq!(entry.ebx >> 24, 3);
-        assert_eq!(entry.ebx >> 16 & 0xff, 4);
-        assert_ne!(entry.ecx & ECX_HYPERVISOR, 0);
-        assert_eq!(adapted(TOPOLOGY, 1, 3, 4).edx, 3);
-    }
-
-    #[test]
-    fn performance_counters_are_hidden() {
-        let entry = adapted(PMU, 0, 0, 1);
-        assert_eq!((entry.eax, entry.ebx, entry.ecx, entry.edx), (0, 0, 0, 0));
-    }
+fn set(register: &mut u32, bit: u32, on: bool) {
+    *register = *register & !bit | if on { bit } else { 0 };
 }
+
+/// The levels of a topology leaf: threads, cores, and the end.
+fn levels(leaf: u32, place: Place) -> [kvm_cpuid_entry2; 3] {
+    let kinds = [(0, 1, LEVEL_THREAD), (place.core_bits(), place.cores(), LEVEL_CORE), (0, 0, 0)];
+    let mut index = 0..;
+    kinds.map(|(shift, logical_processors, kind)| {
+        let index = index.next().unwrap_or(0);
+        kvm_cpuid_entry2 {
+            function: leaf,
+            index,
+            flags: KVM_CPUID_FLAG_SIGNIFCANT_INDEX,
+            eax: shift,
+            ebx: logical_processors,
+            ecx: kind << 8 | index,
+            edx: place.id(),
+            ..Default::default()
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests;

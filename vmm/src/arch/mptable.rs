@@ -95,8 +95,9 @@ fn len16(len: usize) -> u16 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::boot;
     use super::*;
-    use crate::config::VCPUS_MAX;
+    use crate::config::{CMDLINE_MAX, VCPUS_MAX};
 
     fn sum(bytes: &[u8]) -> u8 {
         bytes.iter().fold(0, |sum, byte| sum.wrapping_add(*byte))
@@ -120,8 +121,20 @@ mod tests {
     }
 
     #[test]
-    fn the_largest_table_may_only_cross_into_what_the_memory_map_reserves() {
-        let end = layout::MP_TABLE.0 + table(VCPUS_MAX).len() as u64;
-        assert!(end <= layout::BASE_MEMORY_END + 0x1_0000, "{end:#x}");
+    fn the_largest_table_lies_in_memory_that_the_guest_does_not_take_for_free() {
+        let memory = GuestMemory::from_ranges(&layout::memory_ranges(32)).unwrap();
+        let table = layout::MP_TABLE.0..layout::MP_TABLE.0 + table(VCPUS_MAX).len() as u64;
+        assert!(table.end > layout::BASE_MEMORY_END, "it fits where the smaller ones do");
+        for entry in boot::memory_map(&memory).iter().filter(|it| it.r#type == boot::E820_RAM) {
+            let (start, end) = (entry.addr, entry.addr + entry.size);
+            assert!(end <= table.start || table.end <= start, "{table:x?} in {start:x}..{end:x}");
+        }
+        write(&memory, VCPUS_MAX).unwrap();
+        let mut written = vec![0; super::table(VCPUS_MAX).len()];
+        memory.read_slice(&mut written, layout::MP_TABLE).unwrap();
+        assert_eq!(written, super::table(VCPUS_MAX));
+        // Nor does anything else of ours lie there.
+        let others = [layout::CMDLINE.0 + CMDLINE_MAX as u64, layout::BOOT_STACK.0];
+        assert!(others.iter().all(|end| *end <= table.start) && layout::HIGH_MEMORY.0 >= table.end);
     }
 }

@@ -17,7 +17,7 @@ pub(crate) mod virtio;
 
 use virtio::{VirtioDevice, balloon, block, fs, mem, net, rng, vsock};
 
-/// What the control socket needs of devices once they are attached.
+/// What the control socket needs of devices once they are attached. A machine has one of each.
 #[derive(Debug, Default)]
 pub(crate) struct Handles {
     /// Opens streams to the guest.
@@ -28,18 +28,48 @@ pub(crate) struct Handles {
     pub(crate) mem: Option<mem::MemHandle>,
 }
 
-/// Makes the device that the configuration describes; `memory` is the machine's.
+impl Handles {
+    /// Refuses a device of which the machine has one.
+    pub(crate) fn check(&self, config: &DeviceConfig) -> io::Result<()> {
+        let taken = match config {
+            DeviceConfig::Vsock { .. } if self.opener.is_some() => "a vsock device",
+            DeviceConfig::Balloon if self.balloon.is_some() => "a balloon",
+            DeviceConfig::Mem { .. } if self.mem.is_some() => "a memory device",
+            _ => return Ok(()),
+        };
+        Err(io::Error::new(io::ErrorKind::AlreadyExists, format!("the machine has {taken}")))
+    }
+
+    /// Takes over what a device brought that is attached now.
+    pub(crate) fn add(&mut self, brought: Self) {
+        self.opener = brought.opener.or(self.opener.take());
+        self.balloon = brought.balloon.or(self.balloon.take());
+        self.mem = brought.mem.or(self.mem.take());
+    }
+
+    /// Forgets a device of this type, which is attached no longer.
+    pub(crate) fn forget(&mut self, device_id: u32) {
+        match device_id {
+            vsock::DEVICE_ID => self.opener = None,
+            balloon::DEVICE_ID => self.balloon = None,
+            mem::DEVICE_ID => self.mem = None,
+            _ => {}
+        }
+    }
+}
+
+/// Makes the device that the configuration describes, and what it brings; `memory` is the machine's.
 pub(crate) fn build(
     config: &DeviceConfig,
     fds: &mut Descriptors,
-    handles: &mut Handles,
     memory: &Memory,
-) -> io::Result<Box<dyn VirtioDevice>> {
+) -> io::Result<(Box<dyn VirtioDevice>, Handles)> {
     let mut take = |field, fd| fds.take(field, fd).map_err(io::Error::other);
-    Ok(match config {
+    let mut brings = Handles::default();
+    let device: Box<dyn VirtioDevice> = match config {
         DeviceConfig::Vsock { guest_cid } => {
             let (device, opener) = vsock::device(*guest_cid)?;
-            handles.opener = Some(opener);
+            brings.opener = Some(opener);
             Box::new(device)
         }
         DeviceConfig::Rng { source } => Box::new(rng::device(File::from(take("source", *source)?))),
@@ -56,18 +86,16 @@ pub(crate) fn build(
         }
         DeviceConfig::Balloon => {
             let (device, balloon) = balloon::device()?;
-            handles.balloon = Some(balloon);
+            brings.balloon = Some(balloon);
             Box::new(device)
         }
         DeviceConfig::Mem { region_mib } => {
-            if handles.mem.is_some() {
-                return Err(io::Error::other("the machine has a memory device"));
-            }
             let (start, step) = layout::plugged_memory(memory.snapshot().last_addr().0 + 1);
             let region = mem::Region::new(start, step, *region_mib);
             let (device, mem) = mem::device(region)?;
-            handles.mem = Some(mem);
+            brings.mem = Some(mem);
             Box::new(device)
         }
-    })
+    };
+    Ok((device, brings))
 }

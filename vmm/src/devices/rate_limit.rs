@@ -1,8 +1,9 @@
 //! Log lines that a guest can provoke, bounded.
 //!
-//! A guest that misbehaves on purpose must not fill the host's disk. Each place that logs about
-//! the guest's doing goes through [`guest_warn!`], which lets a few lines pass in each window and
-//! says in the next window how many it held back.
+//! A guest that misbehaves on purpose must not hide what else is logged, nor cost the time of
+//! writing it. Each place that logs about the guest's doing goes through [`guest_warn!`], which lets
+//! a few lines pass in each window and says in the next window how many it held back. How large the
+//! log becomes at most is [`crate::logging`]'s.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 

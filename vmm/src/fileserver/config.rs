@@ -6,10 +6,14 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::wire::Class;
 use crate::config::{ConfigError, JailConfig};
 
 /// The version of this shape; the file server refuses any other.
 pub const VERSION: u32 = 1;
+/// The fewest threads that serve requests: one more than the monitor lets be busy with what may be
+/// slow.
+pub const THREADS_MIN: u8 = Class::Read.at_once() + 1;
 /// The most threads that serve requests.
 pub const THREADS_MAX: u8 = 32;
 /// Place of the detached mount that becomes the root, among the message's descriptors.
@@ -28,7 +32,7 @@ pub struct FsConfig {
     /// Who the file server becomes. It keeps the capabilities that serving files needs, and acts
     /// under the ids that the guest names only while it creates something.
     pub jail: JailConfig,
-    /// Threads that serve requests, 1 to [`THREADS_MAX`].
+    /// Threads that serve requests, [`THREADS_MIN`] to [`THREADS_MAX`].
     pub threads: u8,
 }
 
@@ -64,8 +68,8 @@ impl FsConfig {
             return Err(ConfigError::new("version", reason));
         }
         self.jail.validate()?;
-        if !(1..=THREADS_MAX).contains(&self.threads) {
-            let reason = format!("{} is not between 1 and {THREADS_MAX}", self.threads);
+        if !(THREADS_MIN..=THREADS_MAX).contains(&self.threads) {
+            let reason = format!("{} is not between {THREADS_MIN} and {THREADS_MAX}", self.threads);
             return Err(ConfigError::new("threads", reason));
         }
         if descriptors != DESCRIPTORS {
@@ -80,12 +84,12 @@ impl FsConfig {
 mod tests {
     use super::*;
 
-    const GOOD: &str = r#"{"version":1,"jail":{"uid":1000,"gid":1001},"threads":4}"#;
+    const GOOD: &str = r#"{"version":1,"jail":{"uid":1000,"gid":1001},"threads":6}"#;
 
     #[test]
     fn a_complete_configuration_is_read() {
         let config = FsConfig::from_json(GOOD.as_bytes(), 2).unwrap();
-        assert_eq!((config.jail.uid, config.jail.gid, config.threads), (1000, 1001, 4));
+        assert_eq!((config.jail.uid, config.jail.gid, config.threads), (1000, 1001, 6));
     }
 
     #[test]
@@ -94,9 +98,9 @@ mod tests {
             ("\"version\":1", "\"version\":2", "version"),
             ("\"uid\":1000", "\"uid\":0", "jail.uid"),
             ("\"gid\":1001", "\"gid\":4294967295", "jail.gid"),
-            ("\"threads\":4", "\"threads\":0", "threads"),
-            ("\"threads\":4", "\"threads\":33", "threads"),
-            ("\"threads\":4", "\"threads\":4,\"root\":\"/\"", "(message)"),
+            ("\"threads\":6", "\"threads\":5", "threads"),
+            ("\"threads\":6", "\"threads\":33", "threads"),
+            ("\"threads\":6", "\"threads\":6,\"root\":\"/\"", "(message)"),
         ] {
             let error = FsConfig::from_json(GOOD.replace(from, to).as_bytes(), 2).unwrap_err();
             assert_eq!(error.field, field, "{to}");

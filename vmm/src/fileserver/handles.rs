@@ -1,10 +1,13 @@
 //! Files and directories that processes of the guest have open.
 
 use std::collections::HashMap;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rustix::io::Errno;
+
+use super::slots::Kept;
 
 /// An open file description of the guest, and the one of the host behind it.
 #[derive(Debug)]
@@ -13,7 +16,9 @@ pub(super) struct Handle {
     pub(super) node: u64,
     /// Held while the position of a directory is in use.
     pub(super) position: Mutex<()>,
-    file: OwnedFd,
+    /// An owner of locks of ranges took its first one through it.
+    pub(super) locked_ranges: AtomicBool,
+    file: Kept,
 }
 
 impl AsFd for Handle {
@@ -36,8 +41,9 @@ pub(super) struct Handles {
 
 impl Handles {
     /// Keeps an open file; the number is never used again.
-    pub(super) fn insert(&self, node: u64, file: OwnedFd) -> u64 {
-        let handle = Arc::new(Handle { node, position: Mutex::default(), file });
+    pub(super) fn insert(&self, node: u64, file: Kept) -> u64 {
+        let (position, locked_ranges) = (Mutex::default(), AtomicBool::new(false));
+        let handle = Arc::new(Handle { node, position, locked_ranges, file });
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         table.last += 1;
         let number = table.last;
@@ -51,17 +57,13 @@ impl Handles {
         table.open.get(&number).filter(|handle| handle.node == node).cloned().ok_or(Errno::BADF)
     }
 
-    /// Closes it, once nobody uses it any more.
-    pub(super) fn remove(&self, number: u64, node: u64) -> Result<(), Errno> {
+    /// Gives it up: it is closed once nobody uses it any more.
+    pub(super) fn remove(&self, number: u64, node: u64) -> Result<Arc<Handle>, Errno> {
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         if table.open.get(&number).is_none_or(|handle| handle.node != node) {
             return Err(Errno::BADF);
         }
-        let handle = table.open.remove(&number);
-        drop(table);
-        // Closing a file can take time.
-        drop(handle);
-        Ok(())
+        table.open.remove(&number).ok_or(Errno::BADF)
     }
 
     /// Closes all.
@@ -74,19 +76,22 @@ impl Handles {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::fileserver::slots::Slots;
 
     #[test]
     fn a_handle_belongs_to_its_inode() {
         let handles = Handles::default();
-        let file = || std::fs::File::open("/dev/null").unwrap().into();
+        let slots = Slots::new(100, 1);
+        let open = || std::fs::File::open("/dev/null").unwrap().into();
+        let file = || slots.take().unwrap().keep(open());
         let first = handles.insert(5, file());
         let second = handles.insert(5, file());
         assert_ne!(first, second);
         assert!(handles.get(first, 5).is_ok());
         assert_eq!(handles.get(first, 6).unwrap_err(), Errno::BADF);
-        assert_eq!(handles.remove(first, 6), Err(Errno::BADF));
-        assert_eq!(handles.remove(first, 5), Ok(()));
-        assert_eq!(handles.remove(first, 5), Err(Errno::BADF));
+        assert_eq!(handles.remove(first, 6).unwrap_err(), Errno::BADF);
+        assert_eq!(handles.remove(first, 5).unwrap().node, 5);
+        assert_eq!(handles.remove(first, 5).unwrap_err(), Errno::BADF);
         assert!(handles.get(second, 5).is_ok());
     }
 }

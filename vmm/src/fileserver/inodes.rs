@@ -14,6 +14,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use rustix::fs::{AtFlags, FileType, Statx, StatxFlags, statx};
 use rustix::io::Errno;
 
+use super::slots::{Kept, Slot, Slots};
+
 /// The number of the root directory, `FUSE_ROOT_ID`.
 pub(super) const ROOT: u64 = 1;
 
@@ -26,7 +28,7 @@ pub(super) struct Inode {
     pub(super) kind: FileType,
     /// The change time that the guest's cached pages belong to; 0 when it is not known.
     pub(super) cached: AtomicU64,
-    path: OwnedFd,
+    path: Kept,
     key: Key,
     lookups: AtomicU64,
 }
@@ -62,17 +64,18 @@ struct Tables {
 #[derive(Debug)]
 pub(super) struct Inodes {
     tables: Mutex<Tables>,
+    slots: Arc<Slots>,
     devices: Devices,
 }
 
 impl Inodes {
     /// Only the root, which is never forgotten.
-    pub(super) fn new(root: OwnedFd) -> Result<Self, Errno> {
+    pub(super) fn new(root: OwnedFd, slots: Arc<Slots>) -> Result<Self, Errno> {
         let attributes = stat(&root)?;
         let mut tables = Tables { last_node: ROOT, ..Tables::default() };
-        tables.insert(ROOT, root, &attributes);
+        tables.insert(ROOT, slots.take()?.keep(root), &attributes);
         let devices = Devices::new(device(&attributes));
-        Ok(Self { tables: Mutex::new(tables), devices })
+        Ok(Self { tables: Mutex::new(tables), slots, devices })
     }
 
     /// The file that the guest calls by this number.
@@ -80,16 +83,22 @@ impl Inodes {
         self.lock().by_node.get(&node).cloned().ok_or(Errno::STALE)
     }
 
-    /// Counts one more lookup of an open file, known or not.
-    pub(super) fn remember(&self, path: OwnedFd) -> Result<(Arc<Inode>, Statx), Errno> {
+    /// Counts one more lookup of an open file, known or not. One that is new is kept in `slot`, or
+    /// in another one if there is none.
+    pub(super) fn remember(
+        &self,
+        path: OwnedFd,
+        slot: Option<Slot>,
+    ) -> Result<(Arc<Inode>, Statx), Errno> {
         let attributes = stat(&path)?;
         let mut tables = self.lock();
         let inode = match tables.by_key.get(&key(&attributes)).copied() {
             Some(node) => tables.by_node.get(&node).cloned().ok_or(Errno::IO)?,
             None => {
+                let slot = slot.map_or_else(|| self.slots.take(), Ok)?;
                 tables.last_node += 1;
                 let node = tables.last_node;
-                tables.insert(node, path, &attributes)
+                tables.insert(node, slot.keep(path), &attributes)
             }
         };
         // Only ever changed under the lock of the tables.
@@ -134,7 +143,7 @@ impl Inodes {
 }
 
 impl Tables {
-    fn insert(&mut self, node: u64, path: OwnedFd, attributes: &Statx) -> Arc<Inode> {
+    fn insert(&mut self, node: u64, path: Kept, attributes: &Statx) -> Arc<Inode> {
         let key = key(attributes);
         let inode = Arc::new(Inode {
             node,
@@ -223,7 +232,7 @@ mod tests {
 
     fn directory() -> (TempDir, Inodes) {
         let directory = TempDir::new().unwrap();
-        let inodes = Inodes::new(open(directory.path())).unwrap();
+        let inodes = Inodes::new(open(directory.path()), Slots::new(100, 1)).unwrap();
         (directory, inodes)
     }
 
@@ -232,13 +241,16 @@ mod tests {
         let (directory, inodes) = directory();
         let path = directory.path().join("file");
         File::create(&path).unwrap();
-        let node = inodes.remember(open(&path)).unwrap().0.node;
-        assert_eq!(inodes.remember(open(&path)).unwrap().0.node, node);
+        let node = inodes.remember(open(&path), None).unwrap().0.node;
+        assert_eq!(inodes.remember(open(&path), None).unwrap().0.node, node);
         inodes.forget(node, 1);
         assert_eq!(inodes.get(node).unwrap().node, node);
         inodes.forget(node, 1);
         assert_eq!(inodes.get(node).unwrap_err(), Errno::STALE);
-        assert!(inodes.remember(open(&path)).unwrap().0.node > node, "numbers are not used again");
+        assert!(
+            inodes.remember(open(&path), None).unwrap().0.node > node,
+            "numbers are not used again"
+        );
     }
 
     #[test]
@@ -247,7 +259,7 @@ mod tests {
         inodes.forget(ROOT, u64::MAX);
         inodes.forget(77, 1);
         assert_eq!(inodes.get(ROOT).unwrap().kind, FileType::Directory);
-        assert_eq!(inodes.remember(open(directory.path())).unwrap().0.node, ROOT);
+        assert_eq!(inodes.remember(open(directory.path()), None).unwrap().0.node, ROOT);
     }
 
     #[test]
@@ -255,7 +267,7 @@ mod tests {
         let (directory, inodes) = directory();
         let path = directory.path().join("file");
         File::create(&path).unwrap();
-        let node = inodes.remember(open(&path)).unwrap().0.node;
+        let node = inodes.remember(open(&path), None).unwrap().0.node;
         inodes.clear();
         assert!(inodes.get(node).is_err());
         assert!(inodes.get(ROOT).is_ok());

@@ -1,18 +1,23 @@
 //! What the file server gives up before it looks at a request.
 //!
 //! Its root is the pod's share and nothing else. It keeps the capabilities that serving files
-//! needs; SYS_ADMIN is not among them, so `trusted.*` attributes cannot be written. The seccomp
-//! filter comes with the isolation issue.
+//! needs. SYS_ADMIN is not among them, so `trusted.*` attributes cannot be written, nor is
+//! DAC_READ_SEARCH, with which `open_by_handle_at(2)` opens any file of a file system that a part of
+//! is shared. Whoever takes the process over has FOWNER and CHOWN: what it can reach of the host it
+//! can change the mode and the owner of, so it can reach nothing. The seccomp filter comes with the
+//! isolation issue.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::mount::{
-    FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, OpenTreeFlags, fsconfig_create,
-    fsconfig_set_string, fsmount, fsopen, mount_remount, open_tree,
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MoveMountFlags, OpenTreeFlags,
+    UnmountFlags, fsconfig_create, fsconfig_set_string, fsmount, fsopen, mount_remount, move_mount,
+    open_tree, unmount,
 };
 use rustix::process::{Gid, Resource, Rlimit, Uid, getrlimit, setrlimit, umask};
+use rustix::stdio::{dup2_stdin, dup2_stdout};
 use rustix::thread::{
     CapabilitiesSecureBits, CapabilitySet, CapabilitySets, clear_ambient_capability_set,
     set_capabilities, set_capabilities_secure_bits, set_thread_groups, set_thread_res_gid,
@@ -25,7 +30,6 @@ use crate::jail::{self, JailError, descriptors};
 /// What serving files needs.
 const CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::DAC_OVERRIDE)
-    .union(CapabilitySet::DAC_READ_SEARCH)
     .union(CapabilitySet::FOWNER)
     .union(CapabilitySet::FSETID)
     .union(CapabilitySet::SETUID)
@@ -36,13 +40,14 @@ const CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
 /// The kernel's own bound of a process's descriptors, where it was not changed.
 const DESCRIPTORS_MAX: u64 = 1 << 20;
 
-/// Enters the jail. `kept` stay open, with the standard streams; returns `/proc/self/fd` of a
-/// procfs that is mounted nowhere, the only way to turn an `O_PATH` descriptor into another.
+/// Enters the jail. `kept` stay open, with the standard streams. Returns `/proc/self/fd`, which no
+/// path leads to, the only way to turn an `O_PATH` descriptor into another, and how many
+/// descriptors there can be.
 pub(super) fn enter(
     identity: JailConfig,
     share: OwnedFd,
     kept: &[BorrowedFd<'_>],
-) -> Result<OwnedFd, JailError> {
+) -> Result<(OwnedFd, u64), JailError> {
     umask(Mode::empty());
     let descriptors = raise_descriptor_limit()?;
     jail::unshare_all()?;
@@ -50,13 +55,14 @@ pub(super) fn enter(
     jail::pivot_into(share.as_fd())?;
     drop(share);
     enter_read_only_view()?;
+    replace_standard_streams().map_err(failed("standard streams"))?;
     let mut open = vec![0, 1, 2, proc_self_fd.as_raw_fd()];
     open.extend(kept.iter().map(AsRawFd::as_raw_fd));
     descriptors::close_all_but(&open).map_err(failed("descriptors"))?;
     jail::limit(descriptors, u64::from(super::config::THREADS_MAX) + 2)?;
     become_unprivileged(identity).map_err(failed("identity"))?;
     jail::seal()?;
-    Ok(proc_self_fd)
+    Ok((proc_self_fd, descriptors))
 }
 
 /// No further thread: to be called when all are there.
@@ -96,18 +102,33 @@ fn enter_read_only_view() -> Result<(), JailError> {
     mount_remount("/", attributes, "").map_err(failed("read-only view of the share"))
 }
 
-/// A procfs that no path leads to. Dropping the mount's own descriptor detaches it for good; what
-/// was opened in it stays.
+/// `/dev/null` is the host's own, for everybody on it. The root of the share takes its place: what
+/// is opened later must not get these numbers.
+fn replace_standard_streams() -> io::Result<()> {
+    let root = openat(CWD, "/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
+    dup2_stdin(&root)?;
+    Ok(dup2_stdout(&root)?)
+}
+
+/// `/proc/self/fd` of a procfs of its own, and nothing above it: there are the program, which is a
+/// file of the host, and settings of the kernel. So it is a mount whose root is that directory, and
+/// that is attached nowhere.
 fn private_procfs() -> io::Result<OwnedFd> {
     let context = fsopen("proc", FsOpenFlags::FSOPEN_CLOEXEC)?;
     fsconfig_set_string(context.as_fd(), "subset", "pid")?;
     fsconfig_create(context.as_fd())?;
-    let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID
+    let attributes = MountAttrFlags::MOUNT_ATTR_RDONLY
+        | MountAttrFlags::MOUNT_ATTR_NOSUID
         | MountAttrFlags::MOUNT_ATTR_NODEV
         | MountAttrFlags::MOUNT_ATTR_NOEXEC;
     let procfs = fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    Ok(openat(procfs, "self/fd", flags, Mode::empty())?)
+    // A part of a mount can only be cloned while the mount is attached (before Linux 6.15): here to
+    // the root that this process is about to leave.
+    move_mount(&procfs, "", CWD, "/proc", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
+    let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let descriptors = open_tree(&procfs, "self/fd", flags)?;
+    unmount("/proc", UnmountFlags::DETACH)?;
+    Ok(descriptors)
 }
 
 /// Takes the pod's identity and keeps [`CAPABILITIES`], whichever uid a thread takes later.

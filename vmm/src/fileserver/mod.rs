@@ -23,6 +23,7 @@ use crate::{logging, seqpacket};
 use config::{FsAnswer, FsConfig};
 use serve::Service;
 use share::Share;
+use slots::Slots;
 
 mod caller;
 pub mod config;
@@ -31,6 +32,7 @@ mod inodes;
 mod jail;
 mod serve;
 mod share;
+mod slots;
 pub(crate) mod wire;
 
 /// Virtual size of a serving thread's stack; only touched pages cost memory.
@@ -81,8 +83,9 @@ fn run(control: &OwnedFd) -> Result<(), StartError> {
     let relay = descriptors.remove(config::RELAY);
     let share = descriptors.remove(config::SHARE_ROOT);
     let kept = [control.as_fd(), relay.as_fd()];
-    let proc_self_fd = jail::enter(config.jail, share, &kept)?;
-    let share = Share::new(proc_self_fd).map_err(StartError::Share)?;
+    let (proc_self_fd, limit) = jail::enter(config.jail, share, &kept)?;
+    let slots = Slots::new(limit, config.threads);
+    let share = Share::new(proc_self_fd, slots).map_err(StartError::Share)?;
     let service = Arc::new(Service::new(share, relay));
     for number in 0..config.threads {
         let service = Arc::clone(&service);

@@ -16,6 +16,10 @@ use crate::devices::rate_limit::guest_warn;
 /// piece.
 const PAUSE: Duration = Duration::from_millis(2);
 
+/// The longest packet that is moved out of the way before it is answered. What a longer one asks
+/// for, such as to write, has a reply that is shorter than this.
+const SHORT: usize = 8 << 10;
+
 /// What all threads share.
 #[derive(Debug)]
 pub(super) struct Service {
@@ -34,13 +38,22 @@ impl Service {
             log::error!("thread cannot serve: {error}");
             return;
         }
-        let mut packet = vec![0; wire::PACKET_MAX];
-        let mut reply = Reply::new();
+        // One for the packet, the other for the reply: no request is long and has a long reply, and
+        // what was touched once stays in memory.
+        let (mut long, mut short) = (vec![0; wire::PACKET_MAX], vec![0; SHORT]);
         loop {
-            match recv(&self.relay, packet.as_mut_slice(), RecvFlags::TRUNC) {
+            match recv(&self.relay, long.as_mut_slice(), RecvFlags::TRUNC) {
                 Ok((_, 0)) => return,
                 Ok((filled, total)) if filled == total => {
-                    self.answer(packet.get(..filled).unwrap_or_default(), &mut reply);
+                    if let (Some(packet), Some(from)) =
+                        (short.get_mut(..filled), long.get(..filled))
+                    {
+                        packet.copy_from_slice(from);
+                        self.answer(packet, Reply::new(&mut long));
+                    } else {
+                        let packet = long.get(..filled).unwrap_or_default();
+                        self.answer(packet, Reply::new(&mut short));
+                    }
                 }
                 Ok((_, total)) => guest_warn!("dropped a packet of {total} bytes: no request"),
                 Err(Errno::INTR) => {}
@@ -57,14 +70,13 @@ impl Service {
         self.share.locks().run(|unique, result| self.send_empty(unique, result))
     }
 
-    fn answer(&self, packet: &[u8], reply: &mut Reply) {
+    fn answer(&self, packet: &[u8], mut reply: Reply<'_>) {
         let Some(request) = Request::parse(packet) else {
             guest_warn!("dropped a packet of {} bytes: no header", packet.len());
             return;
         };
-        reply.clear();
         let outcome = if request.len as usize == packet.len() {
-            self.share.handle(&request, packet, reply)
+            self.share.handle(&request, packet, &mut reply)
         } else if request.has_reply() {
             Outcome::Done(Err(Errno::INVAL))
         } else {

@@ -65,6 +65,39 @@ pub(crate) mod opcode {
     pub(crate) const STATX: u32 = 52;
 }
 
+/// How long the host may take for a request: the slowest first.
+///
+/// The file server has a fixed number of threads
+/// ([`THREADS_MIN`](super::config::THREADS_MIN) at least). So the relay passes on only so many requests of a
+/// class and the slower ones together that a thread is left for each quicker class, and holds the
+/// others back: an `fsync` that takes seconds delays no read, and a dead disk no lookup elsewhere.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Class {
+    /// Waits for the disk, or moves as much data as it likes.
+    Sync,
+    /// Changes files or directories: may wait for memory, for a journal, for the disk.
+    Write,
+    /// Reads data, or closes: may wait for the disk.
+    Read,
+    /// Names, attributes and locks, which mostly are in the host's memory; what has no reply.
+    Look,
+}
+
+impl Class {
+    /// Those of which the relay holds back what is too much.
+    pub(crate) const BOUNDED: [Self; 3] = [Self::Sync, Self::Write, Self::Read];
+
+    /// How many requests of this class and the slower ones the file server is given at once.
+    pub(crate) const fn at_once(self) -> u8 {
+        match self {
+            Self::Sync => 2,
+            Self::Write => 4,
+            Self::Read => 5,
+            Self::Look => u8::MAX,
+        }
+    }
+}
+
 /// What stands before every request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Request {
@@ -94,6 +127,33 @@ impl Request {
             uid: u32_at(header, 24)?,
             gid: u32_at(header, 28)?,
         })
+    }
+
+    /// How long the host may take for it.
+    pub(crate) const fn class(&self) -> Class {
+        match self.opcode {
+            opcode::FSYNC | opcode::FSYNCDIR | opcode::FALLOCATE | opcode::COPY_FILE_RANGE => {
+                Class::Sync
+            }
+            opcode::WRITE
+            | opcode::SETATTR
+            | opcode::SETXATTR
+            | opcode::REMOVEXATTR
+            | opcode::CREATE
+            | opcode::TMPFILE
+            | opcode::MKNOD
+            | opcode::MKDIR
+            | opcode::SYMLINK
+            | opcode::LINK
+            | opcode::UNLINK
+            | opcode::RMDIR
+            | opcode::RENAME
+            | opcode::RENAME2 => Class::Write,
+            opcode::READ | opcode::LSEEK | opcode::FLUSH | opcode::RELEASE | opcode::RELEASEDIR => {
+                Class::Read
+            }
+            _ => Class::Look,
+        }
     }
 
     /// Whether the guest's kernel expects an answer.
@@ -181,21 +241,17 @@ impl<'a> Body<'a> {
     }
 }
 
-/// A reply in the making, in a buffer that is used again and again.
+/// A reply in the making.
 #[derive(Debug)]
-pub(super) struct Reply {
-    buffer: Box<[u8]>,
+pub(super) struct Reply<'a> {
+    buffer: &'a mut [u8],
     len: usize,
 }
 
-impl Reply {
-    pub(super) fn new() -> Self {
-        Self { buffer: vec![0; PACKET_MAX].into_boxed_slice(), len: OUT_HEADER }
-    }
-
-    /// Forgets the last reply.
-    pub(super) fn clear(&mut self) {
-        self.len = OUT_HEADER;
+impl<'a> Reply<'a> {
+    /// An empty one, in a buffer that has room for a header at least.
+    pub(super) fn new(buffer: &'a mut [u8]) -> Self {
+        Self { buffer, len: OUT_HEADER }
     }
 
     /// Bytes of body so far.
@@ -249,7 +305,7 @@ impl Reply {
                 ReplyHeader { len, error: 0, unique }
             }
             Err(errno) => {
-                self.clear();
+                self.len = OUT_HEADER;
                 ReplyHeader::failure(unique, errno)
             }
         };

@@ -15,6 +15,8 @@ const LOOKUP: u32 = 1;
 const FORGET: u32 = 2;
 const GETATTR: u32 = 3;
 const INIT: u32 = 26;
+const SETLK: u32 = 32;
+const SETLKW: u32 = 33;
 const OPENDIR: u32 = 27;
 const CREATE: u32 = 35;
 const DESTROY: u32 = 38;
@@ -29,7 +31,7 @@ impl Wire {
     fn new() -> Self {
         let (relay, ours) = relay_pair();
         let share = tmpfs();
-        let server = Server::start(share.as_fd(), relay.as_fd());
+        let server = Server::start(share.as_fd(), relay.as_fd(), None);
         // Something to write to: the view that is served of the root itself is read-only.
         server.attach(&share, &tmpfs(), "w");
         Self { server, relay: ours, unique: 0 }
@@ -150,6 +152,44 @@ fn what_was_never_given_out_is_refused() {
     body[16..20].copy_from_slice(&4096_u32.to_le_bytes());
     assert_eq!(wire.call(28, 1, &body).0, -libc::EBADF);
     wire.send(FORGET, 1, &u64::MAX.to_le_bytes());
+    wire.is_well();
+}
+
+#[test]
+fn a_guest_that_lets_ever_more_locks_wait_cannot_make_it_grow() {
+    let mut wire = Wire::new();
+    wire.init();
+    let node = u64::from_le_bytes(wire.call(LOOKUP, 1, b"w\0").1[..8].try_into().unwrap());
+    // Flags for reading and writing, mode, umask, flags of the open, name.
+    let mut body: Vec<u8> = [2_u32, 0o644, 0, 0].map(u32::to_le_bytes).concat();
+    body.extend(b"f\0");
+    let (error, made) = wire.call(CREATE, node, &body);
+    assert_eq!(error, 0);
+    let file = u64::from_le_bytes(made[..8].try_into().unwrap());
+    let handle = u64::from_le_bytes(made[128..136].try_into().unwrap());
+    // Handle, owner, first and last byte; a write lock, process, flags.
+    let lock = |owner: u64| {
+        let mut body: Vec<u8> = [handle, owner, 0, 0].map(u64::to_le_bytes).concat();
+        body.extend([1_u32, 0, 0, 0].map(u32::to_le_bytes).concat());
+        body
+    };
+    assert_eq!(wire.call(SETLK, file, &lock(1)).0, 0);
+    let (mut sent, mut refused) = (0, 0);
+    // Until all are sent and nothing comes any more.
+    while sent < 5000 || refused < 5000 - 1000 {
+        let patience = if sent < 5000 { 0 } else { 2000 };
+        if sent < 5000 {
+            wire.send(SETLKW, file, &lock(2));
+            sent += 1;
+        }
+        match wire.next(patience) {
+            Some(packet) => {
+                assert_eq!(packet[4..8], (-libc::ENOLCK).to_le_bytes());
+                refused += 1;
+            }
+            None => assert_eq!(patience, 0, "{} locks wait", sent - refused),
+        }
+    }
     wire.is_well();
 }
 

@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::sync::mpsc;
+use std::sync::{Barrier, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -23,14 +23,30 @@ fn open(path: &Path) -> File {
 
 /// Locks bytes 10 to 19 in the name of this open file description.
 fn range(file: &File, kind: libc::c_int, wait: bool) -> io::Result<()> {
-    let lock = libc::flock {
-        l_type: libc::c_short::try_from(kind).unwrap(),
-        l_whence: 0,
-        l_start: 10,
-        l_len: 10,
-        l_pid: 0,
-    };
     let command = if wait { libc::F_OFD_SETLKW } else { libc::F_OFD_SETLK };
+    control(file, command, kind, (10, 10))
+}
+
+/// Locks one byte in the name of this process.
+fn byte(file: &File, at: i64, command: libc::c_int) -> io::Result<()> {
+    control(file, command, libc::F_WRLCK, (at, 1))
+}
+
+/// Whether the host sees a lock of the guest on a byte.
+fn is_locked(host: &File, at: i64) -> bool {
+    let locked = is_busy(control(host, libc::F_OFD_SETLK, libc::F_WRLCK, (at, 1)));
+    control(host, libc::F_OFD_SETLK, libc::F_UNLCK, (at, 1)).unwrap();
+    locked
+}
+
+fn control(
+    file: &File,
+    command: libc::c_int,
+    kind: libc::c_int,
+    (l_start, l_len): (i64, i64),
+) -> io::Result<()> {
+    let l_type = libc::c_short::try_from(kind).unwrap();
+    let lock = libc::flock { l_type, l_whence: 0, l_start, l_len, l_pid: 0 };
     // SAFETY: the lock outlives the call.
     match unsafe { libc::fcntl(file.as_raw_fd(), command, &raw const lock) } {
         -1 => Err(io::Error::last_os_error()),
@@ -76,6 +92,62 @@ fn ranges_are_locked_between_guest_and_host() {
     assert!(is_busy(range(&guest, libc::F_RDLCK, false)), "the host writes");
     range(&host, libc::F_UNLCK, false).unwrap();
     range(&guest, libc::F_WRLCK, false).unwrap();
+}
+
+#[test]
+fn threads_of_one_process_that_take_their_first_locks_at_once_get_both() {
+    let pod = Pod::new();
+    for round in 0..200 {
+        let name = format!("file-{round}");
+        let (guest, host) = (open(&pod.guest.join(&name)), open(&pod.host.join(&name)));
+        let start = Barrier::new(2);
+        thread::scope(|scope| {
+            for at in [0, 100] {
+                let (guest, start) = (&guest, &start);
+                scope.spawn(move || {
+                    start.wait();
+                    byte(guest, at, libc::F_SETLK).unwrap();
+                });
+            }
+        });
+        assert_eq!([0, 100].map(|at| is_locked(&host, at)), [true; 2], "round {round}");
+    }
+}
+
+#[test]
+fn a_lock_that_was_waited_for_joins_those_that_its_process_took_meanwhile() {
+    let pod = Pod::new();
+    let (guest, host) = (open(&pod.guest.join("file")), open(&pod.host.join("file")));
+    byte(&host, 0, libc::F_OFD_SETLK).unwrap();
+    thread::scope(|scope| {
+        let waiting = scope.spawn(|| byte(&guest, 0, libc::F_SETLKW).unwrap());
+        thread::sleep(Duration::from_millis(200));
+        byte(&guest, 100, libc::F_SETLK).unwrap();
+        assert!(!waiting.is_finished());
+        control(&host, libc::F_OFD_SETLK, libc::F_UNLCK, (0, 1)).unwrap();
+        waiting.join().unwrap();
+    });
+    assert_eq!([0, 100].map(|at| is_locked(&host, at)), [true; 2]);
+    // One that nothing is held of any more is not taken up again.
+    drop(open(&pod.guest.join("file")));
+    assert_eq!([0, 100].map(|at| is_locked(&host, at)), [false; 2]);
+}
+
+#[test]
+fn a_lock_of_an_open_file_ends_with_its_last_descriptor() {
+    let pod = Pod::new();
+    let (guest, host) = (open(&pod.guest.join("file")), open(&pod.host.join("file")));
+    range(&guest, libc::F_WRLCK, false).unwrap();
+    let copy = guest.try_clone().unwrap();
+    drop(guest);
+    assert!(is_locked(&host, 15));
+    drop(copy);
+    // The guest's kernel reports the last close a moment later.
+    let start = Instant::now();
+    while is_locked(&host, 15) {
+        assert!(start.elapsed() < Duration::from_secs(5), "never released");
+        thread::sleep(Duration::from_millis(1));
+    }
 }
 
 #[test]

@@ -15,9 +15,12 @@
 
 mod attributes;
 mod data;
+mod descriptors;
+mod file_systems;
 mod hostile;
 mod jail;
 mod locks;
 mod names;
 mod pod;
 mod scale;
+mod taken_over;

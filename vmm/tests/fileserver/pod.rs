@@ -13,7 +13,7 @@ use std::sync::Arc;
 use std::thread;
 
 use bulkhead_vmm::config::JailConfig;
-use bulkhead_vmm::fileserver::config::{FsAnswer, FsConfig, VERSION};
+use bulkhead_vmm::fileserver::config::{FsAnswer, FsConfig, THREADS_MIN, VERSION};
 use bulkhead_vmm::seqpacket;
 use rustix::fs::{CWD, Gid, Mode, Uid, mkdirat};
 use rustix::mount::{
@@ -23,15 +23,17 @@ use rustix::mount::{
 };
 use rustix::net::sockopt::set_socket_send_buffer_size_force;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
+use rustix::process::{Resource, Rlimit, setrlimit};
 use rustix::thread::{
-    LinkNameSpaceType, UnshareFlags, move_into_link_name_space, set_thread_groups,
-    set_thread_res_gid, set_thread_res_uid, unshare_unsafe,
+    CapabilitySet, LinkNameSpaceType, UnshareFlags, move_into_link_name_space,
+    remove_capability_from_bounding_set, set_thread_groups, set_thread_res_gid, set_thread_res_uid,
+    unshare_unsafe,
 };
 use tempfile::TempDir;
 
 /// Who the file server becomes.
 pub(crate) const JAIL: JailConfig = JailConfig { uid: 71_001, gid: 71_002 };
-pub(crate) const THREADS: u8 = 2;
+pub(crate) const THREADS: u8 = THREADS_MIN;
 const PACKET_BYTES: usize = 1 << 20;
 const SOCKET_BYTES: usize = 4 << 20;
 
@@ -59,6 +61,15 @@ impl Pod {
     /// Serves an empty directory. The calling thread gets a mount namespace of its own, so nothing
     /// is left behind when the test ends, however it ends.
     pub(crate) fn new() -> Self {
+        Self::start(None)
+    }
+
+    /// The same with a file server that cannot have more descriptors than these.
+    pub(crate) fn with_descriptors(limit: u64) -> Self {
+        Self::start(Some(limit))
+    }
+
+    fn start(descriptors: Option<u64>) -> Self {
         // SAFETY: descriptors stay shared.
         unsafe { unshare_unsafe(UnshareFlags::NEWNS) }.unwrap();
         mount_change("/", MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).unwrap();
@@ -72,7 +83,7 @@ impl Pod {
         fs::set_permissions(&host, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
         let share = tmpfs();
         let (relay, ours) = relay_pair();
-        let server = Server::start(share.as_fd(), relay.as_fd());
+        let server = Server::start(share.as_fd(), relay.as_fd(), descriptors);
         drop(relay);
         bridge(ours, &root);
         let pod = Self { guest: root.join("c/rootfs"), host, root, server, share, directory };
@@ -109,8 +120,12 @@ impl Drop for Pod {
 
 impl Server {
     /// Starts the process, configures it and waits until it serves.
-    pub(crate) fn start(share: BorrowedFd<'_>, relay: BorrowedFd<'_>) -> Self {
-        let server = Self::spawn();
+    pub(crate) fn start(
+        share: BorrowedFd<'_>,
+        relay: BorrowedFd<'_>,
+        descriptors: Option<u64>,
+    ) -> Self {
+        let server = Self::spawn(descriptors);
         let config = FsConfig { version: VERSION, jail: JAIL, threads: THREADS };
         let answer = server.configure(&serde_json::to_vec(&config).unwrap(), &[share, relay]);
         assert_eq!(answer, FsAnswer::Ready(true));
@@ -118,9 +133,10 @@ impl Server {
     }
 
     /// Starts the process as the first of a new pid namespace.
-    pub(crate) fn spawn() -> Self {
+    pub(crate) fn spawn(descriptors: Option<u64>) -> Self {
         let (theirs, control) = seqpacket::pair().unwrap();
-        let child = thread::scope(|scope| scope.spawn(|| spawn(&theirs)).join().unwrap());
+        let child =
+            thread::scope(|scope| scope.spawn(|| spawn(&theirs, descriptors)).join().unwrap());
         Self { child, control: Some(control) }
     }
 
@@ -166,7 +182,7 @@ impl Drop for Server {
     }
 }
 
-fn spawn(control: &OwnedFd) -> Child {
+fn spawn(control: &OwnedFd, descriptors: Option<u64>) -> Child {
     // SAFETY: only children are affected.
     unsafe { unshare_unsafe(UnshareFlags::NEWPID) }.unwrap();
     // Above the number that it is copied to: a copy onto itself would stay close-on-exec.
@@ -174,9 +190,19 @@ fn spawn(control: &OwnedFd) -> Child {
     let number = control.as_raw_fd();
     let mut command = Command::new(env!("CARGO_BIN_EXE_bulkhead-fs"));
     command.stdin(Stdio::null()).stdout(Stdio::null());
-    // SAFETY: all that runs between fork and exec is one system call.
-    unsafe { command.pre_exec(move || inherit(number)) };
+    let prepare = move || {
+        inherit(number)?;
+        descriptors.map_or(Ok(()), limit_descriptors)
+    };
+    // SAFETY: all that runs between fork and exec are system calls.
+    unsafe { command.pre_exec(prepare) };
     command.spawn().unwrap()
+}
+
+/// Sets a limit that the process has no right to raise.
+fn limit_descriptors(limit: u64) -> io::Result<()> {
+    remove_capability_from_bounding_set(CapabilitySet::SYS_RESOURCE)?;
+    Ok(setrlimit(Resource::Nofile, Rlimit { current: Some(limit), maximum: Some(limit) })?)
 }
 
 /// Gives the descriptor the number under which the process expects it.

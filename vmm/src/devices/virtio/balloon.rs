@@ -22,7 +22,7 @@ use crate::devices::rate_limit::guest_warn;
 use crate::memory::release;
 
 /// The device type, §5.5.1.
-const DEVICE_ID: u32 = 5;
+pub(crate) const DEVICE_ID: u32 = 5;
 /// `VIRTIO_BALLOON_F_DEFLATE_ON_OOM`: the driver may take pages back instead of killing processes.
 const F_DEFLATE_ON_OOM: u64 = 1 << 2;
 /// `VIRTIO_BALLOON_F_REPORTING`: the driver reports free pages.

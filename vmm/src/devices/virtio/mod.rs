@@ -70,7 +70,8 @@ pub(crate) trait Serve: Send + 'static {
     /// Does what can be done now. Called for spurious wake-ups too.
     fn serve(&mut self, ready: Ready, context: &mut Context<'_>) -> Result<(), ServeError>;
 
-    /// The driver reset the device or the machine ends: forget what belongs to the driver.
+    /// The driver reset the device, the activation failed, or the machine ends: forget what belongs
+    /// to the driver.
     fn stop(&mut self, _sources: &Sources) {}
 }
 
@@ -223,7 +224,7 @@ pub(crate) struct Activation {
 pub(crate) trait VirtioDevice: Send + fmt::Debug {
     fn identity(&self) -> &Identity;
     fn config(&self) -> &ConfigSpace;
-    /// Starts serving.
+    /// Starts serving. One that fails can be tried again after a reset.
     fn activate(&mut self, activation: Activation) -> io::Result<()>;
     /// Stops serving; can be activated again. Blocks until the worker has stopped.
     fn reset(&mut self);

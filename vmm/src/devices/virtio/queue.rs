@@ -18,6 +18,8 @@ use vmm_sys_util::eventfd::EventFd;
 use super::ServeError;
 use super::transport::Line;
 
+/// `VIRTQ_AVAIL_F_NO_INTERRUPT`, the one flag of a driver.
+const NO_INTERRUPT: u16 = 1;
 /// Chains served before the worker looks at anything else.
 const BATCH: usize = 128;
 
@@ -184,6 +186,12 @@ fn visit<'m>(
         each(slice.map_err(virtio_queue::Error::GuestMemoryError)?);
     }
     Ok(())
+}
+
+/// A field of a ring, read once.
+fn load(memory: &GuestMemory, addr: u64) -> Result<u16, QueueError> {
+    let value = memory.load(GuestAddress(addr), Ordering::Relaxed).map(u16::from_le);
+    Ok(value.map_err(virtio_queue::Error::GuestMemory)?)
 }
 
 /// Where a range of guest memory is in this process. What is mapped stays so.
@@ -381,19 +389,22 @@ impl DeviceQueue {
         Ok(())
     }
 
-    /// VIRTIO 1.2 §2.7.10: whether the index that the driver waits for was passed.
+    /// VIRTIO 1.2 §2.7.7.2: whether the driver wants to know of what was published since the last
+    /// time. With event indices its flags do not count (§2.7.10), but whether the index was passed
+    /// that it waits for.
     fn wants_signal(&mut self, memory: &GuestMemory) -> Result<bool, QueueError> {
         let now = self.queue.next_used();
         let before = std::mem::replace(&mut self.signalled, now);
-        // The driver must see what was published before its own index is read.
-        fence(Ordering::SeqCst);
-        if !self.queue.event_idx_enabled() {
-            return Ok(true);
+        if now == before {
+            return Ok(false);
         }
-        let size = u64::from(self.queue.size());
-        let used_event = GuestAddress(self.queue.avail_ring() + 4 + 2 * size);
-        let event = memory.load(used_event, Ordering::Relaxed).map(u16::from_le);
-        let event = event.map_err(virtio_queue::Error::GuestMemory)?;
+        // The driver must see what was published before its own wish is read.
+        fence(Ordering::SeqCst);
+        let avail = self.queue.avail_ring();
+        if !self.queue.event_idx_enabled() {
+            return Ok(load(memory, avail)? & NO_INTERRUPT == 0);
+        }
+        let event = load(memory, avail + 4 + 2 * u64::from(self.queue.size()))?;
         Ok(now.wrapping_sub(event).wrapping_sub(1) < now.wrapping_sub(before))
     }
 

@@ -180,6 +180,40 @@ fn a_batch_that_passes_the_event_index_interrupts_once() {
     assert_eq!(line.irq().read().unwrap(), 1);
 }
 
+/// Where a driver says that it wants no interrupts, VIRTIO 1.2 §2.7.6.
+fn flags() -> GuestAddress {
+    GuestAddress(mock::queue(0, SIZES[0]).avail_ring())
+}
+
+#[test]
+fn a_driver_without_event_indices_is_not_interrupted_while_it_does_not_want_it() {
+    let memory = mock::memory();
+    let mut driver = Driver::new(&memory, SIZES);
+    let mut interrupted = |flags_now: u16| {
+        memory.write_obj(flags_now, flags()).unwrap();
+        driver.queues[0].complete(&memory, 0, 0).unwrap();
+        driver.queues[0].signal(&memory).unwrap();
+        driver.line.irq().read().is_ok()
+    };
+    // The bits above are not used, and may be anything.
+    assert_eq!([0, 1, 0xfffe, 0xffff, 0].map(&mut interrupted), [true, false, true, false, true]);
+    // Nor when there is nothing to tell.
+    driver.queues[0].signal(&memory).unwrap();
+    assert!(driver.line.irq().read().is_err());
+}
+
+#[test]
+fn a_driver_with_event_indices_is_interrupted_whatever_its_flags() {
+    let memory = mock::memory();
+    let _driver = Driver::new(&memory, SIZES);
+    let (mut queue, line, used_event, _) = with_event_index(&memory);
+    memory.write_obj(0_u16, used_event).unwrap();
+    memory.write_obj(1_u16, flags()).unwrap();
+    queue.complete(&memory, 0, 0).unwrap();
+    queue.signal(&memory).unwrap();
+    assert!(line.irq().read().is_ok());
+}
+
 #[test]
 fn arming_asks_for_the_next_chain_and_notices_one_that_came() {
     let memory = mock::memory();

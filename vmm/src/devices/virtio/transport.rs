@@ -155,14 +155,20 @@ impl Transport {
         Self { memory, attached: None }
     }
 
+    /// Refuses when the slot holds a device.
+    pub(crate) fn check_free(&self) -> io::Result<()> {
+        match &self.attached {
+            None => Ok(()),
+            Some(_) => Err(io::Error::new(io::ErrorKind::AlreadyExists, "the slot holds a device")),
+        }
+    }
+
     /// Gives the slot its device.
     ///
     /// # Errors
     /// When the slot is taken, or the host has no descriptors left.
     pub(crate) fn attach(&mut self, device: Box<dyn VirtioDevice>) -> io::Result<()> {
-        if self.attached.is_some() {
-            return Err(io::Error::new(io::ErrorKind::AlreadyExists, "slot holds a device"));
-        }
+        self.check_free()?;
         let sizes = device.identity().queue_sizes;
         let kicks = sizes
             .iter()
@@ -222,7 +228,9 @@ impl Transport {
             }
             return;
         }
-        // §4.2.2.2: registers are read as 32 bits at their own offset only.
+        // §4.2.2.2: registers are read as 32 bits at their own offset only; what is read otherwise is
+        // nothing, and not what the buffer had in it before.
+        data.fill(0);
         let Ok(register) = <&mut [u8; 4]>::try_from(data) else { return };
         let value = match (offset, &self.attached) {
             (0x000, _) => MAGIC,

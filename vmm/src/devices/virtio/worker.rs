@@ -1,12 +1,13 @@
 //! The thread that serves one device.
 //!
 //! On activation a device's logic moves into its thread; on reset it comes back. Nobody else holds
-//! it meanwhile, so there is no lock around a device. The thread waits in epoll for kicks, for the
-//! host-side descriptors that the logic registered, and for the order to stop.
+//! it meanwhile, so there is no lock around a device. An activation that fails leaves the logic where
+//! it was, and the driver may reset the device and try again. The thread waits in epoll for kicks, for
+//! the host-side descriptors that the logic registered, and for the order to stop.
 
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
@@ -94,7 +95,7 @@ pub(crate) enum Slot<S: Serve> {
     Idle(S),
     /// On its thread.
     Running(Worker<S>),
-    /// The thread could not be started or did not come back: the device is dead.
+    /// The thread did not come back: the device is dead.
     Lost,
 }
 
@@ -102,10 +103,16 @@ impl<S: Serve> Slot<S> {
     /// Moves the logic to a thread of its own.
     pub(super) fn start(&mut self, activation: Activation) -> io::Result<()> {
         match std::mem::replace(self, Self::Lost) {
-            Self::Idle(logic) => {
-                *self = Self::Running(Worker::spawn(logic, activation)?);
-                Ok(())
-            }
+            Self::Idle(logic) => match Worker::spawn(logic, activation) {
+                Ok(worker) => {
+                    *self = Self::Running(worker);
+                    Ok(())
+                }
+                Err((logic, error)) => {
+                    *self = Self::Idle(logic);
+                    Err(error)
+                }
+            },
             other => {
                 *self = other;
                 Err(io::Error::other("device is already running or lost"))
@@ -125,37 +132,68 @@ impl<S: Serve> Slot<S> {
 /// A running thread.
 pub(crate) struct Worker<S> {
     stop: Arc<EventFd>,
-    thread: JoinHandle<S>,
+    thread: JoinHandle<Option<S>>,
 }
 
 impl<S: Serve> Worker<S> {
-    fn spawn(mut logic: S, activation: Activation) -> io::Result<Self> {
-        // Blocking: a failed device waits by reading it.
-        let stop = Arc::new(EventFd::new(0)?);
-        let sources = Sources::new()?;
-        sources.add_own(&stop, STOP)?;
-        for (index, queue) in activation.queues.iter().enumerate() {
-            sources.add_own(queue.kick(), index as u64)?;
-        }
-        logic.start(activation.features, &sources)?;
-        logic.delegate(&activation, &sources)?;
+    /// Starts the thread; gives the logic back, stopped, when that is not possible.
+    fn spawn(mut logic: S, activation: Activation) -> Result<Self, (S, io::Error)> {
+        let (stop, sources) = match watch(&activation.queues) {
+            Ok(watched) => watched,
+            Err(error) => return Err((logic, error)),
+        };
+        // A thread that cannot be started would take with it what it was given.
+        let (hand_over, handed_over) = mpsc::sync_channel(1);
+        let begun = logic
+            .start(activation.features, &sources)
+            .and_then(|()| logic.delegate(&activation, &sources))
+            .and_then(|()| start_thread(handed_over));
+        let thread = match begun {
+            Ok(thread) => thread,
+            Err(error) => {
+                logic.stop(&sources);
+                return Err((logic, error));
+            }
+        };
         let Activation { memory, queues, .. } = activation;
-        let mut serving = Loop { logic, memory, queues, sources, stop: Arc::clone(&stop) };
-        let thread = thread::Builder::new().name(S::NAME.into()).stack_size(STACK_BYTES).spawn(
-            move || {
-                serving.run();
-                serving.logic.stop(&serving.sources);
-                serving.logic
-            },
-        )?;
-        Ok(Self { stop, thread })
+        let serving = Loop { logic, memory, queues, sources, stop: Arc::clone(&stop) };
+        match hand_over.send(serving) {
+            Ok(()) => Ok(Self { stop, thread }),
+            Err(mpsc::SendError(serving)) => {
+                Err((serving.logic, io::Error::other("the device's thread has ended")))
+            }
+        }
     }
 
     fn stop(self) -> Option<S> {
         // The counter cannot overflow: it is written once.
         self.stop.write(1).ok()?;
-        self.thread.join().ok()
+        self.thread.join().ok().flatten()
     }
+}
+
+/// The stop order, and what waits for it and for kicks.
+fn watch(queues: &[DeviceQueue]) -> io::Result<(Arc<EventFd>, Sources)> {
+    // Blocking: a failed device waits by reading it.
+    let stop = Arc::new(EventFd::new(0)?);
+    let sources = Sources::new()?;
+    sources.add_own(&stop, STOP)?;
+    for (index, queue) in queues.iter().enumerate() {
+        sources.add_own(queue.kick(), index as u64)?;
+    }
+    Ok((stop, sources))
+}
+
+/// Starts a thread that serves with the loop it is handed, and gives the logic back at the end.
+fn start_thread<S: Serve>(
+    handed_over: mpsc::Receiver<Loop<S>>,
+) -> io::Result<JoinHandle<Option<S>>> {
+    thread::Builder::new().name(S::NAME.into()).stack_size(STACK_BYTES).spawn(move || {
+        let mut serving = handed_over.recv().ok()?;
+        serving.run();
+        serving.logic.stop(&serving.sources);
+        Some(serving.logic)
+    })
 }
 
 struct Loop<S> {

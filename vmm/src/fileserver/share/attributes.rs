@@ -78,7 +78,11 @@ fn time(valid: u32, (given, now): (u32, u32), seconds: u64, nanoseconds: u32) ->
 }
 
 impl Share {
-    pub(super) fn get_attributes(&self, request: &Request, reply: &mut Reply) -> Result<(), Errno> {
+    pub(super) fn get_attributes(
+        &self,
+        request: &Request,
+        reply: &mut Reply<'_>,
+    ) -> Result<(), Errno> {
         let attributes = self.inodes.get(request.node)?.stat()?;
         reply.put_u64s([VALID_SECONDS]);
         reply.put_u32s([0, 0]);
@@ -90,7 +94,7 @@ impl Share {
     pub(super) fn get_extended_attributes(
         &self,
         request: &Request,
-        reply: &mut Reply,
+        reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
         let stat = self.inodes.get(request.node)?.stat()?;
         reply.put_u64s([VALID_SECONDS]);
@@ -115,7 +119,7 @@ impl Share {
         &self,
         request: &Request,
         body: &mut Body<'_>,
-        reply: &mut Reply,
+        reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
         let changes = Changes::read(body)?;
         let inode = self.inodes.get(request.node)?;
@@ -158,7 +162,7 @@ impl Share {
     }
 
     /// Writes `struct fuse_attr`.
-    pub(super) fn put_attributes(&self, stat: &Statx, reply: &mut Reply) {
+    pub(super) fn put_attributes(&self, stat: &Statx, reply: &mut Reply<'_>) {
         reply.put_u64s([self.number(stat), stat.stx_size, stat.stx_blocks]);
         let (atime, mtime, ctime) = (stat.stx_atime, stat.stx_mtime, stat.stx_ctime);
         reply.put_u64s([atime.tv_sec, mtime.tv_sec, ctime.tv_sec].map(i64::cast_unsigned));
@@ -171,7 +175,7 @@ impl Share {
     pub(super) fn stat_file_system(
         &self,
         request: &Request,
-        reply: &mut Reply,
+        reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
         let stat = fstatfs(self.inodes.get(request.node)?)?;
         reply.put_u64s([stat.f_blocks, stat.f_bfree, stat.f_bavail, stat.f_files, stat.f_ffree]);
@@ -197,7 +201,7 @@ impl Share {
         &self,
         request: &Request,
         body: &mut Body<'_>,
-        reply: &mut Reply,
+        reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
         let (size, _padding, name) = (body.u32()?, body.u32()?, body.string()?);
         let inode = self.inodes.get(request.node)?;
@@ -214,7 +218,7 @@ impl Share {
         &self,
         request: &Request,
         body: &mut Body<'_>,
-        reply: &mut Reply,
+        reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
         let (size, _padding) = (body.u32()?, body.u32()?);
         let inode = self.inodes.get(request.node)?;
@@ -233,7 +237,7 @@ impl Share {
 }
 
 /// Writes `struct fuse_getxattr_out`: how long a value is.
-fn put_len(len: usize, reply: &mut Reply) -> Result<(), Errno> {
+fn put_len(len: usize, reply: &mut Reply<'_>) -> Result<(), Errno> {
     reply.put_u32s([u32::try_from(len).map_err(|_| Errno::OVERFLOW)?, 0]);
     Ok(())
 }

@@ -19,6 +19,7 @@ use super::names::{open_name, permissions};
 use super::{Share, caller};
 use crate::fileserver::caller::stripping_set_id;
 use crate::fileserver::inodes::Inode;
+use crate::fileserver::slots::{Kept, Slot};
 use crate::fileserver::wire::{Body, DATA_MAX, Reply, Request};
 
 /// `FOPEN_KEEP_CACHE`: pages that the guest has of this file are still good.
@@ -44,7 +45,7 @@ impl Share {
         &self,
         request: &Request,
         body: &mut Body<'_>,
-        reply: &mut Reply,
+        reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
         let (flags, open_flags) = (body.u32()?, body.u32()?);
         let inode = self.inodes.get(request.node)?;
@@ -55,9 +56,10 @@ impl Share {
         }
         let flags = open_mode(flags);
         let strip = open_flags & OPEN_KILL_SUIDGID != 0 && flags.contains(OFlags::TRUNC);
+        let slot = self.slots.take()?;
         let file = stripping_set_id(strip, || self.reopen(&inode, flags))?;
         let cache = if self.cache_is_good(&inode)? { KEEP_CACHE } else { 0 };
-        self.put_open(request.node, file, cache, reply);
+        self.put_open(request.node, slot.keep(file), cache, reply);
         Ok(())
     }
 
@@ -65,42 +67,49 @@ impl Share {
         &self,
         request: &Request,
         body: &mut Body<'_>,
-        reply: &mut Reply,
+        reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
         let (flags, mode, umask, open_flags) = (body.u32()?, body.u32()?, body.u32()?, body.u32()?);
         let name = body.name()?;
         let directory = self.inodes.get(request.node)?;
+        // Both are needed once the file is there.
+        let slots = (self.slots.take()?, self.slots.take()?);
         // Exclusively first: opening what another user put there has other rules.
         let exclusive =
             open_mode(flags) | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let create = || openat(&directory, name, exclusive, permissions(mode));
         match caller(request, umask).run(create) {
-            Ok(file) => self.put_created(file, reply),
+            Ok(file) => self.put_created(file, slots, reply),
             Err(Errno::EXIST) if flags & OFlags::EXCL.bits() == 0 => {
-                let path = open_name(&directory, name)?;
                 let strip = open_flags & OPEN_KILL_SUIDGID != 0;
-                let (inode, _) = self.inodes.remember(path)?;
-                // Not what the guest looked for a moment ago: it looks again.
-                let opened = match inode.kind {
-                    FileType::RegularFile => {
-                        stripping_set_id(strip, || self.reopen(&inode, open_mode(flags)))
-                    }
-                    _ => Err(Errno::STALE),
-                };
-                match opened {
-                    Ok(file) => {
-                        self.put_known_entry(inode.node, &inode.stat()?, reply);
-                        self.put_open(inode.node, file, 0, reply);
-                        Ok(())
-                    }
-                    Err(error) => {
-                        self.inodes.forget(inode.node, 1);
-                        Err(error)
-                    }
-                }
+                let path = open_name(&directory, name)?;
+                self.put_existing(path, (open_mode(flags), strip), slots, reply)
             }
             Err(error) => Err(error),
         }
+    }
+
+    /// Opens what has the name already, and counts a lookup of it only if that works.
+    fn put_existing(
+        &self,
+        path: OwnedFd,
+        (flags, strip): (OFlags, bool),
+        (slot, open_slot): (Slot, Slot),
+        reply: &mut Reply<'_>,
+    ) -> Result<(), Errno> {
+        let (inode, _) = self.inodes.remember(path, Some(slot))?;
+        let open = || {
+            if inode.kind != FileType::RegularFile {
+                // Not what the guest looked for a moment ago: it looks again.
+                return Err(Errno::STALE);
+            }
+            let file = stripping_set_id(strip, || self.reopen(&inode, flags))?;
+            Ok((file, inode.stat()?))
+        };
+        let (file, attributes) = open().inspect_err(|_| self.inodes.forget(inode.node, 1))?;
+        self.put_known_entry(inode.node, &attributes, reply);
+        self.put_open(inode.node, open_slot.keep(file), 0, reply);
+        Ok(())
     }
 
     /// TMPFILE: a file without a name, that can be given one.
@@ -108,7 +117,7 @@ impl Share {
         &self,
         request: &Request,
         body: &mut Body<'_>,
-        reply: &mut Reply,
+        reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
         let (flags, mode, umask) = (body.u32()?, body.u32()?, body.u32()?);
         let directory = self.inodes.get(request.node)?;
@@ -118,21 +127,27 @@ impl Share {
         // Whether it may be given a name later is the caller's flag.
         let exclusive = OFlags::from_bits_retain(flags) & OFlags::EXCL;
         let flags = open_mode(flags) | OFlags::TMPFILE | OFlags::CLOEXEC | exclusive;
+        let slots = (self.slots.take()?, self.slots.take()?);
         let create = || openat(&directory, ".", flags, permissions(mode));
         let file = caller(request, umask).run(create)?;
-        self.put_created(file, reply)
+        self.put_created(file, slots, reply)
     }
 
-    fn put_created(&self, file: OwnedFd, reply: &mut Reply) -> Result<(), Errno> {
+    fn put_created(
+        &self,
+        file: OwnedFd,
+        (slot, open_slot): (Slot, Slot),
+        reply: &mut Reply<'_>,
+    ) -> Result<(), Errno> {
         // From the file itself: its name may be another's by now.
         let path = self.reopen(&file, OFlags::PATH)?;
-        let inode = self.put_entry(path, reply)?;
-        self.put_open(inode.node, file, 0, reply);
+        let inode = self.put_entry(path, Some(slot), reply)?;
+        self.put_open(inode.node, open_slot.keep(file), 0, reply);
         Ok(())
     }
 
     /// Writes `struct fuse_open_out`.
-    fn put_open(&self, node: u64, file: OwnedFd, flags: u32, reply: &mut Reply) {
+    fn put_open(&self, node: u64, file: Kept, flags: u32, reply: &mut Reply<'_>) {
         reply.put_u64s([self.handles.insert(node, file)]);
         reply.put_u32s([flags, 0]);
     }
@@ -161,7 +176,7 @@ impl Share {
         &self,
         request: &Request,
         body: &mut Body<'_>,
-        reply: &mut Reply,
+        reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
         let (handle, offset, size) = (body.u64()?, body.u64()?, body.u32()?);
         let handle = self.handles.get(handle, request.node)?;
@@ -175,7 +190,7 @@ impl Share {
         &self,
         request: &Request,
         body: &mut Body<'_>,
-        reply: &mut Reply,
+        reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
         let (handle, offset) = (body.u64()?, body.u64()?);
         let (size, write_flags, _owner) = (body.u32()?, body.u32()?, body.u64()?);
@@ -200,7 +215,7 @@ impl Share {
         &self,
         request: &Request,
         body: &mut Body<'_>,
-        reply: &mut Reply,
+        reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
         const DATA: u32 = 3;
         const HOLE: u32 = 4;
@@ -226,7 +241,7 @@ impl Share {
         &self,
         request: &Request,
         body: &mut Body<'_>,
-        reply: &mut Reply,
+        reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
         let (from, mut from_offset) = (body.u64()?, body.u64()?);
         let (node, to, mut to_offset) = (body.u64()?, body.u64()?, body.u64()?);
@@ -251,12 +266,16 @@ impl Share {
     }
 
     pub(super) fn release(&self, request: &Request, body: &mut Body<'_>) -> Result<(), Errno> {
-        let (handle, _flags, release_flags) = (body.u64()?, body.u32()?, body.u32()?);
+        let (number, _flags, release_flags) = (body.u64()?, body.u32()?, body.u32()?);
         if release_flags & RELEASE_FLUSH != 0 {
             self.locks.release(request.node, body.u64()?);
         }
-        self.handles.remove(handle, request.node)?;
-        // A lock of the whole file went with it.
+        let handle = self.handles.remove(number, request.node)?;
+        if handle.locked_ranges.load(Ordering::Relaxed) {
+            self.locks.release_handle(number);
+        }
+        // A lock of the whole file goes with it.
+        drop(handle);
         self.locks.wake();
         Ok(())
     }

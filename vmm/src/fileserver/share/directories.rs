@@ -24,13 +24,18 @@ const ENTRY: usize = 128;
 const ENTRY_HEADER: usize = 24;
 
 impl Share {
-    pub(super) fn open_directory(&self, request: &Request, reply: &mut Reply) -> Result<(), Errno> {
+    pub(super) fn open_directory(
+        &self,
+        request: &Request,
+        reply: &mut Reply<'_>,
+    ) -> Result<(), Errno> {
         let inode = self.inodes.get(request.node)?;
         if inode.kind != FileType::Directory {
             return Err(Errno::NOTDIR);
         }
+        let slot = self.slots.take()?;
         let file = self.reopen(&inode, OFlags::RDONLY | OFlags::DIRECTORY)?;
-        reply.put_u64s([self.handles.insert(request.node, file)]);
+        reply.put_u64s([self.handles.insert(request.node, slot.keep(file))]);
         reply.put_u32s([0, 0]);
         Ok(())
     }
@@ -39,7 +44,7 @@ impl Share {
         &self,
         request: &Request,
         body: &mut Body<'_>,
-        reply: &mut Reply,
+        reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
         let directory = self.inodes.get(request.node)?;
         let device = device(&directory.stat()?);
@@ -54,7 +59,7 @@ impl Share {
         &self,
         request: &Request,
         body: &mut Body<'_>,
-        reply: &mut Reply,
+        reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
         let directory = self.inodes.get(request.node)?;
         let device = device(&directory.stat()?);
@@ -75,14 +80,14 @@ impl Share {
         &self,
         directory: &Inode,
         entry: &RawDirEntry<'_>,
-        reply: &mut Reply,
+        reply: &mut Reply<'_>,
     ) -> Result<u64, Errno> {
         if matches!(entry.file_name().to_bytes(), b"." | b"..") {
             return Err(Errno::INVAL);
         }
         let path = open_name(directory, entry.file_name())?;
         let number = self.number(&stat(&path)?);
-        self.put_entry(path, reply)?;
+        self.put_entry(path, None, reply)?;
         Ok(number)
     }
 
@@ -91,8 +96,8 @@ impl Share {
         &self,
         request: &Request,
         body: &mut Body<'_>,
-        reply: &mut Reply,
-        mut put: impl FnMut(&RawDirEntry<'_>, &mut Reply),
+        reply: &mut Reply<'_>,
+        mut put: impl FnMut(&RawDirEntry<'_>, &mut Reply<'_>),
     ) -> Result<(), Errno> {
         let (handle, offset, size) = (body.u64()?, body.u64()?, body.u32()? as usize);
         let handle = self.handles.get(handle, request.node)?;
@@ -124,7 +129,7 @@ impl Share {
 }
 
 /// Writes `struct fuse_dirent`.
-fn put_entry(entry: &RawDirEntry<'_>, number: u64, reply: &mut Reply) {
+fn put_entry(entry: &RawDirEntry<'_>, number: u64, reply: &mut Reply<'_>) {
     let name = entry.file_name().to_bytes();
     reply.put_u64s([number, entry.next_entry_cookie()]);
     // The kernel's names are far below 4 GiB.

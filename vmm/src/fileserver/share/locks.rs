@@ -1,19 +1,22 @@
 //! Locks on files, `fcntl_locking(2)` and `flock(2)`, which count between the guest and the host.
 //!
 //! A lock of a whole file belongs to an open file description, and there is one of the host for
-//! each of the guest: it takes the lock. A lock of a range belongs to a process of the guest: each
-//! such owner has an open file description per inode here, whose locks (`F_OFD_SETLK`) are released
-//! as the guest says that the process closed a descriptor.
+//! each of the guest: it takes the lock. A lock of a range belongs to a process of the guest, or to
+//! an open file description of it: each such owner has one open file description per inode here,
+//! which takes its locks (`F_OFD_SETLK`). They are released when the guest says that the process
+//! closed a descriptor of the file (FLUSH), or that the open file description through which the
+//! first one was taken is gone (RELEASE): Linux's FUSE says the latter only of an `F_OFD_SETLK`.
 //!
-//! A thread never waits for a lock. What has to wait is kept in a list that one thread tries again:
-//! at once when the guest released something, otherwise every [`RETRY_MIN`] to [`RETRY_MAX`], since
-//! the host does not say when its processes do.
+//! A thread never waits for a lock. What has to wait is kept in a bounded list that one thread tries
+//! again: at once when the guest released something, otherwise every [`RETRY_MIN`] to [`RETRY_MAX`],
+//! since the host does not say when its processes do.
 
 // UNSAFETY: locks of open file descriptions have no safe wrapper.
 #![expect(unsafe_code, reason = "fcntl(2)")]
 
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -22,10 +25,14 @@ use rustix::io::Errno;
 
 use super::{Outcome, Share};
 use crate::fileserver::handles::Handle;
+use crate::fileserver::slots::Kept;
 use crate::fileserver::wire::{Body, Reply, Request};
 
 const RETRY_MIN: Duration = Duration::from_millis(5);
 const RETRY_MAX: Duration = Duration::from_millis(100);
+/// How many locks may wait. A guest has fewer requests in flight, but one that resets its device
+/// forgets them without an end.
+const WAITING_MAX: usize = 512;
 /// How many interruptions are remembered that came before what they interrupt.
 const EARLY_MAX: usize = 16;
 /// `FUSE_LK_FLOCK`: a lock of the whole file.
@@ -62,7 +69,18 @@ impl LockRequest {
 #[derive(Clone, Debug)]
 enum Lock {
     Whole { handle: Arc<Handle>, operation: FlockOperation },
-    Range { owner: (u64, u64), file: Arc<OwnedFd>, range: libc::flock },
+    Range { owner: Owner, held: Held, range: libc::flock },
+}
+
+/// An inode, and what the guest calls the owner of its locks.
+type Owner = (u64, u64);
+
+/// What takes the locks of an owner.
+#[derive(Clone, Debug)]
+struct Held {
+    file: Arc<Kept>,
+    /// The number of the handle through which the owner took its first lock.
+    handle: u64,
 }
 
 #[derive(Debug)]
@@ -82,7 +100,7 @@ struct Queue {
 /// Who holds locks of ranges, and who waits for one.
 #[derive(Debug, Default)]
 pub(in crate::fileserver) struct Locks {
-    owners: Mutex<HashMap<(u64, u64), Arc<OwnedFd>>>,
+    owners: Mutex<HashMap<Owner, Held>>,
     queue: Mutex<Queue>,
     wake: Condvar,
 }
@@ -93,6 +111,13 @@ impl Locks {
         if self.owners().remove(&(node, owner)).is_some() {
             self.wake();
         }
+    }
+
+    /// Releases what was taken through a handle that is gone: whoever took it has no other, or has
+    /// lost its locks when it closed this one.
+    pub(super) fn release_handle(&self, handle: u64) {
+        self.owners().retain(|_, held| held.handle != handle);
+        self.wake();
     }
 
     /// Releases everything, and waits for nothing any more.
@@ -147,16 +172,16 @@ impl Locks {
     fn take(&self, lock: &Lock) -> Result<(), Errno> {
         match lock {
             Lock::Whole { handle, operation } => flock(handle, *operation),
-            Lock::Range { owner, file, range } => {
-                control(file, libc::F_OFD_SETLK, *range)?;
-                // Its process may have closed another descriptor meanwhile.
-                self.owners().entry(*owner).or_insert_with(|| Arc::clone(file));
-                Ok(())
+            Lock::Range { owner, held, range } => {
+                // Another thread may have taken the first lock of this owner, or released all,
+                // since the request was read: all its locks must be of one open file description.
+                let file = Arc::clone(&self.owners().entry(*owner).or_insert(held.clone()).file);
+                control(file, libc::F_OFD_SETLK, *range).map(drop)
             }
         }
     }
 
-    fn owners(&self) -> MutexGuard<'_, HashMap<(u64, u64), Arc<OwnedFd>>> {
+    fn owners(&self) -> MutexGuard<'_, HashMap<Owner, Held>> {
         self.owners.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -191,6 +216,9 @@ impl Share {
             return Outcome::Done(Err(Errno::INTR));
         }
         match self.locks.take(&lock) {
+            Err(Errno::AGAIN) if queue.waiting.len() == WAITING_MAX => {
+                Outcome::Done(Err(Errno::NOLCK))
+            }
             Err(Errno::AGAIN) => {
                 queue.waiting.push(Waiting { unique: request.unique, lock });
                 self.locks.wake.notify_one();
@@ -210,14 +238,14 @@ impl Share {
         &self,
         request: &Request,
         body: &mut Body<'_>,
-        reply: &mut Reply,
+        reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
         let wanted = LockRequest::read(body)?;
         let handle = self.handles.get(wanted.handle, request.node)?;
         let own = self.locks.owners().get(&(request.node, wanted.owner)).cloned();
         let range = range(wanted)?;
         let found = match own {
-            Some(file) => control(file, libc::F_OFD_GETLK, range)?,
+            Some(held) => control(held.file, libc::F_OFD_GETLK, range)?,
             None => control(handle, libc::F_OFD_GETLK, range)?,
         };
         let start = found.l_start.cast_unsigned();
@@ -263,12 +291,17 @@ impl Share {
         }
         let owner = (node, wanted.owner);
         let known = self.locks.owners().get(&owner).cloned();
-        let file = match known {
-            Some(file) => file,
+        let held = match known {
+            Some(held) => held,
             None if wanted.kind == UNLOCK => return Ok(None),
-            None => Arc::new(self.open_for_locks(node)?),
+            None => {
+                handle.locked_ranges.store(true, Ordering::Relaxed);
+                let slot = self.slots.take()?;
+                let file = Arc::new(slot.keep(self.open_for_locks(node)?));
+                Held { file, handle: wanted.handle }
+            }
         };
-        Ok(Some(Lock::Range { owner, file, range: range(wanted)? }))
+        Ok(Some(Lock::Range { owner, held, range: range(wanted)? }))
     }
 
     /// For both kinds of lock where the file can be written at all.

@@ -21,6 +21,7 @@ use rustix::io::Errno;
 use super::caller::Caller;
 use super::handles::Handles;
 use super::inodes::{Inode, Inodes, device};
+use super::slots::{Slot, Slots};
 use super::wire::{Body, DATA_MAX, Reply, Request, opcode};
 use locks::Locks;
 
@@ -49,8 +50,9 @@ pub(super) enum Outcome {
 /// All that is served.
 #[derive(Debug)]
 pub(super) struct Share {
-    /// `/proc/self/fd` of a procfs that no path leads to.
+    /// `/proc/self/fd`, which no path leads to.
     proc_self_fd: OwnedFd,
+    slots: Arc<Slots>,
     inodes: Inodes,
     handles: Handles,
     locks: Locks,
@@ -58,10 +60,11 @@ pub(super) struct Share {
 
 impl Share {
     /// Serves the root directory of the process.
-    pub(super) fn new(proc_self_fd: OwnedFd) -> Result<Self, Errno> {
+    pub(super) fn new(proc_self_fd: OwnedFd, slots: Arc<Slots>) -> Result<Self, Errno> {
         let root = openat(CWD, "/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
-        let inodes = Inodes::new(root)?;
-        Ok(Self { proc_self_fd, inodes, handles: Handles::default(), locks: Locks::default() })
+        let inodes = Inodes::new(root, Arc::clone(&slots))?;
+        let (handles, locks) = (Handles::default(), Locks::default());
+        Ok(Self { proc_self_fd, slots, inodes, handles, locks })
     }
 
     /// The working directory that [`Share::handle`] needs its thread to have.
@@ -75,7 +78,12 @@ impl Share {
     }
 
     /// Does what a request asks.
-    pub(super) fn handle(&self, request: &Request, message: &[u8], reply: &mut Reply) -> Outcome {
+    pub(super) fn handle(
+        &self,
+        request: &Request,
+        message: &[u8],
+        reply: &mut Reply<'_>,
+    ) -> Outcome {
         let mut body = Body::of(message);
         match request.opcode {
             opcode::FORGET => self.forget(request, &mut body),
@@ -90,7 +98,7 @@ impl Share {
         &self,
         request: &Request,
         body: &mut Body<'_>,
-        reply: &mut Reply,
+        reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
         match request.opcode {
             opcode::INIT => self.init(body, reply),
@@ -137,7 +145,7 @@ impl Share {
     }
 
     /// Negotiates, `struct fuse_init_in` and `fuse_init_out`.
-    fn init(&self, body: &mut Body<'_>, reply: &mut Reply) -> Result<(), Errno> {
+    fn init(&self, body: &mut Body<'_>, reply: &mut Reply<'_>) -> Result<(), Errno> {
         let (major, minor, readahead, low) = (body.u32()?, body.u32()?, body.u32()?, body.u32()?);
         if major != 7 || minor < MINOR_MIN {
             return Err(Errno::PROTO);
@@ -182,14 +190,20 @@ impl Share {
         openat(&self.proc_self_fd, link_name(inode), flags, Mode::empty())
     }
 
-    /// Writes `struct fuse_entry_out` for a file whose lookup the guest shall count.
-    fn put_entry(&self, path: OwnedFd, reply: &mut Reply) -> Result<Arc<Inode>, Errno> {
-        let (inode, attributes) = self.inodes.remember(path)?;
+    /// Writes `struct fuse_entry_out` for a file whose lookup the guest shall count; `slot` is for
+    /// one that is new.
+    fn put_entry(
+        &self,
+        path: OwnedFd,
+        slot: Option<Slot>,
+        reply: &mut Reply<'_>,
+    ) -> Result<Arc<Inode>, Errno> {
+        let (inode, attributes) = self.inodes.remember(path, slot)?;
         self.put_known_entry(inode.node, &attributes, reply);
         Ok(inode)
     }
 
-    fn put_known_entry(&self, node: u64, attributes: &Statx, reply: &mut Reply) {
+    fn put_known_entry(&self, node: u64, attributes: &Statx, reply: &mut Reply<'_>) {
         // Node, generation, seconds and nanoseconds that name and attributes are valid.
         reply.put_u64s([node, 0, VALID_SECONDS, VALID_SECONDS]);
         reply.put_u32s([0, 0]);

@@ -9,7 +9,7 @@ use rustix::fs::{
 };
 use rustix::io::Errno;
 
-use super::{Share, caller};
+use super::{Share, caller, link_name};
 use crate::fileserver::inodes::Inode;
 use crate::fileserver::wire::{Body, Reply, Request};
 
@@ -18,10 +18,17 @@ impl Share {
         &self,
         request: &Request,
         body: &mut Body<'_>,
-        reply: &mut Reply,
+        reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
         let directory = self.inodes.get(request.node)?;
-        self.put_entry(open_name(&directory, body.name()?)?, reply)?;
+        let path = open_name(&directory, body.name()?).map_err(|error| match error {
+            // The guest's kernel takes any other error for a name that is gone, and takes away what
+            // is mounted there. Here the host is out of descriptors: of its own the server has some
+            // set aside.
+            Errno::NFILE | Errno::MFILE => Errno::NOMEM,
+            other => other,
+        })?;
+        self.put_entry(path, None, reply)?;
         Ok(())
     }
 
@@ -29,12 +36,13 @@ impl Share {
         &self,
         request: &Request,
         body: &mut Body<'_>,
-        reply: &mut Reply,
+        reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
         let (mode, umask, name) = (body.u32()?, body.u32()?, body.name()?);
         let directory = self.inodes.get(request.node)?;
+        let slot = self.slots.take()?;
         caller(request, umask).run(|| mkdirat(&directory, name, permissions(mode)))?;
-        self.put_entry(open_name(&directory, name)?, reply)?;
+        self.put_entry(open_name(&directory, name)?, Some(slot), reply)?;
         Ok(())
     }
 
@@ -42,15 +50,16 @@ impl Share {
         &self,
         request: &Request,
         body: &mut Body<'_>,
-        reply: &mut Reply,
+        reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
         let (mode, device, umask, _padding) = (body.u32()?, body.u32()?, body.u32()?, body.u32()?);
         let name = body.name()?;
         let directory = self.inodes.get(request.node)?;
         let kind = FileType::from_raw_mode(mode);
         let create = || mknodat(&directory, name, kind, permissions(mode), decode_device(device));
+        let slot = self.slots.take()?;
         caller(request, umask).run(create)?;
-        self.put_entry(open_name(&directory, name)?, reply)?;
+        self.put_entry(open_name(&directory, name)?, Some(slot), reply)?;
         Ok(())
     }
 
@@ -58,16 +67,17 @@ impl Share {
         &self,
         request: &Request,
         body: &mut Body<'_>,
-        reply: &mut Reply,
+        reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
         let (name, target) = (body.name()?, body.string()?);
         let directory = self.inodes.get(request.node)?;
+        let slot = self.slots.take()?;
         caller(request, 0).run(|| symlinkat(target, &directory, name))?;
-        self.put_entry(open_name(&directory, name)?, reply)?;
+        self.put_entry(open_name(&directory, name)?, Some(slot), reply)?;
         Ok(())
     }
 
-    pub(super) fn read_link(&self, request: &Request, reply: &mut Reply) -> Result<(), Errno> {
+    pub(super) fn read_link(&self, request: &Request, reply: &mut Reply<'_>) -> Result<(), Errno> {
         let inode = self.inodes.get(request.node)?;
         if inode.kind != FileType::Symlink {
             return Err(Errno::INVAL);
@@ -80,14 +90,16 @@ impl Share {
         &self,
         request: &Request,
         body: &mut Body<'_>,
-        reply: &mut Reply,
+        reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
         let (node, name) = (body.u64()?, body.name()?);
         let inode = self.inodes.get(node)?;
         let directory = self.inodes.get(request.node)?;
-        let link = || linkat(&inode, "", &directory, name, AtFlags::EMPTY_PATH);
+        // Not by AT_EMPTY_PATH, which takes CAP_DAC_READ_SEARCH.
+        let (from, follow) = (&self.proc_self_fd, AtFlags::SYMLINK_FOLLOW);
+        let link = || linkat(from, link_name(&inode), &directory, name, follow);
         caller(request, 0).run(link)?;
-        self.put_entry(open_name(&directory, name)?, reply)?;
+        self.put_entry(open_name(&directory, name)?, None, reply)?;
         Ok(())
     }
 

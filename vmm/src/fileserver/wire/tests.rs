@@ -63,7 +63,8 @@ fn names_that_lead_elsewhere_are_refused() {
 
 #[test]
 fn an_error_replaces_the_body() {
-    let mut reply = Reply::new();
+    let mut buffer = [0; 100];
+    let mut reply = Reply::new(&mut buffer);
     reply.put_u64s([1, 2]);
     assert_eq!(reply.message(3, Ok(())).len(), OUT_HEADER + 16);
     let message = reply.message(3, Err(Errno::NOENT)).to_vec();

@@ -11,7 +11,7 @@ use vmm_sys_util::epoll::EventSet;
 
 use super::worker::Sources;
 use super::{ConfigSpace, Context, Device, Identity, Ready, Serve, ServeError};
-use relay::{Forwarded, Relay};
+use relay::{Answer, Forwarded, Received, Relay};
 
 mod relay;
 
@@ -23,7 +23,7 @@ const QUEUE_SIZES: &[u16] = &[64, 256];
 const TAG_BYTES: usize = 36;
 /// The file server's socket, among the descriptors that the worker watches.
 const SERVER: u32 = 0;
-/// Requests taken, or replies given back, before the worker looks at anything else.
+/// Requests taken, or packets received, before the worker looks at anything else.
 const BATCH: usize = 128;
 
 /// Makes a device that the guest mounts by `tag`, at most 36 bytes, and that `server` answers.
@@ -63,16 +63,14 @@ impl Fs {
             taken += 1;
             let head = chain.head;
             match self.relay.forward(memory, chain, index)? {
-                Forwarded::Sent => {}
+                Forwarded::Kept => {}
                 Forwarded::Done(written) => {
                     queue.complete(memory, head, written)?;
                     done = true;
                 }
                 Forwarded::Full => {
                     queue.unpop();
-                    self.full = true;
-                    let both = EventSet::IN | EventSet::OUT;
-                    context.sources.modify(self.relay.server(), SERVER, both)?;
+                    self.wait_for_room(context.sources)?;
                 }
             }
         }
@@ -82,34 +80,64 @@ impl Fs {
         Ok(())
     }
 
+    /// Nothing is sent before the socket takes something again.
+    fn wait_for_room(&mut self, sources: &Sources) -> io::Result<()> {
+        self.full = true;
+        sources.modify(self.relay.server(), SERVER, EventSet::IN | EventSet::OUT)
+    }
+
+    /// Sends what waits: what was held back first, then what a full socket left in the queues.
+    fn send_on(&mut self, context: &mut Context<'_>) -> Result<(), ServeError> {
+        let was_full = std::mem::take(&mut self.full);
+        if !self.relay.is_gone() {
+            if was_full {
+                context.sources.modify(self.relay.server(), SERVER, EventSet::IN)?;
+            }
+            let (done, full) = self.relay.resume(context.memory)?;
+            complete(&done, context)?;
+            if full {
+                self.wait_for_room(context.sources)?;
+            }
+        }
+        let queues = if was_full { context.queues.len() } else { 0 };
+        (0..queues).try_for_each(|index| self.take(index, context))
+    }
+
     /// Gives back what the file server answered.
     fn give_back(&mut self, context: &mut Context<'_>) -> Result<(), ServeError> {
-        let memory = context.memory;
-        let mut answered = vec![false; context.queues.len()];
+        let mut answers = Vec::new();
         for _ in 0..BATCH {
-            let Some(answer) = self.relay.receive(memory)? else { break };
-            if let Some(queue) = context.queues.get_mut(answer.queue) {
-                queue.complete(memory, answer.head, answer.written)?;
-                answered[answer.queue] = true;
+            match self.relay.receive(context.memory)? {
+                Received::Nothing => break,
+                Received::Dropped => {}
+                Received::Reply(answer) => answers.push(answer),
             }
         }
-        if self.relay.has_ended() {
-            // Its end would be reported again and again.
-            context.sources.remove(self.relay.server())?;
-            for answer in self.relay.fail_all(memory)? {
-                if let Some(queue) = context.queues.get_mut(answer.queue) {
-                    queue.complete(memory, answer.head, answer.written)?;
-                    answered[answer.queue] = true;
-                }
-            }
-        }
-        for (queue, answered) in context.queues.iter_mut().zip(answered) {
-            if answered {
-                queue.signal(memory)?;
-            }
-        }
-        Ok(())
+        complete(&answers, context)
     }
+
+    /// Fails what a file server that has ended was asked.
+    fn give_up(&mut self, context: &mut Context<'_>) -> Result<(), ServeError> {
+        // Its end would be reported again and again.
+        context.sources.remove(self.relay.server())?;
+        complete(&self.relay.fail_all(context.memory)?, context)
+    }
+}
+
+/// Gives chains back, and interrupts the driver once for each queue.
+fn complete(answers: &[Answer], context: &mut Context<'_>) -> Result<(), ServeError> {
+    let memory = context.memory;
+    for (index, queue) in context.queues.iter_mut().enumerate() {
+        let mut done = false;
+        for answer in answers.iter().filter(|answer| answer.queue == index) {
+            queue.complete(memory, answer.head, answer.written)?;
+            done = true;
+        }
+        if done {
+            queue.signal(memory)?;
+        }
+    }
+    Ok(())
 }
 
 impl Serve for Fs {
@@ -129,22 +157,14 @@ impl Serve for Fs {
 
     fn serve(&mut self, ready: Ready, context: &mut Context<'_>) -> Result<(), ServeError> {
         match ready {
-            Ready::Queue(index) => {
-                self.take(index, context)?;
-                // Sending may have found the file server dead.
-                if self.relay.has_ended() { self.give_back(context) } else { Ok(()) }
-            }
+            Ready::Queue(index) => self.take(index, context)?,
             Ready::Source(_) => {
                 self.give_back(context)?;
-                if !std::mem::take(&mut self.full) {
-                    return Ok(());
-                }
-                if !self.relay.is_gone() {
-                    context.sources.modify(self.relay.server(), SERVER, EventSet::IN)?;
-                }
-                (0..context.queues.len()).try_for_each(|index| self.take(index, context))
+                self.send_on(context)?;
             }
         }
+        // Sending may have found that it has ended, as well as receiving.
+        if self.relay.has_ended() { self.give_up(context) } else { Ok(()) }
     }
 
     fn stop(&mut self, _sources: &Sources) {

@@ -1,14 +1,20 @@
 //! FUSE messages between queue and socket, with numbers of our own.
 //!
 //! The guest numbers its requests, and a hostile one may use a number twice. So each request gets
-//! a number here that is never used again, and the guest's own comes back in the reply. What the
-//! file server says is checked as well: a reply to nothing is dropped (the guest may have reset the
-//! device meanwhile), one that is none ends the relay. From then on every request fails with EIO.
+//! a number here that is never used again, and the guest's own comes back in the reply.
+//!
+//! The file server may have been taken over, so what it says is checked as well. A reply must have
+//! a header that is true, and answer a request that waits for it or that the driver forgot when it
+//! reset the device; those are dropped. The first packet that is anything else ends the relay: from
+//! then on every request fails with EIO. A reply that is too long for its request fails that one.
+//!
+//! The file server is not given more at once than leaves it a thread for quick requests ([`Class`]);
+//! what is held back waits in guest memory, of which only the addresses are kept here.
 //!
 //! The header of a request is copied out of guest memory, checked and then used; what follows goes
 //! to the socket without a copy, and nobody here looks at it.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::os::fd::OwnedFd;
 
@@ -22,23 +28,49 @@ use crate::devices::virtio::ServeError;
 use crate::devices::virtio::queue::{Buffers, Chain, GuestMemory};
 use crate::devices::virtio::vectored;
 use crate::fileserver::wire::{
-    IN_HEADER, INTERRUPT_UNIQUE, OUT_HEADER, PACKET_MAX, ReplyHeader, Request, opcode, put_u64,
+    Class, IN_HEADER, INTERRUPT_UNIQUE, OUT_HEADER, PACKET_MAX, ReplyHeader, Request, opcode,
+    put_u64,
 };
 
 /// The most runs of guest memory in one message, below what one system call takes.
 const RUNS_MAX: usize = 1000;
+/// The last error number of user space; those above are the kernel's own.
+const ERROR_MAX: i32 = 511;
 /// Where in a header the number of the request stands.
 const UNIQUE: usize = 8;
 
 /// What became of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Forwarded {
-    /// The file server has it; the chain is kept until it answers.
-    Sent,
+    /// The chain is kept until the file server answers: it has the request, or will have it when it
+    /// has answered others.
+    Kept,
     /// The chain is to be given back, so many bytes written.
     Done(usize),
     /// Nothing happened: the socket is full.
     Full,
+}
+
+/// What became of a request that was to be sent.
+#[derive(Debug)]
+enum Passed {
+    /// The file server has it.
+    Sent,
+    /// The socket is full; nothing happened.
+    Full(Asked),
+    /// It has no reply, or it was answered here.
+    Done(Answer),
+}
+
+/// What came from the file server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Received {
+    /// No packet is there now.
+    Nothing,
+    /// A reply that nobody waits for.
+    Dropped,
+    /// A reply, in the buffers of its request.
+    Reply(Answer),
 }
 
 /// A chain to be given back.
@@ -49,8 +81,29 @@ pub(super) struct Answer {
     pub(super) written: usize,
 }
 
+/// A request that was read and checked.
+#[derive(Debug)]
+struct Asked {
+    request: Request,
+    queue: usize,
+    /// What follows the part that was copied, and room for the reply.
+    chain: Chain,
+    /// The header, and what follows it in an INTERRUPT.
+    copied: [u8; INTERRUPT_UNIQUE + 8],
+    copied_len: usize,
+}
+
+/// A request that the file server has.
 #[derive(Debug)]
 struct InFlight {
+    class: Class,
+    /// `None` when the driver has forgotten it.
+    waiting: Option<Waiting>,
+}
+
+/// Who waits for a reply.
+#[derive(Debug)]
+struct Waiting {
     queue: usize,
     head: u16,
     /// The guest's number of the request.
@@ -72,12 +125,23 @@ pub(super) struct Relay {
     socket: OwnedFd,
     server: Server,
     in_flight: HashMap<u64, InFlight>,
+    /// What is not in flight yet, for each of [`Class::BOUNDED`].
+    held: [VecDeque<Asked>; Class::BOUNDED.len()],
+    /// How many replies may still come to requests of other classes that the driver forgot.
+    forgotten: u64,
     last: u64,
 }
 
 impl Relay {
     pub(super) fn new(socket: OwnedFd) -> Self {
-        Self { socket, server: Server::Alive, in_flight: HashMap::new(), last: 0 }
+        Self {
+            socket,
+            server: Server::Alive,
+            in_flight: HashMap::new(),
+            held: Default::default(),
+            forgotten: 0,
+            last: 0,
+        }
     }
 
     pub(super) fn server(&self) -> &OwnedFd {
@@ -94,21 +158,80 @@ impl Relay {
         self.server != Server::Alive
     }
 
-    /// The driver has forgotten its requests; answers to them go nowhere.
+    /// The driver has forgotten its requests; answers to them go nowhere. Slow ones still keep a
+    /// thread of the file server.
     pub(super) fn forget_all(&mut self) {
-        self.in_flight.clear();
+        self.held = Default::default();
+        let forgotten = &mut self.forgotten;
+        self.in_flight.retain(|_, in_flight| {
+            in_flight.waiting = None;
+            let bounded = in_flight.class != Class::Look;
+            *forgotten = forgotten.saturating_add(u64::from(!bounded));
+            bounded
+        });
     }
 
-    /// Passes one request on.
+    /// Passes one request on, or keeps it until there is room for it.
     pub(super) fn forward(
         &mut self,
         memory: &GuestMemory,
-        mut chain: Chain,
+        chain: Chain,
         queue: usize,
     ) -> Result<Forwarded, ServeError> {
+        let asked = match self.read(memory, chain, queue)? {
+            Ok(asked) => asked,
+            Err(written) => return Ok(Forwarded::Done(written)),
+        };
+        let class = asked.request.class();
+        if let Some(held) = self.held.get_mut(class as usize)
+            && (!held.is_empty() || !has_room(&self.in_flight, class))
+        {
+            held.push_back(asked);
+            return Ok(Forwarded::Kept);
+        }
+        Ok(match self.pass(memory, asked)? {
+            Passed::Sent => Forwarded::Kept,
+            Passed::Full(_) => Forwarded::Full,
+            Passed::Done(answer) => Forwarded::Done(answer.written),
+        })
+    }
+
+    /// Passes on what was held back, as far as there is room for it, the slowest first: quicker ones
+    /// cannot take all of the room. Gives the chains that are done without the file server, and
+    /// whether the socket is full.
+    pub(super) fn resume(
+        &mut self,
+        memory: &GuestMemory,
+    ) -> Result<(Vec<Answer>, bool), ServeError> {
+        let mut done = Vec::new();
+        for class in Class::BOUNDED {
+            while has_room(&self.in_flight, class)
+                && let Some(asked) = self.held[class as usize].pop_front()
+            {
+                match self.pass(memory, asked)? {
+                    Passed::Sent => {}
+                    Passed::Done(answer) => done.push(answer),
+                    Passed::Full(asked) => {
+                        self.held[class as usize].push_front(asked);
+                        return Ok((done, true));
+                    }
+                }
+            }
+        }
+        Ok((done, false))
+    }
+
+    /// Reads what the relay has to know of a request. One that it answers itself is given as the
+    /// number of bytes written.
+    fn read(
+        &self,
+        memory: &GuestMemory,
+        mut chain: Chain,
+        queue: usize,
+    ) -> Result<Result<Asked, usize>, ServeError> {
         let len = chain.readable.left();
-        // The header, and what follows it in an INTERRUPT.
         let mut copied = [0; INTERRUPT_UNIQUE + 8];
+        let mut copied_len = IN_HEADER;
         let (header, body) = copied.split_at_mut(IN_HEADER);
         chain.readable.read(memory, header)?;
         let Some(request) = Request::parse(header) else {
@@ -118,45 +241,56 @@ impl Relay {
             return Err(ServeError::Request("no room for a FUSE reply"));
         }
         if request.len as usize != len || len > PACKET_MAX {
-            return refuse(memory, chain, &request, Errno::INVAL);
+            return refuse(memory, &mut chain, &request, Errno::INVAL).map(Err);
         }
         if self.is_gone() {
-            return refuse(memory, chain, &request, Errno::IO);
+            return refuse(memory, &mut chain, &request, Errno::IO).map(Err);
         }
         let limit = usize::from(QUEUE_SIZES.get(queue).copied().unwrap_or(0));
-        if self.in_flight.values().filter(|other| other.queue == queue).count() >= limit {
+        if self.kept(queue) >= limit {
             return Err(ServeError::Request("more requests than the queue has descriptors"));
         }
-        let number = self.last + 1;
-        put_u64(header, UNIQUE, number);
-        let mut copied_len = IN_HEADER;
         if request.opcode == opcode::INTERRUPT {
             chain.readable.read(memory, body)?;
-            let Some(target) =
-                self.number_of(u64::from_le_bytes(body.try_into().unwrap_or([0; 8])))
-            else {
-                return Ok(Forwarded::Done(0));
-            };
+            let target = u64::from_le_bytes(body.try_into().unwrap_or([0; 8]));
+            let Some(target) = self.number_of(target) else { return Ok(Err(0)) };
             put_u64(body, 0, target);
             copied_len += body.len();
         }
-        let mut runs = vec![VolatileSlice::from(&mut copied[..copied_len])];
-        runs.extend(chain.readable.slices(memory, len)?);
-        if runs.len() > RUNS_MAX {
-            return refuse(memory, chain, &request, Errno::TOOBIG);
-        }
-        match self.send(&runs) {
+        Ok(Ok(Asked { request, queue, chain, copied, copied_len }))
+    }
+
+    /// Sends a request to the file server.
+    fn pass(&mut self, memory: &GuestMemory, mut asked: Asked) -> Result<Passed, ServeError> {
+        let (queue, head, request) = (asked.queue, asked.chain.head, asked.request);
+        let number = self.last + 1;
+        put_u64(&mut asked.copied, UNIQUE, number);
+        let front = asked.copied.get_mut(..asked.copied_len).unwrap_or_default();
+        let mut runs = vec![VolatileSlice::from(front)];
+        asked.chain.readable.gather(memory, &mut runs)?;
+        let sent = if runs.len() > RUNS_MAX { Err(Errno::TOOBIG) } else { self.send(&runs) };
+        match sent {
             Ok(true) => self.last = number,
-            Ok(false) => return Ok(Forwarded::Full),
-            Err(error) => return refuse(memory, chain, &request, error),
+            Ok(false) => return Ok(Passed::Full(asked)),
+            Err(error) => {
+                let written = refuse(memory, &mut asked.chain, &request, error)?;
+                return Ok(Passed::Done(Answer { queue, head, written }));
+            }
         }
         if !request.has_reply() {
-            return Ok(Forwarded::Done(0));
+            return Ok(Passed::Done(Answer { queue, head, written: 0 }));
         }
-        let Chain { head, writable, .. } = chain;
-        let in_flight = InFlight { queue, head, unique: request.unique, writable };
-        self.in_flight.insert(number, in_flight);
-        Ok(Forwarded::Sent)
+        let (unique, writable) = (request.unique, asked.chain.writable);
+        let waiting = Some(Waiting { queue, head, unique, writable });
+        self.in_flight.insert(number, InFlight { class: request.class(), waiting });
+        Ok(Passed::Sent)
+    }
+
+    /// How many requests of a queue are not answered yet.
+    fn kept(&self, queue: usize) -> usize {
+        let in_flight = self.in_flight.values().filter_map(|it| it.waiting.as_ref());
+        in_flight.filter(|it| it.queue == queue).count()
+            + self.held.iter().flatten().filter(|it| it.queue == queue).count()
     }
 
     /// Sends one packet; `false` when there is no room for it now.
@@ -172,52 +306,75 @@ impl Relay {
                 Err(Errno::IO)
             }
             _ => {
-                log::error!("fs: the file server is gone: {error}");
-                self.server = Server::Ended;
+                self.end(&format!("takes no requests: {error}"));
                 Err(Errno::IO)
             }
         }
     }
 
-    /// Takes the next reply that answers something; `None` when there is none now.
-    pub(super) fn receive(&mut self, memory: &GuestMemory) -> Result<Option<Answer>, ServeError> {
-        while self.server == Server::Alive {
-            let mut header = [0; OUT_HEADER];
-            let flags = RecvFlags::PEEK | RecvFlags::TRUNC | RecvFlags::DONTWAIT;
-            let total = match recv(&self.socket, header.as_mut_slice(), flags) {
-                Err(Errno::AGAIN) => return Ok(None),
-                Err(Errno::INTR) => continue,
-                Ok((_, 0)) | Err(_) => {
-                    log::error!("fs: the file server closed its socket");
-                    self.server = Server::Ended;
-                    return Ok(None);
-                }
-                Ok((_, total)) => total,
-            };
-            let reply = ReplyHeader::parse(&header)
-                .filter(|reply| reply.len as usize == total && (-4095..=0).contains(&reply.error));
-            let Some(reply) = reply else {
-                log::error!("fs: the file server sent {total} bytes that are no reply");
-                self.server = Server::Ended;
-                return Ok(None);
-            };
-            match self.in_flight.remove(&reply.unique) {
-                Some(in_flight) => return self.deliver(memory, in_flight, reply, total).map(Some),
-                None => self.discard()?,
+    /// Takes the next packet.
+    pub(super) fn receive(&mut self, memory: &GuestMemory) -> Result<Received, ServeError> {
+        if self.server != Server::Alive {
+            return Ok(Received::Nothing);
+        }
+        let Some((reply, total)) = self.peek() else { return Ok(Received::Nothing) };
+        match self.in_flight.remove(&reply.unique) {
+            Some(InFlight { waiting: Some(waiting), .. }) => {
+                return Ok(Received::Reply(self.deliver(memory, waiting, reply, total)?));
+            }
+            Some(InFlight { waiting: None, .. }) => {}
+            None if self.forgotten > 0 => self.forgotten -= 1,
+            None => {
+                self.end(&format!("answered request {}, which does not wait", reply.unique));
+                return Ok(Received::Nothing);
             }
         }
-        Ok(None)
+        self.discard()?;
+        Ok(Received::Dropped)
+    }
+
+    /// The header of the next reply and the length of its packet; `None` when there is none now, or
+    /// when it is not a reply, which ends the relay.
+    fn peek(&mut self) -> Option<(ReplyHeader, usize)> {
+        let mut bytes = [0; OUT_HEADER];
+        let flags = RecvFlags::PEEK | RecvFlags::TRUNC | RecvFlags::DONTWAIT;
+        let (filled, total) = loop {
+            match recv(&self.socket, bytes.as_mut_slice(), flags) {
+                Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => return None,
+                Ok((_, 0)) | Err(_) => {
+                    self.end("closed its socket");
+                    return None;
+                }
+                Ok(lengths) => break lengths,
+            }
+        };
+        let header = bytes.get(..filled).and_then(ReplyHeader::parse);
+        let reply = header.filter(|header| is_true(header, total));
+        if reply.is_none() {
+            self.end(&format!("sent {total} bytes that are not a FUSE reply"));
+        }
+        Some((reply?, total))
+    }
+
+    /// Believes the file server no more.
+    fn end(&mut self, why: &str) {
+        log::error!("fs: the file server {why}; every request fails from now on");
+        self.server = Server::Ended;
     }
 
     /// Fails what the dead file server will not answer.
     pub(super) fn fail_all(&mut self, memory: &GuestMemory) -> Result<Vec<Answer>, ServeError> {
         self.server = Server::Gone;
         let mut answers = Vec::new();
-        for (_, mut in_flight) in self.in_flight.drain() {
-            let failure = ReplyHeader::failure(in_flight.unique, Errno::IO);
-            in_flight.writable.write(memory, &failure.bytes())?;
-            let InFlight { queue, head, .. } = in_flight;
+        for waiting in self.in_flight.drain().filter_map(|(_, in_flight)| in_flight.waiting) {
+            let Waiting { queue, head, unique, mut writable } = waiting;
+            writable.write(memory, &ReplyHeader::failure(unique, Errno::IO).bytes())?;
             answers.push(Answer { queue, head, written: OUT_HEADER });
+        }
+        for mut asked in std::mem::take(&mut self.held).into_iter().flatten() {
+            let written = refuse(memory, &mut asked.chain, &asked.request, Errno::IO)?;
+            answers.push(Answer { queue: asked.queue, head: asked.chain.head, written });
         }
         Ok(answers)
     }
@@ -226,11 +383,11 @@ impl Relay {
     fn deliver(
         &self,
         memory: &GuestMemory,
-        in_flight: InFlight,
+        waiting: Waiting,
         reply: ReplyHeader,
         total: usize,
     ) -> Result<Answer, ServeError> {
-        let InFlight { queue, head, unique, mut writable } = in_flight;
+        let Waiting { queue, head, unique, mut writable } = waiting;
         let fits = total <= writable.left();
         let head_runs = writable.slices(memory, OUT_HEADER)?;
         let mut seen = [0; OUT_HEADER];
@@ -266,22 +423,38 @@ impl Relay {
 
     /// Our number of the request that the guest calls `unique`.
     fn number_of(&self, unique: u64) -> Option<u64> {
-        let in_flight = self.in_flight.iter().find(|(_, other)| other.unique == unique)?;
-        Some(*in_flight.0)
+        let called = |it: &InFlight| it.waiting.as_ref().is_some_and(|it| it.unique == unique);
+        Some(*self.in_flight.iter().find(|(_, in_flight)| called(in_flight))?.0)
     }
 }
 
-/// Answers a request without the file server.
+/// Whether the header fits a packet of so many bytes, as Linux checks what it reads from /dev/fuse.
+fn is_true(header: &ReplyHeader, total: usize) -> bool {
+    let errors = -ERROR_MAX..=-1;
+    header.len as usize == total
+        && (header.error == 0 || errors.contains(&header.error) && total == OUT_HEADER)
+}
+
+/// Whether one more request of a class may be in flight.
+fn has_room(in_flight: &HashMap<u64, InFlight>, class: Class) -> bool {
+    // What is passed on counts for its class and for the quicker ones.
+    Class::BOUNDED.into_iter().filter(|bounded| *bounded >= class).all(|bounded| {
+        let busy = in_flight.values().filter(|it| it.class <= bounded).count();
+        busy < usize::from(bounded.at_once())
+    })
+}
+
+/// Answers a request without the file server; gives the number of bytes written.
 fn refuse(
     memory: &GuestMemory,
-    mut chain: Chain,
+    chain: &mut Chain,
     request: &Request,
     errno: Errno,
-) -> Result<Forwarded, ServeError> {
+) -> Result<usize, ServeError> {
     if !request.has_reply() {
-        return Ok(Forwarded::Done(0));
+        return Ok(0);
     }
     let failure = ReplyHeader::failure(request.unique, errno);
     chain.writable.write(memory, &failure.bytes())?;
-    Ok(Forwarded::Done(OUT_HEADER))
+    Ok(OUT_HEADER)
 }

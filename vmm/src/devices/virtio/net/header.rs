@@ -160,6 +160,7 @@ mod tests {
     #[test]
     fn what_is_handed_on_lies_inside_of_the_frame_whatever_came() {
         let mut random = Random(0x1234_5678_9abc_def1);
+        let (mut refused, mut checksums, mut segments) = (0, 0, 0);
         for _ in 0..200_000 {
             let mut header = [0; HEADER_BYTES];
             header.fill_with(|| u8::try_from(random.below(256)).unwrap());
@@ -169,12 +170,20 @@ mod tests {
             header[9] &= 7;
             let len = usize::try_from(random.below(4000)).unwrap();
             let features = random.below(1 << 16) | random.below(2) << 56;
-            let Ok(told) = check(header, len, features) else { continue };
+            let Ok(told) = check(header, len, features) else {
+                refused += 1;
+                continue;
+            };
+            checksums += u32::from(told[0] != 0);
+            segments += u32::from(told[1] != 0);
             let field = |at: usize| usize::from(u16::from_le_bytes([told[at], told[at + 1]]));
             assert!(told[0] == 0 || (features & F_CSUM != 0 && field(6) + field(8) + 2 <= len));
             assert!(told[1] == 0 || (told[0] == NEEDS_CSUM && field(4) > 0 && field(2) <= len));
             assert_eq!(field(BUFFERS), 0);
         }
+        // Each way out was taken often.
+        let ways = [refused, checksums, segments];
+        assert!(ways.iter().all(|taken| *taken > 100), "{ways:?}");
     }
 
     #[test]

@@ -6,6 +6,7 @@ use vm_memory::{Bytes, GuestAddress};
 
 use super::super::mock::{self, Driver, HIGH_END, Part, Random};
 use super::super::queue::GuestMemory;
+use super::super::worker::Sources;
 use super::super::{ConfigSpace, Context, Device, Identity, Ready, Serve, ServeError};
 use super::*;
 
@@ -236,6 +237,71 @@ fn a_device_that_fails_says_so_until_it_is_reset() {
     assert_eq!(machine.start(), RUNNING);
 }
 
+/// Fails to start, or to give its queues away, as often as it is told; else a [`Mirror`].
+#[derive(Debug)]
+struct Reluctant {
+    /// How often each fails before it works.
+    start: u32,
+    delegate: u32,
+    /// How often it was stopped.
+    stopped: Arc<AtomicU32>,
+}
+
+fn fail(times: &mut u32) -> io::Result<()> {
+    let Some(left) = times.checked_sub(1) else { return Ok(()) };
+    *times = left;
+    Err(io::Error::other("not yet"))
+}
+
+impl Serve for Reluctant {
+    const NAME: &'static str = "reluctant";
+    const SYSCALLS: &'static [i64] = &[];
+
+    fn start(&mut self, _: u64, _: &Sources) -> io::Result<()> {
+        fail(&mut self.start)
+    }
+
+    fn delegate(&mut self, _: &Activation, _: &Sources) -> io::Result<()> {
+        fail(&mut self.delegate)
+    }
+
+    fn serve(&mut self, ready: Ready, context: &mut Context<'_>) -> Result<(), ServeError> {
+        Mirror.serve(ready, context)
+    }
+
+    fn stop(&mut self, _: &Sources) {
+        self.stopped.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+#[test]
+fn a_device_whose_activation_failed_works_after_a_reset() {
+    for (start, delegate) in [(1, 0), (0, 1), (2, 2)] {
+        let stopped = Arc::<AtomicU32>::default();
+        let logic = Reluctant { start, delegate, stopped: Arc::clone(&stopped) };
+        let identity = Identity { device_id: 42, features: FEATURE, queue_sizes: SIZES };
+        let device = Device::new(identity, ConfigSpace::read_only(vec![]), logic);
+        let mut machine = Machine::new();
+        machine.transport.detach().unwrap();
+        machine.transport.attach(Box::new(device)).unwrap();
+        for attempt in 1..=start + delegate {
+            assert_eq!(machine.start(), RUNNING | NEEDS_RESET, "attempt {attempt}");
+            assert_eq!(stopped.load(Ordering::Relaxed), attempt, "what was begun is undone");
+            machine.write(STATUS, 0);
+            assert_eq!(machine.read(STATUS), 0);
+        }
+        assert_eq!(machine.start(), RUNNING);
+        let memory = machine.memory.clone();
+        let mut driver = Driver::new(&memory, SIZES);
+        let request = driver.add(1, &[Part::Out(b"a")]);
+        // The line still has the interrupt that told of the failure.
+        let _ = machine.transport.wiring().unwrap().0.irq().read();
+        machine.write(QUEUE_NOTIFY, 1);
+        machine.wait_for_interrupt();
+        assert_eq!(driver.used(1), [(request.head, 0)]);
+    }
+}
+
 #[test]
 fn a_line_that_the_kernel_raises_too_always_tells_of_queues() {
     let mut machine = Machine::new();
@@ -331,7 +397,7 @@ fn registers_have_32_bits_and_their_own_offset() {
     assert_eq!(machine.read(STATUS), 0);
     let mut byte = [7];
     machine.transport.read(STATUS, &mut byte);
-    assert_eq!(byte, [7]);
+    assert_eq!(byte, [0], "nothing of what was there before");
 }
 
 #[test]

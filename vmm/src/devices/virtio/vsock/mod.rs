@@ -35,7 +35,7 @@ pub(crate) use opener::{OpenError, OpenRequest, Opener};
 use packet::{HEADER_BYTES, Header};
 
 /// The device type, §5.10.1.
-const DEVICE_ID: u32 = 19;
+pub(crate) const DEVICE_ID: u32 = 19;
 /// `VIRTIO_VSOCK_F_STREAM`, §5.10.3.
 const F_STREAM: u64 = 1 << 0;
 /// The queues, §5.10.2. The third is for events, of which there are none.

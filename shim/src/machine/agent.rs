@@ -1,0 +1,347 @@
+//! The client of the agent: gRPC over one vsock stream that the monitor handed out.
+//!
+//! The agent is not trusted: every answer is bounded in size by the protocol's limit and in time
+//! here. Only [`Agent::wait`] may take as long as the container lives.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use bulkhead_protocol::agent::agent_client::AgentClient;
+use bulkhead_protocol::agent::{
+    ConfigureRequest, CreateRequest, DeleteRequest, ExecRequest, HelloRequest, KillRequest,
+    NameQuery, NamesRequest, PauseRequest, ProcessInfo, ProcessesRequest, ReleaseRequest,
+    RescanRequest, ResizeRequest, ResumeRequest, StartProcessorsRequest, StartRequest, SyncRequest,
+    UpdateRequest, WaitReply, WaitRequest,
+};
+use bulkhead_protocol::{MAX_MESSAGE_BYTES, VERSION};
+use hyper_util::rt::TokioIo;
+use thiserror::Error;
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+use tonic::codegen::tokio_stream::wrappers::ReceiverStream;
+use tonic::codegen::tokio_stream::{self, StreamExt};
+use tonic::transport::{Channel, Endpoint, Uri};
+use tonic::{Code, Status, Streaming};
+
+use crate::state::id::ContainerId;
+use crate::streams::attach::TerminalSize;
+
+/// For calls that change little.
+const SHORT: Duration = Duration::from_secs(20);
+/// For creating a container or a process: reads the program from the share, waits for streams.
+const CREATE: Duration = Duration::from_secs(60);
+/// For starting processors, of which each takes its time.
+const PROCESSORS: Duration = Duration::from_secs(60);
+/// For writing everything back.
+const SYNC: Duration = Duration::from_secs(30);
+
+/// Why the agent did not do something.
+#[derive(Debug, Error)]
+pub enum AgentError {
+    /// It said why.
+    #[error("{0}")]
+    Refused(String, Code),
+    /// It did not answer in time.
+    #[error("the guest's agent did not answer {call} within {patience:?}")]
+    Late {
+        /// What was asked.
+        call: &'static str,
+        /// How long.
+        patience: Duration,
+    },
+    /// No connection.
+    #[error("connection to the guest's agent")]
+    Connect(#[source] tonic::transport::Error),
+}
+
+impl AgentError {
+    /// What was asked about does not exist.
+    #[must_use]
+    pub const fn is_not_found(&self) -> bool {
+        matches!(self, Self::Refused(_, Code::NotFound))
+    }
+
+    /// What was asked for cannot be.
+    #[must_use]
+    pub const fn is_invalid(&self) -> bool {
+        matches!(self, Self::Refused(_, Code::InvalidArgument))
+    }
+
+    /// What was asked about is not there any more, or not in the state for it.
+    #[must_use]
+    pub const fn is_too_late(&self) -> bool {
+        matches!(self, Self::Refused(_, Code::NotFound | Code::FailedPrecondition))
+    }
+}
+
+impl From<Status> for AgentError {
+    fn from(status: Status) -> Self {
+        Self::Refused(status.message().to_owned(), status.code())
+    }
+}
+
+/// A process of a container.
+#[derive(Clone, Copy, Debug)]
+pub struct Target<'a> {
+    /// The container.
+    pub container: &'a ContainerId,
+    /// The name of a process that was executed in it; empty for its init process.
+    pub exec: &'a str,
+}
+
+/// A connection to the agent.
+#[derive(Clone, Debug)]
+pub struct Agent {
+    client: AgentClient<Channel>,
+}
+
+impl Agent {
+    /// Talks over a connected stream.
+    ///
+    /// # Errors
+    /// When nothing that speaks HTTP/2 is at the other end.
+    pub async fn connect(stream: UnixStream) -> Result<Self, AgentError> {
+        // A channel asks for a connection when it needs one; there is only this one to give.
+        let once = Mutex::new(Some(stream));
+        let connector = tower::service_fn(move |_: Uri| {
+            let stream = once.lock().unwrap_or_else(PoisonError::into_inner).take();
+            async move {
+                let stream = stream.ok_or(io::ErrorKind::NotConnected)?;
+                stream.set_nonblocking(true)?;
+                io::Result::Ok(TokioIo::new(tokio::net::UnixStream::from_std(stream)?))
+            }
+        });
+        // The name is only a header; nobody looks it up.
+        let endpoint = Endpoint::from_static("http://agent");
+        let connected = timeout(SHORT, endpoint.connect_with_connector(connector)).await;
+        let channel = connected
+            .map_err(|_| AgentError::Late { call: "connect", patience: SHORT })?
+            .map_err(AgentError::Connect)?;
+        let client = AgentClient::new(channel)
+            .max_decoding_message_size(MAX_MESSAGE_BYTES)
+            .max_encoding_message_size(MAX_MESSAGE_BYTES);
+        Ok(Self { client })
+    }
+
+    /// The first call; gives the guest's kernel release.
+    ///
+    /// # Errors
+    /// When the agent speaks another version, or there is no such setting.
+    pub async fn hello(
+        &self,
+        hostname: &str,
+        entropy: &[u8],
+        sysctls: &BTreeMap<String, String>,
+    ) -> Result<String, AgentError> {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let request = HelloRequest {
+            version: VERSION,
+            time_ns: u64::try_from(now.as_nanos()).unwrap_or(0),
+            entropy: entropy.to_vec(),
+            hostname: hostname.to_owned(),
+            sysctls: sysctls.clone().into_iter().collect(),
+        };
+        let mut client = self.client.clone();
+        Ok(within(SHORT, "Hello", client.hello(request)).await?.kernel_release)
+    }
+
+    /// Creates a container; its disks were attached to its machine, and its hooks may take their time.
+    ///
+    /// # Errors
+    /// When the guest cannot.
+    pub async fn create(&self, request: CreateRequest, hooks: Duration) -> Result<u32, AgentError> {
+        let mut client = self.client.clone();
+        Ok(within(CREATE + hooks, "Create", client.create(request)).await?.pid)
+    }
+
+    /// Starts a created container.
+    ///
+    /// # Errors
+    /// When the guest cannot.
+    pub async fn start(&self, id: &ContainerId) -> Result<(), AgentError> {
+        let mut client = self.client.clone();
+        let request = StartRequest { container_id: id.to_string() };
+        within(SHORT, "Start", client.start(request)).await.map(drop)
+    }
+
+    /// Runs a further process in a container.
+    ///
+    /// # Errors
+    /// When the guest cannot.
+    pub async fn exec(&self, request: ExecRequest) -> Result<u32, AgentError> {
+        let mut client = self.client.clone();
+        Ok(within(CREATE, "Exec", client.exec(request)).await?.pid)
+    }
+
+    /// Signals a process, or with `all` every process of its container.
+    ///
+    /// # Errors
+    /// When there is nothing to signal.
+    pub async fn kill(&self, target: Target<'_>, signal: u32, all: bool) -> Result<(), AgentError> {
+        let mut client = self.client.clone();
+        let (container_id, exec_id) = target.names();
+        let request = KillRequest { container_id, signal, all, exec_id };
+        within(SHORT, "Kill", client.kill(request)).await.map(drop)
+    }
+
+    /// Waits for the end of a process, as long as it takes.
+    ///
+    /// # Errors
+    /// When the connection breaks.
+    pub async fn wait(&self, target: Target<'_>) -> Result<WaitReply, AgentError> {
+        let (container_id, exec_id) = target.names();
+        let request = WaitRequest { container_id, exec_id };
+        Ok(self.client.clone().wait(request).await?.into_inner())
+    }
+
+    /// Tells a process's terminal its size.
+    ///
+    /// # Errors
+    /// When it has none.
+    pub async fn resize(&self, target: Target<'_>, size: TerminalSize) -> Result<(), AgentError> {
+        let mut client = self.client.clone();
+        let (container_id, exec_id) = target.names();
+        let (rows, columns) = (size.rows.into(), size.columns.into());
+        let request = ResizeRequest { container_id, exec_id, rows, columns };
+        within(SHORT, "Resize", client.resize(request)).await.map(drop)
+    }
+
+    /// Freezes a container.
+    ///
+    /// # Errors
+    /// When a process of it does not come to a stand.
+    pub async fn pause(&self, id: &ContainerId) -> Result<(), AgentError> {
+        let mut client = self.client.clone();
+        let request = PauseRequest { container_id: id.to_string() };
+        within(SHORT, "Pause", client.pause(request)).await.map(drop)
+    }
+
+    /// Lets a frozen container run again.
+    ///
+    /// # Errors
+    /// When the guest cannot.
+    pub async fn resume(&self, id: &ContainerId) -> Result<(), AgentError> {
+        let mut client = self.client.clone();
+        let request = ResumeRequest { container_id: id.to_string() };
+        within(SHORT, "Resume", client.resume(request)).await.map(drop)
+    }
+
+    /// Sets the limits of a container; `resources_json` has all of them.
+    ///
+    /// # Errors
+    /// When the guest's kernel refuses one.
+    pub async fn update(
+        &self,
+        id: &ContainerId,
+        resources_json: Vec<u8>,
+    ) -> Result<(), AgentError> {
+        let mut client = self.client.clone();
+        let request = UpdateRequest { container_id: id.to_string(), resources_json };
+        within(SHORT, "Update", client.update(request)).await.map(drop)
+    }
+
+    /// The processes of a container, as the guest numbers them.
+    ///
+    /// # Errors
+    /// When there is no such container.
+    pub async fn processes(&self, id: &ContainerId) -> Result<Vec<ProcessInfo>, AgentError> {
+        let mut client = self.client.clone();
+        let request = ProcessesRequest { container_id: id.to_string() };
+        Ok(within(SHORT, "Processes", client.processes(request)).await?.processes)
+    }
+
+    /// Removes a container that does not run.
+    ///
+    /// # Errors
+    /// When it runs, is being created, or is not there.
+    pub async fn delete(&self, id: &ContainerId) -> Result<(), AgentError> {
+        let mut client = self.client.clone();
+        let request = DeleteRequest { container_id: id.to_string() };
+        within(SYNC, "Delete", client.delete(request)).await.map(drop)
+    }
+
+    /// Binds devices that were attached.
+    ///
+    /// # Errors
+    /// When a driver refuses its device.
+    pub async fn rescan(&self) -> Result<(), AgentError> {
+        let mut client = self.client.clone();
+        within(SHORT, "Rescan", client.rescan(RescanRequest {})).await.map(drop)
+    }
+
+    /// Has the guest give up interfaces, which can be taken out of the machine then.
+    ///
+    /// # Errors
+    /// When its driver does not.
+    pub async fn release(&self, slots: Vec<u32>) -> Result<(), AgentError> {
+        let mut client = self.client.clone();
+        within(SHORT, "Release", client.release(ReleaseRequest { slots })).await.map(drop)
+    }
+
+    /// Has interfaces that the machine was given be as the host's are.
+    ///
+    /// # Errors
+    /// When the guest's kernel refuses something.
+    pub async fn configure(&self, request: ConfigureRequest) -> Result<(), AgentError> {
+        let mut client = self.client.clone();
+        within(SHORT, "Configure", client.configure(request)).await.map(drop)
+    }
+
+    /// Has it stand in for name servers; gives its queries, and takes answers to them.
+    ///
+    /// # Errors
+    /// When it does so already, or cannot.
+    pub async fn names(
+        &self,
+        servers: Vec<u32>,
+        answers: mpsc::Receiver<NamesRequest>,
+    ) -> Result<Streaming<NameQuery>, AgentError> {
+        let first = NamesRequest { servers, ..NamesRequest::default() };
+        let requests = tokio_stream::once(first).chain(ReceiverStream::new(answers));
+        let mut client = self.client.clone();
+        within(SHORT, "Names", client.names(requests)).await
+    }
+
+    /// Brings processors online until `count` of them run.
+    ///
+    /// # Errors
+    /// When one does not start.
+    pub async fn start_processors(&self, count: u32) -> Result<(), AgentError> {
+        let mut client = self.client.clone();
+        let request = StartProcessorsRequest { count };
+        within(PROCESSORS, "StartProcessors", client.start_processors(request)).await.map(drop)
+    }
+
+    /// Writes everything back to the share.
+    ///
+    /// # Errors
+    /// When it takes too long.
+    pub async fn sync(&self) -> Result<(), AgentError> {
+        let mut client = self.client.clone();
+        within(SYNC, "Sync", client.sync(SyncRequest {})).await.map(drop)
+    }
+}
+
+impl<'a> Target<'a> {
+    /// A container's init process.
+    #[must_use]
+    pub const fn init(container: &'a ContainerId) -> Self {
+        Self { container, exec: "" }
+    }
+
+    fn names(self) -> (String, String) {
+        (self.container.to_string(), self.exec.to_owned())
+    }
+}
+
+async fn within<T>(
+    patience: Duration,
+    call: &'static str,
+    answer: impl Future<Output = Result<tonic::Response<T>, Status>>,
+) -> Result<T, AgentError> {
+    let answered = timeout(patience, answer).await;
+    Ok(answered.map_err(|_| AgentError::Late { call, patience })??.into_inner())
+}

@@ -1,0 +1,137 @@
+//! The pod's file server: starts it, gives it the share, and knows when it ends.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use bulkhead_vmm::config::JailConfig;
+use bulkhead_vmm::fileserver::config::{FsAnswer, FsConfig, VERSION};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use thiserror::Error;
+use tokio::task::spawn_blocking;
+use tokio::time::timeout;
+
+use crate::machine::channel::Channel;
+use crate::machine::share::{self, Files, ShareDir, ShareDirs, ShareError};
+use crate::machine::spawn::{self, Jailed, Launch};
+use crate::state::process::Process;
+
+/// Threads that serve requests.
+const THREADS: u8 = 6;
+/// How long it may take to lock itself up.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// Descriptors that it may hold: one for each file that the guest remembers.
+const DESCRIPTORS: u64 = 1 << 20;
+
+/// Why there is no file server.
+#[derive(Debug, Error)]
+pub enum FileServerError {
+    /// The program.
+    #[error("file server cannot be started")]
+    Spawn(#[source] io::Error),
+    /// The socket.
+    #[error("control socket of the file server")]
+    Socket(#[source] io::Error),
+    /// It said why.
+    #[error("file server: {0}")]
+    Refused(String),
+    /// It ended without a word.
+    #[error("file server ended before it was ready; see {0}")]
+    Ended(&'static str),
+    /// It said nothing.
+    #[error("file server was not ready within {0:?}")]
+    Late(Duration),
+    /// Its files.
+    #[error("share")]
+    Share(#[from] ShareError),
+}
+
+/// A file server that serves.
+#[derive(Debug)]
+pub struct FileServer {
+    jailed: Jailed,
+    control: Channel,
+    share_dirs: Mutex<ShareDirs>,
+}
+
+impl FileServer {
+    /// Starts it with an empty share and one end of the relay socket.
+    ///
+    /// # Errors
+    /// When it is not ready within a bounded time.
+    pub async fn start(
+        launch: Launch<'_>,
+        relay: BorrowedFd<'_>,
+        jail: JailConfig,
+    ) -> Result<Self, FileServerError> {
+        let root = share::root()?;
+        raise_descriptor_limit();
+        let (jailed, control) = spawn::jailed(launch).map_err(FileServerError::Spawn)?;
+        let control = Channel::new(control).map_err(FileServerError::Socket)?;
+        let config = FsConfig { version: VERSION, jail, threads: THREADS };
+        control.send(&config, &[root.as_fd(), relay]).await.map_err(FileServerError::Socket)?;
+        let answer = timeout(PATIENCE, control.receive_json()).await;
+        match answer.map_err(|_| FileServerError::Late(PATIENCE))? {
+            Ok(Some(FsAnswer::Ready(_))) => {}
+            Ok(Some(FsAnswer::Error(words))) => return Err(FileServerError::Refused(words)),
+            Ok(None) => return Err(FileServerError::Ended("fileserver.log")),
+            Err(error) => return Err(FileServerError::Socket(error)),
+        }
+        Ok(Self { jailed, control, share_dirs: Mutex::default() })
+    }
+
+    /// A directory of the share for one container, empty yet; the first is [`ShareDir::default`].
+    ///
+    /// # Errors
+    /// [`ShareError::Full`].
+    pub fn take_share_dir(&self) -> Result<ShareDir, ShareError> {
+        self.share_dirs().take().ok_or(ShareError::Full)
+    }
+
+    /// Shows the files of a container at its dir.
+    ///
+    /// # Errors
+    /// Names the path that failed.
+    pub async fn show(&self, files: Files, dir: ShareDir) -> Result<(), ShareError> {
+        let pid = self.jailed.process.pid;
+        let attached = spawn_blocking(move || files.attach(pid, dir)).await;
+        attached.unwrap_or_else(|error| Err(ShareError::Namespace(error.into())))
+    }
+
+    /// Shows them no more and gives the dir away.
+    ///
+    /// # Errors
+    /// When they were never shown.
+    pub fn leave_share_dir(&self, dir: ShareDir) -> Result<(), ShareError> {
+        let detached = share::detach(self.jailed.process.pid, dir);
+        self.share_dirs().leave(dir);
+        detached
+    }
+
+    fn share_dirs(&self) -> MutexGuard<'_, ShareDirs> {
+        self.share_dirs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The process.
+    #[must_use]
+    pub const fn process(&self) -> Process {
+        self.jailed.process
+    }
+
+    /// Waits until it has ended.
+    pub async fn ended(&self) {
+        // It never speaks again: whatever comes is its end.
+        let _ = self.control.receive().await;
+    }
+}
+
+/// As high as this process may, for the children to inherit; the file server then works with what
+/// there is.
+fn raise_descriptor_limit() {
+    let raised = Rlimit { current: Some(DESCRIPTORS), maximum: Some(DESCRIPTORS) };
+    if setrlimit(Resource::Nofile, raised).is_err() {
+        let maximum = getrlimit(Resource::Nofile).maximum;
+        let _ = setrlimit(Resource::Nofile, Rlimit { current: maximum, maximum });
+    }
+}

@@ -1,0 +1,435 @@
+//! The pod's machine: starts the monitor, asks things of it, and knows when it ends.
+//!
+//! Everything that the monitor will ever use is opened here and handed to it; see
+//! [`bulkhead_vmm::config`] and [`bulkhead_vmm::control`].
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use bulkhead_protocol::SHARE_TAG;
+use bulkhead_vmm::config::{
+    DeviceConfig, Fd, JailConfig, NetConfig, RateLimit, SLOT_COUNT, SlotDevice, VERSION, VmConfig,
+};
+use bulkhead_vmm::control::{
+    Answer, Call, Client, ClientError, Ending, FromMonitor, Refusal, Reply, Request, Statistics,
+};
+use thiserror::Error;
+use tokio::sync::{oneshot, watch};
+use tokio::time::timeout;
+
+use crate::bundle::MachineSize;
+use crate::machine::channel::Control;
+use crate::machine::spawn::{self, Jailed, Launch};
+use crate::state::process::Process;
+
+/// The guest's context id: each machine has its own vsock device, so all may have the same.
+const GUEST_CID: u32 = 3;
+/// How long the monitor may take to answer a call that does not wait for the guest.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// How Linux introduces the reason of a panic.
+const PANIC_MARK: &str = "Kernel panic - not syncing:";
+/// Lines of the console that an error quotes.
+const QUOTED_LINES: usize = 12;
+
+/// Why there is no machine, or no answer from it.
+#[derive(Clone, Debug, Error)]
+pub enum MachineError {
+    /// The program.
+    #[error("monitor cannot be started: {0}")]
+    Spawn(String),
+    /// The monitor said no.
+    #[error(transparent)]
+    Refused(#[from] Refusal),
+    /// The monitor said nothing.
+    #[error("monitor did not answer within {0:?}")]
+    Late(Duration),
+    /// The machine is over.
+    #[error("{0}")]
+    Ended(String),
+    /// The monitor's answer is not one to the call.
+    #[error("monitor answered something else: {0}")]
+    Confused(String),
+}
+
+impl From<ClientError> for MachineError {
+    fn from(error: ClientError) -> Self {
+        Self::Ended(format!("{:#}", anyhow::Error::from(error)))
+    }
+}
+
+/// What a machine is started from.
+#[derive(Debug)]
+pub struct Parts<'a> {
+    /// `/dev/kvm`.
+    pub kvm: &'a File,
+    /// The guest's kernel.
+    pub kernel: &'a File,
+    /// Its initial root file system.
+    pub initramfs: &'a File,
+    /// The relay socket to the file server.
+    pub file_server: BorrowedFd<'a>,
+    /// Where the console goes.
+    pub console: File,
+    /// Who the monitor becomes.
+    pub jail: JailConfig,
+    /// vCPUs and memory at the start.
+    pub size: MachineSize,
+    /// As many vCPUs as the guest is told of.
+    pub vcpus_max: u8,
+}
+
+type Answered = Result<(Reply, Vec<OwnedFd>), MachineError>;
+type Waiting = Arc<Mutex<Calls>>;
+
+/// Calls that wait for their answers.
+#[derive(Debug, Default)]
+struct Calls {
+    last: u64,
+    waiting: HashMap<u64, oneshot::Sender<Answered>>,
+}
+
+/// A machine that runs; dropping it ends it.
+#[derive(Debug)]
+pub struct Machine {
+    jailed: Jailed,
+    control: Arc<Control>,
+    calls: Waiting,
+    ended: watch::Receiver<Option<String>>,
+}
+
+impl Machine {
+    /// Starts the monitor; the guest boots when this returns.
+    ///
+    /// # Errors
+    /// When the monitor cannot be started or refuses its configuration.
+    pub async fn start(launch: Launch<'_>, parts: Parts<'_>) -> Result<Self, MachineError> {
+        let spawn_error = |error: io::Error| MachineError::Spawn(error.to_string());
+        let random = File::open("/dev/urandom").map_err(spawn_error)?;
+        let (config, descriptors) = configuration(&parts, &random);
+        let (jailed, socket) = spawn::jailed(launch).map_err(spawn_error)?;
+        let client = Client::new(socket);
+        client.configure(&config, &descriptors)?;
+        let control = Arc::new(Control::new(client).map_err(spawn_error)?);
+        let calls = Waiting::default();
+        let (tell, ended) = watch::channel(None);
+        let started = expect_answer(&calls, 0);
+        tokio::spawn(listen(control.clone(), calls.clone(), tell));
+        let machine = Self { jailed, control, calls, ended };
+        timeout(PATIENCE, started)
+            .await
+            .map_err(|_| MachineError::Late(PATIENCE))?
+            .unwrap_or_else(|_| Err(machine.how_it_ended()))?;
+        Ok(machine)
+    }
+
+    /// The monitor.
+    #[must_use]
+    pub const fn process(&self) -> Process {
+        self.jailed.process
+    }
+
+    /// Connects to a vsock port of the guest, as soon as something listens there.
+    ///
+    /// # Errors
+    /// When nothing does within `patience`, or the machine ends before.
+    pub async fn open_stream(
+        &self,
+        port: u32,
+        patience: Duration,
+    ) -> Result<UnixStream, MachineError> {
+        let timeout_ms = u32::try_from(patience.as_millis()).unwrap_or(u32::MAX);
+        let request = Request::OpenStream { port, timeout_ms };
+        match self.call(request, &[], patience + PATIENCE).await? {
+            (Reply::Stream, mut descriptors) if descriptors.len() == 1 => {
+                Ok(UnixStream::from(descriptors.remove(0)))
+            }
+            (reply, _) => Err(MachineError::Confused(format!("{reply:?}"))),
+        }
+    }
+
+    /// Gives the machine a disk; the guest has to bind it.
+    ///
+    /// # Errors
+    /// When the monitor cannot use it.
+    pub async fn attach_disk(
+        &self,
+        index: u8,
+        disk: &File,
+        read_only: bool,
+        serial: String,
+    ) -> Result<(), MachineError> {
+        let device = DeviceConfig::Blk { disk: Fd(0), read_only, serial };
+        let request = Request::Attach { slot: FIRST_FREE_SLOT + index, device };
+        self.done(request, &[disk.as_fd()]).await
+    }
+
+    /// Gives the machine an interface whose other end is a tap, with as many pairs of queues as the tap
+    /// has; the guest has to bind it. With `vhost` for each the kernel moves its frames,
+    /// [`crate::network::vhost`].
+    ///
+    /// # Errors
+    /// When the monitor cannot use it; the slot is empty then.
+    pub async fn attach_network(
+        &self,
+        slot: u8,
+        (taps, vhost): (&[OwnedFd], &[OwnedFd]),
+        mac: [u8; 6],
+        mtu: u16,
+    ) -> Result<(), MachineError> {
+        let unlimited = RateLimit::default();
+        let (receive, transmit) = (unlimited, unlimited);
+        let descriptors: Vec<_> = taps.iter().chain(vhost).map(AsFd::as_fd).collect();
+        let mut numbers = (0..).map(Fd);
+        let taps = numbers.by_ref().take(taps.len()).collect();
+        let vhost = numbers.take(vhost.len()).collect();
+        let network = NetConfig { taps, vhost, mac, mtu, receive, transmit };
+        let request = Request::Attach { slot, device: DeviceConfig::Net(network) };
+        self.done(request, &descriptors).await
+    }
+
+    /// Takes out the device of a slot; the guest has unbound it.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub async fn detach(&self, slot: u8) -> Result<(), MachineError> {
+        self.done(Request::Detach { slot }, &[]).await
+    }
+
+    /// Tells the guest whether the cable of an interface is plugged.
+    ///
+    /// # Errors
+    /// When there is none in the slot.
+    pub async fn set_link(&self, slot: u8, up: bool) -> Result<(), MachineError> {
+        self.done(Request::Link { slot, up }, &[]).await
+    }
+
+    /// Gives the machine the device by which memory is plugged, at most so much; the guest has to
+    /// bind it.
+    ///
+    /// # Errors
+    /// When it has one.
+    pub async fn attach_memory(&self, region_mib: u32) -> Result<(), MachineError> {
+        let device = DeviceConfig::Mem { region_mib };
+        self.done(Request::Attach { slot: MEMORY_SLOT, device }, &[]).await
+    }
+
+    /// Lets the guest plug so much memory, in all.
+    ///
+    /// # Errors
+    /// When there is no device for it, or the host has not so much address space.
+    pub async fn plug(&self, target_mib: u32) -> Result<(), MachineError> {
+        self.done(Request::Plug { target_mib }, &[]).await
+    }
+
+    /// Memory that the guest has plugged.
+    ///
+    /// # Errors
+    /// When there is no device for it.
+    pub async fn plugged_mib(&self) -> Result<u32, MachineError> {
+        match self.call(Request::Statistics, &[], PATIENCE).await? {
+            (Reply::Statistics(Statistics { plugged_mib: Some(mib), .. }), _) => Ok(mib),
+            (reply, _) => Err(MachineError::Confused(format!("{reply:?}"))),
+        }
+    }
+
+    /// Makes processors exist, so many in all; the guest has to start them.
+    ///
+    /// # Errors
+    /// When the guest was not told of so many.
+    pub async fn add_processors(&self, count: u8) -> Result<(), MachineError> {
+        self.done(Request::Processors { count }, &[]).await
+    }
+
+    /// Ends the machine at once. What the guest has not written back is lost.
+    pub async fn stop(self) {
+        // Dropping it kills the monitor, whatever it answers.
+        let _ = self.call(Request::Stop, &[], Duration::from_secs(1)).await;
+    }
+
+    /// Waits until the machine has ended by itself; says how.
+    pub async fn ended(&self) -> String {
+        let mut ended = self.ended.clone();
+        match ended.wait_for(Option::is_some).await {
+            Ok(words) => words.clone().unwrap_or_default(),
+            Err(_) => "the monitor is gone".to_owned(),
+        }
+    }
+
+    fn how_it_ended(&self) -> MachineError {
+        let words = self.ended.borrow().clone();
+        MachineError::Ended(words.unwrap_or_else(|| "the monitor is gone".to_owned()))
+    }
+
+    async fn done(
+        &self,
+        request: Request,
+        descriptors: &[BorrowedFd<'_>],
+    ) -> Result<(), MachineError> {
+        match self.call(request, descriptors, PATIENCE).await? {
+            (Reply::Done, _) => Ok(()),
+            (reply, _) => Err(MachineError::Confused(format!("{reply:?}"))),
+        }
+    }
+
+    async fn call(
+        &self,
+        request: Request,
+        descriptors: &[BorrowedFd<'_>],
+        patience: Duration,
+    ) -> Answered {
+        let number = {
+            let mut calls = self.calls.lock().unwrap_or_else(PoisonError::into_inner);
+            calls.last += 1;
+            calls.last
+        };
+        let answer = expect_answer(&self.calls, number);
+        self.control.call(&Call { number, request }, descriptors)?;
+        timeout(patience, answer)
+            .await
+            .map_err(|_| MachineError::Late(patience))?
+            .unwrap_or_else(|_| Err(self.how_it_ended()))
+    }
+}
+
+fn expect_answer(calls: &Waiting, number: u64) -> oneshot::Receiver<Answered> {
+    let (tell, answer) = oneshot::channel();
+    calls.lock().unwrap_or_else(PoisonError::into_inner).waiting.insert(number, tell);
+    answer
+}
+
+/// Hands answers to whoever asked, until the monitor closes the socket.
+async fn listen(control: Arc<Control>, calls: Waiting, tell: watch::Sender<Option<String>>) {
+    let words = loop {
+        match control.receive().await {
+            Ok((FromMonitor::Answer(Answer { number, result }), descriptors)) => {
+                let mut calls = calls.lock().unwrap_or_else(PoisonError::into_inner);
+                if let Some(asked) = calls.waiting.remove(&number) {
+                    // Whoever asked may have given up.
+                    let _ = asked.send(result.map(|r| (r, descriptors)).map_err(Into::into));
+                }
+            }
+            Ok((FromMonitor::Event(event), _)) => {
+                break reason(&event.ended, &event.console_tail);
+            }
+            Err(ClientError::Gone) => break "the monitor is gone".to_owned(),
+            Err(error) => break format!("{:#}", anyhow::Error::from(error)),
+        }
+    };
+    tell.send_replace(Some(words));
+    // Dropped, they tell everybody who waits.
+    calls.lock().unwrap_or_else(PoisonError::into_inner).waiting.clear();
+}
+
+fn reason(ending: &Ending, console: &[String]) -> String {
+    let words = match ending {
+        Ending::Reset => "the guest shut down".to_owned(),
+        Ending::Panic => {
+            let panic = console.iter().find_map(|line| Some(line.split_once(PANIC_MARK)?.1.trim()));
+            format!("the guest's kernel panicked: {}", panic.unwrap_or("it did not say why"))
+        }
+        Ending::Fault { reason } => format!("KVM cannot go on: {reason}"),
+    };
+    // Where the kernel begins to say what it ran into; registers and stack come after it.
+    let fault = console.iter().position(|line| line.contains("BUG: ") || line.contains("Oops: "));
+    let shown = match (ending, fault) {
+        (Ending::Panic, Some(first)) => &console[..console.len().min(first + QUOTED_LINES)],
+        _ => console,
+    };
+    words + &quote(shown)
+}
+
+/// The last lines of a console for a message of one line: empty when there are none.
+#[must_use]
+pub fn quote(lines: &[String]) -> String {
+    let last = &lines[lines.len().saturating_sub(QUOTED_LINES)..];
+    let clean = |line: &String| {
+        line.chars().map(|c| if c.is_control() { ' ' } else { c }).collect::<String>()
+    };
+    let last: Vec<_> = last.iter().map(clean).filter(|line| !line.trim().is_empty()).collect();
+    match last.is_empty() {
+        true => String::new(),
+        false => format!("; console: {}", last.join(" | ")),
+    }
+}
+
+/// Behind the devices of every machine, [`configuration`].
+const FIRST_FREE_SLOT: u8 = 4;
+/// Behind the disks.
+pub const FIRST_NETWORK_SLOT: u8 = 12;
+/// The last one, so that what there may be several of lies together.
+const MEMORY_SLOT: u8 = SLOT_COUNT - 1;
+
+fn configuration<'a>(parts: &'a Parts<'_>, random: &'a File) -> (VmConfig, Vec<BorrowedFd<'a>>) {
+    let descriptors = vec![
+        parts.kvm.as_fd(),
+        parts.kernel.as_fd(),
+        parts.initramfs.as_fd(),
+        parts.console.as_fd(),
+        parts.file_server.as_fd(),
+        random.as_fd(),
+    ];
+    let devices = [
+        DeviceConfig::Vsock { guest_cid: GUEST_CID },
+        DeviceConfig::Fs { tag: SHARE_TAG.to_owned(), server: Fd(4) },
+        DeviceConfig::Rng { source: Fd(5) },
+        DeviceConfig::Balloon,
+    ];
+    let config = VmConfig {
+        version: VERSION,
+        jail: parts.jail,
+        kvm: Fd(0),
+        kernel: Fd(1),
+        initramfs: Fd(2),
+        console: Fd(3),
+        cmdline: String::new(),
+        vcpus: parts.size.vcpus,
+        vcpus_max: parts.vcpus_max,
+        memory_mib: parts.size.memory_mib,
+        devices: (0..).zip(devices).map(|(slot, device)| SlotDevice { slot, device }).collect(),
+    };
+    (config, descriptors)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_configuration_is_one_that_the_monitor_takes() {
+        let file = File::open("/dev/null").unwrap();
+        let parts = Parts {
+            kvm: &file,
+            kernel: &file,
+            initramfs: &file,
+            file_server: file.as_fd(),
+            console: file.try_clone().unwrap(),
+            jail: JailConfig { uid: 1, gid: 1 },
+            size: MachineSize { vcpus: 1, memory_mib: 128 },
+            vcpus_max: 2,
+        };
+        let (config, descriptors) = configuration(&parts, &file);
+        assert_eq!(config.validate(descriptors.len()), Ok(()));
+        assert_eq!(config.devices.len(), usize::from(FIRST_FREE_SLOT));
+    }
+
+    #[test]
+    fn the_end_of_a_machine_reads_as_one_line() {
+        let mut lines: Vec<String> = (0..20).map(|n| format!("line {n}\r")).collect();
+        lines[2] = "[ 1.0] Kernel panic - not syncing: no init".to_owned();
+        let words = reason(&Ending::Panic, &lines);
+        let start = "the guest's kernel panicked: no init; console: line 8 ";
+        assert!(words.starts_with(start), "{words}");
+        assert!(words.contains("line 19") && !words.contains('\r') && !words.contains("line 7"));
+        lines[3] = "[ 0.9] Oops: invalid opcode: 0000 [#1] SMP".to_owned();
+        let words = reason(&Ending::Panic, &lines);
+        let start = "the guest's kernel panicked: no init; console: [ 0.9] Oops: invalid opcode";
+        assert!(words.starts_with(start) && words.ends_with("line 14 "), "{words}");
+        assert_eq!(quote(&[]), "");
+        assert_eq!(quote(&["\n".to_owned()]), "");
+    }
+}

@@ -1,0 +1,425 @@
+//! The share: the tree of files that a pod's file server shows to the guest.
+//!
+//! Its root is a small tmpfs that is never mounted on the host: it is made detached and becomes the
+//! file server's root. It has nothing but numbered directories; each container of the
+//! pod has its own, with a tmpfs of mount points on it. What is shared is cloned from the host's
+//! mounts, detached too. All is attached inside the file server's mount namespace by a thread that
+//! joins it for a moment. So no mount of a container ever appears on the host, and the kernel takes
+//! them all when the file server dies.
+//!
+//! Once its guest may look, no tmpfs of these can be written any more.
+
+// UNSAFETY: mount_setattr(2) has no wrapper in rustix or nix.
+#![expect(unsafe_code, reason = "mount_setattr is called directly")]
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::thread;
+
+use nix::sched::{CloneFlags, unshare};
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, mkdirat, openat};
+use rustix::mount::{
+    FsMountFlags, FsOpenFlags, MountAttrFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags,
+    fsconfig_create, fsconfig_set_string, fsmount, fsopen, move_mount, open_tree, unmount,
+};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
+use thiserror::Error;
+
+use crate::bundle::{FileKind, IdMap, Shared};
+use crate::machine::user_namespace;
+
+/// The size of a tmpfs, which only ever holds mount points.
+const SIZE: &str = "1m";
+/// ShareDirs that a share has.
+const SHARE_DIRS: u32 = 64;
+
+/// Why the share could not be made.
+#[derive(Debug, Error)]
+pub enum ShareError {
+    /// The tmpfs.
+    #[error("root of the share")]
+    Root(#[source] io::Error),
+    /// A mount point in it.
+    #[error("mount point {} in the share", .0.display())]
+    MountPoint(PathBuf, #[source] io::Error),
+    /// Something of the host.
+    #[error("{} cannot be shared with the guest", .0.display())]
+    Clone(PathBuf, #[source] io::Error),
+    /// Its owners.
+    #[error(
+        "owners of {} cannot be mapped{}; leave uidMappings, gidMappings, idmap and ridmap out",
+        .0.display(),
+        unmappable(.1)
+    )]
+    IdMap(PathBuf, #[source] io::Error),
+    /// The file server's namespace.
+    #[error("mount namespace of the file server")]
+    Namespace(#[source] io::Error),
+    /// Attaching in it.
+    #[error("{} cannot be attached in the share", .0.display())]
+    Attach(PathBuf, #[source] io::Error),
+    /// Taking away from it.
+    #[error("{} cannot be taken out of the share", .0.display())]
+    Detach(PathBuf, #[source] io::Error),
+    /// Every directory is taken.
+    #[error("the pod has {SHARE_DIRS} containers already; create another pod")]
+    Full,
+}
+
+/// The number of a container's directory in the share.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct ShareDir(u32);
+
+impl ShareDir {
+    /// Its name, relative to the share's root.
+    #[must_use]
+    pub fn directory(self) -> PathBuf {
+        self.0.to_string().into()
+    }
+}
+
+/// Which directories are taken. One that was left is the last to be given away again: for a second the
+/// guest may remember what it saw there.
+#[derive(Debug, Default)]
+pub struct ShareDirs {
+    taken: Vec<ShareDir>,
+    next: u32,
+}
+
+impl ShareDirs {
+    /// A directory that nobody has; none when all are taken.
+    pub fn take(&mut self) -> Option<ShareDir> {
+        let mut candidates =
+            (self.next..self.next + SHARE_DIRS).map(|number| ShareDir(number % SHARE_DIRS));
+        let dir = candidates.find(|dir| !self.taken.contains(dir))?;
+        self.next = (dir.0 + 1) % SHARE_DIRS;
+        self.taken.push(dir);
+        Some(dir)
+    }
+
+    /// Gives a directory back.
+    pub fn leave(&mut self, dir: ShareDir) {
+        self.taken.retain(|taken| *taken != dir);
+    }
+}
+
+/// Makes a root with empty directories: the mount that becomes the file server's root.
+///
+/// # Errors
+/// When the host's kernel does not let it.
+pub fn root() -> Result<OwnedFd, ShareError> {
+    let made = || {
+        let root = make_tmpfs()?;
+        for number in 0..SHARE_DIRS {
+            mkdirat(&root, ShareDir(number).directory(), Mode::from_raw_mode(0o755))?;
+        }
+        set_attributes(root.as_fd(), libc::MOUNT_ATTR_RDONLY, false)?;
+        Ok(root)
+    };
+    made().map_err(ShareError::Root)
+}
+
+/// The files of one container, not attached anywhere.
+#[derive(Debug)]
+pub struct Files {
+    mount_points: OwnedFd,
+    clones: Vec<(PathBuf, OwnedFd)>,
+}
+
+impl Files {
+    /// Makes all mount points and clones what they will show.
+    ///
+    /// # Errors
+    /// Names the path that failed.
+    pub fn prepare(shared: &[Shared]) -> Result<Self, ShareError> {
+        let mount_points = make_tmpfs().map_err(ShareError::Root)?;
+        let mut clones = Vec::with_capacity(shared.len());
+        for entry in shared {
+            mount_point(mount_points.as_fd(), &entry.target, entry.kind)
+                .map_err(|error| ShareError::MountPoint(entry.target.clone(), error))?;
+            let clone = clone_mount(entry)
+                .map_err(|error| ShareError::Clone(entry.source.clone(), error))?;
+            if let Some(id_map) = &entry.id_map {
+                map_owners(clone.as_fd(), id_map)
+                    .map_err(|error| ShareError::IdMap(entry.source.clone(), error))?;
+            }
+            clones.push((entry.target.clone(), clone));
+        }
+        let read_only = set_attributes(mount_points.as_fd(), libc::MOUNT_ATTR_RDONLY, false);
+        read_only.map_err(ShareError::Root)?;
+        Ok(Self { mount_points, clones })
+    }
+
+    /// Files and directories that are mounts already, each attached nowhere ([`alone`]); the number
+    /// of each in the list becomes its name.
+    ///
+    /// # Errors
+    /// When there cannot be a mount point for one.
+    pub fn given(mounts: Vec<(FileKind, OwnedFd)>) -> Result<Self, ShareError> {
+        let mount_points = make_tmpfs().map_err(ShareError::Root)?;
+        let mut clones = Vec::with_capacity(mounts.len());
+        for (number, (kind, clone)) in mounts.into_iter().enumerate() {
+            let target = PathBuf::from(number.to_string());
+            mount_point(mount_points.as_fd(), &target, kind)
+                .map_err(|error| ShareError::MountPoint(target.clone(), error))?;
+            clones.push((target, clone));
+        }
+        let read_only = set_attributes(mount_points.as_fd(), libc::MOUNT_ATTR_RDONLY, false);
+        read_only.map_err(ShareError::Root)?;
+        Ok(Self { mount_points, clones })
+    }
+
+    /// Attaches everything at a directory that nobody has, inside the mount namespace of a file server
+    /// that serves [`root`].
+    ///
+    /// # Errors
+    /// Names the path that failed; what was attached before stays.
+    pub fn attach(self, file_server: u32, dir: ShareDir) -> Result<(), ShareError> {
+        let base = Path::new("/").join(dir.directory());
+        inside(file_server, move || {
+            attach(&self.mount_points, &base)?;
+            self.clones.iter().try_for_each(|(target, clone)| attach(clone, &base.join(target)))
+        })
+    }
+}
+
+/// Takes away what is attached at a directory.
+///
+/// # Errors
+/// When nothing is.
+pub fn detach(file_server: u32, dir: ShareDir) -> Result<(), ShareError> {
+    let base = Path::new("/").join(dir.directory());
+    inside(file_server, move || {
+        unmount(&base, UnmountFlags::DETACH).map_err(|error| ShareError::Detach(base, error.into()))
+    })
+}
+
+fn attach(mount: &OwnedFd, path: &Path) -> Result<(), ShareError> {
+    move_mount(mount, "", CWD, path, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)
+        .map_err(|error| ShareError::Attach(path.to_owned(), error.into()))
+}
+
+/// Does something in the mount namespace of a file server.
+fn inside(
+    file_server: u32,
+    work: impl FnOnce() -> Result<(), ShareError> + Send + 'static,
+) -> Result<(), ShareError> {
+    let namespace =
+        File::open(format!("/proc/{file_server}/ns/mnt")).map_err(ShareError::Namespace)?;
+    let joined = move || {
+        join(namespace.as_fd()).map_err(ShareError::Namespace)?;
+        work()
+    };
+    let thread = thread::Builder::new().name("attach".into()).spawn(joined);
+    let failed = || ShareError::Namespace(io::Error::other("thread failed"));
+    thread.map_err(ShareError::Namespace)?.join().unwrap_or_else(|_| Err(failed()))
+}
+
+/// Moves this thread, and only this one, into a mount namespace; its root becomes that one's.
+fn join(namespace: BorrowedFd<'_>) -> io::Result<()> {
+    unshare(CloneFlags::CLONE_FS)?;
+    Ok(move_into_link_name_space(namespace, Some(LinkNameSpaceType::Mount))?)
+}
+
+fn make_tmpfs() -> io::Result<OwnedFd> {
+    let context = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    fsconfig_set_string(&context, "mode", "0755")?;
+    fsconfig_set_string(&context, "size", SIZE)?;
+    fsconfig_create(&context)?;
+    let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID
+        | MountAttrFlags::MOUNT_ATTR_NODEV
+        | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+    Ok(fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)?)
+}
+
+fn mount_point(root: BorrowedFd<'_>, target: &Path, kind: FileKind) -> io::Result<()> {
+    let mut path = PathBuf::new();
+    for part in target.parent().into_iter().flatten() {
+        path.push(part);
+        match mkdirat(root, &path, Mode::from_raw_mode(0o755)) {
+            Err(error) if error != rustix::io::Errno::EXIST => return Err(error.into()),
+            _ => {}
+        }
+    }
+    match kind {
+        FileKind::Directory => mkdirat(root, target, Mode::from_raw_mode(0o755))?,
+        FileKind::File => {
+            let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
+            drop(openat(root, target, flags, Mode::from_raw_mode(0o644))?);
+        }
+    }
+    Ok(())
+}
+
+fn clone_mount(entry: &Shared) -> io::Result<OwnedFd> {
+    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    flags.set(OpenTreeFlags::AT_RECURSIVE, entry.recursive);
+    let clone = open_tree(CWD, &entry.source, flags)?;
+    let attributes = if entry.read_only { libc::MOUNT_ATTR_RDONLY } else { 0 };
+    set_attributes(clone.as_fd(), attributes, entry.recursive)?;
+    Ok(clone)
+}
+
+/// What an open descriptor is of, by itself: a mount that is attached nowhere.
+///
+/// # Errors
+/// When it is of no file system of this mount namespace.
+pub fn alone(fd: BorrowedFd<'_>, read_only: bool, recursive: bool) -> io::Result<OwnedFd> {
+    let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    flags.set(OpenTreeFlags::AT_RECURSIVE, recursive);
+    let clone = open_tree(fd, "", flags | OpenTreeFlags::AT_EMPTY_PATH)?;
+    let attributes = if read_only { libc::MOUNT_ATTR_RDONLY } else { 0 };
+    set_attributes(clone.as_fd(), attributes, recursive)?;
+    Ok(clone)
+}
+
+/// Sets attributes of a detached mount, and cuts its mount propagation with the host.
+fn set_attributes(mount: BorrowedFd<'_>, attributes: u64, recursive: bool) -> io::Result<()> {
+    let change = libc::mount_attr {
+        attr_set: attributes,
+        attr_clr: 0,
+        propagation: libc::MS_PRIVATE,
+        userns_fd: 0,
+    };
+    change_mount(mount, change, recursive)
+}
+
+/// Shows the files of a detached mount under mapped owners, which the kernel allows only once.
+fn map_owners(mount: BorrowedFd<'_>, id_map: &IdMap) -> io::Result<()> {
+    let namespace = user_namespace::with_mappings(&id_map.uids, &id_map.gids)?;
+    let number = u64::try_from(namespace.as_raw_fd()).map_err(io::Error::other)?;
+    let change = libc::mount_attr {
+        attr_set: libc::MOUNT_ATTR_IDMAP,
+        attr_clr: 0,
+        propagation: 0,
+        userns_fd: number,
+    };
+    change_mount(mount, change, id_map.recursive)
+}
+
+/// What the kernel means by its number, mount_setattr(2).
+fn unmappable(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::EINVAL) => ", its file system or the mapping does not allow it",
+        Some(libc::EPERM) => ", they are mapped already",
+        _ => "",
+    }
+}
+
+fn change_mount(
+    mount: BorrowedFd<'_>,
+    change: libc::mount_attr,
+    recursive: bool,
+) -> io::Result<()> {
+    let recursive = if recursive { libc::AT_RECURSIVE } else { 0 };
+    let flags = AtFlags::EMPTY_PATH.bits() | recursive.cast_unsigned();
+    // SAFETY: the path is a terminated empty string, `change` is a whole mount_attr of the length
+    // that is passed, both outlive the call, and the kernel writes to neither.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            flags,
+            &raw const change,
+            size_of_val(&change),
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::fs::{FileType, fstat};
+    use std::fs;
+
+    fn shared(source: &Path, target: &str, kind: FileKind, read_only: bool) -> Shared {
+        let (source, target) = (source.to_owned(), target.into());
+        Shared { source, target, kind, read_only, recursive: true, id_map: None }
+    }
+
+    #[test]
+    fn a_directory_that_was_left_is_the_last_to_be_taken_again() {
+        let mut dirs = ShareDirs::default();
+        let first = dirs.take().unwrap();
+        assert_eq!(first.directory(), Path::new("0"));
+        dirs.leave(first);
+        for number in 1..SHARE_DIRS {
+            assert_eq!(dirs.take(), Some(ShareDir(number)));
+        }
+        assert_eq!(dirs.take(), Some(first));
+        assert_eq!(dirs.take(), None);
+        dirs.leave(ShareDir(7));
+        assert_eq!(dirs.take(), Some(ShareDir(7)));
+    }
+
+    fn can_mount() -> bool {
+        rustix::process::geteuid().is_root() && make_tmpfs().is_ok()
+    }
+
+    #[test]
+    fn a_share_has_mount_points_that_cannot_be_changed_and_clones_of_the_host() {
+        if !can_mount() {
+            return;
+        }
+        let host = tempfile::tempdir().unwrap();
+        fs::write(host.path().join("file"), "x").unwrap();
+        let files = Files::prepare(&[
+            shared(host.path(), "rootfs", FileKind::Directory, false),
+            shared(&host.path().join("file"), "mounts/0", FileKind::File, true),
+        ])
+        .unwrap();
+        let file = openat(&files.mount_points, "mounts/0", OFlags::RDONLY, Mode::empty()).unwrap();
+        assert_eq!(FileType::from_raw_mode(fstat(&file).unwrap().st_mode), FileType::RegularFile);
+        for root in [&files.mount_points, &root().unwrap()] {
+            let error = mkdirat(root, "new", Mode::RWXU).unwrap_err();
+            assert_eq!(error, rustix::io::Errno::ROFS);
+        }
+        let create = |name: &str| {
+            openat(&files.clones[0].1, name, OFlags::CREATE | OFlags::WRONLY, Mode::RWXU)
+        };
+        create("new").unwrap();
+        assert!(host.path().join("new").exists());
+        let error = openat(&files.clones[1].1, "", OFlags::WRONLY, Mode::empty());
+        assert!(error.is_err());
+    }
+
+    #[test]
+    fn a_read_only_clone_cannot_be_written() {
+        if !can_mount() {
+            return;
+        }
+        let host = tempfile::tempdir().unwrap();
+        let clone = clone_mount(&shared(host.path(), "x", FileKind::Directory, true)).unwrap();
+        let error = mkdirat(&clone, "new", Mode::RWXU).unwrap_err();
+        assert_eq!(error, rustix::io::Errno::ROFS);
+        fs::create_dir(host.path().join("new")).unwrap();
+    }
+
+    #[test]
+    fn a_file_system_without_mapped_owners_is_named() {
+        if !can_mount() {
+            return;
+        }
+        let map = r#"[{"containerID": 0, "hostID": 100000, "size": 10}]"#;
+        let map: Vec<_> = serde_json::from_str(map).unwrap();
+        let id_map = Some(IdMap { uids: map.clone(), gids: map, recursive: false });
+        let entry =
+            Shared { id_map, ..shared(Path::new("/proc"), "c/m", FileKind::Directory, false) };
+        let words = Files::prepare(&[entry]).unwrap_err().to_string();
+        assert!(words.starts_with("owners of /proc cannot be mapped, its file system"), "{words}");
+    }
+
+    #[test]
+    fn a_source_that_is_missing_is_named() {
+        if !can_mount() {
+            return;
+        }
+        let entry = shared(Path::new("/nonexistent"), "rootfs", FileKind::Directory, false);
+        let error = Files::prepare(&[entry]).unwrap_err();
+        assert_eq!(error.to_string(), "/nonexistent cannot be shared with the guest");
+    }
+}

@@ -1,0 +1,248 @@
+//! The machine's interfaces: those that a container's network namespace has, as long as it has them.
+//!
+//! Whoever made the container may add interfaces, change them and take them away at any time. The
+//! guest follows by itself, some milliseconds later; a process that is started then finds what was
+//! there before ([`Interfaces::update`]).
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use bulkhead_netlink::Changes;
+use bulkhead_protocol::agent;
+use bulkhead_vmm::config::PAIRS_MAX;
+use thiserror::Error;
+use tokio::io::unix::AsyncFd;
+use tokio::sync::Mutex;
+use tokio::task::spawn_blocking;
+use tokio::time::sleep;
+
+use crate::machine::agent::{Agent, AgentError};
+use crate::machine::channel::watch;
+use crate::machine::monitor::{FIRST_NETWORK_SLOT, Machine, MachineError};
+use crate::network::mirror::{Interface, Mirror, MirrorError, Update, View};
+use crate::network::vhost;
+
+/// Whoever sets up an interface does it in several steps: so long is waited for the next one.
+const SETTLE: Duration = Duration::from_millis(20);
+/// An interface of the machine may get any MTU that there is; the agent sets the one that it has.
+const MTU_MAX: u16 = u16::MAX;
+
+/// Why the machine's network is not the container's.
+#[derive(Debug, Error)]
+pub enum NetworkError {
+    /// The host's side.
+    #[error(transparent)]
+    Mirror(#[from] MirrorError),
+    /// The monitor.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// The guest's side.
+    #[error(transparent)]
+    Agent(#[from] AgentError),
+    /// What tells of changes.
+    #[error("changes of the container's network")]
+    Changes(#[source] io::Error),
+}
+
+/// The interfaces of one machine.
+#[derive(Debug)]
+pub struct Interfaces {
+    /// Pairs of queues that each has.
+    pairs: usize,
+    /// None while the machine has no network of a container.
+    mirror: Mutex<Option<Mirror>>,
+    changes: OnceLock<Changes>,
+    /// Something was told that has not been looked at.
+    stale: AtomicBool,
+}
+
+impl Interfaces {
+    /// None yet, of a machine with so many processors: each of them can have queues of its own.
+    #[must_use]
+    pub fn new(processors: u8) -> Self {
+        Self {
+            pairs: usize::from(processors).clamp(1, PAIRS_MAX),
+            mirror: Mutex::default(),
+            changes: OnceLock::new(),
+            stale: AtomicBool::new(false),
+        }
+    }
+
+    /// Gives the machine an interface for each that a network namespace has, and the guest its
+    /// addresses, routes and neighbours. To be called once; gives what tells when to call
+    /// [`Interfaces::update`].
+    ///
+    /// # Errors
+    /// When one cannot be had; the machine may have others then.
+    pub async fn attach(
+        &self,
+        (machine, agent): (&Machine, &Agent),
+        namespace: PathBuf,
+    ) -> Result<Bell, NetworkError> {
+        let pairs = self.pairs;
+        let opened = spawn_blocking(move || Mirror::open(&namespace, pairs)).await;
+        let (mirror, changes) = opened.map_err(|error| NetworkError::Changes(error.into()))??;
+        let bell = Bell::of(&changes).map_err(NetworkError::Changes)?;
+        // Set once, as this is called once.
+        let _ = self.changes.set(changes);
+        let mut place = self.mirror.lock().await;
+        let (mirror, update) = looked_at(mirror).await?;
+        *place = Some(mirror);
+        let Some(mut update) = update? else { return Ok(bell) };
+        if !update.refused.is_empty() {
+            return Err(update.refused.swap_remove(0).into());
+        }
+        pass_on(machine, agent, update).await?;
+        Ok(bell)
+    }
+
+    /// Has the guest follow what has changed since the last time; whether anything had. What cannot be
+    /// followed is a warning.
+    ///
+    /// # Errors
+    /// When the machine or the guest does not take all of the rest.
+    pub async fn update(&self, machine: &Machine, agent: &Agent) -> Result<bool, NetworkError> {
+        let Some(changes) = self.changes.get() else { return Ok(false) };
+        if changes.take().map_err(NetworkError::Changes)? {
+            self.stale.store(true, Ordering::Relaxed);
+        }
+        // Whoever is here already may not have seen it.
+        let mut place = self.mirror.lock().await;
+        if !self.stale.swap(false, Ordering::Relaxed) {
+            return Ok(false);
+        }
+        let Some(mirror) = place.take() else { return Ok(false) };
+        let (mirror, update) = looked_at(mirror).await?;
+        *place = Some(mirror);
+        let update = update.inspect_err(|_| self.stale.store(true, Ordering::Relaxed))?;
+        let Some(mut update) = update else { return Ok(false) };
+        for error in update.refused.drain(..) {
+            let error = format!("{:#}", anyhow::Error::from(error));
+            tracing::warn!(
+                error,
+                "the guest does not have an interface of the container's network"
+            );
+        }
+        pass_on(machine, agent, update).await?;
+        Ok(true)
+    }
+
+    /// Has answers to name servers in the container's network namespace, which ask others by its
+    /// interfaces, reach them from now on.
+    ///
+    /// # Errors
+    /// When the host's kernel cannot tell them apart.
+    pub async fn share_answers(&self) -> Result<(), NetworkError> {
+        let mut place = self.mirror.lock().await;
+        let Some(mut mirror) = place.take() else { return Ok(()) };
+        let shared = spawn_blocking(move || {
+            let shared = mirror.share_answers();
+            (mirror, shared)
+        });
+        let (mirror, shared) = shared.await.map_err(|error| NetworkError::Changes(error.into()))?;
+        *place = Some(mirror);
+        Ok(shared?)
+    }
+}
+
+/// Looks at the host, which may take its time.
+async fn looked_at(
+    mut mirror: Mirror,
+) -> Result<(Mirror, Result<Option<Update>, MirrorError>), NetworkError> {
+    let looked = spawn_blocking(move || {
+        let update = mirror.update();
+        (mirror, update)
+    });
+    looked.await.map_err(|error| NetworkError::Changes(error.into()))
+}
+
+/// Has machine and guest be as an update says.
+async fn pass_on(machine: &Machine, agent: &Agent, update: Update) -> Result<(), NetworkError> {
+    if !update.gone.is_empty() {
+        let slots = update.gone.iter().map(|place| FIRST_NETWORK_SLOT + place);
+        agent.release(slots.clone().map(u32::from).collect()).await?;
+        for slot in slots {
+            machine.detach(slot).await?;
+        }
+    }
+    for (place, taps) in &update.new {
+        let of_place = |(it, _): &&(u8, Interface)| it == place;
+        if let Some((_, interface)) = update.view.interfaces.iter().find(of_place) {
+            attach(machine, FIRST_NETWORK_SLOT + place, taps, interface).await?;
+        }
+    }
+    for (place, plugged) in update.cables {
+        machine.set_link(FIRST_NETWORK_SLOT + place, plugged).await?;
+    }
+    if !update.new.is_empty() {
+        agent.rescan().await?;
+    }
+    Ok(agent.configure(request(update.view)).await?)
+}
+
+/// Gives the machine one interface, whose frames the kernel moves where it can.
+async fn attach(
+    machine: &Machine,
+    slot: u8,
+    taps: &[OwnedFd],
+    interface: &Interface,
+) -> Result<(), NetworkError> {
+    let (name, mac) = (&interface.name, interface.mac);
+    let reason = match vhost::open(taps.len()) {
+        Ok(vhost) => match machine.attach_network(slot, (taps, &vhost), mac, MTU_MAX).await {
+            Ok(()) => {
+                tracing::info!(interface = %name, "the kernel moves the frames, by vhost-net");
+                return Ok(());
+            }
+            Err(error) => anyhow::Error::from(error),
+        },
+        Err(error) => error.into(),
+    };
+    machine.attach_network(slot, (taps, &[]), mac, MTU_MAX).await?;
+    let reason = format!("{reason:#}");
+    tracing::info!(interface = %name, reason, "the monitor moves the frames, without vhost-net");
+    Ok(())
+}
+
+fn request(view: View) -> agent::ConfigureRequest {
+    let interfaces = view.interfaces.into_iter().map(|(place, interface)| agent::Interface {
+        slot: (FIRST_NETWORK_SLOT + place).into(),
+        index: interface.index,
+        name: interface.name,
+        mac: interface.mac.to_vec(),
+        mtu: interface.mtu.min(MTU_MAX.into()),
+        queue_len: interface.queue_len,
+        up: interface.up,
+        ipv6: interface.ipv6,
+    });
+    agent::ConfigureRequest {
+        interfaces: interfaces.collect(),
+        settings: view.settings,
+        ipv6: view.ipv6,
+    }
+}
+
+/// Rings when something changes in a network namespace.
+#[derive(Debug)]
+pub struct Bell(AsyncFd<OwnedFd>);
+
+impl Bell {
+    fn of(changes: &Changes) -> io::Result<Self> {
+        let socket = changes.as_fd().try_clone_to_owned()?;
+        Ok(Self(watch(socket)?))
+    }
+
+    /// Waits until something has changed, and nothing seems to follow.
+    ///
+    /// # Errors
+    /// When the runtime is over.
+    pub async fn rung(&self) -> io::Result<()> {
+        self.0.readable().await?.clear_ready();
+        sleep(SETTLE).await;
+        Ok(())
+    }
+}

@@ -1,0 +1,352 @@
+//! `attach.sock`: where a process of the host that stands for one of the container gets its streams.
+//!
+//! The stand-in connects and says for which process it stands and which streams it has
+//! ([`FromStandIn::Attach`]). Once the process is created it receives them as connected sockets
+//! ([`ToStandIn::Streams`]), so no byte passes through the supervisor; and once the process has
+//! ended, its exit status. Its connection is its life: when it closes before the end, the process is
+//! killed.
+
+use std::collections::HashMap;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::net::sockopt::socket_peercred;
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, listen, socket_with,
+};
+use serde::{Deserialize, Serialize};
+use tokio::sync::{Mutex, Notify, Semaphore};
+use tokio::task::AbortHandle;
+use tokio::time::{sleep, timeout};
+
+use crate::machine::channel::Channel;
+use crate::state::process::Process;
+use crate::streams::preserved::Descriptor;
+
+/// How long the caller may take to attach.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a connection may take to say what it is.
+const GREETING: Duration = Duration::from_secs(2);
+/// The most stand-ins that wait for their process to be asked for, and connections that say nothing yet.
+const WAITING: usize = 256;
+/// Connections that wait to be accepted.
+const BACKLOG: i32 = 128;
+
+/// The size of a terminal, in characters.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TerminalSize {
+    /// Lines.
+    pub rows: u16,
+    /// Characters in each.
+    pub columns: u16,
+}
+
+/// Which standard streams there are; the others are `/dev/null`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Wants {
+    /// All three are a terminal, whose one stream carries both directions; the others are not
+    /// looked at then.
+    pub terminal: Option<TerminalSize>,
+    /// Standard input.
+    pub stdin: bool,
+    /// Standard output.
+    pub stdout: bool,
+    /// Standard error.
+    pub stderr: bool,
+}
+
+/// What the stand-in says.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FromStandIn {
+    /// First.
+    Attach {
+        /// Its streams.
+        wants: Wants,
+        /// The process executed in the container that it stands for; empty for the init process.
+        exec: String,
+        /// It was started to stay behind, and is no caller's own process.
+        detached: bool,
+        /// What it has beyond them. The files among it ride along, each as a mount of its own.
+        descriptors: Vec<Descriptor>,
+    },
+    /// From then on.
+    #[serde(untagged)]
+    Said(Said),
+}
+
+/// What a stand-in says that has attached.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Said {
+    /// A signal that it was sent, for the process.
+    Signal(u32),
+    /// Its terminal has another size.
+    Resize(TerminalSize),
+}
+
+/// What the supervisor says.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ToStandIn {
+    /// The streams that were wanted ride along, in the order of [`Wants`]; behind them those of
+    /// descriptors.
+    Streams,
+    /// The process has ended.
+    Exited {
+        /// As a shell shows it.
+        status: u8,
+        /// Why, if it did not end by itself.
+        reason: Option<String>,
+        /// What its streams carry of it; none if its machine is gone, with whoever else had them.
+        written: Option<Written>,
+    },
+}
+
+/// The bytes of standard output and standard error that a process wrote, and that others wrote before
+/// its end.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Written {
+    /// Standard output.
+    pub stdout: u64,
+    /// Standard error.
+    pub stderr: u64,
+}
+
+/// A listening socket at `path`.
+///
+/// # Errors
+/// When the path is taken.
+pub fn listen_at(path: &Path) -> io::Result<OwnedFd> {
+    let socket = seqpacket_socket()?;
+    bind(&socket, &SocketAddrUnix::new(path)?)?;
+    listen(&socket, BACKLOG)?;
+    Ok(socket)
+}
+
+/// A connection to the socket at `path`.
+///
+/// # Errors
+/// When nobody listens there.
+pub fn connect_to(path: &Path) -> io::Result<OwnedFd> {
+    let socket = seqpacket_socket()?;
+    rustix::net::connect(&socket, &SocketAddrUnix::new(path)?)?;
+    Ok(socket)
+}
+
+fn seqpacket_socket() -> io::Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC;
+    Ok(socket_with(AddressFamily::UNIX, SocketType::SEQPACKET, flags, None)?)
+}
+
+/// The stand-in, from the supervisor's side.
+#[derive(Debug)]
+pub struct StandIn {
+    channel: Channel,
+    /// The process.
+    pub process: Process,
+    /// What it has.
+    pub wants: Wants,
+    /// What it has beyond that.
+    pub descriptors: Vec<Descriptor>,
+    /// It belongs to the pod, not to a caller.
+    pub detached: bool,
+    /// The files among its descriptors.
+    mounts: Mutex<Vec<OwnedFd>>,
+}
+
+/// Where stand-ins connect: each is kept until the process that it stands for is asked for.
+#[derive(Debug)]
+pub struct Attachments {
+    waiting: Arc<Waiting>,
+    accepting: AbortHandle,
+}
+
+/// Those that have attached.
+#[derive(Debug, Default)]
+struct Waiting {
+    stand_ins: Mutex<HashMap<String, StandIn>>,
+    /// Rung whenever one has come.
+    bell: Notify,
+}
+
+impl Attachments {
+    /// Stand-ins that connect to `listener`; inside a runtime.
+    #[must_use]
+    pub fn new(listener: Channel) -> Self {
+        let waiting = Arc::<Waiting>::default();
+        let accepting = tokio::spawn(accept_all(listener, waiting.clone())).abort_handle();
+        Self { waiting, accepting }
+    }
+
+    /// Waits for the stand-in of a process; `exec` is as in [`FromStandIn::Attach`].
+    ///
+    /// # Errors
+    /// When it does not connect within a bounded time.
+    pub async fn take(&self, exec: &str) -> io::Result<StandIn> {
+        let taken = async {
+            loop {
+                // Before the look, so that nobody comes unheard.
+                let mut rung = pin!(self.waiting.bell.notified());
+                rung.as_mut().enable();
+                if let Some(stand_in) = self.waiting.stand_ins.lock().await.remove(exec) {
+                    return stand_in;
+                }
+                rung.await;
+            }
+        };
+        timeout(PATIENCE, taken).await.map_err(|_| io::ErrorKind::TimedOut.into())
+    }
+}
+
+impl Drop for Attachments {
+    fn drop(&mut self) {
+        self.accepting.abort();
+    }
+}
+
+/// Hears each connection, however long another takes to say something.
+async fn accept_all(listener: Channel, waiting: Arc<Waiting>) {
+    let room = Arc::new(Semaphore::new(WAITING));
+    // Never closed.
+    while let Ok(place) = room.clone().acquire_owned().await {
+        match listener.accept().await {
+            Ok(socket) => {
+                let waiting = waiting.clone();
+                tokio::spawn(async move {
+                    match timeout(GREETING, StandIn::greet(socket)).await {
+                        Ok(Ok((name, stand_in))) => waiting.add(name, stand_in).await,
+                        _ => tracing::debug!("a connection that says nothing was closed"),
+                    }
+                    drop(place);
+                });
+            }
+            Err(error) => {
+                tracing::warn!(error = %error, "no stand-in can attach");
+                sleep(GREETING).await;
+            }
+        }
+    }
+}
+
+impl Waiting {
+    async fn add(&self, name: String, stand_in: StandIn) {
+        let mut stand_ins = self.stand_ins.lock().await;
+        // Nobody will ask for one whose caller has gone away.
+        stand_ins.retain(|_, stand_in| stand_in.process.is_alive());
+        if stand_ins.len() < WAITING {
+            stand_ins.insert(name, stand_in);
+        }
+        self.bell.notify_waiters();
+    }
+}
+
+impl StandIn {
+    /// Hears which process a connection stands for.
+    async fn greet(socket: OwnedFd) -> io::Result<(String, Self)> {
+        let peer = socket_peercred(&socket)?.pid.as_raw_nonzero().get().cast_unsigned();
+        let process = Process::find(peer)?;
+        let channel = Channel::new(socket)?;
+        let message = channel.receive().await?.ok_or(io::ErrorKind::InvalidData)?;
+        match serde_json::from_slice(&message.bytes)? {
+            FromStandIn::Attach { wants, exec, detached, descriptors } => {
+                let mounts = Mutex::new(message.descriptors);
+                Ok((exec, Self { channel, process, wants, descriptors, detached, mounts }))
+            }
+            FromStandIn::Said(_) => Err(io::ErrorKind::InvalidData.into()),
+        }
+    }
+
+    /// The files among its descriptors, each as a mount of its own; they can be taken once.
+    pub async fn take_mounts(&self) -> Vec<OwnedFd> {
+        std::mem::take(&mut *self.mounts.lock().await)
+    }
+
+    /// Hands it its streams.
+    ///
+    /// # Errors
+    /// When it is gone.
+    pub async fn hand_over(&self, streams: &[UnixStream]) -> io::Result<()> {
+        let descriptors: Vec<_> = streams.iter().map(AsFd::as_fd).collect();
+        self.channel.send(&ToStandIn::Streams, &descriptors).await
+    }
+
+    /// Tells it that the process has ended.
+    ///
+    /// # Errors
+    /// When it is gone.
+    pub async fn tell_exit(
+        &self,
+        status: u8,
+        reason: Option<String>,
+        written: Option<Written>,
+    ) -> io::Result<()> {
+        self.channel.send(&ToStandIn::Exited { status, reason, written }, &[]).await
+    }
+
+    /// Waits for the next thing that it passes on; `None` when it is gone.
+    pub async fn said(&self) -> Option<Said> {
+        match self.channel.receive_json().await {
+            Ok(Some(FromStandIn::Said(said))) => Some(said),
+            // Whatever else it says, it is not the stand-in that it was.
+            _ => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use bulkhead_vmm::seqpacket;
+    use tokio::runtime::Builder;
+
+    #[test]
+    fn a_stand_in_attaches_gets_streams_and_the_status() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("attach.sock");
+        let listener = listen_at(&path).unwrap();
+        let client = connect_to(&path).unwrap();
+        let silent = connect_to(&path).unwrap();
+        let other = connect_to(&path).unwrap();
+        let greet = |client: &OwnedFd, exec: &str| {
+            let wants = Wants { stdout: true, ..Wants::default() };
+            let exec = exec.to_owned();
+            let hello = FromStandIn::Attach { wants, exec, detached: false, descriptors: vec![] };
+            seqpacket::send(client, &serde_json::to_vec(&hello).unwrap(), &[]).unwrap();
+        };
+        greet(&other, "other");
+        drop(silent);
+        greet(&client, "");
+        let runtime = Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let attachments = Attachments::new(Channel::new(listener).unwrap());
+            let first = attachments.take("other").await.unwrap();
+            let stand_in = attachments.take("").await.unwrap();
+            let written = Written { stdout: 5, stderr: 0 };
+            first.tell_exit(1, None, None).await.unwrap();
+            assert!(seqpacket::receive(&other).unwrap().is_some());
+            assert_eq!(stand_in.process.pid, std::process::id());
+            assert_eq!((stand_in.wants.stdin, stand_in.wants.stdout), (false, true));
+            let (stream, _other) = UnixStream::pair().unwrap();
+            stand_in.hand_over(&[stream]).await.unwrap();
+            stand_in.tell_exit(7, None, Some(written)).await.unwrap();
+            let message = seqpacket::receive(&client).unwrap().unwrap();
+            assert_eq!(
+                (message.bytes.as_slice(), message.descriptors.len()),
+                (&b"\"streams\""[..], 1)
+            );
+            let message = seqpacket::receive(&client).unwrap().unwrap();
+            let exited = ToStandIn::Exited { status: 7, reason: None, written: Some(written) };
+            assert_eq!(serde_json::from_slice::<ToStandIn>(&message.bytes).unwrap(), exited);
+            seqpacket::send(&client, br#"{"signal":15}"#, &[]).unwrap();
+            assert_eq!(stand_in.said().await, Some(Said::Signal(15)));
+            drop(client);
+            assert_eq!(stand_in.said().await, None);
+        });
+    }
+}

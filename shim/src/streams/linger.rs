@@ -1,0 +1,71 @@
+//! What goes on after the process that a stand-in stands for has ended: whoever still holds its streams
+//! in the guest writes on, and a reader on the host may not have taken yet what was written before.
+//!
+//! Under runc those who hold the pipes hold the caller's own, and nobody waits for them. Here a child of
+//! the stand-in does, so that the stand-in itself can end with the process. The child ends when the
+//! streams do: at the latest with the machine, once what had come out of it is read.
+
+// UNSAFETY: fork(2), and closing what the child does not need by numbers.
+#![expect(unsafe_code, reason = "fork(2), close_range(2) and _exit(2)")]
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+
+use nix::sys::signal::SigSet;
+use nix::unistd::{ForkResult, fork};
+
+use super::copy::{Copies, Halted};
+
+/// Leaves a process behind that goes on with the copies; `null` is the null device.
+///
+/// # Errors
+/// When there cannot be another process: the copies have ended then.
+pub(super) fn leave_behind(copies: Vec<Halted>, null: &OwnedFd) -> io::Result<()> {
+    if copies.is_empty() {
+        return Ok(());
+    }
+    // SAFETY: the copies' threads have ended. Any other thread of this process waits for the end of
+    // this one and holds no lock, so that the child may allocate and start threads.
+    match unsafe { fork() }? {
+        ForkResult::Parent { .. } => Ok(()),
+        ForkResult::Child => {
+            go_on(copies, null);
+            // SAFETY: the process ends; what belongs to its parent is not dropped.
+            unsafe { libc::_exit(0) }
+        }
+    }
+}
+
+/// The life of the child.
+fn go_on(copies: Vec<Halted>, null: &OwnedFd) {
+    let _ = rustix::process::setsid();
+    // Signals were for the container; this process ends by them.
+    let _ = SigSet::empty().thread_set_mask();
+    if let_go_of_the_rest(&copies, null).is_err() {
+        return;
+    }
+    let mut resumed = Copies::new();
+    if copies.into_iter().try_for_each(|copy| resumed.resume(copy).map(drop)).is_ok() {
+        resumed.join();
+    }
+}
+
+/// Closes every descriptor but those of the copies; the standard streams become the null device.
+fn let_go_of_the_rest(copies: &[Halted], null: &OwnedFd) -> io::Result<()> {
+    rustix::stdio::dup2_stdin(null)?;
+    rustix::stdio::dup2_stdout(null)?;
+    rustix::stdio::dup2_stderr(null)?;
+    let descriptors = copies.iter().flat_map(Halted::descriptors);
+    let mut kept: Vec<_> = descriptors.map(|fd| fd.as_fd().as_raw_fd()).collect();
+    kept.sort_unstable();
+    let mut next = 3;
+    for number in kept.into_iter().map(i32::cast_unsigned).chain([libc::c_uint::MAX]) {
+        if next < number {
+            // SAFETY: what is closed belongs to values of the parent, which this process, a copy of
+            // it, neither uses nor drops.
+            unsafe { libc::close_range(next, number - 1, 0) };
+        }
+        next = next.max(number.saturating_add(1));
+    }
+    Ok(())
+}

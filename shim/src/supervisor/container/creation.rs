@@ -1,0 +1,279 @@
+//! A container comes into being: its bundle is read, its pod is brought up or joined, its hooks run, and
+//! the agent creates it.
+//!
+//! What waits for the host's file systems does so in threads of its own: the supervisor has one thread for
+//! all of its containers, and a file server of the network that is gone must not keep it.
+
+use std::fs;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+
+use bulkhead_protocol::agent::CreateRequest;
+use oci_spec::runtime::Hooks;
+use tokio::task::spawn_blocking;
+
+use super::{Container, ContainerError, Life, OnHost};
+use crate::bundle::{self, Bundle, ContainerPlan, HostSize, PodPlan, Surroundings};
+use crate::cgroup::{Cgroup, Limits};
+use crate::machine::kvm;
+use crate::machine::monitor::MachineError;
+use crate::machine::share::Files;
+use crate::network::namespace::Network;
+use crate::state::State;
+use crate::state::process::Process;
+use crate::streams::attach::{Attachments, StandIn};
+use crate::supervisor::lifecycle::Event;
+use crate::supervisor::neighbours::Joined;
+use crate::supervisor::pod::{Pod, PodError};
+use crate::supervisor::sandbox::Admission;
+use crate::supervisor::{hooks, proxy};
+use crate::trace::Phase;
+
+impl Container {
+    /// Reads the bundle, starts the pod or joins one, creates the container and hands its streams to
+    /// its stand-in.
+    ///
+    /// # Errors
+    /// When any of it fails, or the creation was cancelled; what runs then is taken back by
+    /// [`Container::abandon`].
+    pub async fn create(
+        self: &Arc<Self>,
+        attachments: &Attachments,
+    ) -> Result<Process, ContainerError> {
+        let mut cancelled = self.cancelled.subscribe();
+        tokio::select! {
+            created = self.come_into_being(attachments) => created,
+            // The sender lives in this container.
+            _ = cancelled.wait_for(|cancelled| *cancelled) => Err(ContainerError::Cancelled),
+        }
+    }
+
+    async fn come_into_being(
+        self: &Arc<Self>,
+        attachments: &Attachments,
+    ) -> Result<Process, ContainerError> {
+        let mut life = self.life.lock().await;
+        life.state.status.on(Event::Prepared)?;
+        let (bundle, joined) = self.read_bundle(&life.state).await?;
+        let cgroup = Cgroup::of(self.home.id(), bundle.cgroups_path(), self.systemd_cgroup)?;
+        let resources = bundle.resources();
+        let admission = self.sandbox.enter(self.home.id(), (&cgroup, &resources), &joined).await?;
+        let plan = self.plan(&bundle, &admission).await?;
+        // On disk before a hook runs: those at the end run even when this fails.
+        life.state.poststop = plan.hooks.poststop().clone().unwrap_or_default();
+        let host = OnHost { cgroup, score: plan.oom_score_adj };
+        let limits = Limits::of(&resources);
+        let first = admission.pod.is_none();
+        // Before the cgroup is entered, in which its caller may have forbidden all but a few devices.
+        let kvm = if first { Some(kvm::open().map_err(PodError::from)?) } else { None };
+        self.claim_cgroup(&mut life.state, &host, first.then_some(&limits)).await?;
+        let pod_plan = PodPlan::of(&bundle, HostSize::measure());
+        let attached = self.attach(attachments, &host, (&bundle, &plan.hooks), &life.state);
+        let up = async {
+            let pod = async {
+                match (admission.pod, kvm) {
+                    (None, Some(kvm)) => Pod::start(&self.home, &pod_plan, kvm).await.map(Arc::new),
+                    (pod, _) => pod.ok_or(PodError::Io("pod", std::io::ErrorKind::NotFound.into())),
+                }
+            };
+            let shared = plan.shared.clone();
+            let files = in_a_thread(move || Ok(Files::prepare(&shared).map_err(PodError::from)?));
+            let (pod, files) = tokio::try_join!(async { Ok(pod.await?) }, files)?;
+            if first {
+                self.sandbox.is_up(&pod)?;
+            }
+            pod.show(files, admission.dir).await?;
+            Ok::<_, ContainerError>(pod)
+        };
+        let (stand_in, pod) = tokio::try_join!(attached, up)?;
+        if first {
+            self.attach_network(&mut life.state, (&bundle, &pod_plan), &pod, &stand_in).await?;
+        }
+        let phase = Phase::begin("container create");
+        let (init, sockets) = self.create_in_guest(&pod, &stand_in, &plan).await?;
+        if first && limits.has_quota() {
+            host.cgroup.limit_async(limits.whole().clone()).await?;
+        }
+        stand_in.hand_over(&sockets).await.map_err(ContainerError::StandIn)?;
+        phase.end();
+        self.sandbox.settle(self.home.id(), init);
+        self.has_begun(&mut life, (pod, stand_in, host), plan)
+    }
+
+    /// Writes down that the container is created, and watches over it from now on.
+    fn has_begun(
+        self: &Arc<Self>,
+        life: &mut Life,
+        (pod, stand_in, host): (Arc<Pod>, StandIn, OnHost),
+        plan: ContainerPlan,
+    ) -> Result<Process, ContainerError> {
+        let process = stand_in.process;
+        life.state.stand_in = Some(process);
+        life.state.helpers = pod.processes();
+        life.state.rootfs = plan.rootfs;
+        life.state.annotations = plan.annotations;
+        life.poststart = plan.hooks.poststart().clone().unwrap_or_default();
+        life.pod = Some(pod.clone());
+        life.host = Some(host);
+        self.advance(life, Event::Prepared)?;
+        tokio::spawn(self.clone().watch_over(pod, stand_in));
+        Ok(process)
+    }
+
+    async fn read_bundle(&self, state: &State) -> Result<(Bundle, Joined), ContainerError> {
+        let (dir, root) = (state.bundle.clone(), self.home.root().to_owned());
+        in_a_thread(move || {
+            let bundle = bundle::read(&dir)?;
+            let joined = bundle.check(&root)?;
+            Ok((bundle, joined))
+        })
+        .await
+    }
+
+    async fn plan(
+        &self,
+        bundle: &Bundle,
+        admission: &Admission,
+    ) -> Result<ContainerPlan, ContainerError> {
+        let surroundings = Surroundings {
+            directory: admission.dir.directory(),
+            namespaces: admission.namespaces.clone(),
+            brings_up_the_pod: admission.pod.is_none(),
+            limits: self.limits.clone(),
+        };
+        let (bundle, id) = (bundle.clone(), self.home.id().clone());
+        let plan = in_a_thread(move || Ok(bundle.plan(&id, &surroundings)?)).await?;
+        for field in &plan.dropped {
+            tracing::warn!(field, "means nothing inside the machine and is left out");
+        }
+        Ok(plan)
+    }
+
+    /// Makes the container's cgroup its own. The first one's is the pod's and gets its limits: whatever
+    /// this process starts from now on is in it.
+    async fn claim_cgroup(
+        &self,
+        state: &mut State,
+        host: &OnHost,
+        first: Option<&Limits>,
+    ) -> Result<(), ContainerError> {
+        let cgroup = host.cgroup.clone();
+        in_a_thread(move || Ok(cgroup.check_free()?)).await?;
+        // On disk before it exists: whoever cleans up removes it.
+        state.cgroup = Some(host.cgroup.clone());
+        self.home.write(state)?;
+        if let Some(limits) = first {
+            let phase = Phase::begin("cgroup entered");
+            host.take(std::process::id()).await?;
+            host.cgroup.limit_async(limits.while_it_boots()).await?;
+            phase.end();
+        }
+        Ok(())
+    }
+
+    /// Waits for the stand-in, and runs the hooks that look at it.
+    async fn attach(
+        &self,
+        attachments: &Attachments,
+        host: &OnHost,
+        (bundle, hooks): (&Bundle, &Hooks),
+        state: &State,
+    ) -> Result<StandIn, ContainerError> {
+        let stand_in = attachments.take("").await.map_err(ContainerError::StandIn)?;
+        host.adopt(&stand_in).await?;
+        if bundle.has_early_hooks() {
+            self.run_early_hooks(hooks, &stand_in, state.clone()).await?;
+        }
+        Ok(stand_in)
+    }
+
+    /// Runs the hooks that look at the container before it is created.
+    async fn run_early_hooks(
+        &self,
+        hooks: &Hooks,
+        stand_in: &StandIn,
+        mut state: State,
+    ) -> Result<(), ContainerError> {
+        state.stand_in = Some(stand_in.process);
+        let view = self.home.view(state);
+        let kinds = [("prestart", hooks.prestart()), ("createRuntime", hooks.create_runtime())];
+        for (kind, list) in kinds {
+            let (list, view) = (list.clone().unwrap_or_default(), view.clone());
+            let ran = move || hooks::run_or_fail(kind, &list, &view).map_err(ContainerError::Hook);
+            in_a_thread(ran).await?;
+        }
+        Ok(())
+    }
+
+    /// Gives the pod the interfaces that it finds in the container's network: one that was there
+    /// before, or the new one that its stand-in is in.
+    async fn attach_network(
+        &self,
+        state: &mut State,
+        (bundle, plan): (&Bundle, &PodPlan),
+        pod: &Arc<Pod>,
+        stand_in: &StandIn,
+    ) -> Result<(), ContainerError> {
+        let network = match &plan.network {
+            Network::Join(path) => {
+                // On disk before anything is done there: whoever cleans up looks there.
+                state.network = Some(path.clone());
+                self.home.write(state)?;
+                path.clone()
+            }
+            // A caller that stands for its container itself is in none of its own, unless hooks look.
+            Network::New if stand_in.detached || bundle.has_early_hooks() => {
+                format!("/proc/{}/ns/net", stand_in.process.pid).into()
+            }
+            Network::New => return Ok(()),
+        };
+        Ok(pod.attach_network(network, plan.resolv_conf.clone()).await?)
+    }
+
+    async fn create_in_guest(
+        &self,
+        pod: &Pod,
+        stand_in: &StandIn,
+        plan: &ContainerPlan,
+    ) -> Result<(u32, Vec<UnixStream>), ContainerError> {
+        let disks = pod.attach_disks(&plan.disks).await?;
+        let ends = proxy::open(pod, stand_in).await?;
+        let request = CreateRequest {
+            container_id: self.home.id().to_string(),
+            spec_json: plan.spec_json.clone(),
+            streams: Some(ends.streams),
+            descriptors: ends.descriptors,
+            disks,
+            bundle: plan.bundle.display().to_string(),
+        };
+        let hooks = plan.hooks.create_container().iter().flatten();
+        tokio::select! {
+            created = pod.agent.create(request, hooks.map(bulkhead_hooks::patience).sum()) => {
+                Ok((created?, ends.sockets))
+            }
+            words = pod.broken() => Err(PodError::Machine(MachineError::Ended(words)).into()),
+        }
+    }
+}
+
+impl OnHost {
+    /// Puts a process where the container's are.
+    async fn take(&self, pid: u32) -> Result<(), ContainerError> {
+        self.cgroup.add_async(vec![pid]).await?;
+        let Some(score) = self.score else { return Ok(()) };
+        let set = fs::write(format!("/proc/{pid}/oom_score_adj"), score.to_string());
+        set.map_err(|error| ContainerError::OomScore(score, error))
+    }
+
+    /// Makes a stand-in one of the pod's processes, if it is not a caller's own.
+    pub(super) async fn adopt(&self, stand_in: &StandIn) -> Result<(), ContainerError> {
+        if stand_in.detached { self.take(stand_in.process.pid).await } else { Ok(()) }
+    }
+}
+
+/// Does something that may block where it blocks nobody else.
+async fn in_a_thread<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T, ContainerError> + Send + 'static,
+) -> Result<T, ContainerError> {
+    spawn_blocking(work).await.unwrap_or_else(|error| Err(ContainerError::Thread(error.into())))
+}

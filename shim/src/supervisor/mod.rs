@@ -1,0 +1,268 @@
+//! The supervisor: one process for each pod, started by the `create` or `run` of its first container.
+//!
+//! It gets the listening sockets of a container and its request in one message from the container's
+//! creator, on a socket that stays open until the creator is done: a creator that goes away before
+//! the container is created takes everything of it with it. The first one's is standard input;
+//! those of containers that join come by [`SocketPath::join`](crate::state::socket_path::SocketPath::join).
+//! It serves each of them until nothing of the container runs any more, and ends with the last; what
+//! is left of one is its directory with the exit status.
+
+pub mod container;
+pub mod exec;
+pub mod hooks;
+pub mod lifecycle;
+pub mod neighbours;
+pub mod oom;
+pub mod pod;
+mod proxy;
+pub mod remains;
+pub mod sandbox;
+
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use containerd_shim_protos::shim_async::create_task;
+use rustix::net::SocketType;
+use serde::{Deserialize, Serialize};
+use tokio::sync::Notify;
+use tokio::sync::mpsc::{self, UnboundedSender};
+use tokio::task::{JoinSet, spawn_blocking};
+use tokio::time::timeout;
+use ttrpc::asynchronous::Server;
+use ttrpc::asynchronous::transport::Listener;
+
+use crate::bundle::ProcessLimits;
+use crate::cgroup;
+use crate::containerd::task::Service;
+use crate::logging::{self, LogTarget};
+use crate::machine::channel::Channel;
+use crate::state::id::ContainerId;
+use crate::state::{Home, StateError};
+use crate::streams::attach::Attachments;
+use crate::supervisor::container::Container;
+use crate::supervisor::lifecycle::Status;
+use crate::supervisor::sandbox::Sandbox;
+use crate::trace::Phase;
+
+/// How long calls that are being answered may take when everything is over.
+const GOODBYE: Duration = Duration::from_millis(500);
+/// What a creator hears that still listens when its container has left a pod that goes on.
+pub const GOES_ON: &str = "the pod goes on";
+/// How long a creator that has connected may take to say what it wants.
+const GREETING: Duration = Duration::from_secs(2);
+
+/// The first and only message of a creator; three listening sockets ride along: those of the Task
+/// service, of stand-ins, and of containers that join. The supervisor's end of the link is closed
+/// when it is done with the container, after a message ([`GOES_ON`]) if it stays for others.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ServeRequest {
+    /// The directory of all containers.
+    pub root: PathBuf,
+    /// The container's name, claimed.
+    pub id: ContainerId,
+    /// Nobody will delete the container: its directory goes when it ends.
+    pub ephemeral: bool,
+    /// The pod's cgroup is a unit of systemd.
+    pub systemd_cgroup: bool,
+    /// The limits of the creator, which the container's process inherits.
+    pub limits: ProcessLimits,
+    /// Where warnings go.
+    pub log: LogTarget,
+    /// When the creator began to start this process.
+    pub spawned: Phase,
+}
+
+/// The listening sockets in a container's directory.
+#[derive(Debug)]
+struct Sockets {
+    /// The Task service.
+    task: OwnedFd,
+    /// Where stand-ins attach.
+    attach: OwnedFd,
+    /// Where further containers of the pod come in.
+    join: OwnedFd,
+}
+
+/// A container that is to be served.
+#[derive(Debug)]
+struct Newcomer {
+    request: ServeRequest,
+    sockets: Sockets,
+    creator: Channel,
+}
+
+impl Newcomer {
+    /// Hears what a creator wants.
+    async fn greet(creator: OwnedFd) -> anyhow::Result<Self> {
+        let creator = Channel::new(creator)?;
+        let message = creator.receive().await?.context("the creator is gone")?;
+        let request = serde_json::from_slice(&message.bytes).context("request")?;
+        let Ok([task, attach, join]) = <[OwnedFd; 3]>::try_from(message.descriptors) else {
+            bail!("the sockets did not come with the request");
+        };
+        Ok(Self { request, sockets: Sockets { task, attach, join }, creator })
+    }
+}
+
+/// Runs a supervisor to its end.
+///
+/// # Errors
+/// When it was not started by this program, or its sockets fail.
+pub fn run() -> anyhow::Result<()> {
+    let creator = io::stdin().as_fd().try_clone_to_owned().context("standard input")?;
+    if !rustix::net::sockopt::socket_type(&creator).is_ok_and(|it| it == SocketType::SEQPACKET) {
+        bail!(
+            "standard input is not the creator's socket: only \"bulkhead create\" and \"bulkhead \
+             run\" start a supervisor"
+        );
+    }
+    // Already a session leader only when started by hand.
+    let _ = rustix::process::setsid();
+    rustix::process::chdir("/").context("/")?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let served = runtime.block_on(async {
+        let first = Newcomer::greet(creator).await?;
+        logging::start(&first.request.log)?;
+        serve(first).await
+    });
+    // A thread that still waits for a file system of the host keeps nobody.
+    runtime.shutdown_background();
+    served
+}
+
+/// Serves the containers of one pod until there are none.
+async fn serve(first: Newcomer) -> anyhow::Result<()> {
+    let sandbox = Arc::new(Sandbox::default());
+    let (door, mut newcomers) = mpsc::unbounded_channel();
+    let mut members = JoinSet::new();
+    members.spawn(serve_one(first, sandbox.clone(), door.clone()));
+    let mut failed = Ok(());
+    loop {
+        tokio::select! {
+            // Whoever has come is heard, also when all others are gone.
+            biased;
+            Some(newcomer) = newcomers.recv() => {
+                members.spawn(serve_one(newcomer, sandbox.clone(), door.clone()));
+            }
+            ended = members.join_next() => match ended {
+                Some(ended) => {
+                    if let Err(error) = ended.map_err(anyhow::Error::from).flatten() {
+                        tracing::error!(error = format!("{error:#}"), "a container is not served");
+                        failed = Err(error);
+                    }
+                }
+                None => return failed,
+            },
+        }
+    }
+}
+
+/// Serves one container until nothing of it runs any more.
+async fn serve_one(
+    newcomer: Newcomer,
+    sandbox: Arc<Sandbox>,
+    door: UnboundedSender<Newcomer>,
+) -> anyhow::Result<()> {
+    let Newcomer { request, sockets, creator } = newcomer;
+    let home = Home::open(&request.root, &request.id)?;
+    let container = Container::take_over(home, &request, sandbox)?;
+    let leave = Arc::new(Notify::new());
+    let attachments = Attachments::new(Channel::new(sockets.attach)?);
+    let service = Service::new(container.clone(), attachments, leave.clone());
+    let mut server = Server::new()
+        .add_listener(Listener::try_from(UnixListener::from(sockets.task))?)
+        .register_service(create_task(Arc::new(service)));
+    server.start().await.context("Task service")?;
+    request.spawned.end();
+    let life = async {
+        let created = tokio::select! {
+            () = container.is_over() => true,
+            created = is_left(&container, &creator, &leave) => created,
+        };
+        if created {
+            container.is_over().await;
+        } else {
+            container.abandon().await;
+        }
+        created
+    };
+    tokio::pin!(life);
+    let created = tokio::select! {
+        created = &mut life => created,
+        error = let_in(Channel::new(sockets.join)?, door) => {
+            tracing::error!(error = %error, "no further container can join");
+            life.await
+        }
+    };
+    // Callers that wait are being answered.
+    let _ = timeout(GOODBYE, server.shutdown()).await;
+    let outlived = container.state().await.outlived;
+    if !created || request.ephemeral {
+        let phase = Phase::begin("container removed");
+        remove(container.home(), outlived).await;
+        phase.end();
+    }
+    if outlived {
+        // Most have gone away long ago.
+        let _ = creator.send(&GOES_ON, &[]).await;
+    }
+    Ok(())
+}
+
+/// Removes a container that nobody will delete, unless somebody is at it already.
+async fn remove(home: &Home, outlived: bool) {
+    let home = home.clone();
+    let removed = spawn_blocking(move || {
+        let lock = home.lock(Duration::ZERO)?;
+        if !outlived {
+            // Unless the container has ended by itself, this process is still in its cgroup.
+            cgroup::leave(home.id())?;
+        }
+        remains::remove(lock)
+    });
+    match removed.await.map_err(anyhow::Error::from).flatten() {
+        Err(error) if !is_anothers(&error) => {
+            tracing::error!(error = format!("{error:#}"), "not everything was removed");
+        }
+        _ => {}
+    }
+}
+
+/// Whether another process removes the container, or has removed it.
+fn is_anothers(error: &anyhow::Error) -> bool {
+    let error = error.downcast_ref::<StateError>();
+    matches!(error, Some(StateError::Locked(_) | StateError::NoSuchContainer { .. }))
+}
+
+/// Passes containers that join on to [`serve`]; returns when the socket fails.
+async fn let_in(join: Channel, door: UnboundedSender<Newcomer>) -> io::Error {
+    loop {
+        let creator = match join.accept().await {
+            Ok(creator) => creator,
+            Err(error) => return error,
+        };
+        match timeout(GREETING, Newcomer::greet(creator)).await {
+            // It is open for as long as this container is served.
+            Ok(Ok(newcomer)) => drop(door.send(newcomer)),
+            Ok(Err(error)) => tracing::debug!(error = %error, "nobody came in"),
+            Err(_) => tracing::debug!("a connection that says nothing was closed"),
+        }
+    }
+}
+
+/// Waits until the creator is gone, or says that it is done, or nobody wants the container any more;
+/// whether there is one then.
+async fn is_left(container: &Container, creator: &Channel, leave: &Notify) -> bool {
+    tokio::select! {
+        _ = creator.receive() => {}
+        () = leave.notified() => {}
+        () = container.is_cancelled() => {}
+    }
+    // The state on disk is asked: the container itself is locked while it is being created.
+    container.home().read().is_ok_and(|state| state.status != Status::Creating)
+}

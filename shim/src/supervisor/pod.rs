@@ -1,0 +1,384 @@
+//! A pod: a machine with its file server and the agent inside, whichever containers come into it.
+//!
+//! The guest boots while the file server is started; what does not come up within a bounded time is
+//! an error that quotes the guest's console. Dropping a pod kills its processes at once;
+//! [`Pod::end`] first lets the guest write everything back.
+
+mod boot;
+mod network;
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use bulkhead_protocol::agent;
+use bulkhead_protocol::{STREAM_PORT, StreamHeader};
+use bulkhead_vmm::config::JailConfig;
+use bulkhead_vmm::seqpacket;
+use rustix::fs::OFlags;
+use rustix::net::sockopt::{set_socket_recv_buffer_size_force, set_socket_send_buffer_size_force};
+use thiserror::Error;
+use tokio::sync::watch;
+use tokio::time::{sleep, timeout};
+
+use self::boot::boot;
+use self::network::{AbortOnDrop, NameService};
+use crate::bundle::{DISKS_MAX, Disk, FileKind, MachineSize, PodPlan};
+use crate::machine::agent::{Agent, AgentError, Target};
+use crate::machine::assets::{AssetError, Assets};
+use crate::machine::file_server::{FileServer, FileServerError};
+use crate::machine::growth::{Growth, GrowthError};
+use crate::machine::kvm::{self, KvmError};
+use crate::machine::monitor::{Machine, MachineError, Parts};
+use crate::machine::share::{Files, ShareDir, ShareError};
+use crate::machine::spawn::Launch;
+use crate::network::interfaces::{Interfaces, NetworkError};
+use crate::state::Home;
+use crate::state::id::ContainerId;
+use crate::state::process::Process;
+use crate::trace::Phase;
+
+/// How long the agent may take to accept a stream of a process.
+const STREAM_PATIENCE: Duration = Duration::from_secs(30);
+/// How long a container that leaves a pod may take to be gone from it. A process that does not die stays
+/// until the pod ends, as it would on a host.
+const DISMISSAL: Duration = Duration::from_secs(10);
+/// How long a guest may write back whose machine must not go on.
+const LAST_SYNC: Duration = Duration::from_secs(2);
+/// How long to wait before it is tried again.
+const RETRY: Duration = Duration::from_millis(20);
+/// The first of the ids that jailed processes run under. Users have lower ones: SSSD gives directory
+/// services those up to 2,000,200,000; and FreeIPA hands out those from 2,147,483,648 for users of
+/// containers. The supervisor's pid, which is below 4,194,304, makes them its own while it lives.
+const JAIL_IDS: u32 = 2_100_000_000;
+/// What the relay socket between monitor and file server holds in each direction, in bytes.
+const RELAY_BUFFER: usize = 2 << 20;
+/// The console of the guest, in the container's directory.
+const CONSOLE: &str = "console.log";
+
+/// Why a pod did not come up.
+#[derive(Debug, Error)]
+pub enum PodError {
+    /// This host.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// This installation.
+    #[error(transparent)]
+    Asset(#[from] AssetError),
+    /// The files of the container.
+    #[error(transparent)]
+    Share(#[from] ShareError),
+    /// The file server.
+    #[error(transparent)]
+    FileServer(#[from] FileServerError),
+    /// The monitor.
+    #[error(transparent)]
+    Machine(#[from] MachineError),
+    /// The guest.
+    #[error("the guest did not come up within {} s{console}", .patience.as_secs())]
+    Boot {
+        /// How long was waited; `BULKHEAD_BOOT_TIMEOUT` changes it.
+        patience: Duration,
+        /// What it said.
+        console: String,
+    },
+    /// The agent.
+    #[error(transparent)]
+    Agent(#[from] AgentError),
+    /// The machine does not get larger.
+    #[error(transparent)]
+    Growth(#[from] GrowthError),
+    /// A block device of the host.
+    #[error("device {} cannot be used", .0.display())]
+    Disk(PathBuf, #[source] io::Error),
+    /// Too many of them, counted over all containers of the pod.
+    #[error("a machine has room for {DISKS_MAX} disks; use another pod")]
+    Disks,
+    /// The container's network.
+    #[error(transparent)]
+    Network(#[from] NetworkError),
+    /// A log, a socket.
+    #[error("{0}")]
+    Io(&'static str, #[source] io::Error),
+}
+
+/// A pod whose agent answers.
+#[derive(Debug)]
+pub struct Pod {
+    machine: Machine,
+    file_server: FileServer,
+    growth: Growth,
+    /// The agent.
+    pub agent: Agent,
+    /// How many the machine has.
+    disks: Mutex<u8>,
+    interfaces: Interfaces,
+    follower: OnceLock<AbortOnDrop>,
+    names: tokio::sync::Mutex<NameService>,
+    condemned: watch::Sender<bool>,
+}
+
+impl Pod {
+    /// Starts a pod in which there is no container yet; its logs go to `home`, and `kvm` is `/dev/kvm`.
+    ///
+    /// # Errors
+    /// When anything does not come up; nothing is left then.
+    pub async fn start(home: &Home, plan: &PodPlan, kvm: File) -> Result<Self, PodError> {
+        let assets = Assets::find()?;
+        let (relay, other) = relay().map_err(|error| PodError::Io("relay socket", error))?;
+        let [monitor, server] = identities();
+        let directory = home.dir();
+        let pod = directory.as_path();
+        let launch = Launch { program: &assets.monitor, pod, log: log(home, "monitor.log")? };
+        let parts = Parts {
+            kvm: &kvm,
+            kernel: &assets.kernel,
+            initramfs: &assets.initramfs,
+            file_server: relay.as_fd(),
+            console: log(home, CONSOLE)?,
+            jail: monitor,
+            size: plan.size,
+            vcpus_max: plan.most.vcpus,
+        };
+        let machine = async {
+            kvm::check_speed(&kvm)?;
+            let phase = Phase::begin("monitor and jail");
+            let machine = Machine::start(launch, parts).await?;
+            phase.end();
+            let agent = boot(home, &machine, plan).await?;
+            Ok::<_, PodError>((machine, agent))
+        };
+        let files = async {
+            let phase = Phase::begin("file server and share");
+            let log = log(home, "fileserver.log")?;
+            let launch = Launch { program: &assets.file_server, pod, log };
+            let server = FileServer::start(launch, other.as_fd(), server).await?;
+            phase.end();
+            Ok::<_, PodError>(server)
+        };
+        let ((machine, agent), file_server) = tokio::try_join!(machine, files)?;
+        let growth = Growth::new(plan.size, plan.most);
+        Ok(Self {
+            machine,
+            file_server,
+            growth,
+            agent,
+            disks: Mutex::default(),
+            interfaces: Interfaces::new(plan.size.vcpus),
+            follower: OnceLock::new(),
+            names: tokio::sync::Mutex::default(),
+            condemned: watch::channel(false).0,
+        })
+    }
+
+    /// A directory of the share for a container.
+    ///
+    /// # Errors
+    /// When all are taken.
+    pub fn take_share_dir(&self) -> Result<ShareDir, PodError> {
+        Ok(self.file_server.take_share_dir()?)
+    }
+
+    /// Shows what is at a directory no more and gives it back.
+    ///
+    /// # Errors
+    /// When nothing is there.
+    pub fn leave_share_dir(&self, dir: ShareDir) -> Result<(), PodError> {
+        Ok(self.file_server.leave_share_dir(dir)?)
+    }
+
+    /// Shows the files of a container at its directory.
+    ///
+    /// # Errors
+    /// Names the path that failed.
+    pub async fn show(&self, files: Files, dir: ShareDir) -> Result<(), PodError> {
+        Ok(self.file_server.show(files, dir).await?)
+    }
+
+    /// Shows files that are mounts already ([`crate::machine::share::alone`]) for as long as the value lives that is
+    /// given: the name of each there is its number.
+    ///
+    /// # Errors
+    /// Names the path that failed.
+    pub async fn lend(&self, mounts: Vec<(FileKind, OwnedFd)>) -> Result<Lent<'_>, PodError> {
+        let lent = Lent { pod: self, dir: self.take_share_dir()? };
+        self.file_server.show(Files::given(mounts)?, lent.dir).await?;
+        Ok(lent)
+    }
+
+    /// Takes a container out of the pod, which goes on without it.
+    pub async fn dismiss(&self, id: &ContainerId, dir: ShareDir) {
+        let removed = async {
+            let deadline = Instant::now() + DISMISSAL;
+            // Its creation may still be under way in the guest, and what runs has to die.
+            while let Err(error) = self.agent.delete(id).await {
+                if error.is_not_found() || Instant::now() > deadline {
+                    tracing::debug!(error = %error, "not removed from the guest");
+                    return;
+                }
+                let _ = self.agent.kill(Target::init(id), 9, true).await;
+                sleep(RETRY).await;
+            }
+        };
+        tokio::select! {
+            () = removed => {}
+            words = self.broken() => tracing::debug!(words, "pod is over"),
+        }
+        if let Err(error) = self.leave_share_dir(dir) {
+            tracing::debug!(error = %error, "its files were not shown");
+        }
+    }
+
+    /// The processes to remember.
+    #[must_use]
+    pub fn processes(&self) -> Vec<Process> {
+        vec![self.machine.process(), self.file_server.process()]
+    }
+
+    /// Opens a stream of a process; the header names it to the agent.
+    ///
+    /// # Errors
+    /// When the agent does not accept it in time.
+    pub async fn open_stream(&self) -> Result<(StreamHeader, UnixStream), PodError> {
+        let mut stream = self.machine.open_stream(STREAM_PORT, STREAM_PATIENCE).await?;
+        let mut header = [0; StreamHeader::LEN];
+        let sent = random(&mut header).and_then(|()| io::Write::write_all(&mut stream, &header));
+        sent.map_err(|error| PodError::Io("stream of a process", error))?;
+        Ok((StreamHeader(header), stream))
+    }
+
+    /// Gives the machine disks; their names for the agent. A disk stays as long as the machine.
+    ///
+    /// # Errors
+    /// When the host or the monitor cannot use one.
+    pub async fn attach_disks(&self, disks: &[Disk]) -> Result<Vec<agent::Disk>, PodError> {
+        let mut named = Vec::new();
+        for disk in disks {
+            let index = self.next_disk().ok_or(PodError::Disks)?;
+            let file = disk.open().map_err(|error| PodError::Disk(disk.source.clone(), error))?;
+            let serial = format!("bulkhead-{index}");
+            self.machine.attach_disk(index, &file, disk.read_only, serial.clone()).await?;
+            named.push(agent::Disk { path: disk.path.display().to_string(), serial });
+        }
+        Ok(named)
+    }
+
+    /// The number of a disk that no container has had.
+    fn next_disk(&self) -> Option<u8> {
+        let mut count = self.disks.lock().unwrap_or_else(PoisonError::into_inner);
+        let index = *count;
+        *count += u8::from(usize::from(index) < DISKS_MAX);
+        (index < *count).then_some(index)
+    }
+
+    /// Whether the machine would grow to be as large as `to`.
+    pub async fn lacks(&self, to: MachineSize) -> bool {
+        self.growth.lacks(to).await
+    }
+
+    /// Makes the machine as large as `to`, in all, or as the host allows. One that is larger stays.
+    ///
+    /// # Errors
+    /// When the guest does not take it.
+    pub async fn grow(&self, to: MachineSize) -> Result<(), PodError> {
+        Ok(self.growth.grow(&self.machine, &self.agent, to).await?)
+    }
+
+    /// Waits until the machine or the file server has ended by itself, or must not go on; says which.
+    pub async fn broken(&self) -> String {
+        let mut condemned = self.condemned.subscribe();
+        tokio::select! {
+            words = self.gone() => words,
+            // The sender lives in this pod.
+            _ = condemned.wait_for(|condemned| *condemned) => {
+                "the guest did not end a container that was killed".to_owned()
+            }
+        }
+    }
+
+    /// Waits until the machine or the file server has ended by itself; says which.
+    async fn gone(&self) -> String {
+        tokio::select! {
+            words = self.machine.ended() => words,
+            () = self.file_server.ended() => "the file server is gone".to_owned(),
+        }
+    }
+
+    /// Says that the machine must not go on: its guest does not end what was killed.
+    pub fn condemn(&self) {
+        self.condemned.send_replace(true);
+    }
+
+    /// Lets the guest write everything back, then ends it.
+    pub async fn end(self) {
+        let phase = Phase::begin("sync");
+        // A guest that does not end what was killed may not write back either.
+        let patience = if *self.condemned.borrow() { LAST_SYNC } else { Duration::MAX };
+        tokio::select! {
+            synced = timeout(patience, self.agent.sync()) => match synced {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => tracing::warn!(error = %error, "guest did not write back"),
+                Err(_) => tracing::warn!("guest did not write back in time"),
+            },
+            words = self.gone() => tracing::debug!(words, "pod is over"),
+        }
+        phase.end();
+        let phase = Phase::begin("teardown");
+        self.machine.stop().await;
+        drop(self.file_server);
+        phase.end();
+    }
+}
+
+/// Files that are shown for a while. Who has opened one keeps it.
+#[derive(Debug)]
+pub struct Lent<'a> {
+    pod: &'a Pod,
+    dir: ShareDir,
+}
+
+impl Lent<'_> {
+    /// Where they are in the share.
+    #[must_use]
+    pub fn directory(&self) -> PathBuf {
+        self.dir.directory()
+    }
+}
+
+impl Drop for Lent<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = self.pod.leave_share_dir(self.dir) {
+            tracing::debug!(error = %error, "lent files were not shown");
+        }
+    }
+}
+
+fn log(home: &Home, name: &'static str) -> Result<File, PodError> {
+    let open = home.file(name, OFlags::CREATE | OFlags::WRONLY | OFlags::APPEND);
+    open.map_err(|error| PodError::Io(name, error))
+}
+
+/// Those of the monitor and of the file server: neither may signal the other, or look at it.
+fn identities() -> [JailConfig; 2] {
+    let first = JAIL_IDS + 2 * std::process::id();
+    [first, first + 1].map(|id| JailConfig { uid: id, gid: id })
+}
+
+/// The two ends of the relay socket.
+fn relay() -> io::Result<(OwnedFd, OwnedFd)> {
+    let (ours, theirs) = seqpacket::pair()?;
+    for end in [&ours, &theirs] {
+        set_socket_send_buffer_size_force(end, RELAY_BUFFER)?;
+        set_socket_recv_buffer_size_force(end, RELAY_BUFFER)?;
+    }
+    Ok((ours, theirs))
+}
+
+/// Fills `bytes` from the host's generator.
+pub(crate) fn random(bytes: &mut [u8]) -> io::Result<()> {
+    io::Read::read_exact(&mut File::open("/dev/urandom")?, bytes)
+}

@@ -1,0 +1,83 @@
+//! The guest of a new pod boots, and its agent answers.
+
+use std::fs::File;
+use std::io::Read;
+use std::time::Duration;
+
+use bulkhead_protocol::AGENT_PORT;
+use rustix::fs::OFlags;
+use tokio::time::timeout;
+
+use super::{CONSOLE, PodError, random};
+use crate::bundle::PodPlan;
+use crate::machine::agent::Agent;
+use crate::machine::monitor::{self, Machine, MachineError};
+use crate::state::Home;
+use crate::trace::Phase;
+
+/// How long a guest may take to boot, unless [`BOOT_SECONDS`] says otherwise.
+const BOOT_PATIENCE: Duration = Duration::from_secs(30);
+/// The environment variable with another patience, in seconds, for hosts that are emulated.
+const BOOT_SECONDS: &str = "BULKHEAD_BOOT_TIMEOUT";
+/// Waits for the agent of a machine that boots, and tells it what the pod is.
+///
+/// # Errors
+/// Quotes the console when the guest does not come up in time.
+pub(super) async fn boot(
+    home: &Home,
+    machine: &Machine,
+    plan: &PodPlan,
+) -> Result<Agent, PodError> {
+    let patience = boot_patience();
+    let phase = Phase::begin("kernel to agent");
+    let came_up = async {
+        let stream = machine.open_stream(AGENT_PORT, patience).await?;
+        let agent = Agent::connect(stream).await?;
+        let mut entropy = [0; 64];
+        random(&mut entropy).map_err(|error| PodError::Io("/dev/urandom", error))?;
+        let kernel = agent.hello(&plan.hostname, &entropy, &plan.sysctls).await?;
+        tracing::debug!(kernel, "guest is up");
+        // A pod with fewer processors than it could have is still a pod.
+        if plan.size.vcpus > 1
+            && let Err(error) = agent.start_processors(plan.size.vcpus.into()).await
+        {
+            tracing::warn!(error = %error, "a processor does not start");
+        }
+        Ok(agent)
+    };
+    let result = tokio::select! {
+        result = timeout(patience, came_up) => result,
+        words = machine.ended() => Ok(Err(MachineError::Ended(words).into())),
+    };
+    phase.end();
+    match result {
+        Ok(Ok(agent)) => Ok(agent),
+        // The monitor's own words come with the console; all others do not.
+        Ok(Err(error @ PodError::Machine(MachineError::Ended(_)))) => Err(error),
+        // It is up, and does not do what the pod asks for.
+        Ok(Err(PodError::Agent(error))) if error.is_invalid() => Err(error.into()),
+        Ok(Err(error)) => {
+            tracing::warn!(error = %error, "guest did not come up");
+            Err(PodError::Boot { patience, console: last_words(home) })
+        }
+        Err(_) => Err(PodError::Boot { patience, console: last_words(home) }),
+    }
+}
+
+fn boot_patience() -> Duration {
+    let seconds = std::env::var(BOOT_SECONDS).ok().and_then(|seconds| seconds.parse().ok());
+    seconds.map_or(BOOT_PATIENCE, Duration::from_secs)
+}
+
+/// The end of the console's log for an error; the monitor keeps the log short.
+fn last_words(home: &Home) -> String {
+    let mut bytes = Vec::new();
+    let read = |mut file: File| file.read_to_end(&mut bytes);
+    // What cannot be read is not quoted.
+    let _ = home.file(CONSOLE, OFlags::RDONLY).and_then(read);
+    let lines: Vec<_> = String::from_utf8_lossy(&bytes).lines().map(str::to_owned).collect();
+    match monitor::quote(&lines) {
+        quoted if quoted.is_empty() => "; it wrote nothing to its console".to_owned(),
+        quoted => quoted,
+    }
+}

@@ -26,7 +26,7 @@ use tonic::transport::Server;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::container::exec::ExecOrder;
-use crate::container::{ContainerError, Containers, Order};
+use crate::container::{ContainerError, Containers, CreateOrder};
 use crate::names::Names;
 use crate::network::Network;
 use crate::share::Share;
@@ -120,7 +120,7 @@ impl Agent for Calls {
         let CreateRequest { container_id, spec_json, streams, disks, bundle, descriptors } =
             request.into_inner();
         let streams = streams.unwrap_or_default();
-        let order = Order { container_id, spec_json, streams, descriptors, disks, bundle };
+        let order = CreateOrder { container_id, spec_json, streams, descriptors, disks, bundle };
         let pid = self.containers.create(order).await?;
         Ok(Response::new(CreateReply { pid }))
     }
@@ -340,7 +340,7 @@ mod tests {
     use tonic::transport::server::Connected as _;
 
     use super::*;
-    use crate::io::{Kind, StreamError};
+    use crate::io::{StreamError, StreamKind};
     use crate::spec::SpecError;
 
     /// A call with a connection from the address 1, as the agent gets it.
@@ -392,8 +392,8 @@ mod tests {
             (ContainerError::Signal(99), Code::InvalidArgument),
             (SpecError::Terminal.into(), Code::FailedPrecondition),
             (SpecError::Id(id()).into(), Code::InvalidArgument),
-            (StreamError::Missing { stream: Kind::Stdin }.into(), Code::DeadlineExceeded),
-            (StreamError::Taken { stream: Kind::Stdin }.into(), Code::InvalidArgument),
+            (StreamError::Missing { stream: StreamKind::Stdin }.into(), Code::DeadlineExceeded),
+            (StreamError::Taken { stream: StreamKind::Stdin }.into(), Code::InvalidArgument),
         ];
         for (error, code) in table {
             let words = error.to_string();

@@ -1,6 +1,6 @@
 //! The tenant: this binary's third life, which adds one process to a container and exits.
 //!
-//! Like the creator it finds everything in the container's [`Place`] and answers by a report. It does
+//! Like the creator it finds everything in the container's [`ContainerFiles`] and answers by a report. It does
 //! without libcontainer's builder for such processes, which leaves the container's user namespace
 //! out: what it would hand on is made here.
 
@@ -21,7 +21,7 @@ use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 
 use crate::cgroup::Cgroup;
 use crate::confinement::Restrictions;
-use crate::creator::{self, Place};
+use crate::creator::{self, ContainerFiles};
 use crate::executor::Program;
 use crate::fault;
 use crate::report::{self, Report};
@@ -63,8 +63,8 @@ pub(crate) fn main(
     (container_id, exec_id, init): (&str, &str, &str),
     descriptors: i32,
 ) -> ExitCode {
-    let place = Place::of(container_id);
-    let directory = place.exec(exec_id);
+    let files = ContainerFiles::of(container_id);
+    let directory = files.exec(exec_id);
     let path = directory.join(report::FILE);
     let Ok(report) = Report::open(&path) else {
         return ExitCode::FAILURE;
@@ -72,13 +72,13 @@ pub(crate) fn main(
     creator::log_to(&path);
     fault::watch_life(VERB);
     let report = Rc::new(report);
-    let joined = join((container_id, init), (&place, &directory), descriptors, Rc::clone(&report));
+    let joined = join((container_id, init), (&files, &directory), descriptors, Rc::clone(&report));
     creator::conclude(&report, joined)
 }
 
 fn join(
     (container_id, init): (&str, &str),
-    (place, directory): (&Place, &Path),
+    (files, directory): (&ContainerFiles, &Path),
     descriptors: i32,
     report: Rc<Report>,
 ) -> Result<i32, TenantError> {
@@ -96,7 +96,7 @@ fn join(
         let set = fs::write("/proc/self/oom_score_adj", score.to_string());
         set.map_err(step("set process.oomScoreAdj"))?;
     }
-    let container = Spec::load(place.config())?;
+    let container = Spec::load(files.config())?;
     let rootfs = container.root().as_ref().map(|root| root.path().clone()).unwrap_or_default();
     let notify = directory.join(NOTIFY);
     let arguments = ContainerArgs {

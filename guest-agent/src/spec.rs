@@ -26,7 +26,7 @@ const PASSWD_BYTES: u64 = 1 << 20;
 /// A specification that cannot be kept, or is none.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum SpecError {
-    #[error("container id {0:?} is not made of 1 to 255 letters, digits, and characters of _+-.")]
+    #[error("container id {0:?} is not made of 1 to 255 letters, digits, and characters of _+,-.")]
     Id(String),
     #[error("specification is not valid")]
     Json(#[from] serde_json::Error),
@@ -63,7 +63,7 @@ pub(crate) struct Prepared {
 /// # Errors
 /// It is empty, too long, or has characters that other runtimes refuse too.
 pub(crate) fn check_id(container_id: &str) -> Result<(), SpecError> {
-    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"_+-.".contains(&byte);
+    let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b"_+,-.".contains(&byte);
     let named = !matches!(container_id, "" | "." | "..") && container_id.len() <= 255;
     if named && container_id.bytes().all(allowed) {
         return Ok(());

@@ -153,24 +153,89 @@ fn a_file_system_in_memory_has_the_mode_of_what_it_covers() {
     assert!(ours.1.contains("/mnt/new 1777 0\n"), "{ours:?}");
 }
 
-/// `docs/COMPATIBILITY.md` has the difference: under runc what is below stays writable.
+/// A directory of the host with a file, and something mounted in it that has a file too.
+struct Nested {
+    // The first to go.
+    _mounted: Mounted,
+    directory: tempfile::TempDir,
+}
+
+impl Nested {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        // Tables of mounts have other characters for a space.
+        let below = directory.path().join("a b/below");
+        fs::create_dir_all(&below).unwrap();
+        let mounted = Mounted::on(&below, "tmpfs");
+        for old in [below.join("old"), directory.path().join("a b/old")] {
+            fs::write(old, "old\n").unwrap();
+        }
+        Self { _mounted: mounted, directory }
+    }
+
+    /// Mounts it at `/mnt`.
+    fn bind(&self, options: &[&str]) -> Value {
+        bind(&self.directory.path().join("a b"), "/mnt", &[&["rbind"], options].concat())
+    }
+}
+
+/// Each way to ask for it, and whether the mount itself and what is below it can be written to.
+const READ_ONLY: [(&[&str], bool, bool); 9] = [
+    (&[], true, true),
+    (&["ro"], false, true),
+    (&["ro", "rw"], true, true),
+    (&["rw", "ro"], false, true),
+    (&["rro"], false, false),
+    (&["ro", "rro"], false, false),
+    (&["rro", "rw"], false, false),
+    (&["rro", "rrw"], false, false),
+    (&["ro", "rrw"], true, true),
+];
+
 #[test]
-fn what_is_mounted_below_a_read_only_mount_is_read_only_unless_it_is_mounted_by_itself() {
-    let directory = tempfile::tempdir().unwrap();
-    let below = directory.path().join("below");
-    fs::create_dir(&below).unwrap();
-    let _mounted = Mounted::on(&below, "tmpfs");
+fn a_read_only_mount_has_writable_ones_below_it_unless_it_is_asked_for_recursively() {
+    let script = "for at in /mnt /mnt/below; do for what in 'touch $at/new' 'mkdir $at/dir' \
+        'echo x > $at/old' 'echo x >> $at/old' 'chmod 600 $at/old' 'mv $at/old $at/other' \
+        'rm $at/*'; do (eval \"$what\") 2> /dev/null; echo $at $what $?; done; done; exit 0";
+    let runtimes = [Runtime::new().unwrap(), Runtime::runc().unwrap()];
+    for (options, itself, below) in READ_ONLY {
+        let [ours, theirs] = [&runtimes[0], &runtimes[1]].map(|runtime| {
+            let nested = Nested::new();
+            let bundle = Bundle::script(script).unwrap().mount(nested.bind(options)).unwrap();
+            let told = told(&runtime.run("below", &bundle).unwrap());
+            runtime.assert_clean().unwrap();
+            told
+        });
+        assert_eq!(ours, theirs, "{options:?}");
+        for (at, writable) in [("/mnt", itself), ("/mnt/below", below)] {
+            let made = ours.1.contains(&format!("{at} touch $at/new 0\n"));
+            assert_eq!(made, writable, "{options:?}: {ours:?}");
+        }
+    }
+}
+
+/// Whatever becomes of the guest.
+#[test]
+fn what_is_read_only_is_so_for_the_file_server_too() {
     let runtime = Runtime::new().unwrap();
-    let script = "touch /mnt/file; echo $?; touch /mnt/below/file; echo $?";
-    let with = bind(directory.path(), "/mnt", &["rbind", "ro"]);
-    let bundle = Bundle::script(script).unwrap().mount(with).unwrap();
-    let output = told(&runtime.run("below", &bundle).unwrap());
-    assert_eq!((output.0, output.1.as_str()), (Some(0), "1\n1\n"), "{output:?}");
-    let bundle = bundle.mount(bind(&below, "/mnt/below", &[])).unwrap();
-    let output = told(&runtime.run("below", &bundle).unwrap());
-    assert_eq!((output.0, output.1.as_str()), (Some(0), "1\n0\n"), "{output:?}");
-    assert!(below.join("file").exists());
-    runtime.assert_clean().unwrap();
+    for (options, itself, below) in READ_ONLY {
+        let nested = Nested::new();
+        let bundle = Bundle::new(&["/bin/sleep", "1000"]).unwrap();
+        let bundle = bundle.mount(nested.bind(options)).unwrap();
+        runtime.create("below", &bundle).unwrap();
+        let servers = runtime.processes("bulkhead-fs").unwrap();
+        let [server] = &servers[..] else { panic!("{servers:?}") };
+        let table = fs::read_to_string(format!("/proc/{server}/mountinfo")).unwrap();
+        let writable = |end: &str| {
+            let mut lines = table.lines().map(|line| line.split(' ').collect::<Vec<_>>());
+            let line = lines.find(|words| words[4].contains("/mounts/") && words[4].ends_with(end));
+            let line = line.unwrap_or_else(|| panic!("{end}: {table}"));
+            line[5].split(',').any(|option| option == "rw")
+        };
+        assert_eq!((writable("/0"), writable("/0/below")), (itself, below), "{options:?}: {table}");
+        runtime.ok(&["delete", "--force", "below"]).unwrap();
+        runtime.assert_clean().unwrap();
+    }
 }
 
 #[test]

@@ -11,6 +11,7 @@ mod id_map;
 mod lenient;
 mod limits;
 mod pod;
+mod read_only;
 pub mod refuse;
 mod resources;
 mod size;

@@ -166,19 +166,25 @@ fn bind_mounts_are_shared_with_their_kind_and_mode() {
         {"destination": "/a", "type": "bind", "source": "data", "options": ["rbind", "ro", "rw"]},
         {"destination": "/b", "type": "none", "source": file, "options": ["bind", "ro"]},
         {"destination": "/t", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid"]},
+        {"destination": "/c", "source": "data", "options": ["rbind", "rro"]},
+        {"destination": "/d", "source": "/", "options": ["rbind", "ro", "nosuid"]},
     ]);
     fs::write(bundle.path().join(CONFIG), serde_json::to_vec(&config).unwrap()).unwrap();
     let shared = bundle.plan().unwrap().shared;
-    assert_eq!(shared.len(), 3);
+    assert_eq!(shared.len(), 5);
     assert_eq!(shared[0].target, Path::new("rootfs"));
     let seen = |n: usize| (shared[n].kind, shared[n].read_only, shared[n].recursive);
     assert_eq!(seen(1), (FileKind::Directory, false, true));
     assert_eq!(seen(2), (FileKind::File, true, false));
     assert_eq!(shared[2].target, Path::new("mounts/1"));
+    let read_only = |n: usize| (shared[n].read_only, shared[n].read_only_below);
+    assert_eq!((read_only(3), read_only(4)), ((true, true), (true, false)));
     let spec = bundle.guest_spec();
     assert_eq!(spec["mounts"][0]["source"], "/run/bulkhead/share/0/mounts/0");
     assert_eq!(spec["mounts"][1]["options"], json!(["bind", "ro"]));
     assert_eq!(spec["mounts"][2]["source"], "tmpfs");
+    assert_eq!(spec["mounts"][3]["options"], json!(["rbind", "rro"]));
+    assert_eq!(spec["mounts"][4]["options"], json!(["rbind", "nosuid"]));
 }
 
 #[test]

@@ -534,7 +534,10 @@ fn outcome(lines: &[Line], status: u32) -> Result<Pid, ContainerError> {
             }
         }
     }
-    Err(ContainerError::Create(format!("its creator ended with status {status}")))
+    Err(ContainerError::Create(match status.checked_sub(128) {
+        Some(signal @ 1..) => format!("its creator was killed by signal {signal}"),
+        _ => format!("its creator ended with status {status}"),
+    }))
 }
 
 /// Tells a waiting init to go on, by the socket that libcontainer's init listens on.

@@ -19,6 +19,8 @@ use tracing::{Event, Level, Metadata, Subscriber};
 pub(crate) const LINE_BYTES: usize = 2048;
 /// The longest value of one field; what is longer is cut.
 const VALUE_BYTES: usize = 512;
+/// The longest message of a line that has nothing else: each byte can become six when it is escaped.
+const LONE_MESSAGE_BYTES: usize = 300;
 
 /// So many lines may come at once, and one more after each [`INTERVAL`].
 const BURST: u32 = 100;
@@ -102,10 +104,12 @@ fn line(mut fields: Map<String, Value>) -> Vec<u8> {
     ordered.append(&mut fields);
     let mut line = serde_json::to_vec(&ordered).unwrap_or_default();
     if line.len() >= LINE_BYTES {
-        // Too many fields: the message alone says most, and fits because every value is cut.
+        // Too many fields: the message alone says most.
         ordered.retain(|name, _| matches!(name.as_str(), "time" | "level" | "message"));
+        if let Some(Value::String(message)) = ordered.get_mut("message") {
+            message.truncate(message.floor_char_boundary(LONE_MESSAGE_BYTES));
+        }
         line = serde_json::to_vec(&ordered).unwrap_or_default();
-        line.truncate(LINE_BYTES - 1);
     }
     line.push(b'\n');
     line
@@ -195,15 +199,18 @@ mod tests {
 
     #[test]
     fn a_line_is_bounded_however_many_fields_it_has() {
-        let mut fields = Map::new();
-        fields.insert("message".to_owned(), Value::String("short".to_owned()));
-        for index in 0..100 {
-            fields.insert(format!("field{index}"), Value::String("x".repeat(VALUE_BYTES)));
+        for message in ["short", &"\u{1}".repeat(VALUE_BYTES)] {
+            let mut fields = Map::new();
+            fields.insert("message".to_owned(), message.into());
+            for index in 0..100 {
+                fields.insert(format!("field{index}"), Value::String("x".repeat(VALUE_BYTES)));
+            }
+            let line = line(fields);
+            assert!(line.len() <= LINE_BYTES);
+            let back: Value = serde_json::from_slice(&line).unwrap();
+            let left = back["message"].as_str().unwrap();
+            assert!(!left.is_empty() && message.starts_with(left), "{left:?}");
         }
-        let line = line(fields);
-        assert!(line.len() <= LINE_BYTES);
-        let back: Value = serde_json::from_slice(&line).unwrap();
-        assert_eq!(back["message"], "short");
     }
 
     #[test]

@@ -50,7 +50,8 @@ pub(crate) struct Program {
 #[derive(Debug)]
 enum Unusable {
     NotInPath,
-    Missing(io::Error),
+    /// It cannot even be looked at, for most because it is not there.
+    Unseen(PathBuf, io::Error),
     NotExecutable(io::Error),
 }
 
@@ -121,8 +122,13 @@ impl Executor for Program {
         let Err(unusable) = find(name, search_path(spec)) else { return Ok(()) };
         let reason = format!("exec: {name:?}: {unusable}");
         self.report.write(match unusable {
-            Unusable::NotInPath | Unusable::Missing(_) => Line::NotFound(reason.clone()),
-            Unusable::NotExecutable(_) => Line::NotExecutable(reason.clone()),
+            Unusable::NotInPath => Line::NotFound(reason.clone()),
+            Unusable::Unseen(_, error) if error.kind() == ErrorKind::NotFound => {
+                Line::NotFound(reason.clone())
+            }
+            Unusable::Unseen(..) | Unusable::NotExecutable(_) => {
+                Line::NotExecutable(reason.clone())
+            }
         });
         Err(ExecutorValidationError::ArgValidationError(reason))
     }
@@ -191,7 +197,8 @@ impl fmt::Display for Unusable {
         match self {
             // Docker and others look for these very words.
             Self::NotInPath => f.write_str("executable file not found in $PATH"),
-            Self::Missing(error) | Self::NotExecutable(error) => f.write_str(&words(error)),
+            Self::Unseen(path, error) => write!(f, "stat {}: {}", path.display(), words(error)),
+            Self::NotExecutable(error) => f.write_str(&words(error)),
         }
     }
 }
@@ -214,13 +221,7 @@ fn search_path(spec: &Spec) -> &str {
 fn find(name: &str, search_path: &str) -> Result<PathBuf, Unusable> {
     if name.contains('/') {
         let path = PathBuf::from(name);
-        return match check(&path) {
-            Ok(()) => Ok(path),
-            Err(error) if matches!(error.kind(), ErrorKind::NotFound) => {
-                Err(Unusable::Missing(error))
-            }
-            Err(error) => Err(Unusable::NotExecutable(error)),
-        };
+        return check(&path).map(|()| path);
     }
     search_path
         .split(':')
@@ -231,11 +232,13 @@ fn find(name: &str, search_path: &str) -> Result<PathBuf, Unusable> {
 }
 
 /// Whether this process may execute the file.
-fn check(path: &Path) -> io::Result<()> {
-    if path.metadata()?.is_dir() {
-        return Err(io::Error::from_raw_os_error(libc::EISDIR));
+fn check(path: &Path) -> Result<(), Unusable> {
+    let found = path.metadata().map_err(|error| Unusable::Unseen(path.to_owned(), error))?;
+    if found.is_dir() {
+        return Err(Unusable::NotExecutable(Errno::ISDIR.into()));
     }
-    Ok(accessat(CWD, path, Access::EXEC_OK, AtFlags::EACCESS)?)
+    accessat(CWD, path, Access::EXEC_OK, AtFlags::EACCESS)
+        .map_err(|error| Unusable::NotExecutable(error.into()))
 }
 
 /// An error as C and Go word it, without Rust's number behind it.
@@ -273,8 +276,8 @@ mod tests {
         let missing = find("tool", path).unwrap_err();
         assert_eq!(missing.to_string(), "executable file not found in $PATH");
         let missing = find("/no/such/tool", path).unwrap_err();
-        assert!(matches!(missing, Unusable::Missing(_)));
-        assert_eq!(missing.to_string(), "no such file or directory");
+        assert!(matches!(missing, Unusable::Unseen(..)));
+        assert_eq!(missing.to_string(), "stat /no/such/tool: no such file or directory");
         let forbidden = find(&format!("{path}/data"), path).unwrap_err();
         assert!(matches!(forbidden, Unusable::NotExecutable(_)));
         assert_eq!(forbidden.to_string(), "permission denied");

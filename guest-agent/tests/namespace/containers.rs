@@ -27,7 +27,11 @@ fn a_program_that_is_missing_and_one_that_is_none_have_their_codes() {
     Guest::run(async |mut guest| {
         let table = [
             ("absent", Code::NotFound, "exec: \"absent\": executable file not found in $PATH"),
-            ("/bin/absent", Code::NotFound, "exec: \"/bin/absent\": no such file or directory"),
+            (
+                "/bin/absent",
+                Code::NotFound,
+                "exec: \"/bin/absent\": stat /bin/absent: no such file or directory",
+            ),
             ("/etc/data", Code::PermissionDenied, "exec: \"/etc/data\": permission denied"),
             ("/etc", Code::PermissionDenied, "exec: \"/etc\": is a directory"),
         ];

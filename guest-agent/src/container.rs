@@ -31,12 +31,12 @@ use tokio_vsock::VsockStream;
 
 use crate::cgroup::Cgroup;
 use crate::copy_up::CopiedUp;
-use crate::creator::{self, Place};
+use crate::creator::{self, ContainerFiles};
 use crate::descriptors;
 use crate::disks::{self, DiskError};
 use crate::hooks::Hooks;
 use crate::inherit;
-use crate::io::{self as streams, Meeting, Outputs, Pipes, StreamError, Written};
+use crate::io::{self as streams, Meeting, Outputs, Pipes, StreamError, StreamKind, Written};
 use crate::notify;
 use crate::process::{Exit, Reaper, Waiter, send_signal};
 use crate::report::{self, Line};
@@ -97,7 +97,7 @@ pub(crate) struct End {
 
 /// What Create asks for; the fields are those of its message.
 #[derive(Debug)]
-pub(crate) struct Order {
+pub(crate) struct CreateOrder {
     pub(crate) container_id: String,
     pub(crate) spec_json: Vec<u8>,
     pub(crate) streams: Streams,
@@ -157,7 +157,7 @@ impl Containers {
     ///
     /// # Errors
     /// See [`ContainerError`]; nothing is left of the container then.
-    pub(crate) async fn create(&self, order: Order) -> Result<u32, ContainerError> {
+    pub(crate) async fn create(&self, order: CreateOrder) -> Result<u32, ContainerError> {
         let containers = self.clone();
         let created = tokio::spawn(async move {
             let id = order.container_id.clone();
@@ -191,7 +191,7 @@ impl Containers {
         if container.started.swap(true, Ordering::AcqRel) {
             return Err(state(id, "was started before"));
         }
-        release(&Place::of(id).state).await.map_err(failed("start the init process"))
+        release(&ContainerFiles::of(id).state).await.map_err(failed("start the init process"))
     }
 
     /// Sends a signal to a container's init, or to all of its processes.
@@ -277,7 +277,7 @@ impl Containers {
         }
         let mut resources: LinuxResources =
             serde_json::from_slice(resources).map_err(SpecError::from)?;
-        let spec = read_spec(&Place::of(id))?;
+        let spec = read_spec(&ContainerFiles::of(id))?;
         let created = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
         resources.set_devices(created.and_then(|created| created.devices().clone()));
         let cgroup = Cgroup::of(&container.id);
@@ -316,9 +316,16 @@ impl Containers {
     }
 
     /// Makes a container whose id is reserved, or leaves nothing of it.
-    async fn make(&self, order: Order) -> Result<Container, ContainerError> {
-        let Order { container_id: id, spec_json, streams, descriptors, disks, bundle, notify } =
-            order;
+    async fn make(&self, order: CreateOrder) -> Result<Container, ContainerError> {
+        let CreateOrder {
+            container_id: id,
+            spec_json,
+            streams,
+            descriptors,
+            disks,
+            bundle,
+            notify,
+        } = order;
         self.share.mount().await.map_err(failed("mount the share"))?;
         if !notify.is_empty() {
             self.listen_for_readiness(&id, &notify).await?;
@@ -345,7 +352,7 @@ impl Containers {
 
     /// Makes the socket for sd_notify(3) whose datagrams go over the stream with this header.
     async fn listen_for_readiness(&self, id: &str, header: &[u8]) -> Result<(), ContainerError> {
-        let (stream, length) = (streams::Kind::Notify, header.len());
+        let (stream, length) = (StreamKind::Notify, header.len());
         let header =
             StreamHeader::from_bytes(header).ok_or(StreamError::Header { stream, length })?;
         let socket = notify::listen(id).map_err(failed("make a socket for sd_notify"))?;
@@ -362,31 +369,31 @@ impl Containers {
         prepared: Prepared,
         (mut streams, descriptors): (Streams, Vec<Descriptor>),
     ) -> Result<(Made, Connected), ContainerError> {
-        let place = Place::of(id);
+        let files = ContainerFiles::of(id);
         let Prepared { mut spec, restrictions, stream_owner, network_settings } = prepared;
         network_settings.into_iter().try_for_each(Setting::make)?;
         if let Some(process) = spec.process() {
             size_terminal(&mut streams, process);
         }
-        let files = place.bundle.clone();
+        let directory = files.bundle.clone();
         let copying = spawn_blocking(move || {
-            let copied = CopiedUp::prepare(&mut spec, &files);
+            let copied = CopiedUp::prepare(&mut spec, &directory);
             copied.map(|copied| (copied, spec))
         });
         let copied = copying.await.map_err(io::Error::other).flatten();
         // Until the creator has exited.
         let (_copied, mut spec) = copied.map_err(failed("fill a file system in memory"))?;
-        fs::create_dir_all(&place.bundle).map_err(failed("make the bundle"))?;
+        fs::create_dir_all(&files.bundle).map_err(failed("make the bundle"))?;
         if let Some(hooks) = Hooks::take(&mut spec, id, bundle).map_err(failed("find hooks"))? {
-            hooks.write(&place).map_err(failed("write the hooks"))?;
+            hooks.write(&files).map_err(failed("write the hooks"))?;
         }
-        restrictions.write(&place.bundle).map_err(failed("write the restrictions"))?;
+        restrictions.write(&files.bundle).map_err(failed("write the restrictions"))?;
         let spec = serde_json::to_vec(&spec).map_err(SpecError::from)?;
-        fs::write(place.config(), spec).map_err(failed("write the bundle"))?;
+        fs::write(files.config(), spec).map_err(failed("write the bundle"))?;
         let arguments = [creator::VERB, id];
         let ends = (streams, descriptors);
         let (made, connected) =
-            self.make_process(&arguments, stream_owner, &place.bundle, ends).await?;
+            self.make_process(&arguments, stream_owner, &files.bundle, ends).await?;
         Ok((made, connected?))
     }
 
@@ -542,6 +549,7 @@ fn outcome(lines: &[Line], status: u32) -> Result<Pid, ContainerError> {
             Line::NotExecutable(reason) => {
                 return Err(ContainerError::ProgramNotExecutable(reason.clone()));
             }
+            Line::Unprepared(reason) => return Err(ContainerError::Create(reason.clone())),
             Line::Detail(detail) => details.push(detail.as_str()),
             Line::Failed(reason) => {
                 // The first detail is the innermost cause; what follows repeats it.
@@ -550,7 +558,10 @@ fn outcome(lines: &[Line], status: u32) -> Result<Pid, ContainerError> {
             }
         }
     }
-    Err(ContainerError::Create(format!("its creator ended with status {status}")))
+    Err(ContainerError::Create(match status.checked_sub(128) {
+        Some(signal @ 1..) => format!("its creator was killed by signal {signal}"),
+        _ => format!("its creator ended with status {status}"),
+    }))
 }
 
 /// Tells a waiting init to go on, by the socket that libcontainer's init listens on.
@@ -568,8 +579,8 @@ async fn release(state: &Path) -> io::Result<()> {
 async fn remove(id: &str) -> io::Result<()> {
     Cgroup::of(id).remove().await?;
     notify::end(id);
-    let place = Place::of(id);
-    for directory in [place.state, place.bundle, notify::directory(id)] {
+    let files = ContainerFiles::of(id);
+    for directory in [files.state, files.bundle, notify::directory(id)] {
         match fs::remove_dir_all(directory) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             Ok(()) | Err(_) => {}
@@ -583,8 +594,8 @@ fn state(id: &str, state: &'static str) -> ContainerError {
 }
 
 /// A container's specification, as it was created.
-fn read_spec(place: &Place) -> Result<Spec, ContainerError> {
-    let config = fs::read(place.config()).map_err(failed("read the container's specification"))?;
+fn read_spec(files: &ContainerFiles) -> Result<Spec, ContainerError> {
+    let config = fs::read(files.config()).map_err(failed("read the container's specification"))?;
     Ok(serde_json::from_slice(&config).map_err(SpecError::from)?)
 }
 
@@ -645,9 +656,11 @@ mod tests {
 
     #[test]
     fn a_creator_without_a_result_is_a_failure() {
-        let error = outcome(&[], 134).unwrap_err();
-        let words = "container cannot be created: its creator ended with status 134";
-        assert_eq!(error.to_string(), words);
+        for (status, end) in [(3, "ended with status 3"), (134, "was killed by signal 6")] {
+            let error = outcome(&[], status).unwrap_err();
+            let words = format!("container cannot be created: its creator {end}");
+            assert_eq!(error.to_string(), words);
+        }
     }
 
     #[tokio::test]

@@ -1,7 +1,7 @@
 //! The creator: this binary's second life, which makes one container with libcontainer and exits.
 //! [`crate::tenant`] is its sibling, which adds a process to one.
 //!
-//! It finds everything in the container's [`Place`] and leaves its answer in the report there. Its
+//! It finds everything in the container's [`ContainerFiles`] and leaves its answer in the report there. Its
 //! own descriptors 0, 1 and 2 are the container's. When it has exited, the container's init, which
 //! it leaves behind waiting for the start, is a child of PID 1.
 
@@ -11,7 +11,6 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::rc::Rc;
 
-use libcontainer::container::ContainerStatus;
 use libcontainer::container::builder::ContainerBuilder;
 use libcontainer::error::LibcontainerError;
 use libcontainer::syscall::syscall::SyscallType;
@@ -26,25 +25,25 @@ use crate::hooks::Hooks;
 use crate::logging;
 use crate::report::{self, Line, Report};
 use crate::seccomp::FilterError;
-use crate::{device_directories, init, propagation, spec, terminal};
+use crate::{device_directories, fault, init, mount_options, propagation, spec, terminal};
 
 /// The first argument that makes the agent a creator; the second is the container's id.
 pub(crate) const VERB: &str = "create";
 
 /// Where a container's files are in the guest.
 #[derive(Clone, Debug)]
-pub(crate) struct Place {
+pub(crate) struct ContainerFiles {
     /// What the agent writes: `config.json` and `report`.
     pub(crate) bundle: PathBuf,
     /// What libcontainer writes.
     pub(crate) state: PathBuf,
 }
 
-impl Place {
+impl ContainerFiles {
     const BUNDLES: &str = "/run/bulkhead/bundles";
     pub(crate) const STATES: &str = "/run/bulkhead/states";
 
-    /// The place of the container with this id, which must have been checked.
+    /// Those of the container with this id, which must have been checked.
     pub(crate) fn of(container_id: &str) -> Self {
         Self {
             bundle: Path::new(Self::BUNDLES).join(container_id),
@@ -90,6 +89,8 @@ enum CreateError {
     Mounts(#[source] std::io::Error),
     #[error("propagation of the mount at {} cannot be set", .0.display())]
     Propagation(PathBuf, #[source] std::io::Error),
+    #[error("/dev cannot be made read-only")]
+    Dev(#[source] std::io::Error),
     #[error("mode of {} cannot be set", .0.display())]
     Directory(PathBuf, #[source] std::io::Error),
 }
@@ -97,13 +98,14 @@ enum CreateError {
 /// Creates the container, whose init gets so many descriptors beyond the standard streams, and reports
 /// how it went.
 pub(crate) fn main(container_id: &str, descriptors: i32) -> ExitCode {
-    let place = Place::of(container_id);
-    let Ok(report) = Report::open(&place.report()) else {
+    let files = ContainerFiles::of(container_id);
+    let Ok(report) = Report::open(&files.report()) else {
         return ExitCode::FAILURE;
     };
-    log_to(&place.report());
+    log_to(&files.report());
+    fault::watch_life(VERB);
     let report = Rc::new(report);
-    conclude(&report, create(container_id, &place, descriptors, Rc::clone(&report)))
+    conclude(&report, create(container_id, &files, descriptors, Rc::clone(&report)))
 }
 
 /// Reports the pid that was made, or why none was.
@@ -152,32 +154,28 @@ fn sentence(fields: &Map<String, Value>) -> String {
 
 fn create(
     container_id: &str,
-    place: &Place,
+    files: &ContainerFiles,
     descriptors: i32,
     report: Rc<Report>,
 ) -> Result<i32, CreateError> {
-    let spec = Spec::load(place.config())?;
+    let spec = Spec::load(files.config())?;
     let terminal = spec.process().as_ref().and_then(Process::terminal) == Some(true);
-    let hooks = Hooks::read(place).map_err(CreateError::Hooks)?;
-    let restrictions = Restrictions::read(&place.bundle).map_err(CreateError::Restrictions)?;
+    let hooks = Hooks::read(files).map_err(CreateError::Hooks)?;
+    let restrictions = Restrictions::read(&files.bundle).map_err(CreateError::Restrictions)?;
     let confinement = restrictions.prepare()?;
-    let console = place.bundle.join(terminal::SOCKET);
-    let mut container = ContainerBuilder::new(container_id.to_owned(), SyscallType::default())
-        .with_root_path(Place::STATES)?
+    let console = files.bundle.join(terminal::SOCKET);
+    let container = ContainerBuilder::new(container_id.to_owned(), SyscallType::default())
+        .with_root_path(ContainerFiles::STATES)?
         .with_executor(
             Program::new(report, confinement, hooks.map(Rc::new))
-                .with_plain_lines(terminal::is_plain(&place.bundle)),
+                .with_plain_lines(terminal::is_plain(&files.bundle)),
         )
         .with_console_socket(terminal.then_some(console))
         .with_preserved_fds(descriptors)
-        .as_init(&place.bundle)
+        .as_init(&files.bundle)
         .with_systemd(false)
         .build()?;
     let pid = container.pid().ok_or(CreateError::NoPid)?.as_raw();
-    // The agent starts the container without libcontainer, which only lets processes join one that
-    // it takes for running.
-    container.set_status(ContainerStatus::Running);
-    container.save()?;
     if spec::has_new_network(&spec) {
         let path = format!("/proc/{pid}/ns/net");
         let namespace = File::open(path).map_err(CreateError::Loopback)?;
@@ -194,7 +192,8 @@ fn create(
 /// Does to the container's mounts what libcontainer leaves undone, from inside.
 fn finish_mounts(spec: &Spec, pid: i32) -> Result<(), CreateError> {
     let (directories, propagation) = (device_directories::of(spec), propagation::matters(spec));
-    if directories.is_empty() && !propagation {
+    let read_only_dev = mount_options::has_read_only_dev(spec);
+    if directories.is_empty() && !propagation && !read_only_dev {
         return Ok(());
     }
     let table = join_mounts(pid).map_err(CreateError::Mounts)?;
@@ -202,7 +201,10 @@ fn finish_mounts(spec: &Spec, pid: i32) -> Result<(), CreateError> {
         .map_err(|(directory, error)| CreateError::Directory(directory, error))?;
     if propagation {
         propagation::apply(spec, &table)
-            .map_err(|(place, error)| CreateError::Propagation(place, error))?;
+            .map_err(|(path, error)| CreateError::Propagation(path, error))?;
+    }
+    if read_only_dev {
+        mount_options::close_dev().map_err(CreateError::Dev)?;
     }
     Ok(())
 }

@@ -25,7 +25,7 @@ use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
 use tokio_vsock::VsockStream;
 
-use crate::io::{self as streams, Kind, Meeting, StreamError};
+use crate::io::{self as streams, Meeting, StreamError, StreamKind};
 
 /// What a file may be opened with: how it is used, not what it becomes by being opened.
 const KEPT: OFlags = OFlags::RWMODE
@@ -40,7 +40,7 @@ pub(crate) struct Relays(Vec<Relay>);
 
 #[derive(Debug)]
 struct Relay {
-    name: Kind,
+    name: StreamKind,
     header: StreamHeader,
     end: End,
 }
@@ -66,7 +66,7 @@ pub(crate) fn prepare(asked: &[Descriptor]) -> Result<(Relays, Vec<OwnedFd>), St
     }
     let (mut relays, mut theirs) = (Vec::new(), Vec::with_capacity(asked.len()));
     for (descriptor, number) in asked.iter().zip(3..) {
-        let name = Kind::Descriptor(number);
+        let name = StreamKind::Descriptor(number);
         let failed = |source| StreamError::Pipe { stream: name, source };
         let flags = OFlags::from_bits_retain(descriptor.flags);
         let kind = descriptor.kind.as_ref().ok_or(StreamError::NoKind { stream: name })?;
@@ -162,7 +162,7 @@ fn open_shared(file: &SharedFile, flags: OFlags) -> io::Result<OwnedFd> {
 }
 
 /// Copies what a process writes to the host, and lets it know when nobody reads that any more.
-async fn drain(name: Kind, mut pipe: pipe::Receiver, connection: VsockStream) {
+async fn drain(name: StreamKind, mut pipe: pipe::Receiver, connection: VsockStream) {
     let (mut input, mut output) = tokio::io::split(connection);
     let mut nothing = [0; 1];
     let drained = tokio::select! {
@@ -179,7 +179,7 @@ async fn drain(name: Kind, mut pipe: pipe::Receiver, connection: VsockStream) {
 }
 
 /// Copies both ways until both have ended, or the process has closed its end, or the host its own.
-async fn exchange(name: Kind, mut socket: UnixStream, connection: VsockStream) {
+async fn exchange(name: StreamKind, mut socket: UnixStream, connection: VsockStream) {
     let hang_up = match HangUp::of(&socket) {
         Ok(hang_up) => hang_up,
         Err(error) => return streams::log_end(name, Err(error)),

@@ -1,7 +1,7 @@
 //! Runs the user's program as the last step of a container's init, with the statuses and words of
 //! runc where libcontainer's own executor differs: a program that is not there and one that cannot
 //! be executed are told apart before the container counts as created, any execute permission will
-//! do, and a program that then fails to run says so on its standard error and exits with 255.
+//! do, and a program that then fails to run says so on its standard error and exits with 1.
 
 // UNSAFETY: std runs a shell on a file that the kernel refuses to execute, and ignores the
 // broken-pipe signal for every program that it does not start itself.
@@ -23,8 +23,11 @@ use libcontainer::workload::{
 };
 use oci_spec::runtime::Spec;
 use rustix::fs::{
-    Access, AtFlags, CWD, FileType, Mode, OFlags, accessat, fstat, major, minor, open,
+    Access, AtFlags, CWD, FileType, Mode, OFlags, accessat, fchown, fstat, major, minor, open,
 };
+use rustix::io::Errno;
+use rustix::process::geteuid;
+use rustix::termios::isatty;
 
 use crate::confinement::Confinement;
 use crate::hooks::Hooks;
@@ -50,7 +53,8 @@ pub(crate) struct Program {
 #[derive(Debug)]
 enum Unusable {
     NotInPath,
-    Missing(io::Error),
+    /// It cannot even be looked at, for most because it is not there.
+    Unseen(PathBuf, io::Error),
     NotExecutable(io::Error),
 }
 
@@ -67,6 +71,32 @@ impl Program {
     /// With a terminal that ends lines with a line feed alone, or as terminals do.
     pub(crate) fn with_plain_lines(self, plain_lines: bool) -> Self {
         Self { plain_lines, ..self }
+    }
+
+    /// What comes before the look at the program, which is to be with the eyes of its user.
+    fn prepare(&self) -> Result<(), String> {
+        own_terminal().map_err(|error| {
+            format!("unable to give the terminal to its user: {}", words(&error))
+        })?;
+        self.confinement.enter()
+    }
+
+    /// Runs hooks and becomes the program; returns only if it cannot, with the reason.
+    fn become_program(&self, spec: &Spec) -> Result<Infallible, String> {
+        let arguments = arguments(spec).unwrap_or_default();
+        let name = arguments.first().ok_or_else(|| "process.args is empty".to_owned())?;
+        let path = find(name, search_path(spec))
+            .map_err(|unusable| format!("exec: {name:?}: {unusable}"))?;
+        make_null_writable().map_err(|error| format!("/dev/null: {}", words(&error)))?;
+        if self.plain_lines {
+            let plain = terminal::end_lines_plainly(rustix::stdio::stdout());
+            plain.map_err(|error| format!("terminal: {}", words(&error)))?;
+        }
+        if let Some(hooks) = &self.hooks {
+            hooks.start(&self.confinement).map_err(|error| error.to_string())?;
+        }
+        let executed = self.execute(&path, arguments, environment(spec));
+        executed.map_err(|error| format!("exec {}: {}", path.display(), words(&error)))
     }
 
     /// Becomes the program; returns only if it cannot.
@@ -92,8 +122,10 @@ impl Program {
 
 impl Executor for Program {
     fn validate(&self, spec: &Spec) -> Result<(), ExecutorValidationError> {
-        // Before the look at the program, which is to be with the eyes of its user.
-        self.confinement.enter().map_err(ExecutorValidationError::ArgValidationError)?;
+        if let Err(reason) = self.prepare() {
+            self.report.write(Line::Unprepared(reason.clone()));
+            return Err(ExecutorValidationError::ArgValidationError(reason));
+        }
         let arguments = arguments(spec).unwrap_or_default();
         let Some(name) = arguments.first() else {
             let reason = "process.args is empty".to_owned();
@@ -102,8 +134,13 @@ impl Executor for Program {
         let Err(unusable) = find(name, search_path(spec)) else { return Ok(()) };
         let reason = format!("exec: {name:?}: {unusable}");
         self.report.write(match unusable {
-            Unusable::NotInPath | Unusable::Missing(_) => Line::NotFound(reason.clone()),
-            Unusable::NotExecutable(_) => Line::NotExecutable(reason.clone()),
+            Unusable::NotInPath => Line::NotFound(reason.clone()),
+            Unusable::Unseen(_, error) if error.kind() == ErrorKind::NotFound => {
+                Line::NotFound(reason.clone())
+            }
+            Unusable::Unseen(..) | Unusable::NotExecutable(_) => {
+                Line::NotExecutable(reason.clone())
+            }
         });
         Err(ExecutorValidationError::ArgValidationError(reason))
     }
@@ -114,33 +151,30 @@ impl Executor for Program {
     }
 
     fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
-        let arguments = arguments(spec).unwrap_or_default();
-        let name = arguments.first().ok_or(ExecutorError::InvalidArg)?;
-        let path = find(name, search_path(spec))
-            .map_err(|unusable| ExecutorError::Other(format!("exec: {name:?}: {unusable}")))?;
-        if let Err(error) = make_null_writable() {
-            return Err(ExecutorError::Other(format!("/dev/null: {}", words(&error))));
-        }
-        if self.plain_lines
-            && let Err(error) = terminal::end_lines_plainly(rustix::stdio::stdout())
-        {
-            return Err(ExecutorError::Other(format!("terminal: {}", words(&error))));
-        }
-        if let Some(Err(error)) = self.hooks.as_ref().map(|hooks| hooks.start(&self.confinement)) {
-            say(&error.to_string());
-            // As runc's init.
-            std::process::exit(1);
-        }
-        let Err(error) = self.execute(&path, arguments, environment(spec));
-        let message = format!("exec {}: {}", path.display(), words(&error));
-        say(&message);
-        Err(ExecutorError::Other(message))
+        let Err(reason) = self.become_program(spec);
+        say(&reason);
+        // As runc's init. The container counts as started, so that nobody else is told.
+        std::process::exit(1)
     }
 }
 
 /// Says why there is no program: on the container's standard error, the only place that is left.
 fn say(message: &str) {
     let _ = io::Write::write_all(&mut io::stderr(), format!("{message}\n").as_bytes());
+}
+
+/// Gives the terminal, if the streams are one, to the user that this process has become, so that its
+/// program can open `/dev/stdout` again. Its group stays: file systems of terminals have their own.
+fn own_terminal() -> io::Result<()> {
+    let stdin = rustix::stdio::stdin();
+    if !isatty(stdin) {
+        return Ok(());
+    }
+    match fchown(stdin, Some(geteuid()), None) {
+        // As under runc: its group may be none of the user namespace's, and `/dev` read-only.
+        Err(Errno::INVAL | Errno::PERM | Errno::ROFS) => Ok(()),
+        owned => Ok(owned?),
+    }
 }
 
 /// Opens the null device again where it stands for standard output or error: libcontainer has put
@@ -175,7 +209,8 @@ impl fmt::Display for Unusable {
         match self {
             // Docker and others look for these very words.
             Self::NotInPath => f.write_str("executable file not found in $PATH"),
-            Self::Missing(error) | Self::NotExecutable(error) => f.write_str(&words(error)),
+            Self::Unseen(path, error) => write!(f, "stat {}: {}", path.display(), words(error)),
+            Self::NotExecutable(error) => f.write_str(&words(error)),
         }
     }
 }
@@ -198,13 +233,7 @@ fn search_path(spec: &Spec) -> &str {
 fn find(name: &str, search_path: &str) -> Result<PathBuf, Unusable> {
     if name.contains('/') {
         let path = PathBuf::from(name);
-        return match check(&path) {
-            Ok(()) => Ok(path),
-            Err(error) if matches!(error.kind(), ErrorKind::NotFound) => {
-                Err(Unusable::Missing(error))
-            }
-            Err(error) => Err(Unusable::NotExecutable(error)),
-        };
+        return check(&path).map(|()| path);
     }
     search_path
         .split(':')
@@ -215,11 +244,13 @@ fn find(name: &str, search_path: &str) -> Result<PathBuf, Unusable> {
 }
 
 /// Whether this process may execute the file.
-fn check(path: &Path) -> io::Result<()> {
-    if path.metadata()?.is_dir() {
-        return Err(io::Error::from_raw_os_error(libc::EISDIR));
+fn check(path: &Path) -> Result<(), Unusable> {
+    let found = path.metadata().map_err(|error| Unusable::Unseen(path.to_owned(), error))?;
+    if found.is_dir() {
+        return Err(Unusable::NotExecutable(Errno::ISDIR.into()));
     }
-    Ok(accessat(CWD, path, Access::EXEC_OK, AtFlags::EACCESS)?)
+    accessat(CWD, path, Access::EXEC_OK, AtFlags::EACCESS)
+        .map_err(|error| Unusable::NotExecutable(error.into()))
 }
 
 /// An error as C and Go word it, without Rust's number behind it.
@@ -257,8 +288,8 @@ mod tests {
         let missing = find("tool", path).unwrap_err();
         assert_eq!(missing.to_string(), "executable file not found in $PATH");
         let missing = find("/no/such/tool", path).unwrap_err();
-        assert!(matches!(missing, Unusable::Missing(_)));
-        assert_eq!(missing.to_string(), "no such file or directory");
+        assert!(matches!(missing, Unusable::Unseen(..)));
+        assert_eq!(missing.to_string(), "stat /no/such/tool: no such file or directory");
         let forbidden = find(&format!("{path}/data"), path).unwrap_err();
         assert!(matches!(forbidden, Unusable::NotExecutable(_)));
         assert_eq!(forbidden.to_string(), "permission denied");

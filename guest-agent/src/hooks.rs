@@ -25,7 +25,7 @@ use rustix::process::{chroot, getppid};
 use serde::{Deserialize, Serialize};
 
 use crate::confinement::Confinement;
-use crate::creator::Place;
+use crate::creator::ContainerFiles;
 use crate::report::{Line, Report};
 
 /// The first argument that makes the agent run createContainer hooks; the second is the container's id.
@@ -51,11 +51,12 @@ impl Hooks {
     pub(crate) fn take(spec: &mut Spec, id: &str, bundle: &str) -> io::Result<Option<Self>> {
         let Some(hooks) = spec.hooks_mut().take() else { return Ok(None) };
         let process = spec.process().as_ref();
-        let environment = process.and_then(|process| process.env().clone());
+        // As under runc it is the container's, and never the agent's own.
+        let environment = process.and_then(|process| process.env().clone()).unwrap_or_default();
         let take = |list: &Option<Vec<Hook>>| {
             let mut list = list.clone().unwrap_or_default();
             for hook in list.iter_mut().filter(|hook| hook.env().is_none()) {
-                hook.set_env(environment.clone());
+                hook.set_env(Some(environment.clone()));
             }
             list
         };
@@ -74,15 +75,15 @@ impl Hooks {
     }
 
     /// Leaves them for the creator and for [`main`], which may be in a user namespace.
-    pub(crate) fn write(&self, place: &Place) -> io::Result<()> {
-        fs::write(place.bundle.join(FILE), serde_json::to_vec(self)?)?;
-        drop(Report::open(&place.report())?);
-        fs::set_permissions(place.report(), Permissions::from_mode(0o666))
+    pub(crate) fn write(&self, files: &ContainerFiles) -> io::Result<()> {
+        fs::write(files.bundle.join(FILE), serde_json::to_vec(self)?)?;
+        drop(Report::open(&files.report())?);
+        fs::set_permissions(files.report(), Permissions::from_mode(0o666))
     }
 
     /// Those that [`Hooks::write`] has left, if it has.
-    pub(crate) fn read(place: &Place) -> io::Result<Option<Self>> {
-        match fs::read(place.bundle.join(FILE)) {
+    pub(crate) fn read(files: &ContainerFiles) -> io::Result<Option<Self>> {
+        match fs::read(files.bundle.join(FILE)) {
             Ok(json) => Ok(Some(serde_json::from_slice(&json)?)),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) => Err(error),
@@ -179,10 +180,10 @@ fn this_binary(id: &str) -> io::Result<InSpec> {
 
 /// Runs a container's createContainer hooks, and reports the one that failed.
 pub(crate) fn main(container_id: &str) -> ExitCode {
-    let place = Place::of(container_id);
+    let files = ContainerFiles::of(container_id);
     // First, because the container's root has none.
-    let Ok(report) = Report::open(&place.report()) else { return ExitCode::FAILURE };
-    let ran = Hooks::read(&place).and_then(|hooks| hooks.map_or(Ok(()), |hooks| hooks.create()));
+    let Ok(report) = Report::open(&files.report()) else { return ExitCode::FAILURE };
+    let ran = Hooks::read(&files).and_then(|hooks| hooks.map_or(Ok(()), |hooks| hooks.create()));
     let Err(error) = ran else { return ExitCode::SUCCESS };
     report.write(Line::Detail(error.to_string()));
     ExitCode::FAILURE
@@ -239,12 +240,12 @@ mod tests {
     fn hooks_that_were_written_are_read() {
         let directory = tempfile::tempdir().unwrap();
         let bundle = directory.path().to_owned();
-        let place = Place { state: bundle.clone(), bundle };
-        assert_eq!(Hooks::read(&place).unwrap(), None);
+        let files = ContainerFiles { state: bundle.clone(), bundle };
+        assert_eq!(Hooks::read(&files).unwrap(), None);
         let mut spec = spec(&json!({"startContainer": [{"path": "/y"}]}));
         let hooks = Hooks::take(&mut spec, "one", "/b").unwrap().unwrap();
-        hooks.write(&place).unwrap();
-        assert_eq!(Hooks::read(&place).unwrap(), Some(hooks));
+        hooks.write(&files).unwrap();
+        assert_eq!(Hooks::read(&files).unwrap(), Some(hooks));
     }
 
     #[test]

@@ -21,7 +21,7 @@ use crate::container::Containers;
 use crate::io::Meeting;
 use crate::process::Reaper;
 use crate::share::Share;
-use crate::{cgroup, io as streams, logging, rpc};
+use crate::{cgroup, fault, io as streams, logging, rpc};
 
 /// The guest could not be prepared or can no longer be served.
 #[derive(Debug, thiserror::Error)]
@@ -97,12 +97,13 @@ const UNLIMITED: [Resource; 6] = [
 /// Prepares the guest and serves it. Returns only if this is not PID 1.
 pub(crate) fn main() -> ExitCode {
     logging::install();
+    fault::watch_init();
     if getpid().as_raw_nonzero().get() != 1 {
         tracing::error!("bulkhead-agent is PID 1 of a guest and nothing else");
         return ExitCode::FAILURE;
     }
     std::panic::set_hook(Box::new(|panic| {
-        tracing::error!(%panic, "agent panicked");
+        logging::last(&format!("agent panicked: {panic}"));
         restart();
     }));
     if let Err(error) = prepare().and_then(|()| serve()) {
@@ -253,11 +254,31 @@ fn listen(port: u32) -> Result<VsockListener, InitError> {
 
 #[cfg(test)]
 mod tests {
+    use std::net::{Ipv4Addr, UdpSocket};
+
+    use rustix::thread::{UnshareFlags, unshare_unsafe};
+
     use super::*;
 
     #[test]
-    fn a_loopback_that_is_up_can_be_brought_up() {
-        // In an unprivileged caller the kernel answers, and the answer is read as an error.
-        assert!(matches!(raise_loopback(), Ok(()) | Err(Errno::PERM)));
+    #[ignore = "needs the test host"]
+    #[expect(unsafe_code, reason = "unshare(2) in a thread of its own")]
+    fn a_new_networks_loopback_is_brought_up() {
+        let answers = || {
+            let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0)).unwrap();
+            socket.send_to(b"x", (Ipv4Addr::LOCALHOST, socket.local_addr().unwrap().port()))
+        };
+        let tried = std::thread::spawn(move || {
+            // SAFETY: this thread shares no network with others from here on, and opens no sockets
+            // before.
+            unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.unwrap();
+            let before = answers().unwrap_err();
+            assert_eq!(before.kind(), io::ErrorKind::NetworkUnreachable);
+            raise_loopback().unwrap();
+            assert_eq!(answers().unwrap(), 1);
+            // It can be up already.
+            raise_loopback().unwrap();
+        });
+        tried.join().unwrap();
     }
 }

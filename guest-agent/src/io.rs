@@ -35,22 +35,22 @@ const CHUNK: usize = 64 << 10;
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum StreamError {
     #[error("{stream} has a header of {length} bytes, not {}", StreamHeader::LEN)]
-    Header { stream: Kind, length: usize },
+    Header { stream: StreamKind, length: usize },
     #[error("{stream} has the header of another stream")]
-    Taken { stream: Kind },
+    Taken { stream: StreamKind },
     #[error("{stream} was not connected in {} seconds", PATIENCE.as_secs())]
-    Missing { stream: Kind },
+    Missing { stream: StreamKind },
     #[error("{stream} cannot be made, or opened")]
-    Pipe { stream: Kind, source: io::Error },
+    Pipe { stream: StreamKind, source: io::Error },
     #[error("{stream} is of no kind")]
-    NoKind { stream: Kind },
+    NoKind { stream: StreamKind },
     #[error("{0} descriptors; a process gets {DESCRIPTORS_MAX} at most")]
     TooMany(usize),
 }
 
 /// Which of a process's streams.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Kind {
+pub(crate) enum StreamKind {
     Stdin,
     Stdout,
     Stderr,
@@ -62,7 +62,7 @@ pub(crate) enum Kind {
     Notify,
 }
 
-impl fmt::Display for Kind {
+impl fmt::Display for StreamKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Stdin => "stdin",
@@ -119,7 +119,11 @@ impl<S> Meeting<S> {
     ///
     /// # Errors
     /// Another call waits for it already, or it does not come in [`PATIENCE`].
-    pub(crate) async fn claim(&self, header: StreamHeader, stream: Kind) -> Result<S, StreamError> {
+    pub(crate) async fn claim(
+        &self,
+        header: StreamHeader,
+        stream: StreamKind,
+    ) -> Result<S, StreamError> {
         let receiver = {
             let mut table = self.table();
             match table.remove(&header) {
@@ -229,18 +233,18 @@ impl Pipes {
         let mut stdio = Stdio::default();
         let mut pipes = Self { stdin: None, stdout: None, stderr: None };
         let failed = |stream| move |source| StreamError::Pipe { stream, source };
-        if let Some(header) = parse(stdin, Kind::Stdin)? {
-            let (theirs, ours) = new_pipe().map_err(failed(Kind::Stdin))?;
-            let ours = pipe::Sender::from_owned_fd(ours).map_err(failed(Kind::Stdin))?;
+        if let Some(header) = parse(stdin, StreamKind::Stdin)? {
+            let (theirs, ours) = new_pipe().map_err(failed(StreamKind::Stdin))?;
+            let ours = pipe::Sender::from_owned_fd(ours).map_err(failed(StreamKind::Stdin))?;
             stdio.stdin = Some(theirs);
             pipes.stdin = Some((header, ours));
         }
-        for (header, stream) in [(stdout, Kind::Stdout), (stderr, Kind::Stderr)] {
+        for (header, stream) in [(stdout, StreamKind::Stdout), (stderr, StreamKind::Stderr)] {
             let Some(header) = parse(header, stream)? else { continue };
             let (ours, theirs) = new_pipe().map_err(failed(stream))?;
             let ours = pipe::Receiver::from_owned_fd(ours).map_err(failed(stream))?;
             let (their_end, our_end) = match stream {
-                Kind::Stdout => (&mut stdio.stdout, &mut pipes.stdout),
+                StreamKind::Stdout => (&mut stdio.stdout, &mut pipes.stdout),
                 _ => (&mut stdio.stderr, &mut pipes.stderr),
             };
             *their_end = Some(theirs);
@@ -258,12 +262,12 @@ impl Pipes {
         self,
         meeting: &Meeting<VsockStream>,
     ) -> Result<Outputs, StreamError> {
-        let stdin = claim(meeting, self.stdin, Kind::Stdin);
-        let stdout = claim(meeting, self.stdout, Kind::Stdout);
-        let stderr = claim(meeting, self.stderr, Kind::Stderr);
+        let stdin = claim(meeting, self.stdin, StreamKind::Stdin);
+        let stdout = claim(meeting, self.stdout, StreamKind::Stdout);
+        let stderr = claim(meeting, self.stderr, StreamKind::Stderr);
         let (stdin, stdout, stderr) = tokio::try_join!(stdin, stdout, stderr)?;
         if let Some((connection, pipe)) = stdin {
-            tokio::spawn(feed(Kind::Stdin, connection, pipe));
+            tokio::spawn(feed(StreamKind::Stdin, connection, pipe));
         }
         let drained = |stream, output: Option<(VsockStream, pipe::Receiver)>| {
             let Some((connection, pipe)) = output else { return Output::default() };
@@ -272,7 +276,8 @@ impl Pipes {
             tokio::spawn(drain(stream, (pipe, Arc::clone(&output.taken)), connection));
             output
         };
-        let (stdout, stderr) = (drained(Kind::Stdout, stdout), drained(Kind::Stderr, stderr));
+        let (stdout, stderr) =
+            (drained(StreamKind::Stdout, stdout), drained(StreamKind::Stderr, stderr));
         Ok(Outputs { stdout, stderr })
     }
 }
@@ -320,13 +325,13 @@ impl Output {
 async fn claim<S, P>(
     meeting: &Meeting<S>,
     wanted: Option<(StreamHeader, P)>,
-    stream: Kind,
+    stream: StreamKind,
 ) -> Result<Option<(S, P)>, StreamError> {
     let Some((header, pipe)) = wanted else { return Ok(None) };
     Ok(Some((meeting.claim(header, stream).await?, pipe)))
 }
 
-fn parse(header: &[u8], stream: Kind) -> Result<Option<StreamHeader>, StreamError> {
+fn parse(header: &[u8], stream: StreamKind) -> Result<Option<StreamHeader>, StreamError> {
     if header.is_empty() {
         return Ok(None);
     }
@@ -341,7 +346,7 @@ fn new_pipe() -> io::Result<(OwnedFd, OwnedFd)> {
 
 /// Copies the host's bytes into a pipe that a process reads, then closes it. Ends early when the
 /// process has closed it.
-pub(crate) async fn feed(stream: Kind, mut connection: VsockStream, mut pipe: pipe::Sender) {
+pub(crate) async fn feed(stream: StreamKind, mut connection: VsockStream, mut pipe: pipe::Sender) {
     let copied = feed_all(&mut connection, &mut pipe).await;
     log_end(stream, copied);
 }
@@ -368,7 +373,7 @@ where
 /// Copies a process's output to the host, then ends that direction and waits until the host has
 /// closed the other, so that nothing in flight is cut off.
 async fn drain(
-    stream: Kind,
+    stream: StreamKind,
     (pipe, taken): (Arc<pipe::Receiver>, Arc<AtomicU64>),
     mut connection: VsockStream,
 ) {
@@ -425,7 +430,7 @@ where
 }
 
 /// The other side may leave at any time; what else ends a stream is worth a line.
-pub(crate) fn log_end(stream: Kind, copied: io::Result<()>) {
+pub(crate) fn log_end(stream: StreamKind, copied: io::Result<()>) {
     use io::ErrorKind::{BrokenPipe, ConnectionReset, NotConnected};
     match copied {
         Ok(()) => {}

@@ -1,12 +1,14 @@
 //! Log lines: one JSON object each, at most [`LINE_BYTES`] long, to standard error.
 //!
 //! The kernel gives PID 1 its console as standard error, and the console is slow, so only warnings,
-//! errors and the few facts of a start are written. It deliberately knows nothing of spans, filters
-//! or formats: that would be a tenth of the binary.
+//! errors and the few facts of a start are written. What containers do can be the reason of a line, so
+//! there are only so many in a time ([`Rate`]); the next one says how many were left out. It
+//! deliberately knows nothing of spans, filters or formats: that would be a tenth of the binary.
 
 use std::fmt;
 use std::io::Write as _;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Map, Value};
 use tracing::field::{Field, Visit};
@@ -17,6 +19,12 @@ use tracing::{Event, Level, Metadata, Subscriber};
 pub(crate) const LINE_BYTES: usize = 2048;
 /// The longest value of one field; what is longer is cut.
 const VALUE_BYTES: usize = 512;
+/// The longest message of a line that has nothing else: each byte can become six when it is escaped.
+const LONE_MESSAGE_BYTES: usize = 300;
+
+/// So many lines may come at once, and one more after each [`INTERVAL`].
+const BURST: u32 = 100;
+const INTERVAL: Duration = Duration::from_millis(200);
 
 /// Writes events up to a level through `sink`.
 pub(crate) struct Lines<S> {
@@ -26,11 +34,56 @@ pub(crate) struct Lines<S> {
 
 /// Installs the log of PID 1: events up to `INFO`, on the console.
 pub(crate) fn install() {
-    install_with(Level::INFO, |fields| {
-        let line = line(fields);
-        // A console that cannot be written to leaves nowhere to say so.
-        let _ = std::io::stderr().write_all(&line);
+    let (begun, rate) = (Instant::now(), Mutex::new(Rate::default()));
+    install_with(Level::INFO, move |mut fields| {
+        let admitted = rate.lock().unwrap_or_else(PoisonError::into_inner).admit(begun.elapsed());
+        let Some(left_out) = admitted else { return };
+        if left_out > 0 {
+            fields.insert("lines_left_out".to_owned(), left_out.into());
+        }
+        write(fields);
     });
+}
+
+/// Writes a last line, whatever was written before it.
+pub(crate) fn last(message: &str) {
+    let mut fields = Map::new();
+    fields.insert("level".to_owned(), "error".into());
+    let end = message.floor_char_boundary(VALUE_BYTES);
+    fields.insert("message".to_owned(), message.get(..end).unwrap_or_default().into());
+    write(fields);
+}
+
+fn write(fields: Map<String, Value>) {
+    // A console that cannot be written to leaves nowhere to say so.
+    let _ = std::io::stderr().write_all(&line(fields));
+}
+
+/// How many lines there may be.
+#[derive(Debug, Default)]
+struct Rate {
+    /// Those that were written of late.
+    recent: u32,
+    /// Until when those that are not recent any more are taken off.
+    until: Duration,
+    left_out: u64,
+}
+
+impl Rate {
+    /// Whether there may be a line now, a time after the first one could be, and how many there could
+    /// not before it.
+    fn admit(&mut self, now: Duration) -> Option<u64> {
+        let intervals = now.saturating_sub(self.until).as_millis() / INTERVAL.as_millis();
+        let intervals = u32::try_from(intervals).unwrap_or(u32::MAX);
+        self.until += INTERVAL.saturating_mul(intervals);
+        self.recent = self.recent.saturating_sub(intervals);
+        if self.recent >= BURST {
+            self.left_out += 1;
+            return None;
+        }
+        self.recent += 1;
+        Some(std::mem::take(&mut self.left_out))
+    }
 }
 
 /// Installs a log that hands each event's fields, up to `level`, to `sink`.
@@ -51,10 +104,12 @@ fn line(mut fields: Map<String, Value>) -> Vec<u8> {
     ordered.append(&mut fields);
     let mut line = serde_json::to_vec(&ordered).unwrap_or_default();
     if line.len() >= LINE_BYTES {
-        // Too many fields: the message alone says most, and fits because every value is cut.
+        // Too many fields: the message alone says most.
         ordered.retain(|name, _| matches!(name.as_str(), "time" | "level" | "message"));
+        if let Some(Value::String(message)) = ordered.get_mut("message") {
+            message.truncate(message.floor_char_boundary(LONE_MESSAGE_BYTES));
+        }
         line = serde_json::to_vec(&ordered).unwrap_or_default();
-        line.truncate(LINE_BYTES - 1);
     }
     line.push(b'\n');
     line
@@ -144,15 +199,32 @@ mod tests {
 
     #[test]
     fn a_line_is_bounded_however_many_fields_it_has() {
-        let mut fields = Map::new();
-        fields.insert("message".to_owned(), Value::String("short".to_owned()));
-        for index in 0..100 {
-            fields.insert(format!("field{index}"), Value::String("x".repeat(VALUE_BYTES)));
+        for message in ["short", &"\u{1}".repeat(VALUE_BYTES)] {
+            let mut fields = Map::new();
+            fields.insert("message".to_owned(), message.into());
+            for index in 0..100 {
+                fields.insert(format!("field{index}"), Value::String("x".repeat(VALUE_BYTES)));
+            }
+            let line = line(fields);
+            assert!(line.len() <= LINE_BYTES);
+            let back: Value = serde_json::from_slice(&line).unwrap();
+            let left = back["message"].as_str().unwrap();
+            assert!(!left.is_empty() && message.starts_with(left), "{left:?}");
         }
-        let line = line(fields);
-        assert!(line.len() <= LINE_BYTES);
-        let back: Value = serde_json::from_slice(&line).unwrap();
-        assert_eq!(back["message"], "short");
+    }
+
+    #[test]
+    fn there_are_only_so_many_lines_in_a_time() {
+        let mut rate = Rate::default();
+        let admitted = |rate: &mut Rate, at: u64| rate.admit(Duration::from_millis(at));
+        let burst = (0..BURST).map(|_| admitted(&mut rate, 10));
+        assert!(burst.collect::<Vec<_>>().iter().all(|line| *line == Some(0)));
+        assert_eq!((admitted(&mut rate, 20), admitted(&mut rate, 150)), (None, None));
+        // One more, which says how many there were not.
+        assert_eq!((admitted(&mut rate, 210), admitted(&mut rate, 220)), (Some(2), None));
+        // However long it was quiet, there is one burst.
+        let after = (0..1000).filter(|_| admitted(&mut rate, 1 << 30).is_some()).count();
+        assert_eq!(after, 100);
     }
 
     #[test]

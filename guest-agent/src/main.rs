@@ -17,14 +17,17 @@ mod copy_up;
 mod creator;
 mod descriptors;
 mod device_directories;
+mod device_rules;
 mod disks;
 mod executor;
+mod fault;
 mod hooks;
 mod hotplug;
 mod inherit;
 mod init;
 mod io;
 mod logging;
+mod mount_options;
 mod names;
 mod network;
 mod notify;
@@ -50,8 +53,8 @@ fn main() -> ExitCode {
     };
     match arguments.as_slice() {
         [verb, container_id] if verb == creator::VERB => creator::main(container_id, descriptors),
-        [verb, container_id, exec_id] if verb == tenant::VERB => {
-            tenant::main(container_id, exec_id, descriptors)
+        [verb, container_id, exec_id, init] if verb == tenant::VERB => {
+            tenant::main((container_id, exec_id, init), descriptors)
         }
         [verb, container_id] if verb == hooks::VERB => hooks::main(container_id),
         _ => init::main(),

@@ -27,6 +27,8 @@ pub(crate) enum Line {
     NotFound(String),
     /// The user's program cannot be executed.
     NotExecutable(String),
+    /// What the process is to become right before its program it cannot become.
+    Unprepared(String),
     /// The container could not be created.
     Failed(String),
     /// An error on the way, which explains the failure that follows.
@@ -51,6 +53,7 @@ impl Report {
     pub(crate) fn write(&self, mut line: Line) {
         let (Line::NotFound(reason)
         | Line::NotExecutable(reason)
+        | Line::Unprepared(reason)
         | Line::Failed(reason)
         | Line::Detail(reason)) = &mut line
         else {

@@ -26,13 +26,15 @@ use tonic::transport::Server;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::container::exec::ExecOrder;
-use crate::container::{ContainerError, Containers, Order};
+use crate::container::{ContainerError, Containers, CreateOrder};
 use crate::names::Names;
 use crate::network::Network;
 use crate::share::Share;
 use crate::sysctl::Setting;
 use crate::{clock, hotplug, logging};
 
+/// The most of a reason that is told: a status is a header, which has to fit.
+const REASON_BYTES: usize = 2048;
 /// Queries for the host that are not sent yet.
 const QUERIES: usize = 64;
 
@@ -118,7 +120,8 @@ impl Agent for Calls {
         let CreateRequest { container_id, spec_json, streams, disks, bundle, descriptors, notify } =
             request.into_inner();
         let streams = streams.unwrap_or_default();
-        let order = Order { container_id, spec_json, streams, descriptors, disks, bundle, notify };
+        let order =
+            CreateOrder { container_id, spec_json, streams, descriptors, disks, bundle, notify };
         let pid = self.containers.create(order).await?;
         Ok(Response::new(CreateReply { pid }))
     }
@@ -297,7 +300,8 @@ impl From<ContainerError> for Status {
     fn from(error: ContainerError) -> Self {
         use crate::io::StreamError;
         use crate::spec::SpecError;
-        let reason = logging::chain(&error);
+        let mut reason = logging::chain(&error);
+        reason.truncate(reason.floor_char_boundary(REASON_BYTES));
         match error {
             ContainerError::Spec(SpecError::Terminal | SpecError::HostHooks(_)) => {
                 Self::failed_precondition(reason)
@@ -332,16 +336,45 @@ fn internal(what: &'static str) -> impl FnOnce(io::Error) -> Status {
 
 #[cfg(test)]
 mod tests {
+    use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VMADDR_CID_LOCAL, VsockAddr, VsockStream};
     use tonic::Code;
+    use tonic::transport::server::Connected as _;
 
     use super::*;
-    use crate::io::{Kind, StreamError};
+    use crate::io::{StreamError, StreamKind};
     use crate::spec::SpecError;
 
-    #[test]
-    fn a_call_from_anywhere_but_the_host_is_refused() {
-        let status = from_host(Request::new(()), 2).unwrap_err();
+    /// A call with a connection from the address 1, as the agent gets it.
+    async fn call() -> Request<()> {
+        let address = |cid| VsockAddr::new(cid, 4242);
+        let listener = VsockListener::bind(address(VMADDR_CID_ANY)).unwrap();
+        let connecting = VsockStream::connect(address(VMADDR_CID_LOCAL));
+        let (accepted, _connected) = tokio::join!(listener.accept(), connecting);
+        let mut request = Request::new(());
+        request.extensions_mut().insert(accepted.unwrap().0.connect_info());
+        request
+    }
+
+    #[tokio::test]
+    #[ignore = "needs the test host"]
+    async fn a_call_from_anywhere_but_the_host_is_refused() {
+        assert!(from_host(call().await, VMADDR_CID_LOCAL).is_ok());
+        let status = from_host(call().await, VMADDR_CID_HOST).unwrap_err();
         assert_eq!(status.code(), Code::Unauthenticated);
+        assert_eq!(status.message(), "only the host is served");
+    }
+
+    #[test]
+    fn a_call_from_nowhere_is_refused() {
+        let status = from_host(Request::new(()), VMADDR_CID_HOST).unwrap_err();
+        assert_eq!(status.code(), Code::Unauthenticated);
+    }
+
+    #[test]
+    fn a_reason_that_is_too_long_is_cut() {
+        let status = Status::from(ContainerError::Create("ä".repeat(REASON_BYTES)));
+        // A letter of two bytes may not have fitted.
+        assert!((REASON_BYTES - 1..=REASON_BYTES).contains(&status.message().len()));
     }
 
     #[test]
@@ -360,8 +393,8 @@ mod tests {
             (ContainerError::Signal(99), Code::InvalidArgument),
             (SpecError::Terminal.into(), Code::FailedPrecondition),
             (SpecError::Id(id()).into(), Code::InvalidArgument),
-            (StreamError::Missing { stream: Kind::Stdin }.into(), Code::DeadlineExceeded),
-            (StreamError::Taken { stream: Kind::Stdin }.into(), Code::InvalidArgument),
+            (StreamError::Missing { stream: StreamKind::Stdin }.into(), Code::DeadlineExceeded),
+            (StreamError::Taken { stream: StreamKind::Stdin }.into(), Code::InvalidArgument),
         ];
         for (error, code) in table {
             let words = error.to_string();

@@ -15,7 +15,9 @@ use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
 
 use crate::confinement::Restrictions;
+use crate::device_rules::{self, DeviceRuleError};
 use crate::disks::BoundDisk;
+use crate::mount_options;
 use crate::sysctl::{Setting, SettingError};
 
 /// The most of the container's user table that is read.
@@ -34,6 +36,10 @@ pub(crate) enum SpecError {
     RelativeRoot(PathBuf),
     #[error("process.terminal and the stream of a terminal go together")]
     Terminal,
+    #[error("process.execCPUAffinity is not supported: it numbers the processors of the host")]
+    Affinity,
+    #[error(transparent)]
+    DeviceRule(#[from] DeviceRuleError),
     #[error(transparent)]
     Setting(#[from] SettingError),
     #[error("hooks.{0} run on the host, not in the guest")]
@@ -91,7 +97,13 @@ pub(crate) fn prepare(
     for disk in disks {
         disk.renumber(linux);
     }
+    // Without any, libcontainer would set no rules at all, and every device could be used.
+    let mut resources = linux.resources().clone().unwrap_or_default();
+    let rules = device_rules::settle(resources.devices().as_deref().unwrap_or_default())?;
+    resources.set_devices(Some(rules));
+    linux.set_resources(Some(resources));
     name_sources(&mut spec);
+    mount_options::fit(&mut spec, &root);
     let network_settings =
         if has_new_network(&spec) { Vec::new() } else { take_network_settings(&mut spec)? };
     if has_new(&spec, LinuxNamespaceType::User) && !has_new_network(&spec) {
@@ -225,6 +237,9 @@ fn fit_process(process: &mut Process, root: &Path, terminal: bool) -> Result<(),
     }
     if process.args().as_ref().is_none_or(Vec::is_empty) {
         return Err(SpecError::Missing("process.args"));
+    }
+    if process.exec_cpu_affinity().is_some() {
+        return Err(SpecError::Affinity);
     }
     let mut environment = process.env().clone().unwrap_or_default();
     keep_locked_memory_limit(process)?;

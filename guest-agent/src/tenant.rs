@@ -1,98 +1,202 @@
 //! The tenant: this binary's third life, which adds one process to a container and exits.
 //!
-//! Like the creator it finds everything in the container's [`Place`] and answers by a report.
+//! Like the creator it finds everything in the container's [`ContainerFiles`] and answers by a report. It does
+//! without libcontainer's builder for such processes, which leaves the container's user namespace
+//! out: what it would hand on is made here.
 
 use std::fs;
-use std::path::Path;
+use std::io::{self, PipeReader, Read as _};
+use std::os::fd::AsRawFd as _;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::rc::Rc;
 
-use libcontainer::container::builder::ContainerBuilder;
-use libcontainer::error::LibcontainerError;
+use libcgroups::common::CgroupConfig;
+use libcontainer::notify_socket::{NotifyListener, NotifyListenerError, NotifySocket};
+use libcontainer::process::args::{ContainerArgs, ContainerType};
+use libcontainer::process::container_main_process::{ProcessError, container_main_process};
 use libcontainer::syscall::syscall::SyscallType;
-use oci_spec::runtime::Process;
-use serde_json::Value;
+use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Process, Spec};
+use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 
 use crate::cgroup::Cgroup;
 use crate::confinement::Restrictions;
-use crate::creator::{self, Place};
+use crate::creator::{self, ContainerFiles};
 use crate::executor::Program;
+use crate::fault;
 use crate::report::{self, Report};
 use crate::seccomp::FilterError;
 use crate::terminal;
 
-/// The first argument that makes the agent a tenant; the container's and the process's id follow.
+/// The first argument that makes the agent a tenant; the container's id, the process's and the pid of
+/// the container's init follow.
 pub(crate) const VERB: &str = "exec";
 
 /// The process as the agent has prepared it.
 pub(crate) const PROCESS: &str = "process.json";
 
-/// Libcontainer's state of a container, in its directory.
-const STATE: &str = "state.json";
+/// The socket that the process waits at until it may run its program.
+const NOTIFY: &str = "notify.sock";
 
 /// An error of adding a process.
 #[derive(Debug, thiserror::Error)]
 enum TenantError {
-    #[error(transparent)]
-    Libcontainer(#[from] LibcontainerError),
-    #[error("process cannot be read back")]
-    Read(#[from] std::io::Error),
-    #[error("libcontainer's state of the container tells no pid")]
-    NoInit,
-    #[error("cgroup of the container cannot be read")]
-    Cgroup(#[source] std::io::Error),
-    #[error(transparent)]
-    Filter(#[from] FilterError),
+    #[error("{0}")]
+    Libcontainer(#[from] ProcessError),
+    #[error("process cannot be told to start")]
+    Notify(#[from] NotifyListenerError),
+    #[error("specification cannot be read back")]
+    Spec(#[from] oci_spec::OciSpecError),
     #[error("process cannot be read back")]
     Json(#[from] serde_json::Error),
+    #[error(transparent)]
+    Filter(#[from] FilterError),
+    #[error("{0}")]
+    Step(&'static str, #[source] io::Error),
+    #[error("{0}")]
+    Failed(String),
 }
 
 /// Adds the process, which gets so many descriptors beyond the standard streams, and reports how it
 /// went.
-pub(crate) fn main(container_id: &str, exec_id: &str, descriptors: i32) -> ExitCode {
-    let place = Place::of(container_id);
-    let directory = place.exec(exec_id);
+pub(crate) fn main(
+    (container_id, exec_id, init): (&str, &str, &str),
+    descriptors: i32,
+) -> ExitCode {
+    let files = ContainerFiles::of(container_id);
+    let directory = files.exec(exec_id);
     let path = directory.join(report::FILE);
     let Ok(report) = Report::open(&path) else {
         return ExitCode::FAILURE;
     };
     creator::log_to(&path);
+    fault::watch_life(VERB);
     let report = Rc::new(report);
-    let joined = join(container_id, (&place, &directory), descriptors, Rc::clone(&report));
+    let joined = join((container_id, init), (&files, &directory), descriptors, Rc::clone(&report));
     creator::conclude(&report, joined)
 }
 
 fn join(
-    container_id: &str,
-    (place, directory): (&Place, &Path),
+    (container_id, init): (&str, &str),
+    (files, directory): (&ContainerFiles, &Path),
     descriptors: i32,
     report: Rc<Report>,
 ) -> Result<i32, TenantError> {
-    let path = directory.join(PROCESS);
-    let process: Process = serde_json::from_slice(&fs::read(&path)?)?;
-    let confinement = Restrictions::read(directory)?.prepare()?;
-    // Libcontainer leaves sockets beside the state that it reads. This copy goes with the rest of the
-    // process's directory.
-    let state = directory.join(container_id);
-    fs::create_dir(&state)?;
-    fs::copy(place.state.join(STATE), state.join(STATE))?;
-    let described: Value = serde_json::from_slice(&fs::read(state.join(STATE))?)?;
-    let init = described["pid"].as_u64().and_then(|pid| u32::try_from(pid).ok());
-    let init = init.ok_or(TenantError::NoInit)?;
-    let below = Cgroup::of(container_id).joined(init).map_err(TenantError::Cgroup)?;
-    let console = directory.join(terminal::SOCKET);
-    let has_terminal = process.terminal() == Some(true);
-    let pid = ContainerBuilder::new(container_id.to_owned(), SyscallType::default())
-        .with_root_path(directory)?
-        .with_executor(
-            Program::new(report, confinement, None).with_plain_lines(terminal::is_plain(directory)),
-        )
-        .with_console_socket(has_terminal.then_some(console))
-        .with_preserved_fds(descriptors)
-        .as_tenant()
-        .with_detach(true)
-        .with_sub_cgroup(below.map(|path| path.to_string_lossy().into_owned()))
-        .with_process(Some(&path))
-        .build()?;
+    let step = |name| move |error| TenantError::Step(name, error);
+    let process = fs::read(directory.join(PROCESS)).map_err(step("read the process back"))?;
+    let process: Process = serde_json::from_slice(&process)?;
+    let restrictions = Restrictions::read(directory).map_err(step("read restrictions back"))?;
+    let program = Program::new(report, restrictions.prepare()?, None)
+        .with_plain_lines(terminal::is_plain(directory));
+    let cgroup = cgroup(container_id, init).map_err(step("read the container's cgroup"))?;
+    let terminal = process.terminal() == Some(true);
+    let console = terminal.then(|| terminal::connect(directory)).transpose();
+    let console = console.map_err(step("connect to the console socket"))?;
+    let (failure, failing) = io::pipe().map_err(step("make a pipe"))?;
+    if let Some(score) = process.oom_score_adj() {
+        let set = fs::write("/proc/self/oom_score_adj", score.to_string());
+        set.map_err(step("set process.oomScoreAdj"))?;
+    }
+    let container = Spec::load(files.config())?;
+    let rootfs = container.root().as_ref().map(|root| root.path().clone()).unwrap_or_default();
+    let notify = directory.join(NOTIFY);
+    let arguments = ContainerArgs {
+        container_type: ContainerType::TenantContainer { exec_notify_fd: failing.as_raw_fd() },
+        syscall: SyscallType::default(),
+        spec: Rc::new(joining(container, process, init)),
+        rootfs,
+        console_socket: console.as_ref().map(|console| console.as_raw_fd()),
+        notify_listener: NotifyListener::new(&notify)?,
+        preserve_fds: descriptors,
+        container: None,
+        user_ns_config: None,
+        cgroup_config: cgroup,
+        detached: true,
+        executor: Box::new(program),
+        no_pivot: false,
+        stdin: None,
+        stdout: None,
+        stderr: None,
+        as_sibling: false,
+        pid_file: None,
+    };
+    // No process of the container may look into this one once it is among them.
+    let hidden = set_dumpable_behavior(DumpableBehavior::NotDumpable);
+    hidden.map_err(|error| TenantError::Step("hide from the container", error.into()))?;
+    let pid = container_main_process(&arguments)?;
+    NotifySocket::new(notify).notify_container_start()?;
+    drop(failing);
+    ran(failure)?;
     Ok(pid.as_raw())
+}
+
+/// Waits until the program runs, or has said why it cannot.
+fn ran(mut failure: PipeReader) -> Result<(), TenantError> {
+    let mut reason = String::new();
+    let read = failure.read_to_string(&mut reason);
+    read.map_err(|error| TenantError::Step("wait for the program", error))?;
+    if reason.is_empty() { Ok(()) } else { Err(TenantError::Failed(reason)) }
+}
+
+/// Where the process goes: the container's cgroup, or the one below it that the container's init is in.
+fn cgroup(container_id: &str, init: &str) -> io::Result<CgroupConfig> {
+    let init = init.parse().map_err(io::Error::other)?;
+    let mut cgroup_path = Path::new("/").join(container_id);
+    if let Some(below) = Cgroup::of(container_id).joined(init)? {
+        cgroup_path.push(below);
+    }
+    Ok(CgroupConfig { cgroup_path, systemd_cgroup: false, container_name: container_id.to_owned() })
+}
+
+/// The container's specification for a process that joins every namespace of its init. What a
+/// container has but once, libcontainer does not look at then.
+fn joining(mut container: Spec, process: Process, init: &str) -> Spec {
+    let linux = container.linux_mut().as_mut().and_then(|linux| linux.namespaces_mut().as_mut());
+    for namespace in linux.into_iter().flatten() {
+        namespace.set_path(Some(path(namespace, init)));
+    }
+    container.set_process(Some(process));
+    container
+}
+
+/// A namespace of a process, namespaces(7).
+fn path(namespace: &LinuxNamespace, pid: &str) -> PathBuf {
+    let name = match namespace.typ() {
+        LinuxNamespaceType::Mount => "mnt",
+        LinuxNamespaceType::Cgroup => "cgroup",
+        LinuxNamespaceType::Uts => "uts",
+        LinuxNamespaceType::Ipc => "ipc",
+        LinuxNamespaceType::User => "user",
+        LinuxNamespaceType::Pid => "pid",
+        LinuxNamespaceType::Network => "net",
+        LinuxNamespaceType::Time => "time",
+    };
+    Path::new("/proc").join(pid).join("ns").join(name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    #[test]
+    fn every_namespace_of_the_container_is_joined() {
+        let container = json!({
+            "ociVersion": "1.0.2",
+            "linux": {"namespaces": [
+                {"type": "user"}, {"type": "mount"}, {"type": "pid", "path": "/proc/7/ns/pid"}
+            ]}
+        });
+        let container: Spec = serde_json::from_value(container).unwrap();
+        let process = json!({"args": ["x"], "cwd": "/", "user": {"uid": 0, "gid": 0}});
+        let spec = joining(container, serde_json::from_value(process).unwrap(), "9");
+        let spec: Value = serde_json::to_value(spec).unwrap();
+        let expected = json!([
+            {"type": "user", "path": "/proc/9/ns/user"},
+            {"type": "mount", "path": "/proc/9/ns/mnt"},
+            {"type": "pid", "path": "/proc/9/ns/pid"}
+        ]);
+        assert_eq!(spec["linux"]["namespaces"], expected);
+        assert_eq!(spec["process"]["args"], json!(["x"]));
+    }
 }

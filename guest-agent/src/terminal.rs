@@ -9,6 +9,7 @@ use std::fs::File;
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::pin::Pin;
 use std::sync::Arc;
@@ -25,7 +26,7 @@ use tokio::net::unix::pipe;
 use tokio::time::timeout;
 use tokio_vsock::VsockStream;
 
-use crate::io::{self as streams, Kind, Meeting, StreamError};
+use crate::io::{self as streams, Meeting, StreamError, StreamKind};
 
 /// The socket that libcontainer sends the master to, in a directory of the process's own.
 pub(crate) const SOCKET: &str = "console.sock";
@@ -64,7 +65,7 @@ impl Awaited {
     /// # Errors
     /// The header has the wrong length, or the socket cannot be made.
     pub(crate) fn listen(directory: &Path, asked: &agent::Terminal) -> Result<Self, StreamError> {
-        let stream = Kind::Terminal;
+        let stream = StreamKind::Terminal;
         let length = asked.stream.len();
         let header = StreamHeader::from_bytes(&asked.stream)
             .ok_or(StreamError::Header { stream, length })?;
@@ -88,7 +89,7 @@ impl Awaited {
         self,
         meeting: &Meeting<VsockStream>,
     ) -> Result<Terminal, StreamError> {
-        let stream = Kind::Terminal;
+        let stream = StreamKind::Terminal;
         let failed = |source| StreamError::Pipe { stream, source };
         let master = timeout(streams::PATIENCE, receive(&self.listener)).await;
         let master = master.map_err(|_| StreamError::Missing { stream })?.map_err(failed)?;
@@ -116,6 +117,16 @@ pub(crate) fn end_lines_plainly(terminal: BorrowedFd<'_>) -> io::Result<()> {
     let mut modes = tcgetattr(terminal)?;
     modes.output_modes.remove(OutputModes::ONLCR);
     Ok(tcsetattr(terminal, OptionalActions::Now, &modes)?)
+}
+
+/// Connects to the socket of a directory, to send a master there.
+///
+/// # Errors
+/// Nobody listens.
+pub(crate) fn connect(directory: &Path) -> io::Result<UnixStream> {
+    // As in [`Awaited::listen`].
+    let opened = File::open(directory)?;
+    UnixStream::connect(format!("/proc/self/fd/{}/{SOCKET}", opened.as_raw_fd()))
 }
 
 /// The master that the first connection brings.
@@ -149,13 +160,13 @@ fn start(master: OwnedFd, connection: VsockStream) -> io::Result<()> {
         let (mut input, mut output) = tokio::io::split(connection);
         let feed = async {
             let fed = streams::copy(&mut input, &mut keys).await;
-            streams::log_end(Kind::Terminal, fed);
+            streams::log_end(StreamKind::Terminal, fed);
             // The process lives on without anybody to type for it.
             std::future::pending::<()>().await;
         };
         let drain = async {
             let drained = streams::copy(&mut screen, &mut output).await;
-            streams::log_end(Kind::Terminal, drained);
+            streams::log_end(StreamKind::Terminal, drained);
         };
         tokio::select! {
             () = feed => {}

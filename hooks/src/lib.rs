@@ -33,23 +33,27 @@ pub fn failed(kind: &str, number: usize, name: &Path, error: &io::Error) -> io::
     io::Error::other(format!("error running {kind} hook #{number}, {name}: {error}"))
 }
 
-/// Runs one hook to its end by `command`, which gets its arguments and its environment, and the
-/// container's state as JSON. What the hook writes goes nowhere, but for the words of an error.
+/// Runs one hook to its end by `command`, which gets its arguments and the container's state as JSON.
+/// A hook without an environment of its own has that of `command`. What the hook writes goes nowhere,
+/// but for the words of an error.
 ///
 /// # Errors
 /// When it cannot be started, ends with another status than 0, or not in time; it is killed then.
 pub fn run(hook: &Hook, mut command: Command, state: &[u8]) -> io::Result<()> {
     // A file, which never fills up as a pipe would.
     let mut words = File::from(memfd_create("hook", MemfdFlags::CLOEXEC)?);
-    command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(words.try_clone()?).env_clear();
+    command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(words.try_clone()?);
     // The first argument is the name that the hook is called by.
     match hook.args().as_deref().and_then(<[String]>::split_first) {
         Some((name, args)) => command.arg0(name).args(args),
         None => command.arg0(hook.path()),
     };
-    for variable in hook.env().iter().flatten() {
-        let (name, value) = variable.split_once('=').unwrap_or((variable, ""));
-        command.env(name, value);
+    if let Some(environment) = hook.env() {
+        command.env_clear();
+        for variable in environment {
+            let (name, value) = variable.split_once('=').unwrap_or((variable, ""));
+            command.env(name, value);
+        }
     }
     let mut child = command.spawn()?;
     let written = child.stdin.take().map_or(Ok(()), |mut stdin| stdin.write_all(state));
@@ -116,6 +120,23 @@ mod tests {
         let script = format!("cat >{0}; echo $X$HOME >>{0}", out.display());
         run_here(&shell(&script, 10)).unwrap();
         assert_eq!(fs::read_to_string(out).unwrap(), "the state\n1\n");
+    }
+
+    #[test]
+    fn a_hook_without_an_environment_has_that_of_who_runs_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let out = directory.path().join("out");
+        let mut hook = shell(&format!("echo $X$OTHERS >{}", out.display()), 10);
+        hook.set_env(None);
+        let run_with = |hook: &Hook| {
+            let mut command = Command::new(hook.path());
+            command.env("OTHERS", "here");
+            run(hook, command, b"").unwrap();
+            fs::read_to_string(&out).unwrap()
+        };
+        assert_eq!(run_with(&hook), "here\n");
+        hook.set_env(Some(Vec::new()));
+        assert_eq!(run_with(&hook), "\n");
     }
 
     #[test]

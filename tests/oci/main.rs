@@ -4,11 +4,15 @@
 #[cfg(test)]
 mod activation;
 #[cfg(test)]
+mod capabilities;
+#[cfg(test)]
 mod cgroup;
 #[cfg(test)]
 mod command_line;
 #[cfg(test)]
 mod descriptors;
+#[cfg(test)]
+mod device_rules;
 #[cfg(test)]
 mod differential;
 #[cfg(test)]
@@ -30,6 +34,8 @@ mod frozen;
 #[cfg(test)]
 mod growth;
 #[cfg(test)]
+mod hook_environment;
+#[cfg(test)]
 mod hooks;
 #[cfg(test)]
 mod ids;
@@ -44,6 +50,8 @@ mod limits;
 #[cfg(test)]
 mod load;
 #[cfg(test)]
+mod mount_flags;
+#[cfg(test)]
 mod mounts;
 #[cfg(test)]
 mod nested;
@@ -57,6 +65,10 @@ mod pause;
 mod pods;
 #[cfg(test)]
 mod process;
+#[cfg(test)]
+mod process_settings;
+#[cfg(test)]
+mod programs;
 #[cfg(test)]
 mod redirected;
 #[cfg(test)]
@@ -73,5 +85,11 @@ mod streams;
 mod supervisor;
 #[cfg(test)]
 mod terminal;
+#[cfg(test)]
+mod terminal_user;
+#[cfg(test)]
+mod unified;
+#[cfg(test)]
+mod user_namespace;
 #[cfg(test)]
 mod workloads;

@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use bulkhead_tests::bundle::{Bundle, bind};
 use bulkhead_tests::runtime::{Runtime, told};
@@ -26,7 +26,7 @@ fn mapping() -> Value {
 }
 
 /// A directory with files of several owners.
-fn given(bundle: &Bundle) -> std::path::PathBuf {
+fn given(bundle: &Bundle) -> PathBuf {
     let directory = bundle.path().join("m");
     fs::create_dir(&directory).unwrap();
     fs::set_permissions(&directory, fs::Permissions::from_mode(0o777)).unwrap();
@@ -38,7 +38,7 @@ fn given(bundle: &Bundle) -> std::path::PathBuf {
 }
 
 /// Gives a container a user namespace, and its root file system to its root.
-fn with_user_namespace(bundle: &Bundle, spec: &mut Value) {
+pub(crate) fn with_user_namespace(bundle: &Bundle, spec: &mut Value) {
     spec["linux"]["namespaces"].as_array_mut().unwrap().push(json!({"type": "user"}));
     spec["linux"]["uidMappings"] = mapping();
     spec["linux"]["gidMappings"] = mapping();
@@ -138,19 +138,19 @@ fn without_a_mapping_owners_are_as_they_are() {
 }
 
 /// A file system on a directory, as long as this lives.
-struct Mounted<'a>(&'a Path);
+pub(crate) struct Mounted(PathBuf);
 
-impl<'a> Mounted<'a> {
-    fn on(directory: &'a Path, kind: &str) -> Self {
+impl Mounted {
+    pub(crate) fn on(directory: &Path, kind: &str) -> Self {
         mount(kind, directory, kind, MountFlags::empty(), None).unwrap();
-        Self(directory)
+        Self(directory.to_owned())
     }
 }
 
-impl Drop for Mounted<'_> {
+impl Drop for Mounted {
     fn drop(&mut self) {
         // It fails only when it is gone already.
-        let _ = unmount(self.0, UnmountFlags::DETACH);
+        let _ = unmount(&self.0, UnmountFlags::DETACH);
     }
 }
 

@@ -28,7 +28,7 @@ const TALK: &str = "until [ \"$(busybox stty size)\" = '33 77' ]; do sleep 0.1; 
 /// The master of a terminal, and all that was seen on it.
 pub(crate) struct Screen {
     master: File,
-    seen: String,
+    pub(crate) seen: String,
 }
 
 impl Screen {
@@ -55,7 +55,7 @@ impl Screen {
     }
 
     /// Reads to the end.
-    fn wait_for_end(&mut self) -> Result<()> {
+    pub(crate) fn wait_for_end(&mut self) -> Result<()> {
         while self.read()? {}
         Ok(())
     }
@@ -103,7 +103,7 @@ pub(crate) fn with_terminal(script: &str) -> Result<Bundle> {
 }
 
 /// Starts a command whose terminal's master goes to a socket; gives the terminal.
-fn detached(runtime: &Runtime, directory: &Path, words: &[&str]) -> Result<Screen> {
+pub(crate) fn detached(runtime: &Runtime, directory: &Path, words: &[&str]) -> Result<Screen> {
     let socket = directory.join("console.sock");
     let listener = UnixListener::bind(&socket)?;
     let (verb, rest) = words.split_first().context("no verb")?;

@@ -15,12 +15,12 @@ use bulkhead_vmm::control::Request;
 use hyper_util::rt::TokioIo;
 use tonic::transport::{Channel, Endpoint};
 
-const BOOT: Duration = Duration::from_secs(60);
+pub(crate) const BOOT: Duration = Duration::from_secs(60);
 /// The slot of the disk that is attached late; Linux numbers its platform devices likewise.
 const DISK_SLOT: u8 = 9;
 
 /// A client on a stream that the monitor opened. The stream can be used once, like its channel.
-async fn client(stream: UnixStream) -> AgentClient<Channel> {
+pub(crate) async fn client(stream: UnixStream) -> AgentClient<Channel> {
     stream.set_nonblocking(true).unwrap();
     let mut stream = Some(tokio::net::UnixStream::from_std(stream).unwrap());
     let connector = tower::service_fn(move |_| {
@@ -31,7 +31,7 @@ async fn client(stream: UnixStream) -> AgentClient<Channel> {
     AgentClient::new(endpoint.connect_with_connector(connector).await.unwrap())
 }
 
-fn hello() -> HelloRequest {
+pub(crate) fn hello() -> HelloRequest {
     HelloRequest {
         version: VERSION,
         time_ns: 1_700_000_000_000_000_000,

@@ -6,6 +6,8 @@ mod agent;
 #[cfg(test)]
 mod devices;
 #[cfg(test)]
+mod fault;
+#[cfg(test)]
 mod growth;
 #[cfg(test)]
 mod jail;

@@ -17,7 +17,7 @@ use super::{
 };
 use crate::cgroup::Cgroup;
 use crate::confinement::Restrictions;
-use crate::creator::Place;
+use crate::creator::ContainerFiles;
 use crate::descriptors;
 use crate::process::send_signal;
 use crate::share;
@@ -164,17 +164,18 @@ impl Containers {
 
     /// Starts a process whose id is reserved, or leaves nothing of it.
     async fn start_exec(&self, order: ExecOrder) -> Result<Exec, ContainerError> {
-        let files = descriptors::has_files(&order.descriptors);
+        let shares_files = descriptors::has_files(&order.descriptors);
         let ExecOrder { container_id: id, exec_id, process_json, mut streams, descriptors } = order;
-        if self.created(&id)?.init.ended().is_some() {
+        let of = self.created(&id)?;
+        if of.init.ended().is_some() {
             return Err(state(&id, "has ended"));
         }
         // It would be frozen on its way in.
         if Cgroup::of(&id).is_frozen().map_err(failed("look whether it is frozen"))? {
             return Err(state(&id, "is frozen"));
         }
-        let place = Place::of(&id);
-        let container = Place::of(&id);
+        let files = ContainerFiles::of(&id);
+        let container = ContainerFiles::of(&id);
         let terminal = streams.terminal.is_some();
         let prepared = spawn_blocking(move || {
             let spec = read_spec(&container)?;
@@ -184,7 +185,7 @@ impl Containers {
             spec::prepare_process(container, &process_json, terminal).map_err(ContainerError::from)
         });
         let prepared = prepared.await.map_err(|e| failed("read the process")(e.into()))??;
-        let directory = place.exec(&exec_id);
+        let directory = files.exec(&exec_id);
         let started = async {
             fs::create_dir_all(&directory).map_err(failed("make the process's directory"))?;
             let PreparedProcess { process, restrictions, stream_owner } = prepared;
@@ -193,7 +194,8 @@ impl Containers {
             let process = serde_json::to_vec(&process).map_err(SpecError::from)?;
             fs::write(directory.join(tenant::PROCESS), process)
                 .map_err(failed("write the process"))?;
-            let arguments = [tenant::VERB, &id, &exec_id];
+            let init = of.pid.as_raw_nonzero().to_string();
+            let arguments = [tenant::VERB, &id, &exec_id, &init];
             let ends = (streams, descriptors);
             self.make_process(&arguments, stream_owner, &directory, ends).await
         }
@@ -203,7 +205,7 @@ impl Containers {
         }
         let (made, connected) = started?;
         match connected {
-            Ok(connected) => Ok(Exec { made, connected, files }),
+            Ok(connected) => Ok(Exec { made, connected, files: shares_files }),
             Err(error) => {
                 // It may have ended by itself.
                 let _ = send_signal(made.pid, libc::SIGKILL);

@@ -18,14 +18,14 @@ async fn a_connection_that_comes_first_waits_for_its_call() {
     let offering = meeting.clone();
     tokio::spawn(async move { offering.offer(header(1), "mine", permit().await).await });
     sleep(Duration::from_secs(9)).await;
-    assert_eq!(meeting.claim(header(1), Kind::Stdout).await.unwrap(), "mine");
+    assert_eq!(meeting.claim(header(1), StreamKind::Stdout).await.unwrap(), "mine");
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_call_that_comes_first_waits_for_its_connection() {
     let meeting = Meeting::default();
     let claiming = meeting.clone();
-    let call = tokio::spawn(async move { claiming.claim(header(1), Kind::Stdin).await });
+    let call = tokio::spawn(async move { claiming.claim(header(1), StreamKind::Stdin).await });
     sleep(Duration::from_secs(9)).await;
     meeting.offer(header(1), "mine", permit().await).await;
     assert_eq!(call.await.unwrap().unwrap(), "mine");
@@ -34,7 +34,7 @@ async fn a_call_that_comes_first_waits_for_its_connection() {
 #[tokio::test(start_paused = true)]
 async fn a_stream_that_does_not_come_in_time_is_named() {
     let meeting = Meeting::<()>::default();
-    let error = meeting.claim(header(1), Kind::Stdin).await.unwrap_err();
+    let error = meeting.claim(header(1), StreamKind::Stdin).await.unwrap_err();
     assert_eq!(error.to_string(), "stdin was not connected in 30 seconds");
 }
 
@@ -42,8 +42,8 @@ async fn a_stream_that_does_not_come_in_time_is_named() {
 async fn nothing_is_left_of_a_call_or_a_connection_that_waited_in_vain() {
     let meeting = Meeting::default();
     meeting.offer(header(1), "unwanted", permit().await).await;
-    assert!(meeting.claim(header(2), Kind::Stdout).await.is_err());
-    drop(timeout(Duration::from_secs(1), meeting.claim(header(3), Kind::Stdout)).await);
+    assert!(meeting.claim(header(2), StreamKind::Stdout).await.is_err());
+    drop(timeout(Duration::from_secs(1), meeting.claim(header(3), StreamKind::Stdout)).await);
     assert!(meeting.table().is_empty());
 }
 
@@ -51,10 +51,10 @@ async fn nothing_is_left_of_a_call_or_a_connection_that_waited_in_vain() {
 async fn a_second_call_for_one_stream_is_refused_and_the_first_still_served() {
     let meeting = Meeting::default();
     let claiming = meeting.clone();
-    let call = tokio::spawn(async move { claiming.claim(header(1), Kind::Stdout).await });
+    let call = tokio::spawn(async move { claiming.claim(header(1), StreamKind::Stdout).await });
     sleep(Duration::from_millis(1)).await;
-    let second = meeting.claim(header(1), Kind::Stderr).await;
-    assert!(matches!(second, Err(StreamError::Taken { stream: Kind::Stderr })));
+    let second = meeting.claim(header(1), StreamKind::Stderr).await;
+    assert!(matches!(second, Err(StreamError::Taken { stream: StreamKind::Stderr })));
     meeting.offer(header(1), "first", permit().await).await;
     assert_eq!(call.await.unwrap().unwrap(), "first");
 }

@@ -27,7 +27,11 @@ fn a_program_that_is_missing_and_one_that_is_none_have_their_codes() {
     Guest::run(async |mut guest| {
         let table = [
             ("absent", Code::NotFound, "exec: \"absent\": executable file not found in $PATH"),
-            ("/bin/absent", Code::NotFound, "exec: \"/bin/absent\": no such file or directory"),
+            (
+                "/bin/absent",
+                Code::NotFound,
+                "exec: \"/bin/absent\": stat /bin/absent: no such file or directory",
+            ),
             ("/etc/data", Code::PermissionDenied, "exec: \"/etc/data\": permission denied"),
             ("/etc", Code::PermissionDenied, "exec: \"/etc\": is a directory"),
         ];
@@ -43,12 +47,12 @@ fn a_program_that_is_missing_and_one_that_is_none_have_their_codes() {
 
 #[test]
 #[ignore = "needs the test host"]
-fn a_program_that_the_kernel_refuses_says_so_and_exits_with_255() {
+fn a_program_that_the_kernel_refuses_says_so_and_exits_with_1() {
     Guest::run(async |mut guest| {
         let spec = guest.program(&["/bin/broken"]);
         let ran = guest.run_container(&spec, b"").await;
         assert_eq!(ran.stderr, "exec /bin/broken: exec format error\n");
-        assert_eq!(ran.status, 255);
+        assert_eq!(ran.status, 1);
     });
 }
 

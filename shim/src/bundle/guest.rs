@@ -3,13 +3,16 @@
 //! Only what has to change is changed; the agent and libcontainer keep the rest.
 
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use bulkhead_protocol::{NOTIFY_DIR, NOTIFY_SOCKET, SHARE_DIR};
 use oci_spec::runtime::{Linux, LinuxNamespaceType, Mount, Spec};
 
 use super::id_map::{self, IdMap};
-use super::{Additions, BundleError, Surroundings, hook_programs, pod, refuse, resources};
+use super::{
+    Additions, BundleError, Surroundings, hook_programs, pod, read_only, refuse, resources,
+};
 use crate::state::id::ContainerId;
 
 /// Where a container has the socket for sd_notify(3), as under runc.
@@ -33,8 +36,10 @@ pub struct Shared {
     pub target: PathBuf,
     /// What it is.
     pub kind: FileKind,
-    /// Nothing below it can be changed from the guest, whatever the guest does.
+    /// It cannot be written to from the guest, whatever the guest does.
     pub read_only: bool,
+    /// Nor can what is mounted below it.
+    pub read_only_below: bool,
     /// With what is mounted below it.
     pub recursive: bool,
     /// How its owners are mapped.
@@ -64,6 +69,7 @@ pub(super) fn rewrite(
         target: "rootfs".into(),
         kind: FileKind::Directory,
         read_only: false,
+        read_only_below: false,
         recursive: true,
         id_map: None,
     }];
@@ -78,7 +84,12 @@ pub(super) fn rewrite(
             let target = Path::new("mounts").join((shared.len() - 1).to_string());
             let source = mount.source().clone().unwrap_or_default();
             mount.set_source(Some(in_guest(&target)));
-            shared.push(Shared { id_map, ..share(mount, &source, target, bundle)? });
+            let entry = Shared { id_map, ..share(mount, &source, target, bundle)? };
+            if entry.recursive {
+                read_only::leave_to_host(mount, &entry.source)
+                    .map_err(|error| unusable(&entry.source, error))?;
+            }
+            shared.push(entry);
         }
     }
     spec.set_mounts(mounts);
@@ -143,21 +154,21 @@ fn share(
 ) -> Result<Shared, BundleError> {
     // A relative source is relative to the bundle, as in runc.
     let source = bundle.join(source);
-    let metadata = fs::metadata(&source).map_err(|error| BundleError::Source {
-        what: "source of a bind mount",
-        path: source.clone(),
-        source: error,
-    })?;
-    let mode =
-        mount.options().iter().flatten().rev().find(|option| *option == "ro" || *option == "rw");
+    let metadata = fs::metadata(&source).map_err(|error| unusable(&source, error))?;
+    let read_only = read_only::of(mount);
     Ok(Shared {
         source,
         target,
         kind: if metadata.is_dir() { FileKind::Directory } else { FileKind::File },
-        read_only: mode.is_some_and(|mode| mode == "ro"),
+        read_only: read_only.itself,
+        read_only_below: read_only.below,
         recursive: has_option(mount, &["rbind"]),
         id_map: None,
     })
+}
+
+fn unusable(source: &Path, error: io::Error) -> BundleError {
+    BundleError::Source { what: "source of a bind mount", path: source.to_owned(), source: error }
 }
 
 /// Takes out what belongs to the host; gives the names of what a caller may miss.

@@ -58,6 +58,7 @@ fn share(hook: &Hook, target: PathBuf) -> Result<Option<Shared>, BundleError> {
         target,
         kind: FileKind::File,
         read_only: true,
+        read_only_below: true,
         recursive: false,
         id_map: None,
     };

@@ -8,8 +8,10 @@ mod disks;
 mod guest;
 mod hook_programs;
 mod id_map;
+mod lenient;
 mod limits;
 mod pod;
+mod read_only;
 pub mod refuse;
 mod resources;
 mod size;
@@ -21,7 +23,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use bulkhead_protocol::MAX_REQUEST_BYTES;
-use oci_spec::runtime::{Hooks, LinuxNamespace, LinuxNamespaceType, LinuxResources, Spec};
+use oci_spec::runtime::{Hooks, LinuxNamespace, LinuxNamespaceType, LinuxResources, Process, Spec};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -138,6 +140,8 @@ pub struct Bundle {
     pub dir: PathBuf,
     /// Its specification.
     pub spec: Spec,
+    /// Capabilities that it names and nobody knows, which are left out of `spec`.
+    pub unknown_capabilities: Vec<String>,
 }
 
 /// What a pod needs to run one container, beyond what the pod is itself ([`PodPlan`]).
@@ -196,9 +200,33 @@ pub fn read(dir: &Path) -> Result<Bundle, BundleError> {
         .map_err(|source| BundleError::NoBundle { path: dir.to_owned(), source })?;
     let path = dir.join(CONFIG);
     let json = read_config(&dir, &path)?;
-    let spec =
-        serde_json::from_slice(&json).map_err(|source| BundleError::Json { path, source })?;
-    Ok(Bundle { dir, spec })
+    let (spec, unknown_capabilities) =
+        lenient::spec(&json).map_err(|source| BundleError::Json { path, source })?;
+    Ok(Bundle { dir, spec, unknown_capabilities })
+}
+
+/// Reads a process of its own, as `exec` has it.
+///
+/// # Errors
+/// It is none.
+pub fn read_process(json: &[u8]) -> Result<Process, serde_json::Error> {
+    let (process, unknown) = lenient::process(json)?;
+    warn_of_unknown(&unknown);
+    Ok(process)
+}
+
+/// Whether there is a capability of this name.
+#[must_use]
+pub fn is_capability(name: &str) -> bool {
+    lenient::is_known(&name.into())
+}
+
+/// Says in the words of runc that capabilities are left out.
+pub fn warn_of_unknown(capabilities: &[String]) {
+    if !capabilities.is_empty() {
+        let names = capabilities.join(" ");
+        tracing::warn!("ignoring unknown or unavailable capabilities: [{names}]");
+    }
 }
 
 fn read_config(dir: &Path, path: &Path) -> Result<Vec<u8>, BundleError> {
@@ -276,7 +304,7 @@ impl Bundle {
     /// Whether the container's program gets a terminal.
     #[must_use]
     pub fn terminal(&self) -> bool {
-        self.spec.process().as_ref().and_then(oci_spec::runtime::Process::terminal) == Some(true)
+        self.spec.process().as_ref().and_then(Process::terminal) == Some(true)
     }
 
     /// The network namespace of the host that is the container's.

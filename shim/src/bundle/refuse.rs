@@ -32,11 +32,11 @@ pub(crate) fn refuse(what: impl Into<String>, instead: &'static str) -> Refusal 
     Refusal { what: what.into(), instead }
 }
 
-/// Asks crun to leave a process the groups of its caller.
-const KEEP_GROUPS: &str = "run.oci.keep_original_groups";
-
 /// The network namespace that this process is in.
 const OWN_NETWORK: &str = "/proc/self/ns/net";
+
+/// How crun is asked to leave a process the groups of its caller (`--group-add keep-groups` of Podman).
+const KEEP_GROUPS: &str = "run.oci.keep_original_groups";
 
 /// Character devices that the guest has itself, by major and minor number.
 const GUEST_DEVICES: [(i64, i64); 11] =
@@ -51,15 +51,8 @@ pub fn check(spec: &Spec, neighbours: &Neighbours) -> Result<Joined, Refusal> {
     if spec.root().is_none() {
         return Err(refuse("config.json has no root", "add \"root\": {\"path\": \"rootfs\"}"));
     }
-    if spec.annotations().as_ref().is_some_and(|it| it.contains_key(KEEP_GROUPS)) {
-        return Err(refuse(
-            format!(
-                "annotation {KEEP_GROUPS}: the host's groups mean nothing in a machine of its own"
-            ),
-            "name groups in process.user.additionalGids, or with --group-add",
-        ));
-    }
     mounts(spec)?;
+    annotations(spec)?;
     let Some(linux) = spec.linux() else {
         return Err(refuse("config.json has no linux section", "only Linux containers are run"));
     };
@@ -102,6 +95,17 @@ fn process(spec: &Spec) -> Result<(), Refusal> {
         return Err(refuse(what, "begin it with '/'"));
     }
     Ok(())
+}
+
+fn annotations(spec: &Spec) -> Result<(), Refusal> {
+    let annotations = spec.annotations().as_ref();
+    match annotations.and_then(|annotations| annotations.get(KEEP_GROUPS)) {
+        Some(keeps) if keeps != "0" && !keeps.is_empty() => Err(refuse(
+            format!("annotation {KEEP_GROUPS} would keep the groups of the caller"),
+            "name them in process.user.additionalGids, or with --group-add",
+        )),
+        _ => Ok(()),
+    }
 }
 
 fn mounts(spec: &Spec) -> Result<(), Refusal> {
@@ -243,6 +247,20 @@ fn host_features(linux: &Linux) -> Result<(), Refusal> {
     let flags = linux.personality().as_ref().and_then(|it| it.flags().as_ref());
     if flags.is_some_and(|flags| !flags.is_empty()) {
         return Err(refuse("linux.personality.flags are not known", "name a domain only"));
+    }
+    if linux.memory_policy().is_some() {
+        return Err(refuse(
+            "linux.memoryPolicy chooses memory nodes of the host, and the machine has but one",
+            "choose them for the whole pod, with linux.resources.cpu.mems",
+        ));
+    }
+    let clocks = linux.time_offsets().as_ref().is_some_and(|offsets| !offsets.is_empty());
+    let mut namespaces = linux.namespaces().iter().flatten();
+    if clocks && !namespaces.any(|entry| entry.typ() == LinuxNamespaceType::Time) {
+        return Err(refuse(
+            "linux.timeOffsets is for a time namespace, and there is none",
+            "add {\"type\": \"time\"} to linux.namespaces",
+        ));
     }
     if linux.net_devices().as_ref().is_some_and(|devices| !devices.is_empty()) {
         return Err(refuse(

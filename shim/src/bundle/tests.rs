@@ -120,6 +120,13 @@ fn what_cannot_be_kept_is_refused_in_words() {
             json!({"domain": "LINUX32", "flags": ["ADDR_NO_RANDOMIZE"]}),
             "linux.personality.flags",
         ),
+        ("/linux/memoryPolicy", json!({"mode": "MPOL_BIND"}), "linux.memoryPolicy"),
+        ("/linux/timeOffsets", json!({"monotonic": {"secs": 1}}), "linux.timeOffsets"),
+        (
+            "/annotations",
+            json!({"run.oci.keep_original_groups": "1"}),
+            "annotation run.oci.keep_original_groups",
+        ),
         ("/process/execCPUAffinity", json!({"initial": "0"}), "execCPUAffinity"),
         (
             "/mounts",
@@ -159,19 +166,25 @@ fn bind_mounts_are_shared_with_their_kind_and_mode() {
         {"destination": "/a", "type": "bind", "source": "data", "options": ["rbind", "ro", "rw"]},
         {"destination": "/b", "type": "none", "source": file, "options": ["bind", "ro"]},
         {"destination": "/t", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid"]},
+        {"destination": "/c", "source": "data", "options": ["rbind", "rro"]},
+        {"destination": "/d", "source": "/", "options": ["rbind", "ro", "nosuid"]},
     ]);
     fs::write(bundle.path().join(CONFIG), serde_json::to_vec(&config).unwrap()).unwrap();
     let shared = bundle.plan().unwrap().shared;
-    assert_eq!(shared.len(), 3);
+    assert_eq!(shared.len(), 5);
     assert_eq!(shared[0].target, Path::new("rootfs"));
     let seen = |n: usize| (shared[n].kind, shared[n].read_only, shared[n].recursive);
     assert_eq!(seen(1), (FileKind::Directory, false, true));
     assert_eq!(seen(2), (FileKind::File, true, false));
     assert_eq!(shared[2].target, Path::new("mounts/1"));
+    let read_only = |n: usize| (shared[n].read_only, shared[n].read_only_below);
+    assert_eq!((read_only(3), read_only(4)), ((true, true), (true, false)));
     let spec = bundle.guest_spec();
     assert_eq!(spec["mounts"][0]["source"], "/run/bulkhead/share/0/mounts/0");
     assert_eq!(spec["mounts"][1]["options"], json!(["bind", "ro"]));
     assert_eq!(spec["mounts"][2]["source"], "tmpfs");
+    assert_eq!(spec["mounts"][3]["options"], json!(["rbind", "rro"]));
+    assert_eq!(spec["mounts"][4]["options"], json!(["rbind", "nosuid"]));
 }
 
 #[test]

@@ -59,6 +59,7 @@ impl Creation {
             bail!("bulkhead must be run as root");
         }
         let bundle = bundle::read(&create.bundle)?;
+        bundle::warn_of_unknown(&bundle.unknown_capabilities);
         let root = std::path::absolute(&global.root)?;
         let joined = bundle.check(&root)?;
         let terminal = bundle.terminal();

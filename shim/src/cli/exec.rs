@@ -188,7 +188,7 @@ fn read(path: &Path) -> anyhow::Result<Process> {
         "process file {} has {bytes} bytes; at most {PROCESS_BYTES_MAX} are read",
         path.display()
     );
-    serde_json::from_slice(&fs::read(path).with_context(context)?).with_context(context)
+    bundle::read_process(&fs::read(path).with_context(context)?).with_context(context)
 }
 
 /// The container's own process with the changes that the options ask for, as runc makes them.
@@ -247,11 +247,11 @@ fn with_more(
     capabilities: Option<LinuxCapabilities>,
     names: &[String],
 ) -> anyhow::Result<LinuxCapabilities> {
-    let parse = |name: &String| {
-        serde_json::from_value::<Capability>(name.clone().into())
-            .with_context(|| format!("--cap {name:?}: no such capability, write it as CAP_KILL"))
-    };
-    let more = names.iter().map(parse).collect::<anyhow::Result<Capabilities>>()?;
+    let (known, unknown): (Vec<_>, Vec<_>) =
+        names.iter().cloned().partition(|name| bundle::is_capability(name));
+    bundle::warn_of_unknown(&unknown);
+    let parse = |name: String| serde_json::from_value::<Capability>(name.into());
+    let more = known.into_iter().map(parse).collect::<Result<Capabilities, _>>()?;
     let mut capabilities = capabilities.unwrap_or_default();
     let with =
         |set: &Option<Capabilities>| Some(set.iter().flatten().chain(&more).copied().collect());
@@ -306,6 +306,18 @@ mod tests {
     }
 
     #[test]
+    fn an_unknown_capability_is_left_out() {
+        let process = changed(&parsed("--cap FLY --cap CAP_BPF one true"), Some(own())).unwrap();
+        let sets = serde_json::to_value(process.capabilities()).unwrap();
+        let permitted = ["CAP_KILL", "CAP_BPF"];
+        assert!(
+            permitted.iter().all(|name| sets["permitted"].to_string().contains(name)),
+            "{sets}"
+        );
+        assert_eq!(sets["permitted"].as_array().unwrap().len(), 2);
+    }
+
+    #[test]
     fn without_options_only_the_program_changes() {
         let process = changed(&parsed("one true"), Some(own())).unwrap();
         let mut expected = own();
@@ -314,11 +326,10 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_number_and_no_capability_is_named() {
+    fn what_is_no_number_is_named() {
         for (line, words) in [
             ("-u root one true", "--user \"root\": uid \"root\" is not a number"),
             ("-u 1:staff one true", "--user \"1:staff\": gid \"staff\" is not a number"),
-            ("--cap FLY one true", "--cap \"FLY\": no such capability, write it as CAP_KILL"),
         ] {
             let error = changed(&parsed(line), Some(own())).unwrap_err();
             assert_eq!(error.to_string(), words);

@@ -34,6 +34,9 @@ const GUEST_CID: u32 = 3;
 const PATIENCE: Duration = Duration::from_secs(20);
 /// How Linux introduces the reason of a panic.
 const PANIC_MARK: &str = "Kernel panic - not syncing:";
+/// What the lines begin with, or have in them, that tell the reason of a panic: the kernel's own, and
+/// those of an agent that faulted. Registers, code and stack come after it.
+const FAULT_MARKS: [&str; 3] = ["BUG: ", "Oops: ", "bulkhead-agent: rip "];
 /// Lines of the console that an error quotes.
 const QUOTED_LINES: usize = 12;
 
@@ -337,8 +340,8 @@ fn reason(ending: &Ending, console: &[String]) -> String {
         }
         Ending::Fault { reason } => format!("KVM cannot go on: {reason}"),
     };
-    // Where the kernel begins to say what it ran into; registers and stack come after it.
-    let fault = console.iter().position(|line| line.contains("BUG: ") || line.contains("Oops: "));
+    let is_fault = |line: &String| FAULT_MARKS.iter().any(|mark| line.contains(mark));
+    let fault = console.iter().position(is_fault);
     let shown = match (ending, fault) {
         (Ending::Panic, Some(first)) => &console[..console.len().min(first + QUOTED_LINES)],
         _ => console,
@@ -430,6 +433,10 @@ mod tests {
         let words = reason(&Ending::Panic, &lines);
         let start = "the guest's kernel panicked: no init; console: [ 0.9] Oops: invalid opcode";
         assert!(words.starts_with(start) && words.ends_with("line 14"), "{words}");
+        lines[0] = "bulkhead-agent: rip 0xbad0 rsp 0x7ffc".to_owned();
+        let words = reason(&Ending::Panic, &lines);
+        let start = "the guest's kernel panicked: no init; console: bulkhead-agent: rip 0xbad0";
+        assert!(words.starts_with(start) && words.ends_with("line 11"), "{words}");
         assert_eq!(quote(&[]), "");
         assert_eq!(quote(&["\n".to_owned()]), "");
     }

@@ -287,7 +287,10 @@ fn clone_tree(entry: &Shared) -> io::Result<OwnedFd> {
     let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     flags.set(OpenTreeFlags::AT_RECURSIVE, entry.recursive);
     let clone = open_tree(CWD, &entry.source, flags)?;
-    harden(clone.as_fd(), entry.read_only, entry.recursive)?;
+    harden(clone.as_fd(), entry.read_only_below, entry.recursive)?;
+    if entry.read_only {
+        set_attributes(clone.as_fd(), libc::MOUNT_ATTR_RDONLY, false)?;
+    }
     Ok(clone)
 }
 
@@ -375,7 +378,15 @@ mod tests {
 
     fn shared(source: &Path, target: &str, kind: FileKind, read_only: bool) -> Shared {
         let (source, target) = (source.to_owned(), target.into());
-        Shared { source, target, kind, read_only, recursive: true, id_map: None }
+        Shared {
+            source,
+            target,
+            kind,
+            read_only,
+            read_only_below: read_only,
+            recursive: true,
+            id_map: None,
+        }
     }
 
     #[test]

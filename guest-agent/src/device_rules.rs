@@ -1,0 +1,210 @@
+//! Which devices a container may use, as runc understands a list of rules: cgroup v1's way, whose rules
+//! are exceptions from "all" or "none" and change one another.
+//!
+//! Libcontainer takes the first of the rules that fits a whole access, the last one in the list first.
+//! So rules for the same device that allow reading and writing one after the other would not allow
+//! both at once, and one that takes writing away would leave it to those who read too. The list that
+//! libcontainer gets says the same in both ways.
+
+use std::collections::BTreeMap;
+
+use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType};
+
+/// Any number, in a rule.
+const ANY: i64 = -1;
+/// What can be done with a device.
+const ACCESSES: [char; 3] = ['r', 'w', 'm'];
+
+/// A rule that runc refuses too.
+#[derive(Debug, PartialEq, thiserror::Error)]
+pub(crate) enum DeviceRuleError {
+    #[error("linux.resources.devices: device access at {0} field cannot be empty")]
+    NoAccess(usize),
+    #[error("linux.resources.devices: rule {0} is for type {1}, which cgroups do not know")]
+    Type(usize, char),
+    #[error(
+        "linux.resources.devices: rule {number} cannot punch a hole into the one for {wider}, which \
+         has {access} too; leave that out, or name its devices one by one"
+    )]
+    Hole { number: usize, wider: String, access: String },
+}
+
+/// What a rule is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Devices {
+    block: bool,
+    major: i64,
+    minor: i64,
+}
+
+/// All devices or none, and the exceptions.
+#[derive(Debug, Default)]
+struct Rules {
+    all: bool,
+    exceptions: BTreeMap<Devices, String>,
+}
+
+/// Says the same as a list of rules, without any that change others.
+///
+/// # Errors
+/// See [`DeviceRuleError`].
+pub(crate) fn settle(
+    rules: &[LinuxDeviceCgroup],
+) -> Result<Vec<LinuxDeviceCgroup>, DeviceRuleError> {
+    let mut settled = Rules::default();
+    for (number, rule) in rules.iter().enumerate() {
+        settled.apply(number, rule)?;
+    }
+    Ok(settled.list())
+}
+
+impl Rules {
+    fn apply(&mut self, number: usize, rule: &LinuxDeviceCgroup) -> Result<(), DeviceRuleError> {
+        let access = rule.access().as_deref().unwrap_or_default();
+        if access.is_empty() {
+            return Err(DeviceRuleError::NoAccess(number));
+        }
+        let block = match rule.typ().unwrap_or_default() {
+            LinuxDeviceType::A => {
+                *self = Self { all: rule.allow(), ..Self::default() };
+                return Ok(());
+            }
+            LinuxDeviceType::B => true,
+            LinuxDeviceType::C => false,
+            LinuxDeviceType::U => return Err(DeviceRuleError::Type(number, 'u')),
+            LinuxDeviceType::P => return Err(DeviceRuleError::Type(number, 'p')),
+        };
+        let (major, minor) = (rule.major().unwrap_or(ANY), rule.minor().unwrap_or(ANY));
+        let devices = Devices { block, major, minor };
+        // What else is written there means nothing.
+        let asked = |it: &char| access.contains(*it);
+        if rule.allow() == self.all {
+            self.check_holes(number, devices, asked)?;
+            let had = self.exceptions.remove(&devices).unwrap_or_default();
+            let left: String = had.chars().filter(|it| !asked(it)).collect();
+            if !left.is_empty() {
+                self.exceptions.insert(devices, left);
+            }
+        } else {
+            let had = self.exceptions.entry(devices).or_default();
+            *had = ACCESSES.iter().filter(|it| asked(it) || had.contains(**it)).collect();
+        }
+        Ok(())
+    }
+
+    /// Fails if an exception for more devices has some of the access that is taken away.
+    fn check_holes(
+        &self,
+        number: usize,
+        of: Devices,
+        asked: impl Fn(&char) -> bool,
+    ) -> Result<(), DeviceRuleError> {
+        let wider = [
+            Devices { major: ANY, ..of },
+            Devices { minor: ANY, ..of },
+            Devices { major: ANY, minor: ANY, ..of },
+        ];
+        for wider in wider.into_iter().filter(|wider| *wider != of) {
+            let access = self.exceptions.get(&wider).map_or("", String::as_str);
+            if access.chars().any(|it| asked(&it)) {
+                let (wider, access) = (wider.to_string(), access.to_owned());
+                return Err(DeviceRuleError::Hole { number, wider, access });
+            }
+        }
+        Ok(())
+    }
+
+    fn list(self) -> Vec<LinuxDeviceCgroup> {
+        let rule = |allow: bool, typ: LinuxDeviceType, access: String| {
+            let mut rule = LinuxDeviceCgroup::default();
+            rule.set_allow(allow).set_typ(Some(typ)).set_access(Some(access));
+            rule
+        };
+        let mut list = vec![rule(self.all, LinuxDeviceType::A, ACCESSES.iter().collect())];
+        for (Devices { block, major, minor }, access) in self.exceptions {
+            // One for no access at all is no exception.
+            if access.is_empty() {
+                continue;
+            }
+            let typ = if block { LinuxDeviceType::B } else { LinuxDeviceType::C };
+            let mut exception = rule(!self.all, typ, access);
+            exception.set_major(Some(major)).set_minor(Some(minor));
+            list.push(exception);
+        }
+        list
+    }
+}
+
+impl std::fmt::Display for Devices {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let number = |number: i64| match number {
+            ANY => "*".to_owned(),
+            number => number.to_string(),
+        };
+        let kind = if self.block { 'b' } else { 'c' };
+        write!(f, "{kind} {}:{}", number(self.major), number(self.minor))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn settled(rules: Value) -> Result<Vec<String>, DeviceRuleError> {
+        let rules: Vec<LinuxDeviceCgroup> = serde_json::from_value(rules).unwrap();
+        let line = |rule: &LinuxDeviceCgroup| {
+            let kind = match rule.typ().unwrap() {
+                LinuxDeviceType::A => "a",
+                LinuxDeviceType::B => "b",
+                _ => "c",
+            };
+            let number = |number: Option<i64>| number.map_or(String::new(), |it| format!(" {it}"));
+            let access = rule.access().as_deref().unwrap();
+            let (major, minor) = (number(rule.major()), number(rule.minor()));
+            format!("{} {kind}{major}{minor} {access}", rule.allow())
+        };
+        settle(&rules).map(|rules| rules.iter().map(line).collect())
+    }
+
+    fn c(allow: bool, minor: i64, access: &str) -> Value {
+        json!({"allow": allow, "type": "c", "major": 1, "minor": minor, "access": access})
+    }
+
+    fn all(allow: bool) -> Value {
+        json!({"allow": allow, "access": "rwm"})
+    }
+
+    #[test]
+    fn what_is_allowed_adds_up_and_what_is_denied_is_taken_away() {
+        let none = "false a rwm";
+        assert_eq!(settled(json!([])).unwrap(), [none]);
+        let added = settled(json!([all(false), c(true, 5, "r"), c(true, 5, "wa")])).unwrap();
+        assert_eq!(added, [none, "true c 1 5 rw"]);
+        let taken =
+            settled(json!([c(true, 5, "rwm"), c(false, 5, "w"), c(false, 6, "r")])).unwrap();
+        assert_eq!(taken, [none, "true c 1 5 rm"]);
+        assert_eq!(settled(json!([c(true, 5, "rw"), c(false, 5, "rwm")])).unwrap(), [none]);
+        assert_eq!(settled(json!([c(true, 5, "a")])).unwrap(), [none]);
+    }
+
+    #[test]
+    fn all_devices_take_the_exceptions_back() {
+        let everything = "true a rwm";
+        let denied = settled(json!([c(true, 5, "r"), all(true), c(false, 5, "w")])).unwrap();
+        assert_eq!(denied, [everything, "false c 1 5 w"]);
+        let back = settled(json!([all(true), c(false, 5, "rw"), c(true, 5, "r")])).unwrap();
+        assert_eq!(back, [everything, "false c 1 5 w"]);
+    }
+
+    #[test]
+    fn what_runc_refuses_is_refused() {
+        assert_eq!(settled(json!([{"allow": true}])), Err(DeviceRuleError::NoAccess(0)));
+        let fifo = json!([all(false), {"allow": true, "type": "p", "access": "r"}]);
+        assert_eq!(settled(fifo), Err(DeviceRuleError::Type(1, 'p')));
+        let error = settled(json!([c(true, -1, "rw"), c(false, 5, "w")])).unwrap_err();
+        let words = "rule 1 cannot punch a hole into the one for c 1:*, which has rw too";
+        assert!(error.to_string().contains(words), "{error}");
+        assert!(settled(json!([c(true, -1, "r"), c(false, 5, "w")])).is_ok());
+    }
+}

@@ -1,0 +1,277 @@
+//! Flags of mounts, beside runc: of every file system that a container has by itself, and of those in
+//! memory.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+
+use bulkhead_tests::bundle::{Bundle, bind};
+use bulkhead_tests::runtime::{Runtime, told};
+use serde_json::{Value, json};
+
+use super::mounts::Mounted;
+
+/// What is mounted, and where something can be made or changed.
+const PROBE: &str = "cat /proc/self/mountinfo; \
+    for at in /mnt/* /dev /dev/shm /dev/mqueue; do touch $at/file 2>&1; echo made $at $?; done; \
+    for at in /dev/null /dev/tty; do (echo > $at) 2>&1; echo written $at $?; done; \
+    stat -c '%n %a %u %g' /dev /dev/shm /dev/mqueue /dev/pts /mnt/* 2>&1; exit 0";
+
+/// A mount as it is seen inside: what is compared.
+fn mount(line: &str) -> Option<String> {
+    let (own, file_system) = line.split_once(" - ")?;
+    let own: Vec<&str> = own.split(' ').collect();
+    let [_, _, _, _, point, options, ..] = &own[..] else { return None };
+    let words: Vec<&str> = file_system.splitn(3, ' ').collect();
+    let [kind, source, superblock] = words[..] else { return None };
+    let superblock = match kind {
+        // Of the machine's: COMPATIBILITY.md.
+        "sysfs" | "cgroup2" => "",
+        _ => superblock,
+    };
+    let seen = point.starts_with("/mnt") || point.starts_with("/dev");
+    let seen = seen || ["/proc", "/sys", "/sys/fs/cgroup"].contains(point);
+    // runc 1.1 sets modes afterwards, later ones as here. Modes are compared by themselves.
+    let about = superblock.split(',').filter(|option| !option.starts_with("mode="));
+    let mut about: Vec<&str> = about.collect();
+    about.sort_unstable();
+    seen.then(|| format!("{point} {options} {kind} {source} {}", about.join(",")))
+}
+
+/// Everything that is compared, one of a line.
+fn seen(output: &str) -> BTreeSet<String> {
+    let lines = output.lines().map(|line| match line.contains(" - ") {
+        true => mount(line),
+        false => Some(line.to_owned()),
+    });
+    lines.flatten().collect()
+}
+
+/// Runs the probe under both runtimes after `change`, and fails on what differs.
+fn same(change: impl Fn(&mut Value)) -> BTreeSet<String> {
+    let runtimes = [Runtime::new().unwrap(), Runtime::runc().unwrap()];
+    let [ours, theirs] = runtimes.map(|runtime| {
+        let bundle = Bundle::script(PROBE).unwrap().with(|spec| change(spec)).unwrap();
+        let told = told(&runtime.run("flags", &bundle).unwrap());
+        runtime.assert_clean().unwrap();
+        assert_eq!((told.0, told.2.as_str()), (Some(0), ""), "{told:?}");
+        seen(&told.1)
+    });
+    let only = |one: &BTreeSet<String>, other| one.difference(other).cloned().collect::<Vec<_>>();
+    let (own, runcs) = (only(&ours, &theirs), only(&theirs, &ours));
+    assert!(own.is_empty() && runcs.is_empty(), "ours: {own:#?}\nrunc's: {runcs:#?}");
+    ours
+}
+
+/// Changes the options of what is mounted somewhere.
+fn set(spec: &mut Value, at: &str, change: impl Fn(&mut Vec<Value>)) {
+    let mounts = spec["mounts"].as_array_mut().unwrap();
+    let mount = mounts.iter_mut().find(|mount| mount["destination"] == at).unwrap();
+    if mount["options"].is_null() {
+        mount["options"] = json!([]);
+    }
+    change(mount["options"].as_array_mut().unwrap());
+}
+
+const SPECIAL: [&str; 7] =
+    ["/dev", "/proc", "/sys", "/dev/pts", "/dev/shm", "/dev/mqueue", "/sys/fs/cgroup"];
+
+#[test]
+fn a_read_only_dev_is_read_only_and_has_its_devices() {
+    for others in [&[][..], &["noexec"], &["noexec", "noatime"]] {
+        let seen = same(|spec| {
+            set(spec, "/dev", |options| {
+                options.push(json!("ro"));
+                options.extend(others.iter().map(|option| json!(option)));
+            });
+        });
+        assert!(seen.contains("made /dev 1"), "{seen:?}");
+        assert!(seen.contains("written /dev/null 0"), "{seen:?}");
+    }
+}
+
+#[test]
+fn every_flag_of_every_special_mount_is_kept() {
+    for flags in [
+        &["ro"][..],
+        &["rw"],
+        &["noexec", "nosuid"],
+        &["exec", "suid"],
+        &["noatime"],
+        &["relatime", "nodiratime"],
+        &["strictatime"],
+        &["ro", "noexec", "nosuid", "noatime"],
+    ] {
+        same(|spec| {
+            for at in SPECIAL {
+                set(spec, at, |options| options.extend(flags.iter().map(|flag| json!(flag))));
+            }
+        });
+    }
+}
+
+#[test]
+fn special_mounts_without_options_are_as_under_runc() {
+    same(|spec| {
+        for at in SPECIAL {
+            set(spec, at, Vec::clear);
+        }
+    });
+}
+
+#[test]
+fn a_file_system_in_memory_has_the_mode_of_what_it_covers() {
+    let runtimes = [Runtime::new().unwrap(), Runtime::runc().unwrap()];
+    let [ours, theirs] = runtimes.map(|runtime| {
+        let script = "stat -c '%n %a %u' /dev /mnt/* /mnt/b/below /mnt/given/below";
+        let mut bundle = Bundle::script(script).unwrap();
+        for (name, mode) in [("mnt/a", 0o711), ("mnt/b", 0o1770), ("mnt/b/below", 0o700)] {
+            let path = bundle.rootfs().join(name);
+            fs::create_dir(&path).unwrap();
+            fs::set_permissions(&path, fs::Permissions::from_mode(mode)).unwrap();
+        }
+        let given = bundle.path().join("given");
+        fs::create_dir_all(given.join("below")).unwrap();
+        fs::set_permissions(given.join("below"), fs::Permissions::from_mode(0o750)).unwrap();
+        let memory = |at: &str| json!({"destination": at, "type": "tmpfs", "source": "tmpfs"});
+        for mount in [
+            memory("/mnt/a"),
+            memory("/mnt/b"),
+            memory("/mnt/b/below"),
+            memory("/mnt/new"),
+            bind(&given, "/mnt/given", &[]),
+            memory("/mnt/given/below"),
+        ] {
+            bundle = bundle.mount(mount).unwrap();
+        }
+        let told = told(&runtime.run("flags", &bundle).unwrap());
+        runtime.assert_clean().unwrap();
+        told
+    });
+    assert_eq!(ours, theirs);
+    assert!(ours.1.contains("/mnt/a 711 0\n"), "{ours:?}");
+    assert!(ours.1.contains("/mnt/new 1777 0\n"), "{ours:?}");
+}
+
+/// A directory of the host with a file, and something mounted in it that has a file too.
+struct Nested {
+    // The first to go.
+    _mounted: Mounted,
+    directory: tempfile::TempDir,
+}
+
+impl Nested {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        // Tables of mounts have other characters for a space.
+        let below = directory.path().join("a b/below");
+        fs::create_dir_all(&below).unwrap();
+        let mounted = Mounted::on(&below, "tmpfs");
+        for old in [below.join("old"), directory.path().join("a b/old")] {
+            fs::write(old, "old\n").unwrap();
+        }
+        Self { _mounted: mounted, directory }
+    }
+
+    /// Mounts it at `/mnt`.
+    fn bind(&self, options: &[&str]) -> Value {
+        bind(&self.directory.path().join("a b"), "/mnt", &[&["rbind"], options].concat())
+    }
+}
+
+/// Each way to ask for it, and whether the mount itself and what is below it can be written to.
+const READ_ONLY: [(&[&str], bool, bool); 9] = [
+    (&[], true, true),
+    (&["ro"], false, true),
+    (&["ro", "rw"], true, true),
+    (&["rw", "ro"], false, true),
+    (&["rro"], false, false),
+    (&["ro", "rro"], false, false),
+    (&["rro", "rw"], false, false),
+    (&["rro", "rrw"], false, false),
+    (&["ro", "rrw"], true, true),
+];
+
+#[test]
+fn a_read_only_mount_has_writable_ones_below_it_unless_it_is_asked_for_recursively() {
+    let script = "for at in /mnt /mnt/below; do for what in 'touch $at/new' 'mkdir $at/dir' \
+        'echo x > $at/old' 'echo x >> $at/old' 'chmod 600 $at/old' 'mv $at/old $at/other' \
+        'rm $at/*'; do (eval \"$what\") 2> /dev/null; echo $at $what $?; done; done; exit 0";
+    let runtimes = [Runtime::new().unwrap(), Runtime::runc().unwrap()];
+    for (options, itself, below) in READ_ONLY {
+        let [ours, theirs] = [&runtimes[0], &runtimes[1]].map(|runtime| {
+            let nested = Nested::new();
+            let bundle = Bundle::script(script).unwrap().mount(nested.bind(options)).unwrap();
+            let told = told(&runtime.run("below", &bundle).unwrap());
+            runtime.assert_clean().unwrap();
+            told
+        });
+        assert_eq!(ours, theirs, "{options:?}");
+        for (at, writable) in [("/mnt", itself), ("/mnt/below", below)] {
+            let made = ours.1.contains(&format!("{at} touch $at/new 0\n"));
+            assert_eq!(made, writable, "{options:?}: {ours:?}");
+        }
+    }
+}
+
+/// Whatever becomes of the guest.
+#[test]
+fn what_is_read_only_is_so_for_the_file_server_too() {
+    let runtime = Runtime::new().unwrap();
+    for (options, itself, below) in READ_ONLY {
+        let nested = Nested::new();
+        let bundle = Bundle::new(&["/bin/sleep", "1000"]).unwrap();
+        let bundle = bundle.mount(nested.bind(options)).unwrap();
+        runtime.create("below", &bundle).unwrap();
+        let servers = runtime.processes("bulkhead-fs").unwrap();
+        let [server] = &servers[..] else { panic!("{servers:?}") };
+        let table = fs::read_to_string(format!("/proc/{server}/mountinfo")).unwrap();
+        let writable = |end: &str| {
+            let mut lines = table.lines().map(|line| line.split(' ').collect::<Vec<_>>());
+            let line = lines.find(|words| words[4].contains("/mounts/") && words[4].ends_with(end));
+            let line = line.unwrap_or_else(|| panic!("{end}: {table}"));
+            line[5].split(',').any(|option| option == "rw")
+        };
+        assert_eq!((writable("/0"), writable("/0/below")), (itself, below), "{options:?}: {table}");
+        runtime.ok(&["delete", "--force", "below"]).unwrap();
+        runtime.assert_clean().unwrap();
+    }
+}
+
+#[test]
+fn every_flag_of_a_file_system_in_memory_is_kept() {
+    let lists: [&[&str]; 23] = [
+        &["ro"],
+        &["rw"],
+        &["ro", "rw"],
+        &["rw", "ro"],
+        &["noexec"],
+        &["nodev"],
+        &["nosuid"],
+        &["nosuid", "nodev", "noexec"],
+        &["noexec", "exec"],
+        &["noatime"],
+        &["atime"],
+        &["noatime", "atime"],
+        &["nodiratime"],
+        &["relatime"],
+        &["strictatime"],
+        &["norelatime"],
+        &["sync"],
+        &["dirsync"],
+        &["async"],
+        &["mode=0700", "uid=5", "gid=6"],
+        &["size=1m", "nr_inodes=100"],
+        &["ro", "size=64k", "noatime", "sync"],
+        &[],
+    ];
+    same(|spec| {
+        let mounts = spec["mounts"].as_array_mut().unwrap();
+        for (number, options) in lists.iter().enumerate() {
+            let at = format!("/mnt/{number:02}");
+            mounts.push(json!({
+                "destination": at, "type": "tmpfs", "source": "tmpfs", "options": options,
+            }));
+        }
+    });
+}

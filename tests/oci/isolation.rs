@@ -56,7 +56,9 @@ fn whoever_enters_the_namespaces_of_a_stand_in_finds_nothing() {
     runtime.ok(&["start", "behind"]).unwrap();
     let file = bundle.path().join("pid");
     let options = ["exec", "-d", "--pid-file", file.to_str().unwrap(), "behind", "sleep", "1000"];
-    runtime.ok(&options).unwrap();
+    // It would keep a pipe of this test open.
+    let mut further = runtime.command(&options);
+    assert!(further.stdout(Stdio::null()).stderr(Stdio::null()).status().unwrap().success());
     let other = Bundle::script("echo up; exec sleep 1000").unwrap();
     let mut run = runtime.spawn_run("front", &other).unwrap();
     expect_output(&mut run, "up\n").unwrap();

@@ -61,6 +61,12 @@ impl Runtime {
         Ok(Self { root, cgroups, program, environment: Vec::new() })
     }
 
+    /// Whether it is Debian's runc.
+    #[must_use]
+    pub fn is_runc(&self) -> bool {
+        self.program.ends_with("runc")
+    }
+
     /// Sets a variable of the environment for each command.
     #[must_use]
     pub fn with(mut self, name: &'static str, value: &'static str) -> Self {

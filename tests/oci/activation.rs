@@ -42,6 +42,19 @@ impl Systemd {
         String::from_utf8(bytes[..count].to_vec()).unwrap()
     }
 
+    /// What is told of a container that is ready, and of the process that systemd is to follow: the
+    /// container's, or its caller's if that stays.
+    fn hears_that_it_is_ready(&self, runtime: &Runtime, stays: Option<u32>) {
+        assert_eq!(self.hear(), "READY=1\n");
+        let own = || runtime.state("ready").unwrap()["pid"].as_u64().unwrap();
+        let pid = stays.map_or_else(own, u64::from);
+        assert_eq!(self.hear(), format!("MAINPID={pid}\n"));
+        // runc has it since 1.2.
+        if !runtime.is_runc() {
+            assert_eq!(self.hear(), "BARRIER=1");
+        }
+    }
+
     fn hears_nothing(&self) -> bool {
         self.socket.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
         self.socket.recv(&mut [0; 16]).is_err()
@@ -65,10 +78,7 @@ fn whoever_starts_a_container_tells_systemd_that_it_is_ready() {
         let created = systemd.start(runtime.command(&["create", "--bundle", path, "ready"]));
         assert!(finish(created).unwrap().status.success());
         let mut started = systemd.start(runtime.command(&["start", "ready"]));
-        assert_eq!(systemd.hear(), "READY=1\n");
-        let pid = &runtime.state("ready").unwrap()["pid"];
-        assert_eq!(systemd.hear(), format!("MAINPID={pid}\n"));
-        assert_eq!(systemd.hear(), "BARRIER=1");
+        systemd.hears_that_it_is_ready(runtime, None);
         assert!(started.wait().unwrap().success());
         runtime.ok(&["delete", "--force", "ready"]).unwrap();
     }
@@ -82,18 +92,12 @@ fn run_tells_it_too_in_the_background_and_in_the_foreground() {
         let (systemd, bundle) = (Systemd::new(), says_so());
         let path = bundle.path().to_str().unwrap();
         let mut run = systemd.start(runtime.command(&["run", "-d", "--bundle", path, "ready"]));
-        assert_eq!(systemd.hear(), "READY=1\n");
-        let pid = &runtime.state("ready").unwrap()["pid"];
-        assert_eq!(systemd.hear(), format!("MAINPID={pid}\n"));
-        assert_eq!(systemd.hear(), "BARRIER=1");
+        systemd.hears_that_it_is_ready(runtime, None);
         assert!(run.wait().unwrap().success());
         runtime.ok(&["delete", "--force", "ready"]).unwrap();
 
         let mut run = systemd.start(runtime.command(&["run", "--bundle", path, "ready"]));
-        assert_eq!(systemd.hear(), "READY=1\n");
-        // Its caller's own process stands for it.
-        assert_eq!(systemd.hear(), format!("MAINPID={}\n", run.id()));
-        assert_eq!(systemd.hear(), "BARRIER=1");
+        systemd.hears_that_it_is_ready(runtime, Some(run.id()));
         runtime.ok(&["kill", "ready", "KILL"]).unwrap();
         assert_eq!(run.wait().unwrap().code(), Some(137));
     }

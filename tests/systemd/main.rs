@@ -86,13 +86,14 @@ fn the_scope_has_the_pod_and_its_limits_and_they_change() {
     let members: BTreeSet<u32> =
         read("cgroup.procs").lines().map(|pid| pid.parse().unwrap()).collect();
     assert_eq!(members, all);
-    // Beside the container's: 128 MiB for the machine, 64 and 256 tasks for its processes.
+    // Beside the container's: 128 MiB for the machine, 64 and 256 tasks for its processes, and as much
+    // more that is kept for it.
     let properties =
         ["CPUQuotaPerSecUSec", "MemoryLow", "MemoryMax", "MemorySwapMax", "Slice", "TasksMax"];
     let expected = |memory: u64, tasks: u64, quota: &str| {
         vec![
             format!("CPUQuotaPerSecUSec={quota}"),
-            format!("MemoryLow={}", 32 << 20),
+            format!("MemoryLow={}", (32 + 192) << 20),
             format!("MemoryMax={}", (memory + 192) << 20),
             "MemorySwapMax=0".to_owned(),
             "Slice=suite-pods.slice".to_owned(),
@@ -180,7 +181,6 @@ fn the_scope_is_as_runcs() {
         "IOAccounting",
         "KillMode",
         "MemoryAccounting",
-        "MemoryLow",
         "OOMPolicy",
         "Slice",
         "TasksAccounting",

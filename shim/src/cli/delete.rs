@@ -58,10 +58,14 @@ pub(super) fn delete(global: &Global, delete: &Delete) -> anyhow::Result<()> {
             delete.id
         );
     }
-    let keeper = state.and_then(|state| state.keeper);
+    let runtime = client::runtime()?;
+    let keeper = match &state {
+        Some(state) => state.keeper,
+        None => runtime.block_on(keeper(&home)),
+    };
     let shared = keeper.is_some_and(|keeper| serves_others(&home, keeper));
     let patience = if delete.force { FORCE_PATIENCE } else { GOODBYE };
-    let end = client::runtime()?.block_on(async {
+    let end = runtime.block_on(async {
         match shared {
             true => end_in_shared_pod(&home, delete.force).await,
             false => Ok(timeout(patience, end(&home, delete.force)).await.unwrap_or(End::Silence)),
@@ -90,6 +94,14 @@ enum End {
     Nobody,
     /// The supervisor does not answer.
     Silence,
+}
+
+/// The supervisor that serves a container, by its own word; nothing if it does not answer.
+async fn keeper(home: &Home) -> Option<Process> {
+    let client = client::connect(home).ok()?;
+    let request = ConnectRequest { id: home.id().to_string(), ..Default::default() };
+    let answer = timeout(PING, client.connect(client::unbounded(), &request)).await.ok()?;
+    Process::find(answer.ok()?.shim_pid).ok()
 }
 
 /// Whether a supervisor has other containers too that have not ended.
@@ -125,7 +137,7 @@ async fn end_in_shared_pod(home: &Home, force: bool) -> anyhow::Result<End> {
         tokio::select! {
             end = &mut ended => return Ok(end),
             () = sleep(PING) => {
-                if answers(home).await {
+                if keeper(home).await.is_some() {
                     heard = Instant::now();
                 }
             }
@@ -143,11 +155,4 @@ async fn end_in_shared_pod(home: &Home, force: bool) -> anyhow::Result<End> {
             );
         }
     }
-}
-
-/// Whether the container's supervisor answers at all.
-async fn answers(home: &Home) -> bool {
-    let Ok(client) = client::connect(home) else { return false };
-    let request = ConnectRequest { id: home.id().to_string(), ..Default::default() };
-    timeout(PING, client.connect(client::unbounded(), &request)).await.is_ok()
 }

@@ -20,6 +20,7 @@ use rustix::fs::{
     FlockOperation, Mode, OFlags, RenameFlags, flock, openat, renameat, renameat_with,
 };
 use rustix::io::Errno;
+use serde_json::{Map, Value};
 use thiserror::Error;
 
 use super::State;
@@ -208,7 +209,9 @@ impl Home {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(self.missing()),
             other => other.map_err(at(&path))?,
         };
-        let state: State = serde_json::from_slice(&json)
+        // A list of nothing would be read as a state of which nothing is known.
+        let state: State = serde_json::from_slice::<Map<String, Value>>(&json)
+            .and_then(|fields| serde_json::from_value(Value::Object(fields)))
             .map_err(|source| StateError::Unreadable { path, source })?;
         let boot = BootId::current().map_err(at(Path::new("/proc")))?;
         Ok(state.after_boot(&boot))

@@ -64,13 +64,13 @@ impl Process {
             && !matches!(after_name(&stat).and_then(|mut f| f.next()), Some("Z" | "X"))
     }
 
-    /// A descriptor of the process, if it is still that process.
+    /// A descriptor of the process, if there still is one: one whose threads are ending is.
     #[must_use]
     pub fn open(self) -> Option<OwnedFd> {
         let pid = Pid::from_raw(i32::try_from(self.pid).ok()?)?;
         let fd = pidfd_open(pid, PidfdFlags::empty()).ok()?;
         // The number is pinned by the descriptor now; was it still the same process?
-        self.is_alive().then_some(fd)
+        (Self::find(self.pid).ok() == Some(self)).then_some(fd)
     }
 
     /// Ends it with SIGKILL and waits until it is gone; false when the time is up.

@@ -268,8 +268,8 @@ impl Container {
     /// # Errors
     /// While it runs, without `force`.
     pub async fn delete(&self, force: bool) -> Result<Exit, ContainerError> {
-        // The state on disk is asked: the container itself is locked while it is being created.
-        let status = self.home.read()?.status;
+        // The container itself is locked while it is being created.
+        let status = *self.status.borrow();
         match status {
             Status::Stopped => {}
             Status::Creating if force => {

@@ -133,7 +133,7 @@ pub fn run() -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let served = runtime.block_on(async {
         let first = Newcomer::greet(creator).await?;
-        logging::start(&first.request.log)?;
+        logging::start_bounded(&first.request.log)?;
         serve(first).await
     });
     // A thread that still waits for a file system of the host keeps nobody.

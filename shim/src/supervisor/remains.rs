@@ -35,15 +35,16 @@ pub const SUPERVISE: &str = "supervise";
 /// The first thing that is still there; so is the directory then.
 pub fn end(lock: Lock) -> anyhow::Result<()> {
     match lock.home().read() {
-        Ok(state) => {
+        // Whose processes another version wrote down in another way are looked for too.
+        Ok(state) if state.keeper.is_some() || state.outlived => {
             let survivor = kill(&state.processes());
             remove_with(lock, state, survivor)
         }
-        Err(error) => {
-            tracing::warn!(error = %error, "state is not known: processes are looked for");
+        read => {
             let found = Found::of(lock.home());
             let survivor = kill(&found.processes);
-            remove_with(lock, found.state, survivor)
+            let state = found.state(read.unwrap_or_default());
+            remove_with(lock, state, survivor)
         }
     }
 }
@@ -101,10 +102,9 @@ fn kill(processes: &[Process]) -> Option<Process> {
 struct Found {
     /// The supervisor is the first.
     processes: Vec<Process>,
-    /// What is to be removed.
-    state: State,
-    /// The network namespace of its stand-in, which the state names.
-    _network: Option<File>,
+    cgroup: Option<Cgroup>,
+    /// The network namespace of its stand-in.
+    network: Option<File>,
 }
 
 impl Found {
@@ -112,13 +112,23 @@ impl Found {
         let mut found = find(home);
         found.sort_by_key(|(role, _)| *role);
         let of = |wanted| found.iter().find(|(role, _)| *role == wanted).map(|(_, it)| it.pid);
-        let cgroup = of(Role::Supervisor).and_then(|pid| Cgroup::of_process(pid, home.id()));
+        let cgroup = |role| of(role).and_then(|pid| Cgroup::of_process(pid, home.id()));
+        let cgroup = cgroup(Role::Supervisor).or_else(|| cgroup(Role::StandIn));
         let network =
             of(Role::StandIn).and_then(|pid| File::open(format!("/proc/{pid}/ns/net")).ok());
-        let path = network.as_ref().map(|it| format!("/proc/self/fd/{}", it.as_raw_fd()).into());
-        let state = State { cgroup, network: path, ..State::default() };
         let processes = found.into_iter().map(|(_, process)| process).collect();
-        Self { processes, state, _network: network }
+        Self { processes, cgroup, network }
+    }
+
+    /// What is to be removed: what is written down, and what else there is.
+    fn state(&self, written: State) -> State {
+        let network = self.network.as_ref();
+        let network = network.map(|it| format!("/proc/self/fd/{}", it.as_raw_fd()).into());
+        State {
+            cgroup: written.cgroup.or_else(|| self.cgroup.clone()),
+            network: written.network.or(network),
+            ..written
+        }
     }
 }
 

@@ -2,6 +2,8 @@
 //! (`{"level":"error","msg":"…","time":"…"}`), or its short text on a terminal (`ERRO[0000] …`); one
 //! line for each event.
 
+mod bounded;
+
 use std::fmt::{self, Write as _};
 use std::fs::File;
 use std::io::{self, IsTerminal as _, Write as _};
@@ -20,6 +22,7 @@ use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormatFields};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::registry::LookupSpan;
 
+use self::bounded::Bounded;
 use crate::state::timestamp;
 
 /// Where log lines go and what they look like.
@@ -38,14 +41,27 @@ pub struct LogTarget {
 /// # Errors
 /// When the file cannot be opened.
 pub fn start(target: &LogTarget) -> anyhow::Result<()> {
-    let writer = match &target.path {
-        None => BoxMakeWriter::new(io::stderr),
-        Some(path) => {
-            let file = File::options().append(true).create(true).open(path);
-            let file = file.with_context(|| format!("log file {}", path.display()))?;
-            BoxMakeWriter::new(Mutex::new(file))
-        }
-    };
+    write_to(open(target)?, target)
+}
+
+/// The same for a process that serves a guest, which has all the time in the world: no more than so much
+/// is ever written.
+///
+/// # Errors
+/// As [`start`].
+pub fn start_bounded(target: &LogTarget) -> anyhow::Result<()> {
+    let bounded = Bounded::new(open(target)?, Form::of(target));
+    write_to(BoxMakeWriter::new(bounded), target)
+}
+
+fn open(target: &LogTarget) -> anyhow::Result<BoxMakeWriter> {
+    let Some(path) = &target.path else { return Ok(BoxMakeWriter::new(io::stderr)) };
+    let file = File::options().append(true).create(true).open(path);
+    let file = file.with_context(|| format!("log file {}", path.display()))?;
+    Ok(BoxMakeWriter::new(Mutex::new(file)))
+}
+
+fn write_to(writer: BoxMakeWriter, target: &LogTarget) -> anyhow::Result<()> {
     let level = if target.debug { Level::DEBUG } else { Level::WARN };
     // It warns of each controller that it does not know, at each cgroup.
     let cgroups = if target.debug { Level::DEBUG } else { Level::ERROR };
@@ -53,6 +69,8 @@ pub fn start(target: &LogTarget) -> anyhow::Result<()> {
     let subscriber = tracing_subscriber::fmt()
         .with_max_level(level)
         .with_writer(writer)
+        // It would panic where standard error cannot be written either.
+        .log_internal_errors(false)
         .event_format(Lines { form: Form::of(target), since: Instant::now() })
         .finish()
         .with(levels);

@@ -68,7 +68,7 @@ pub(crate) enum ContainerError {
     ExecUnknown(String),
     #[error("{what} {state}")]
     State { what: String, state: &'static str },
-    #[error("container cannot be frozen: a process does not come to a stand")]
+    #[error("cannot freeze the container: a process did not freeze in time")]
     Freeze,
     #[error("signal {0} does not exist")]
     Signal(u32),
@@ -78,9 +78,9 @@ pub(crate) enum ContainerError {
     ProgramNotExecutable(String),
     #[error(transparent)]
     Setting(#[from] SettingError),
-    #[error("limits cannot be set: {0}")]
+    #[error("cannot set limits: {0}")]
     Limits(String),
-    #[error("container cannot be created: {0}")]
+    #[error("cannot create the container: {0}")]
     Create(String),
     #[error("{step}")]
     Step { step: &'static str, source: io::Error },
@@ -343,7 +343,7 @@ impl Containers {
             Ok((made, connected)) => Ok(Container::new(id, made, connected)),
             Err(error) => {
                 if let Err(error) = remove(&id).await {
-                    tracing::error!(container = id, %error, "a failed container left something");
+                    tracing::error!(container = id, %error, "cannot remove what a failed container left");
                 }
                 Err(error)
             }
@@ -649,7 +649,7 @@ mod tests {
             Line::Detail("failed to prepare rootfs".to_owned()),
             Line::Failed("failed to create container".to_owned()),
         ];
-        let words = "container cannot be created: failed to create container \
+        let words = "cannot create the container: failed to create container \
                      (mount failed, err=ENOENT)";
         assert_eq!(outcome(&lines, 1).unwrap_err().to_string(), words);
     }
@@ -658,7 +658,7 @@ mod tests {
     fn a_creator_without_a_result_is_a_failure() {
         for (status, end) in [(3, "ended with status 3"), (134, "was killed by signal 6")] {
             let error = outcome(&[], status).unwrap_err();
-            let words = format!("container cannot be created: its creator {end}");
+            let words = format!("cannot create the container: its creator {end}");
             assert_eq!(error.to_string(), words);
         }
     }

@@ -73,25 +73,25 @@ impl ContainerFiles {
 enum CreateError {
     #[error(transparent)]
     Libcontainer(#[from] LibcontainerError),
-    #[error("libcontainer tells no pid")]
+    #[error("libcontainer reports no pid")]
     NoPid,
-    #[error("specification cannot be read back")]
+    #[error("cannot read the specification back")]
     Spec(#[from] oci_spec::OciSpecError),
-    #[error("hooks cannot be read back")]
+    #[error("cannot read the hooks back")]
     Hooks(#[source] std::io::Error),
-    #[error("restrictions cannot be read back")]
+    #[error("cannot read the restrictions back")]
     Restrictions(#[source] std::io::Error),
     #[error(transparent)]
     Filter(#[from] FilterError),
-    #[error("loopback of the new network namespace cannot be brought up")]
+    #[error("cannot bring up the loopback interface of the new network namespace")]
     Loopback(#[source] std::io::Error),
-    #[error("mount namespace of the container cannot be joined")]
+    #[error("cannot join the mount namespace of the container")]
     Mounts(#[source] std::io::Error),
-    #[error("propagation of the mount at {} cannot be set", .0.display())]
+    #[error("cannot set the propagation of the mount at {}", .0.display())]
     Propagation(PathBuf, #[source] std::io::Error),
-    #[error("/dev cannot be made read-only")]
+    #[error("cannot make /dev read-only")]
     Dev(#[source] std::io::Error),
-    #[error("mode of {} cannot be set", .0.display())]
+    #[error("cannot set the mode of {}", .0.display())]
     Directory(PathBuf, #[source] std::io::Error),
 }
 

@@ -17,7 +17,7 @@ const BLOCK: &str = "/sys/block";
 /// A disk that a container cannot be given.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum DiskError {
-    #[error("a disk cannot be bound")]
+    #[error("cannot bind a disk")]
     Bind(#[source] io::Error),
     #[error("the machine has no disk for {0}")]
     Missing(String),

@@ -26,25 +26,25 @@ use crate::{cgroup, fault, io as streams, logging, rpc};
 /// The guest could not be prepared or can no longer be served.
 #[derive(Debug, thiserror::Error)]
 enum InitError {
-    #[error("root cannot be made a mount that containers can leave")]
+    #[error("cannot make the root a mount that containers can pivot away from")]
     Root(#[source] io::Error),
-    #[error("{target} cannot be mounted")]
+    #[error("cannot mount {target}")]
     Mount { target: &'static str, source: io::Error },
-    #[error("{path} cannot be prepared")]
+    #[error("cannot prepare {path}")]
     Prepare { path: &'static str, source: io::Error },
-    #[error("loopback cannot be brought up")]
+    #[error("cannot bring up the loopback interface")]
     Loopback(#[source] io::Error),
-    #[error("limits cannot be raised")]
+    #[error("cannot raise limits")]
     Limit(#[source] io::Error),
-    #[error("runtime cannot be started")]
+    #[error("cannot start the runtime")]
     Runtime(#[source] io::Error),
-    #[error("vsock port {port} cannot be listened on")]
+    #[error("cannot listen on vsock port {port}")]
     Listen { port: u32, source: io::Error },
-    #[error("calls can no longer be served")]
+    #[error("cannot serve calls any more")]
     Calls(#[source] tonic::transport::Error),
-    #[error("streams can no longer be accepted")]
+    #[error("cannot accept streams any more")]
     Streams(#[source] io::Error),
-    #[error("processes can no longer be collected")]
+    #[error("cannot collect processes any more")]
     Reaper(#[source] io::Error),
 }
 

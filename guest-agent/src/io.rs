@@ -40,9 +40,9 @@ pub(crate) enum StreamError {
     Taken { stream: StreamKind },
     #[error("{stream} was not connected in {} seconds", PATIENCE.as_secs())]
     Missing { stream: StreamKind },
-    #[error("{stream} cannot be made, or opened")]
+    #[error("cannot make or open {stream}")]
     Pipe { stream: StreamKind, source: io::Error },
-    #[error("{stream} is of no kind")]
+    #[error("{stream} has an unknown kind")]
     NoKind { stream: StreamKind },
     #[error("{0} descriptors; a process gets {DESCRIPTORS_MAX} at most")]
     TooMany(usize),

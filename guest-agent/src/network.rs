@@ -36,9 +36,9 @@ pub(crate) enum NetworkError {
     Open(#[source] io::Error),
     #[error("interface {0} of the host is in slot {1}, where no interface is")]
     Missing(String, u32),
-    #[error("interface {0} cannot be set up")]
+    #[error("cannot set up interface {0}")]
     Interface(String, #[source] io::Error),
-    #[error("{0} cannot be set")]
+    #[error("cannot set {0}")]
     Setting(String, #[source] io::Error),
 }
 

@@ -95,7 +95,7 @@ impl Reaper {
         loop {
             self.collect();
             if ended.recv().await.is_none() {
-                return Err(io::Error::other("no more child signals"));
+                return Err(io::Error::other("cannot receive SIGCHLD any more"));
             }
         }
     }

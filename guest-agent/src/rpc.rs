@@ -92,7 +92,7 @@ impl Agent for Calls {
             return Err(Status::invalid_argument(format!("entropy has more than {limit} bytes")));
         }
         if time_ns != 0 {
-            clock::set_time(time_ns).map_err(internal("clock cannot be set"))?;
+            clock::set_time(time_ns).map_err(internal("cannot set the clock"))?;
         }
         if !entropy.is_empty() {
             clock::add_entropy(&entropy).map_err(internal("entropy cannot be added"))?;
@@ -224,7 +224,7 @@ impl Agent for Calls {
             .map_err(|error| Status::internal(error.to_string()))?
             .map_err(internal("a slot cannot be bound"))?;
         if !bound.is_empty() {
-            self.share.mount().await.map_err(internal("share cannot be mounted"))?;
+            self.share.mount().await.map_err(internal("cannot mount the share"))?;
         }
         Ok(Response::new(RescanReply { bound }))
     }
@@ -283,7 +283,7 @@ impl Agent for Calls {
         let started = spawn_blocking(start)
             .await
             .map_err(|error| Status::internal(error.to_string()))?
-            .map_err(internal("a processor does not start"))?;
+            .map_err(internal("cannot start a processor of the guest"))?;
         tracing::info!(count = started as u64, "processors started");
         Ok(Response::new(StartProcessorsReply {}))
     }

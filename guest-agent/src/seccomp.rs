@@ -45,13 +45,13 @@ pub(crate) enum FilterError {
     Flag(LinuxSeccompFilterFlag),
     #[error("linux.seccomp: {0} cannot be the default action")]
     Default(LinuxSeccompAction, #[source] SeccompError),
-    #[error("linux.seccomp: architecture {0} cannot be added")]
+    #[error("linux.seccomp: cannot add architecture {0}")]
     Architecture(Arch, #[source] SeccompError),
-    #[error("linux.seccomp: the rule for {0} cannot be added")]
+    #[error("linux.seccomp: cannot add the rule for {0}")]
     Rule(String, #[source] SeccompError),
-    #[error("linux.seccomp: the filter cannot be generated")]
+    #[error("linux.seccomp: cannot generate the filter")]
     Generate(#[source] SeccompError),
-    #[error("linux.seccomp: the filter cannot be read")]
+    #[error("linux.seccomp: cannot read the filter")]
     Read(#[source] io::Error),
     #[error("linux.seccomp: the filter has {0} instructions, more than the kernel takes")]
     TooLong(usize),

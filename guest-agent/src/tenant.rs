@@ -43,11 +43,11 @@ const NOTIFY: &str = "notify.sock";
 enum TenantError {
     #[error("{0}")]
     Libcontainer(#[from] ProcessError),
-    #[error("process cannot be told to start")]
+    #[error("cannot tell the process to start")]
     Notify(#[from] NotifyListenerError),
-    #[error("specification cannot be read back")]
+    #[error("cannot read the specification back")]
     Spec(#[from] oci_spec::OciSpecError),
-    #[error("process cannot be read back")]
+    #[error("cannot read the process back")]
     Json(#[from] serde_json::Error),
     #[error(transparent)]
     Filter(#[from] FilterError),

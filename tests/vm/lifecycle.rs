@@ -92,7 +92,7 @@ fn a_kernel_that_is_none_is_refused() {
     file.write_all(&[0; 4096]).unwrap();
     let options = Options { kernel: Some(file.path().into()), ..Options::default() };
     let error = format!("{:#}", TestVm::boot(&options).unwrap_err());
-    assert!(error.contains("kernel cannot be loaded"), "{error}");
+    assert!(error.contains("cannot load the kernel"), "{error}");
 }
 
 #[test]

@@ -202,7 +202,7 @@ pub enum ClientError {
     #[error("the monitor is gone")]
     Gone,
     /// The monitor said something that is not in this file.
-    #[error("the monitor's message cannot be read")]
+    #[error("cannot read the monitor's message")]
     Garbled(#[source] serde_json::Error),
 }
 

@@ -41,7 +41,7 @@ const SETTLING_STEP: Duration = Duration::from_millis(1);
 #[derive(Debug, Error)]
 pub enum MemoryError {
     /// The host has not enough address space.
-    #[error("{mib} MiB of guest memory cannot be mapped")]
+    #[error("cannot map {mib} MiB of guest memory")]
     Map {
         /// The size asked for.
         mib: u64,
@@ -55,10 +55,10 @@ pub enum MemoryError {
     #[error("guest memory overlaps")]
     Overlap(#[source] GuestRegionCollectionError),
     /// Somebody who serves a device does not take it.
-    #[error("guest memory cannot be shown to who serves a device")]
+    #[error("cannot share guest memory with the server of a device")]
     Show(#[source] io::Error),
     /// A device serves a request that takes long.
-    #[error("a device is busy with a request since {} s; try again", .0.as_secs())]
+    #[error("a device has been serving one request for {} s; try again later", .0.as_secs())]
     Busy(Duration),
 }
 

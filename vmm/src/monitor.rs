@@ -23,13 +23,13 @@ use crate::vm::{Descriptors, Machine};
 #[derive(Debug, Error)]
 enum MonitorError {
     /// The supervisor closed the socket without a configuration.
-    #[error("no configuration came")]
+    #[error("received no configuration")]
     Unconfigured,
     /// The socket failed.
     #[error("control socket")]
     Socket(#[from] io::Error),
     /// The machine was not built; the supervisor has been told.
-    #[error("machine was not started: {0}")]
+    #[error("cannot start the machine: {0}")]
     NotStarted(Refusal),
 }
 
@@ -131,7 +131,7 @@ impl Monitor {
             Ok(call) => call,
             Err(error) => {
                 // Without a number there is nobody to answer.
-                log::error!("a call cannot be read: {error}");
+                log::error!("cannot read a call: {error}");
                 return Ok(Next::Serve);
             }
         };
@@ -197,7 +197,7 @@ impl Monitor {
                 Err(message) => answer(control.as_fd(), number, Err(Refusal { message }), None),
             };
             if let Err(error) = sent {
-                log::error!("an answer was lost: {error}");
+                log::error!("cannot send an answer: {error}");
             }
         };
         let Some(opener) = self.machine.opener() else {

@@ -109,7 +109,7 @@ impl Gate {
             state.ending = Some(ending);
             self.changed.notify_all();
             if let Err(error) = self.ended.write(1) {
-                log::error!("the end of the machine was not told: {error}");
+                log::error!("cannot report the end of the machine: {error}");
             }
         }
     }
@@ -153,7 +153,7 @@ impl Vcpus {
         while state.standing < self.threads.len() && state.ending.is_none() {
             for thread in &self.threads {
                 if let Err(error) = thread.kill(SIGRTMIN()) {
-                    log::warn!("a processor was not signalled: {error}");
+                    log::warn!("cannot signal a processor: {error}");
                 }
             }
             let waited = self.gate.changed.wait_timeout(state, KICK_INTERVAL);

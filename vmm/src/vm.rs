@@ -51,7 +51,7 @@ pub enum VmError {
         declared: u8,
     },
     /// Plugging more of it.
-    #[error("{mib} MiB of memory cannot be plugged")]
+    #[error("cannot plug {mib} MiB of memory")]
     Plug {
         /// The size asked for.
         mib: u32,
@@ -59,7 +59,7 @@ pub enum VmError {
         source: io::Error,
     },
     /// Kernel, initramfs and boot structures.
-    #[error("guest cannot be loaded")]
+    #[error("cannot load the guest")]
     Boot(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// A device cannot be made or attached.
     #[error("slot {slot}")]
@@ -243,7 +243,7 @@ impl Machine {
         let mut transport = self.bus.slot(slot).ok_or_else(missing)?;
         let device_id = transport.device_id().ok_or_else(missing)?;
         if device_id == mem::DEVICE_ID {
-            return Err(failed(io::Error::other("memory that was plugged cannot be taken out")));
+            return Err(failed(io::Error::other("cannot unplug memory")));
         }
         let unwired = unwire(&self.vm, slot, &transport);
         self.handles.forget(device_id);

@@ -201,7 +201,7 @@ impl Containers {
         }
         .await;
         if let Err(error) = fs::remove_dir_all(&directory) {
-            tracing::error!(process = exec_id, %error, "a process left its files");
+            tracing::error!(process = exec_id, %error, "cannot remove the files of a process");
         }
         let (made, connected) = started?;
         match connected {
@@ -219,7 +219,7 @@ impl Containers {
 fn forget() {
     drop(spawn_blocking(|| {
         if let Err(error) = share::forget() {
-            tracing::warn!(%error, "files that were given are not let go of");
+            tracing::warn!(%error, "cannot release the files that were passed");
         }
     }));
 }

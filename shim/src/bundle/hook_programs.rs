@@ -107,7 +107,7 @@ mod tests {
     #[test]
     fn a_program_that_cannot_be_used_is_named() {
         let error = shared("/no/such/hook").unwrap_err().to_string();
-        assert_eq!(error, "program of a createContainer hook /no/such/hook cannot be used");
+        assert_eq!(error, "cannot use program of a createContainer hook /no/such/hook");
         assert!(shared("/dev").is_err());
         let error = shared("hook").unwrap_err().to_string();
         assert_eq!(error, "hooks.createContainer has the relative path hook; begin it with '/'");

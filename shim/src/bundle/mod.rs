@@ -53,7 +53,7 @@ const GUEST_BYTES_MAX: usize = MAX_REQUEST_BYTES - (64 << 10);
 #[derive(Debug, Error)]
 pub enum BundleError {
     /// The directory is not there.
-    #[error("bundle directory {} cannot be used; name one with --bundle", .path.display())]
+    #[error("cannot use bundle directory {}; name one with --bundle", .path.display())]
     NoBundle {
         /// The directory.
         path: PathBuf,
@@ -100,7 +100,7 @@ pub enum BundleError {
         source: serde_json::Error,
     },
     /// A directory or file that the specification names.
-    #[error("{what} {} cannot be used", .path.display())]
+    #[error("cannot use {what} {}", .path.display())]
     Source {
         /// What it is for.
         what: &'static str,
@@ -129,7 +129,7 @@ pub enum BundleError {
     #[error(transparent)]
     Refused(#[from] Refusal),
     /// The specification cannot be written again.
-    #[error("the guest's specification cannot be built")]
+    #[error("cannot build the guest's specification")]
     Rewrite(#[source] serde_json::Error),
 }
 

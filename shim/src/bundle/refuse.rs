@@ -169,7 +169,7 @@ fn network(path: &Path) -> Result<(), Refusal> {
     let number = |path| fs::metadata(path).map(|found| (found.dev(), found.ino()));
     match number(path) {
         Err(error) => Err(refuse(
-            format!("network namespace {} cannot be used: {error}", path.display()),
+            format!("cannot use network namespace {}: {error}", path.display()),
             "name an existing one, or leave the path out to get a new one",
         )),
         Ok(found) if number(Path::new(OWN_NETWORK)).is_ok_and(|own| own == found) => Err(refuse(
@@ -300,7 +300,7 @@ mod tests {
             refused(&with(json!({"type": "network", "path": "/proc/self/ns/net"}))).unwrap();
         assert!(words.contains("/proc/self/ns/net, the network of the host"), "{words}");
         let words = refused(&with(json!({"type": "network", "path": "/nonexistent"}))).unwrap();
-        assert!(words.starts_with("network namespace /nonexistent cannot be used: "), "{words}");
+        assert!(words.starts_with("cannot use network namespace /nonexistent: "), "{words}");
     }
 
     #[test]

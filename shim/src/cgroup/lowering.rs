@@ -33,7 +33,7 @@ impl Cgroup {
             if Instant::now() > deadline {
                 tracing::warn!(
                     held = needed,
-                    "guest keeps memory; the host's limit is what it has"
+                    "the guest has not given back enough memory; the host's limit is what it still has"
                 );
                 return self.limit_async(limits.with_memory(needed)).await;
             }

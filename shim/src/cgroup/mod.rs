@@ -51,7 +51,7 @@ const ASKED: Duration = Duration::from_millis(10);
 #[derive(Debug, Error)]
 pub enum CgroupError {
     /// The host's hierarchies.
-    #[error("the host's cgroups in /sys/fs/cgroup cannot be used: {0}")]
+    #[error("cannot use the host's cgroups in /sys/fs/cgroup: {0}")]
     Host(#[from] GetCgroupSetupError),
     /// A path in systemd's form was not given.
     #[error(

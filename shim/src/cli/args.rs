@@ -115,9 +115,9 @@ pub enum LogFormat {
 pub enum Verb {
     /// Create a container, start it, wait for its end and delete it.
     Run(Run),
-    /// Create a container; its program waits for "start".
+    /// Create a container; "start" starts its program.
     Create(Create),
-    /// Let the program of a created container run.
+    /// Start the program of a created container.
     Start(Named),
     /// Show the state of a container as JSON.
     State(Named),
@@ -127,21 +127,21 @@ pub enum Verb {
     Exec(Box<Exec>),
     /// Freeze all processes of a container.
     Pause(Named),
-    /// Let the processes of a paused container go on.
+    /// Resume all processes of a paused container.
     Resume(Named),
     /// Change the limits of a container.
     Update(Box<Update>),
     /// List the processes of a container.
     Ps(Ps),
-    /// Show what a container uses, and when memory ran out.
+    /// Show a container's resource usage and out-of-memory events.
     Events(Events),
-    /// Show what this runtime can do.
+    /// Show the features of this runtime.
     Features,
     /// Remove a container that does not run.
     Delete(Delete),
     /// List all containers.
     List(List),
-    /// Write a config.json to begin with.
+    /// Write a default config.json.
     Spec(Spec),
     /// The process behind each pod.
     #[command(hide = true)]
@@ -185,10 +185,10 @@ pub struct Events {
     /// The container's name.
     #[arg(value_name = "CONTAINER")]
     pub id: ContainerId,
-    /// What it uses now, and nothing more.
+    /// Show the usage once, then exit.
     #[arg(long)]
     pub stats: bool,
-    /// How often to say what it uses, such as 500ms, 5s or 1m.
+    /// Interval between two reports, such as 500ms, 5s or 1m.
     #[arg(long, value_name = "TIME", default_value = "5s", value_parser = interval)]
     pub interval: Duration,
 }
@@ -225,7 +225,7 @@ pub struct Update {
     /// Memory and swap together; -1 for no limit.
     #[arg(long, value_name = "SIZE", allow_hyphen_values = true)]
     pub memory_swap: Option<String>,
-    /// Memory that is kept when others want it.
+    /// Memory reservation, a soft limit.
     #[arg(long, value_name = "SIZE", allow_hyphen_values = true)]
     pub memory_reservation: Option<String>,
     /// Taken and ignored: the kernel's memory has no limit of its own.
@@ -234,37 +234,37 @@ pub struct Update {
     /// Taken and ignored, as that.
     #[arg(long, value_name = "SIZE", hide = true, allow_hyphen_values = true)]
     pub kernel_memory_tcp: Option<String>,
-    /// Microseconds of processor time in each period; -1 for no limit.
+    /// CPU quota, in microseconds for each period; -1 for no limit.
     #[arg(long, value_name = "US", allow_hyphen_values = true)]
     pub cpu_quota: Option<i64>,
     /// Length of a period, in microseconds.
     #[arg(long, value_name = "US")]
     pub cpu_period: Option<u64>,
-    /// Weight against others.
+    /// CPU shares, a weight relative to other containers.
     #[arg(long, value_name = "SHARES")]
     pub cpu_share: Option<u64>,
-    /// Realtime microseconds in each period.
+    /// Realtime CPU runtime, in microseconds for each period.
     #[arg(long, value_name = "US", allow_hyphen_values = true)]
     pub cpu_rt_runtime: Option<i64>,
     /// Length of a realtime period, in microseconds.
     #[arg(long, value_name = "US")]
     pub cpu_rt_period: Option<u64>,
-    /// Processors of the host.
+    /// CPUs of the host that may be used, such as 0-3.
     #[arg(long, value_name = "LIST")]
     pub cpuset_cpus: Option<String>,
-    /// Memory nodes of the host.
+    /// Memory nodes of the host that may be used.
     #[arg(long, value_name = "LIST")]
     pub cpuset_mems: Option<String>,
-    /// Processes and threads; -1 for no limit.
+    /// Most processes and threads; -1 for no limit.
     #[arg(long, value_name = "NUMBER", allow_hyphen_values = true)]
     pub pids_limit: Option<i64>,
     /// Weight of block I/O, 10 to 1000.
     #[arg(long, value_name = "WEIGHT")]
     pub blkio_weight: Option<u16>,
-    /// Refused.
+    /// Not supported.
     #[arg(long, value_name = "SCHEMA", hide = true)]
     pub l3_cache_schema: Option<String>,
-    /// Refused.
+    /// Not supported.
     #[arg(long, value_name = "SCHEMA", hide = true)]
     pub mem_bw_schema: Option<String>,
 }
@@ -287,7 +287,7 @@ pub struct Exec {
     /// A variable of the environment; may be repeated.
     #[arg(short, long, value_name = "NAME=VALUE")]
     pub env: Vec<String>,
-    /// Give the process a terminal.
+    /// Allocate a terminal for the process.
     #[arg(short, long)]
     pub tty: bool,
     /// Socket for the terminal's master, if this process does not stay.
@@ -414,7 +414,7 @@ pub struct Delete {
     /// The container's name.
     #[arg(value_name = "CONTAINER")]
     pub id: ContainerId,
-    /// Kill it first; one that does not exist is no error.
+    /// Kill the container first; do not fail if it does not exist.
     #[arg(short, long)]
     pub force: bool,
 }
@@ -445,7 +445,7 @@ pub struct Spec {
     /// Directory for config.json; the current one without it.
     #[arg(short, long, value_name = "DIR")]
     pub bundle: Option<PathBuf>,
-    /// A container that also runs without root; not supported.
+    /// A configuration for rootless containers; not supported.
     #[arg(long)]
     pub rootless: bool,
 }

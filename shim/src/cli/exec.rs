@@ -173,7 +173,9 @@ fn process(exec: &Exec, state: &State) -> anyhow::Result<Process> {
     );
     ensure!(exec.cgroup.is_none(), "--cgroup is not supported; leave it out");
     if exec.apparmor.is_some() || exec.process_label.is_some() {
-        tracing::warn!("labels of the host mean nothing inside the machine and are left out");
+        tracing::warn!(
+            "AppArmor profiles and SELinux labels have no effect inside the machine and are ignored"
+        );
     }
     process.set_apparmor_profile(None).set_selinux_label(None);
     ProcessLimits::own().fill(&mut process);

@@ -59,7 +59,7 @@ fn ask(home: &Home) -> anyhow::Result<PidsResponse> {
 fn in_the_machine(mut told: PidsResponse) -> anyhow::Result<Vec<ProcessInfo>> {
     let info = told.processes.first_mut().and_then(|first| first.info.take());
     let info = info.filter(|info| info.type_url == PROCESSES);
-    let info = info.context("the supervisor does not tell which processes there are")?;
+    let info = info.context("the supervisor did not list the processes")?;
     Ok(ProcessesReply::decode(info.value.as_slice())?.processes)
 }
 

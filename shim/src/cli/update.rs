@@ -59,7 +59,7 @@ fn from_flags(update: &Update) -> anyhow::Result<LinuxResources> {
         [("l3-cache-schema", &update.l3_cache_schema), ("mem-bw-schema", &update.mem_bw_schema)]
     {
         if value.is_some() {
-            bail!("--{flag}: a class of Intel's RDT cannot be set; leave it out");
+            bail!("--{flag}: classes of Intel RDT are not supported; leave it out");
         }
     }
     let mut memory = LinuxMemory::default();

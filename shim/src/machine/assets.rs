@@ -11,7 +11,7 @@ use thiserror::Error;
 /// A file of the installation that cannot be used.
 #[derive(Debug, Error)]
 #[error(
-    "{what} {} cannot be used: build it with \"cargo xtask image\", or name another with \
+    "cannot use {what} {}: build it with \"cargo xtask image\", or name another with \
      {variable}",
     .path.display()
 )]
@@ -102,7 +102,7 @@ mod tests {
             (bin.join("bulkhead-fs"), "file server"),
         ] {
             let words = Assets::find_beside(&bin, |_| None).unwrap_err().to_string();
-            assert!(words.starts_with(&format!("{what} {} ", path.display())), "{words}");
+            assert!(words.starts_with(&format!("cannot use {what} {}: ", path.display())), "{words}");
             assert!(words.contains("cargo xtask image"), "{words}");
             fs::write(path, "").unwrap();
         }

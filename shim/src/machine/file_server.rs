@@ -28,7 +28,7 @@ const DESCRIPTORS: u64 = 1 << 20;
 #[derive(Debug, Error)]
 pub enum FileServerError {
     /// The program.
-    #[error("file server cannot be started")]
+    #[error("cannot start the file server")]
     Spawn(#[source] io::Error),
     /// The socket.
     #[error("control socket of the file server")]
@@ -37,10 +37,10 @@ pub enum FileServerError {
     #[error("file server: {0}")]
     Refused(String),
     /// It ended without a word.
-    #[error("file server ended before it was ready; see {0}")]
+    #[error("the file server ended before it was ready; see {0}")]
     Ended(&'static str),
     /// It said nothing.
-    #[error("file server was not ready within {0:?}")]
+    #[error("the file server was not ready within {0:?}")]
     Late(Duration),
     /// Its files.
     #[error("share")]

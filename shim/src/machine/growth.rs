@@ -23,10 +23,10 @@ const STEP: Duration = Duration::from_millis(5);
 #[derive(Debug, Error)]
 pub enum GrowthError {
     /// The monitor.
-    #[error("the machine does not grow: {0}")]
+    #[error("cannot grow the machine: {0}")]
     Machine(#[from] MachineError),
     /// The agent.
-    #[error("the machine does not grow: {0}")]
+    #[error("cannot grow the machine: {0}")]
     Agent(#[from] AgentError),
     /// The guest's kernel.
     #[error(

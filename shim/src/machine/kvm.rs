@@ -21,7 +21,7 @@ pub enum KvmError {
     )]
     Missing(String),
     /// A device that cannot be opened.
-    #[error("{0} cannot be opened: run as root")]
+    #[error("cannot open {0}: bulkhead must be run as root")]
     Open(String, #[source] io::Error),
     /// A device that emulates.
     #[error(
@@ -32,7 +32,7 @@ pub enum KvmError {
     )]
     Slow(u64),
     /// A device that does not work.
-    #[error("KVM on this host does not work")]
+    #[error("KVM does not work on this host")]
     Broken(#[from] ProbeError),
 }
 
@@ -83,7 +83,7 @@ mod tests {
     #[test]
     fn a_device_that_cannot_be_opened_says_so() {
         let words = open_at(Path::new("/")).unwrap_err().to_string();
-        assert_eq!(words, "/ cannot be opened: run as root");
+        assert_eq!(words, "cannot open /: bulkhead must be run as root");
     }
 
     #[test]

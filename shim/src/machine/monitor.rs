@@ -44,19 +44,19 @@ const QUOTED_LINES: usize = 12;
 #[derive(Clone, Debug, Error)]
 pub enum MachineError {
     /// The program.
-    #[error("monitor cannot be started: {0}")]
+    #[error("cannot start the monitor: {0}")]
     Spawn(String),
     /// The monitor said no.
     #[error(transparent)]
     Refused(#[from] Refusal),
     /// The monitor said nothing.
-    #[error("monitor did not answer within {0:?}")]
+    #[error("the monitor did not answer within {0:?}")]
     Late(Duration),
     /// The machine is over.
     #[error("{0}")]
     Ended(String),
     /// The monitor's answer is not one to the call.
-    #[error("monitor answered something else: {0}")]
+    #[error("the monitor sent an unexpected answer: {0}")]
     Confused(String),
 }
 

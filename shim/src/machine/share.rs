@@ -48,11 +48,11 @@ pub enum ShareError {
     #[error("mount point {} in the share", .0.display())]
     MountPoint(PathBuf, #[source] io::Error),
     /// Something of the host.
-    #[error("{} cannot be shared with the guest", .0.display())]
+    #[error("cannot share {} with the guest", .0.display())]
     Clone(PathBuf, #[source] io::Error),
     /// Its owners.
     #[error(
-        "owners of {} cannot be mapped{}; leave uidMappings, gidMappings, idmap and ridmap out",
+        "cannot map the owners of {}{}; leave uidMappings, gidMappings, idmap and ridmap out",
         .0.display(),
         unmappable(.1)
     )]
@@ -61,10 +61,10 @@ pub enum ShareError {
     #[error("mount namespace of the file server")]
     Namespace(#[source] io::Error),
     /// Attaching in it.
-    #[error("{} cannot be attached in the share", .0.display())]
+    #[error("cannot attach {} to the share", .0.display())]
     Attach(PathBuf, #[source] io::Error),
     /// Taking away from it.
-    #[error("{} cannot be taken out of the share", .0.display())]
+    #[error("cannot take {} out of the share", .0.display())]
     Detach(PathBuf, #[source] io::Error),
     /// Every directory is taken.
     #[error("the pod has {SHARE_DIRS} containers already; create another pod")]
@@ -492,6 +492,6 @@ mod tests {
     fn a_source_that_is_missing_is_named() {
         let entry = shared(Path::new("/nonexistent"), "rootfs", FileKind::Directory, false);
         let error = Files::prepare(&[entry]).unwrap_err();
-        assert_eq!(error.to_string(), "/nonexistent cannot be shared with the guest");
+        assert_eq!(error.to_string(), "cannot share /nonexistent with the guest");
     }
 }

@@ -122,10 +122,7 @@ impl Interfaces {
         let Some(mut update) = update else { return Ok(false) };
         for error in update.refused.drain(..) {
             let error = format!("{:#}", anyhow::Error::from(error));
-            tracing::warn!(
-                error,
-                "the guest does not have an interface of the container's network"
-            );
+            tracing::warn!(error, "cannot give the guest an interface of the container's network");
         }
         pass_on(machine, agent, update).await?;
         Ok(true)

@@ -46,10 +46,10 @@ const ANSWERS: usize = 64;
 #[derive(Debug, Error)]
 pub enum NamesError {
     /// The host's side.
-    #[error("name servers of the container's network cannot be asked")]
+    #[error("cannot ask the name servers of the container's network")]
     Sockets(#[from] io::Error),
     /// The guest's side.
-    #[error("the guest does not stand in for the name servers of the container's network")]
+    #[error("the guest cannot answer for the name servers of the container's network")]
     Agent(#[from] AgentError),
 }
 

@@ -229,7 +229,7 @@ async fn accept_all(listener: Channel, waiting: Arc<Waiting>) {
                 });
             }
             Err(error) => {
-                tracing::warn!(error = %error, "no stand-in can attach");
+                tracing::warn!(error = %error, "cannot accept stand-ins any more");
                 sleep(GREETING).await;
             }
         }

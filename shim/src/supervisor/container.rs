@@ -62,7 +62,7 @@ pub enum ContainerError {
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
     /// How the host weighs the pod.
-    #[error("oomScoreAdj {0} cannot be set")]
+    #[error("cannot set oomScoreAdj {0}")]
     OomScore(i32, #[source] std::io::Error),
     /// Its stand-in.
     #[error("no process attached to the container's streams")]

@@ -201,7 +201,7 @@ async fn serve_one(
     let created = tokio::select! {
         created = &mut life => created,
         error = let_in(Channel::new(sockets.join)?, door) => {
-            tracing::error!(error = %error, "no further container can join");
+            tracing::error!(error = %error, "cannot accept further containers into the pod");
             life.await
         }
     };

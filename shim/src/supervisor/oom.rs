@@ -41,7 +41,7 @@ pub fn report(other: Option<&Cgroup>) -> io::Result<()> {
     cgroup.restore(&limits)?;
     killed?;
     if cgroup.kills()? == before {
-        return Err(io::Error::other("the host has counted no kill"));
+        return Err(io::Error::other("the host did not count the kill"));
     }
     Ok(())
 }

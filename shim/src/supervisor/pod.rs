@@ -93,7 +93,7 @@ pub enum PodError {
     #[error(transparent)]
     Growth(#[from] GrowthError),
     /// A block device of the host.
-    #[error("device {} cannot be used", .0.display())]
+    #[error("cannot use device {}", .0.display())]
     Disk(PathBuf, #[source] io::Error),
     /// Too many of them, counted over all containers of the pod.
     #[error("a machine has room for {DISKS_MAX} disks; use another pod")]
@@ -325,8 +325,8 @@ impl Pod {
         tokio::select! {
             synced = timeout(patience, self.agent.sync()) => match synced {
                 Ok(Ok(())) => {}
-                Ok(Err(error)) => tracing::warn!(error = %error, "guest did not write back"),
-                Err(_) => tracing::warn!("guest did not write back in time"),
+                Ok(Err(error)) => tracing::warn!(error = %error, "the guest could not write its files back"),
+                Err(_) => tracing::warn!("the guest did not write its files back in time"),
             },
             words = self.gone() => tracing::debug!(words, "pod is over"),
         }

@@ -70,11 +70,11 @@ pub fn remove(lock: Lock) -> anyhow::Result<()> {
 }
 
 fn remove_with(lock: Lock, state: State, survivor: Option<Process>) -> anyhow::Result<()> {
-    let mut failed = survivor.map(|it| anyhow!("process {} cannot be ended", it.pid));
+    let mut failed = survivor.map(|it| anyhow!("cannot end process {}", it.pid));
     if let Some(network) = &state.network
         && let Err(error) = mirror::restore(network)
     {
-        tracing::warn!(network = %network.display(), error = %error, "interfaces not restored");
+        tracing::warn!(network = %network.display(), error = %error, "cannot restore the interfaces of the network namespace");
     }
     if let Some(Err(error)) = state.cgroup.as_ref().map(Cgroup::remove) {
         failed.get_or_insert(error.into());

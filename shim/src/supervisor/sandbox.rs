@@ -191,14 +191,14 @@ impl Sandbox {
         let Some(pod) = pod else { return Departure::Last };
         pod.dismiss(id, gone.dir).await;
         if was_oldest && let Err(error) = self.move_in(&pod).await {
-            tracing::warn!(error = %error, "the pod's processes did not move to another cgroup");
+            tracing::warn!(error = %error, "cannot move the pod's processes to another cgroup");
         }
         // That waits until the guest has given back what it does not need any more.
         let sandbox = self.clone();
         tokio::spawn(async move {
             let _sizing = sandbox.sizing.lock().await;
             if let Err(error) = sandbox.lower().await {
-                tracing::warn!(error = %error, "limits of the pod were not changed");
+                tracing::warn!(error = %error, "cannot change the limits of the pod");
             }
         });
         Departure::OthersStay

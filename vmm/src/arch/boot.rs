@@ -26,10 +26,10 @@ const HEADER_MAGIC: u32 = u32::from_le_bytes(*b"HdrS");
 #[derive(Debug, Error)]
 pub(crate) enum BootError {
     /// Not an ELF kernel, or it does not fit.
-    #[error("kernel cannot be loaded")]
+    #[error("cannot load the kernel")]
     Kernel(#[source] linux_loader::loader::Error),
     /// Descriptor trouble.
-    #[error("initramfs cannot be read")]
+    #[error("cannot read the initramfs")]
     Initramfs(#[source] std::io::Error),
     /// The memory is too small.
     #[error("kernel and initramfs of {needs} MiB do not fit in {has} MiB of memory")]
@@ -38,7 +38,7 @@ pub(crate) enum BootError {
     #[error("kernel command line has {0} bytes, at most {CMDLINE_MAX} fit")]
     Cmdline(usize),
     /// A bug: the addresses are ours.
-    #[error("boot structures cannot be written")]
+    #[error("cannot write the boot structures")]
     Write(#[from] vm_memory::GuestMemoryError),
 }
 

@@ -34,13 +34,13 @@ const MODE_EXT_INT: u32 = 7 << 8;
 #[derive(Debug, Error)]
 pub(crate) enum RegisterError {
     /// An ioctl on the vCPU.
-    #[error("processor state cannot be set")]
+    #[error("cannot set the processor's registers")]
     Kvm(#[from] kvm_ioctls::Error),
     /// A bug: the addresses are ours.
-    #[error("descriptor or page tables cannot be written")]
+    #[error("cannot write descriptor or page tables")]
     Memory(#[from] vm_memory::GuestMemoryError),
     /// A bug: the list is ours.
-    #[error("model-specific registers cannot be listed")]
+    #[error("cannot list model-specific registers")]
     Msrs,
 }
 

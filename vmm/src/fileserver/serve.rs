@@ -35,7 +35,7 @@ impl Service {
     /// Serves until the monitor closes the relay socket.
     pub(super) fn run(&self) {
         if let Err(error) = caller::detach_thread(self.share.thread_directory()) {
-            log::error!("thread cannot serve: {error}");
+            log::error!("cannot start a thread that serves: {error}");
             return;
         }
         // One for the packet, the other for the reply: no request is long and has a long reply, and
@@ -101,7 +101,7 @@ impl Service {
             match send(&self.relay, message, SendFlags::NOSIGNAL) {
                 Err(Errno::INTR) => {}
                 Err(Errno::NOBUFS | Errno::NOMEM) => thread::sleep(PAUSE),
-                Err(error) => return log::warn!("a reply could not be sent: {error}"),
+                Err(error) => return log::warn!("cannot send a reply: {error}"),
                 Ok(_) => return,
             }
         }

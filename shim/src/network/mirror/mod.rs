@@ -34,7 +34,7 @@ pub const INTERFACES_MAX: u8 = 3;
 #[derive(Debug, Error)]
 pub enum MirrorError {
     /// The namespace.
-    #[error("network namespace {} cannot be used; name an existing one", .0.display())]
+    #[error("cannot use network namespace {}; name an existing one", .0.display())]
     Namespace(PathBuf, #[source] io::Error),
     /// An interface that is not Ethernet.
     #[error(transparent)]
@@ -225,7 +225,7 @@ impl Mirror {
         };
         if known.interface.mtu != interface.mtu {
             redirect::fit(&mut self.connection, known.tap, interface.mtu)
-                .map_err(failed(&interface.name, "its tap cannot be set up"))?;
+                .map_err(failed(&interface.name, "cannot set up its tap"))?;
         }
         if known.interface.carrier != interface.carrier {
             update.cables.push((known.place, interface.carrier));
@@ -248,7 +248,7 @@ impl Mirror {
         self.taps.push(number);
         let connection = &mut self.connection;
         redirect::fit(connection, number, interface.mtu)
-            .map_err(failed("its tap cannot be set up"))?;
+            .map_err(failed("cannot set up its tap"))?;
         if let Err(error) = redirect::take(connection, interface.index) {
             let what = "somebody else may redirect its frames; let nobody (tc qdisc show)";
             return Err(match observe::tap_of(connection, interface.index) {

@@ -54,7 +54,9 @@ pub struct Interface {
 
 /// An interface that cannot be had.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
-#[error("interface {0} is no Ethernet: the guest can only have those that are; take it out")]
+#[error(
+    "interface {0} is not an Ethernet interface, the only kind that the guest supports; take it out"
+)]
 pub struct Unusable(String);
 
 /// Those that somebody has put there, each number with the interface or why it cannot be had. The
@@ -379,7 +381,7 @@ mod tests {
         }
         let tunnel = link("wg0", LinkLayerType::None, LinkFlags::Up);
         let words = interface(&tunnel).unwrap_err().to_string();
-        assert!(words.starts_with("interface wg0 is no Ethernet"), "{words}");
+        assert!(words.starts_with("interface wg0 is not an Ethernet interface"), "{words}");
     }
 
     fn route(protocol: RouteProtocol, attributes: Vec<RouteAttribute>) -> RouteMessage {

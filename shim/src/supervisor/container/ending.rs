@@ -45,7 +45,7 @@ impl Container {
     fn outlive(&self, life: &mut Life) {
         life.state.outlived = true;
         if let Err(error) = self.home.write(&life.state) {
-            tracing::error!(error = %error, "end of the container was not written");
+            tracing::error!(error = %error, "cannot record the end of the container");
         }
     }
 
@@ -83,7 +83,7 @@ impl Container {
         let own = state.cgroup.filter(|_| state.joined);
         let reported = tokio::task::spawn_blocking(move || oom::report(own.as_ref())).await;
         if let Err(error) = reported.map_err(std::io::Error::from).flatten() {
-            tracing::warn!(error = %error, "host was not told that memory ran out");
+            tracing::warn!(error = %error, "cannot report to the host that memory ran out");
         }
     }
 
@@ -92,7 +92,7 @@ impl Container {
         life.state.exit = Some(exit);
         life.pod = None;
         if let Err(error) = self.advance(&mut life, Event::Exited) {
-            tracing::error!(error = %error, "end of the container was not written");
+            tracing::error!(error = %error, "cannot record the end of the container");
         }
         drop(life);
         self.exit.send_replace(Some(exit));

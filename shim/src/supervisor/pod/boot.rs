@@ -41,7 +41,7 @@ pub(super) async fn boot(
         if plan.size.vcpus > 1
             && let Err(error) = agent.start_processors(plan.size.vcpus.into()).await
         {
-            tracing::warn!(error = %error, "a processor does not start");
+            tracing::warn!(error = %error, "cannot start a processor of the guest");
         }
         Ok(agent)
     };

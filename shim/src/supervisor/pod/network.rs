@@ -40,7 +40,10 @@ impl Pod {
             Ok(true) => self.learn_names().await,
             Err(error) => {
                 let error = format!("{:#}", anyhow::Error::from(error));
-                tracing::warn!(error, "the guest does not follow the container's network");
+                tracing::warn!(
+                    error,
+                    "cannot apply a change of the container's network in the guest"
+                );
             }
         }
     }
@@ -58,7 +61,7 @@ impl Pod {
         }
         if let Err(error) = self.interfaces.share_answers().await {
             let error = format!("{:#}", anyhow::Error::from(error));
-            tracing::warn!(error, "name servers of the container's network cannot ask others");
+            tracing::warn!(error, "the name servers of the container's network cannot ask others");
         }
         match names::NameServers::open(&self.agent, namespace, &servers).await {
             Ok(opened) => {
@@ -67,10 +70,7 @@ impl Pod {
             }
             Err(error) => {
                 let error = format!("{:#}", anyhow::Error::from(error));
-                tracing::warn!(
-                    error,
-                    "names of the container's network are not known in the guest"
-                );
+                tracing::warn!(error, "the guest cannot resolve names of the container's network");
             }
         }
     }

@@ -198,7 +198,7 @@ fn take_reported(chain: &mut Chain, memory: &GuestMemory) -> Result<(), ServeErr
 /// Drops the whole pages of a run of guest memory.
 fn give_back(slice: &VolatileSlice<'_>) {
     if let Err(error) = release(slice) {
-        guest_warn!("balloon: {} bytes were not given back: {error}", slice.len());
+        guest_warn!("balloon: cannot give {} bytes back to the host: {error}", slice.len());
     }
 }
 

@@ -291,7 +291,7 @@ impl Mem {
         for slice in slices {
             let Ok(slice) = slice else { return Response::Busy };
             if let Err(error) = release(&slice) {
-                guest_warn!("mem: {} bytes were not given back: {error}", slice.len());
+                guest_warn!("mem: cannot give {} bytes back to the host: {error}", slice.len());
             }
         }
         self.set(first, count, false);

@@ -94,7 +94,7 @@ impl Line {
     pub(crate) fn fail(&self) {
         self.failed.store(true, Ordering::Release);
         if let Err(error) = self.raise_config() {
-            log::error!("the driver of a failed device was not told: {error}");
+            log::error!("cannot report a failed device to its driver: {error}");
         }
     }
 
@@ -380,7 +380,7 @@ impl Attached {
             queue.set_event_idx(event_idx);
             // A queue that the driver has no use for is left alone, §3.1.1; it then never is ready.
             if queue.ready() && !queue.is_valid(&*snapshot) {
-                guest_warn!("{:?}: a queue does not lie in memory", self.device);
+                guest_warn!("{:?}: a queue is not in guest memory", self.device);
                 return self.line.fail();
             }
             let state = Queue::try_from(queue.state());

@@ -113,7 +113,7 @@ impl Kernel {
         for vhost in &self.pairs {
             for direction in DIRECTIONS {
                 if let Err(error) = vhost.stop(direction) {
-                    log::error!("net: vhost-net does not stop: {error}");
+                    log::error!("net: cannot stop vhost-net: {error}");
                 }
             }
         }

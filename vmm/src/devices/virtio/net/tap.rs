@@ -81,7 +81,7 @@ pub(super) fn check(taps: Vec<OwnedFd>) -> io::Result<Vec<HostTap>> {
             return Err(refused("is of another interface than the first"));
         }
         if header_bytes(&tap)? != HEADER_BYTES {
-            return Err(refused(format!("has not a header of {HEADER_BYTES} bytes")));
+            return Err(refused(format!("does not have a header of {HEADER_BYTES} bytes")));
         }
         if !fcntl_getfl(&tap)?.contains(OFlags::NONBLOCK) {
             return Err(refused("is not nonblocking"));

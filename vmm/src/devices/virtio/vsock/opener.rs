@@ -34,7 +34,7 @@ pub(crate) enum OpenError {
     #[error("vsock device is gone")]
     Gone,
     /// The host could not make a socket.
-    #[error("socket pair not made")]
+    #[error("cannot make a socket pair")]
     Host(#[from] io::Error),
 }
 
@@ -128,7 +128,7 @@ impl Opener {
         if let Err(error) = self.shared.wake.write(1)
             && error.kind() != io::ErrorKind::WouldBlock
         {
-            log::error!("vsock was not woken: {error}");
+            log::error!("cannot wake the vsock device: {error}");
         }
     }
 

@@ -70,6 +70,8 @@ mod process_settings;
 #[cfg(test)]
 mod programs;
 #[cfg(test)]
+mod read_only_root;
+#[cfg(test)]
 mod redirected;
 #[cfg(test)]
 mod resources;

@@ -11,7 +11,8 @@ use oci_spec::runtime::{Linux, LinuxNamespaceType, Mount, Spec};
 
 use super::id_map::{self, IdMap};
 use super::{
-    Additions, BundleError, Surroundings, hook_programs, pod, read_only, refuse, resources,
+    Additions, BundleError, Surroundings, hook_programs, pod, read_only, read_only_root, refuse,
+    resources,
 };
 use crate::state::id::ContainerId;
 
@@ -44,6 +45,9 @@ pub struct Shared {
     pub recursive: bool,
     /// How its owners are mapped.
     pub id_map: Option<IdMap>,
+    /// What is made in it before the guest sees it, if it is read-only. Where that fails, it stays
+    /// writable, and the guest's to keep.
+    pub mount_points: Vec<(PathBuf, FileKind)>,
 }
 
 /// The specification for the guest and what it refers to.
@@ -72,6 +76,7 @@ pub(super) fn rewrite(
         read_only_below: false,
         recursive: true,
         id_map: None,
+        mount_points: Vec::new(),
     }];
     if let Some(root) = spec.root_mut() {
         root.set_path(in_guest(&shared[0].target));
@@ -103,6 +108,13 @@ pub(super) fn rewrite(
         spec.set_annotations(None);
     }
     add(&mut spec, id, &surroundings.additions);
+    let kind = |source: &Path| {
+        let of = |it: &&Shared| in_guest(&it.target) == source;
+        shared.iter().find(of).map(|it| it.kind)
+    };
+    if let Some(mount_points) = read_only_root::mount_points(&spec, kind) {
+        (shared[0].read_only, shared[0].mount_points) = (true, mount_points);
+    }
     let dropped = adapt(&mut spec, id, surroundings);
     Ok(Guest { spec, shared, dropped })
 }
@@ -164,6 +176,7 @@ fn share(
         read_only_below: read_only.below,
         recursive: has_option(mount, &["rbind"]),
         id_map: None,
+        mount_points: Vec::new(),
     })
 }
 

@@ -59,6 +59,7 @@ fn share(hook: &Hook, target: PathBuf) -> Result<Option<Shared>, BundleError> {
         kind: FileKind::File,
         read_only: true,
         read_only_below: true,
+        mount_points: Vec::new(),
         recursive: false,
         id_map: None,
     };

@@ -12,6 +12,7 @@ mod lenient;
 mod limits;
 mod pod;
 mod read_only;
+mod read_only_root;
 pub mod refuse;
 mod resources;
 mod size;

@@ -102,7 +102,10 @@ mod tests {
             (bin.join("bulkhead-fs"), "file server"),
         ] {
             let words = Assets::find_beside(&bin, |_| None).unwrap_err().to_string();
-            assert!(words.starts_with(&format!("cannot use {what} {}: ", path.display())), "{words}");
+            assert!(
+                words.starts_with(&format!("cannot use {what} {}: ", path.display())),
+                "{words}"
+            );
             assert!(words.contains("cargo xtask image"), "{words}");
             fs::write(path, "").unwrap();
         }

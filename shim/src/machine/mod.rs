@@ -14,6 +14,7 @@ pub mod file_server;
 pub mod growth;
 pub mod kvm;
 pub mod monitor;
+mod mount_points;
 pub mod share;
 pub mod spawn;
 mod user_namespace;

@@ -2,10 +2,12 @@
 //! and nobody can make them there.
 //!
 //! The root may be a tenant's: every path is walked below it, with its own links (openat2(2),
-//! `RESOLVE_IN_ROOT`), and nothing that exists is changed.
+//! `RESOLVE_IN_ROOT`), and nothing that exists is changed. What lies below an earlier mount point is made
+//! by the guest, in what is mounted there.
 
+use std::fs;
 use std::io;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags, ResolveFlags, mkdirat, openat, openat2};
@@ -18,11 +20,22 @@ use crate::bundle::FileKind;
 /// # Errors
 /// When something is in the way, or cannot be made.
 pub(super) fn make(root: BorrowedFd<'_>, wanted: &[(PathBuf, FileKind)]) -> io::Result<()> {
-    wanted.iter().try_for_each(|(path, kind)| make_one(root, path, *kind))
+    let mut covered = vec![];
+    for (path, kind) in wanted {
+        covered.extend(make_one(root, path, *kind, &covered)?);
+    }
+    Ok(())
 }
 
-fn make_one(root: BorrowedFd<'_>, path: &Path, kind: FileKind) -> io::Result<()> {
+/// Gives where it is, without links, unless it is below what is covered.
+fn make_one(
+    root: BorrowedFd<'_>,
+    path: &Path,
+    kind: FileKind,
+    covered: &[PathBuf],
+) -> io::Result<Option<PathBuf>> {
     let mut walked = PathBuf::from("/");
+    let mut at = look(root, &walked)?;
     let mut parts = path.components().peekable();
     while let Some(part) = parts.next() {
         let name = match part {
@@ -31,30 +44,37 @@ fn make_one(root: BorrowedFd<'_>, path: &Path, kind: FileKind) -> io::Result<()>
             // It would mean something else where links are followed.
             Component::ParentDir | Component::Prefix(_) => return Err(Errno::INVAL.into()),
         };
-        let parent = look(root, &walked, OFlags::DIRECTORY)?;
+        if covered.contains(&place(&at)?) {
+            return Ok(None);
+        }
         walked.push(name);
-        match look(root, &walked, OFlags::empty()) {
-            Ok(_) => continue,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => return Err(error),
-        }
-        match kind {
-            FileKind::File if parts.peek().is_none() => {
-                let flags =
-                    OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::WRONLY | OFlags::CLOEXEC;
-                openat(&parent, name, flags, Mode::from_raw_mode(0o644))?;
+        at = match look(root, &walked) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                match kind {
+                    FileKind::File if parts.peek().is_none() => {
+                        let new = OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW;
+                        let flags = new | OFlags::WRONLY | OFlags::CLOEXEC;
+                        drop(openat(&at, name, flags, Mode::from_raw_mode(0o644))?);
+                    }
+                    _ => mkdirat(&at, name, Mode::from_raw_mode(0o755))?,
+                }
+                look(root, &walked)?
             }
-            _ => mkdirat(&parent, name, Mode::from_raw_mode(0o755))?,
-        }
+            found => found?,
+        };
     }
-    Ok(())
+    place(&at).map(Some)
 }
 
 /// What is at a path of the container.
-fn look(root: BorrowedFd<'_>, path: &Path, kind: OFlags) -> io::Result<OwnedFd> {
-    let flags = OFlags::PATH | OFlags::CLOEXEC | kind;
+fn look(root: BorrowedFd<'_>, path: &Path) -> io::Result<OwnedFd> {
     let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-    Ok(openat2(root, path, flags, Mode::empty(), resolve)?)
+    Ok(openat2(root, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve)?)
+}
+
+/// Where something is on the host.
+fn place(at: &OwnedFd) -> io::Result<PathBuf> {
+    fs::read_link(format!("/proc/self/fd/{}", at.as_raw_fd()))
 }
 
 #[cfg(test)]
@@ -73,6 +93,7 @@ mod tests {
         fs::create_dir_all(inside("real/etc")).unwrap();
         fs::write(inside("real/etc/hosts"), "kept").unwrap();
         symlink("/real/etc", inside("etc")).unwrap();
+        symlink("/run", inside("var-run")).unwrap();
         symlink(outside.path(), inside("away")).unwrap();
         let fd = fs::File::open(root.path()).unwrap();
         let wanted = [
@@ -80,6 +101,10 @@ mod tests {
             ("/etc/resolv.conf", FileKind::File),
             ("/var/lib/data", FileKind::Directory),
             ("proc", FileKind::Directory),
+            ("/run", FileKind::Directory),
+            // Below what is mounted by then.
+            ("/run/secrets", FileKind::Directory),
+            ("/var-run/lock", FileKind::File),
             ("/", FileKind::Directory),
         ];
         let wanted = wanted.map(|(path, kind)| (PathBuf::from(path), kind));
@@ -87,6 +112,7 @@ mod tests {
         assert_eq!(fs::read_to_string(inside("real/etc/hosts")).unwrap(), "kept");
         assert!(inside("real/etc/resolv.conf").is_file());
         assert!(inside("var/lib/data").is_dir() && inside("proc").is_dir());
+        assert_eq!(fs::read_dir(inside("run")).unwrap().count(), 0);
         // A link that leads out leads into the root, where there is nothing.
         for path in ["/away/file", "/etc/../../x", "/etc/hosts/below"] {
             assert!(make(fd.as_fd(), &[(path.into(), FileKind::File)]).is_err(), "{path}");

@@ -29,7 +29,7 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use thiserror::Error;
 
 use crate::bundle::{FileKind, IdMap, Shared};
-use crate::machine::user_namespace;
+use crate::machine::{mount_points, user_namespace};
 
 /// The size of a tmpfs, which only ever holds mount points.
 const SIZE: &str = "1m";
@@ -288,10 +288,25 @@ fn clone_tree(entry: &Shared) -> io::Result<OwnedFd> {
     flags.set(OpenTreeFlags::AT_RECURSIVE, entry.recursive);
     let clone = open_tree(CWD, &entry.source, flags)?;
     harden(clone.as_fd(), entry.read_only_below, entry.recursive)?;
-    if entry.read_only {
+    if entry.read_only && has_mount_points(entry) {
         set_attributes(clone.as_fd(), libc::MOUNT_ATTR_RDONLY, false)?;
     }
     Ok(clone)
+}
+
+/// Makes the mount points of what is read-only; whether all of them are there.
+fn has_mount_points(entry: &Shared) -> bool {
+    if entry.mount_points.is_empty() {
+        return true;
+    }
+    let root = openat(CWD, &entry.source, OFlags::PATH | OFlags::CLOEXEC, Mode::empty());
+    let made = root.map_err(io::Error::from);
+    let made = made.and_then(|root| mount_points::make(root.as_fd(), &entry.mount_points));
+    if let Err(error) = &made {
+        let source = entry.source.display();
+        tracing::debug!(%error, "{source} is read-only in the guest, and not on the host");
+    }
+    made.is_ok()
 }
 
 /// Takes from a mount what only means something to processes of the host, and the right to write where
@@ -384,6 +399,7 @@ mod tests {
             kind,
             read_only,
             read_only_below: read_only,
+            mount_points: Vec::new(),
             recursive: true,
             id_map: None,
         }

@@ -1,0 +1,90 @@
+//! A root that is read-only, `root.readonly`, on the host's side too: a guest that has been taken over
+//! cannot write to it either.
+//!
+//! Nobody can make mount points in it then but the host, before the guest sees it. Where something else
+//! has to be written in it before the container's program runs, it stays the guest's to keep.
+
+use std::path::{Path, PathBuf};
+
+use oci_spec::runtime::{LinuxNamespaceType, Spec};
+
+use super::FileKind;
+
+/// What is to be made in a root that the guest cannot write to, in this order: mount points, then the
+/// working directory. Nothing for a root that the guest has to write to.
+///
+/// `kind` says what is mounted from a source inside the guest.
+pub(super) fn mount_points(
+    spec: &Spec,
+    kind: impl Fn(&Path) -> Option<FileKind>,
+) -> Option<Vec<(PathBuf, FileKind)>> {
+    if spec.root().as_ref()?.readonly() != Some(true) || is_written_to(spec) {
+        return None;
+    }
+    let mounts = spec.mounts().iter().flatten().map(|mount| {
+        let kind = mount.source().as_ref().and_then(|source| kind(source));
+        (mount.destination().clone(), kind.unwrap_or(FileKind::Directory))
+    });
+    let cwd = spec.process().iter().map(|process| (process.cwd().clone(), FileKind::Directory));
+    Some(mounts.chain(cwd).collect())
+}
+
+/// Whether the guest writes to the root before the container's program runs: nodes of devices, hooks, and
+/// mount points whose owner is not the host's root.
+fn is_written_to(spec: &Spec) -> bool {
+    let mut mounts = spec.mounts().iter().flatten();
+    let linux = spec.linux().as_ref();
+    let mut devices = linux.and_then(|linux| linux.devices().as_ref()).into_iter().flatten();
+    let mut namespaces = linux.and_then(|linux| linux.namespaces().as_ref()).into_iter().flatten();
+    let hooks = spec.hooks().as_ref().and_then(|hooks| hooks.create_container().as_ref());
+    !mounts.any(|mount| mount.destination() == Path::new("/dev"))
+        || devices.any(|device| !device.path().starts_with("/dev"))
+        || namespaces.any(|namespace| namespace.typ() == LinuxNamespaceType::User)
+        || hooks.is_some_and(|hooks| !hooks.is_empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    fn found(change: impl Fn(&mut Value)) -> Option<Vec<(PathBuf, FileKind)>> {
+        let mut spec = json!({
+            "ociVersion": "1.0.2",
+            "root": {"path": "/r", "readonly": true},
+            "process": {"args": ["x"], "cwd": "/srv", "user": {"uid": 0, "gid": 0}},
+            "mounts": [
+                {"destination": "/dev", "type": "tmpfs", "source": "tmpfs"},
+                {"destination": "/etc/hosts", "type": "bind", "source": "/share/1"}
+            ],
+            "linux": {"namespaces": [{"type": "mount"}]}
+        });
+        change(&mut spec);
+        let spec = serde_json::from_value(spec).unwrap();
+        let file = |source: &Path| source.starts_with("/share").then_some(FileKind::File);
+        mount_points(&spec, file)
+    }
+
+    #[test]
+    fn mount_points_and_the_working_directory_are_made_by_the_host() {
+        let expected = [
+            ("/dev", FileKind::Directory),
+            ("/etc/hosts", FileKind::File),
+            ("/srv", FileKind::Directory),
+        ];
+        let expected = expected.map(|(path, kind)| (PathBuf::from(path), kind));
+        assert_eq!(found(|_| {}).as_deref(), Some(&expected[..]));
+    }
+
+    #[test]
+    fn a_root_that_the_guest_writes_to_is_left_to_it() {
+        assert_eq!(found(|spec| spec["root"]["readonly"] = json!(false)), None);
+        assert_eq!(found(|spec| spec["mounts"] = json!([])), None);
+        let device = json!([{"path": "/null", "type": "c", "major": 1, "minor": 3}]);
+        assert_eq!(found(|spec| spec["linux"]["devices"] = device.clone()), None);
+        let user = json!([{"type": "mount"}, {"type": "user"}]);
+        assert_eq!(found(|spec| spec["linux"]["namespaces"] = user.clone()), None);
+        let hooks = json!({"createContainer": [{"path": "/bin/true"}]});
+        assert_eq!(found(|spec| spec["hooks"] = hooks.clone()), None);
+    }
+}

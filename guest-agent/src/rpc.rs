@@ -222,7 +222,7 @@ impl Agent for Calls {
         let bound = spawn_blocking(|| hotplug::rescan(Path::new(hotplug::PLATFORM_BUS)))
             .await
             .map_err(|error| Status::internal(error.to_string()))?
-            .map_err(internal("a slot cannot be bound"))?;
+            .map_err(internal("cannot bind a slot"))?;
         if !bound.is_empty() {
             self.share.mount().await.map_err(internal("cannot mount the share"))?;
         }

@@ -62,7 +62,7 @@ fn memory_is_plugged_in_steps_and_comes_back_when_it_is_free() {
     let refused = probe.vm.call(Request::Plug { target_mib: 1025 }, &[]).unwrap_err();
     assert!(format!("{refused:#}").contains("room for 1024 MiB"), "{refused:#}");
     let refused = probe.vm.call(Request::Detach { slot: SLOT }, &[]).unwrap_err();
-    assert!(format!("{refused:#}").contains("cannot be taken out"), "{refused:#}");
+    assert!(format!("{refused:#}").contains("cannot unplug memory"), "{refused:#}");
     let second = Request::Attach { slot: SLOT - 1, device: device() };
     let refused = probe.vm.call(second, &[]).unwrap_err();
     assert!(format!("{refused:#}").contains("has a memory device"), "{refused:#}");

@@ -35,13 +35,13 @@ async fn what_cannot_be_made_is_named_by_its_number() {
     assert_eq!(words(&[short]), "descriptor 3 has a header of 1 bytes, not 16");
     let zero = || descriptor(Asked::Device("/dev/zero".to_owned()), OFlags::RDONLY);
     let none = Descriptor { kind: None, flags: 0 };
-    assert_eq!(words(&[zero(), none]), "descriptor 4 is of no kind");
+    assert_eq!(words(&[zero(), none]), "descriptor 4 has an unknown kind");
     let many: Vec<_> = (0..=DESCRIPTORS_MAX).map(|_| zero()).collect();
     assert_eq!(words(&many), "62 descriptors; a process gets 61 at most");
     for path in ["../up", "/etc/passwd", "a/../b"] {
         let file = SharedFile { path: path.to_owned(), offset: 0 };
         let file = descriptor(Asked::File(file), OFlags::RDONLY);
-        assert_eq!(words(&[file]), "descriptor 3 cannot be made, or opened", "{path}");
+        assert_eq!(words(&[file]), "cannot make or open descriptor 3", "{path}");
     }
 }
 

@@ -469,7 +469,8 @@ mod tests {
             assert!(flags(fd).contains(harmless), "{:?}", flags(fd));
             assert!(!flags(fd).contains(StatVfsMountFlags::RDONLY));
         }
-        let alone = alone(clone.as_fd(), true, true).unwrap();
+        let opened = File::open(host.path()).unwrap();
+        let alone = alone(opened.as_fd(), true, true).unwrap();
         assert!(flags(&alone).contains(harmless | StatVfsMountFlags::RDONLY));
         unmount(host.path().join("below"), UnmountFlags::DETACH).unwrap();
     }
@@ -500,7 +501,7 @@ mod tests {
         let entry =
             Shared { id_map, ..shared(Path::new("/proc"), "c/m", FileKind::Directory, false) };
         let words = Files::prepare(&[entry]).unwrap_err().to_string();
-        assert!(words.starts_with("owners of /proc cannot be mapped, its file system"), "{words}");
+        assert!(words.starts_with("cannot map the owners of /proc, its file system"), "{words}");
     }
 
     #[test]

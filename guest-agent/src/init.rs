@@ -115,7 +115,7 @@ pub(crate) fn main() -> ExitCode {
 /// Restarts the machine. Nothing is written back: whoever could be waited for may be what failed.
 fn restart() -> ! {
     let refused = reboot(RebootCommand::Restart);
-    tracing::error!(?refused, "machine does not restart");
+    tracing::error!(?refused, "cannot restart the machine");
     // PID 1 must not end by itself; the kernel panics if it does, which the monitor reports too.
     std::process::exit(1)
 }
@@ -171,7 +171,7 @@ fn enable_controllers() -> io::Result<()> {
         // needs it then fails with its name.
         if let Err(error) = fs::write(root.join("cgroup.subtree_control"), format!("+{controller}"))
         {
-            tracing::warn!(controller, %error, "controller is not enabled");
+            tracing::warn!(controller, %error, "cannot enable a cgroup controller");
         }
     }
     Ok(())
@@ -223,7 +223,7 @@ fn serve() -> Result<(), InitError> {
         let early = share.clone();
         tokio::spawn(async move {
             if let Err(error) = early.mount().await {
-                tracing::warn!(%error, "share is not mounted");
+                tracing::warn!(%error, "cannot mount the share");
             }
         });
         let containers = Containers::new(reaper.clone(), meeting.clone(), share.clone());

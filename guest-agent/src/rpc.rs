@@ -95,7 +95,7 @@ impl Agent for Calls {
             clock::set_time(time_ns).map_err(internal("cannot set the clock"))?;
         }
         if !entropy.is_empty() {
-            clock::add_entropy(&entropy).map_err(internal("entropy cannot be added"))?;
+            clock::add_entropy(&entropy).map_err(internal("cannot add entropy"))?;
         }
         if !hostname.is_empty() {
             clock::set_hostname(&hostname)
@@ -251,7 +251,7 @@ impl Agent for Calls {
         spawn_blocking(move || network.release(&slots))
             .await
             .map_err(|error| Status::internal(error.to_string()))?
-            .map_err(internal("an interface cannot be released"))?;
+            .map_err(internal("cannot release an interface"))?;
         Ok(Response::new(ReleaseReply {}))
     }
 
@@ -270,7 +270,7 @@ impl Agent for Calls {
         }
         let (queries, asked) = mpsc::channel(QUERIES);
         let serving = Names::serve(&first.servers, answers, queries).await;
-        *names = Some(serving.map_err(internal("name servers cannot be stood in for"))?);
+        *names = Some(serving.map_err(internal("cannot answer for name servers"))?);
         Ok(Response::new(ReceiverStream::new(asked)))
     }
 

@@ -44,7 +44,7 @@ pub(super) fn of(mount: &Mount, spec: &Spec) -> Result<Option<IdMap>, Refusal> {
         return Ok(None);
     }
     if !is_bind(mount) {
-        let what = format!("the mount at {} maps users and is no bind mount", name());
+        let what = format!("the mount at {} maps owners, but is not a bind mount", name());
         return Err(refuse(what, "leave the mapping out, or bind a directory"));
     }
     if !own && has_user_namespace(spec) {
@@ -53,7 +53,10 @@ pub(super) fn of(mount: &Mount, spec: &Spec) -> Result<Option<IdMap>, Refusal> {
         gids = linux.map(|linux| list(linux.gid_mappings())).unwrap_or_default();
     }
     if uids.is_empty() || gids.is_empty() {
-        let what = format!("the mount at {} maps users without mappings for both", name());
+        let what = format!(
+            "the mount at {} maps owners without mappings for both users and groups",
+            name()
+        );
         return Err(refuse(
             what,
             "give it uidMappings and gidMappings, or the container a user namespace with both",
@@ -126,7 +129,7 @@ mod tests {
         for (mount, words) in [
             (json!({"options": ["idmap"]}), "without mappings for both"),
             (json!({"uidMappings": map(1)}), "without mappings for both"),
-            (json!({"type": "tmpfs", "options": ["idmap"]}), "is no bind mount"),
+            (json!({"type": "tmpfs", "options": ["idmap"]}), "is not a bind mount"),
             (json!({"options": ["idmap=uids=0-1-2"]}), "the option \"idmap=uids=0-1-2\""),
         ] {
             let error = asked(mount.clone(), false).unwrap_err();

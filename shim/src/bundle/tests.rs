@@ -131,7 +131,7 @@ fn what_cannot_be_kept_is_refused_in_words() {
         (
             "/mounts",
             json!([{"destination": "/m", "type": "bind", "source": "/", "options": ["idmap"]}]),
-            "the mount at /m maps users without mappings",
+            "the mount at /m maps owners without mappings",
         ),
     ] {
         let mut config = good();

@@ -68,6 +68,7 @@ pub(super) fn spawn_stand_in(
             .with_context(|| format!("console socket {}", socket.display()))?;
         command.stdin(slave.try_clone()?).stdout(slave.try_clone()?).stderr(slave);
     }
-    let child = command.spawn().context("process that stands for the container's")?;
+    let child =
+        command.spawn().context("cannot start the process that stands for the container")?;
     Ok(child.id())
 }

@@ -16,7 +16,7 @@ pub(super) fn list(global: &Global, list: &List) -> anyhow::Result<()> {
         match home.read() {
             Ok(state) => views.push(home.view(state)),
             // Deleted meanwhile, or damaged: the others are to be seen all the same.
-            Err(error) => tracing::warn!(error = %error, "container is not listed"),
+            Err(error) => tracing::warn!(error = %error, "cannot list a container"),
         }
     }
     let text = match (list.quiet, list.format) {

@@ -50,8 +50,9 @@ fn read(path: &Path) -> anyhow::Result<LinuxResources> {
         fs::read(path)
     };
     let json = json.with_context(|| format!("--resources {}", path.display()))?;
-    serde_json::from_slice(&json)
-        .with_context(|| format!("--resources {} are no limits", path.display()))
+    serde_json::from_slice(&json).with_context(|| {
+        format!("--resources: {} is not a valid linux.resources object", path.display())
+    })
 }
 
 fn from_flags(update: &Update) -> anyhow::Result<LinuxResources> {

@@ -63,7 +63,10 @@ impl Service {
     /// The container of that name, for a call about its init process.
     fn container(&self, id: &str, exec: &str) -> ttrpc::Result<&Arc<Container>> {
         if id != self.container.home().id().as_str() {
-            return Err(get_rpc_status(Code::NOT_FOUND, format!("container {id:?} is not here")));
+            return Err(get_rpc_status(
+                Code::NOT_FOUND,
+                format!("container {id:?} does not exist in this pod"),
+            ));
         }
         if !exec.is_empty() {
             return Err(get_rpc_status(

@@ -221,7 +221,7 @@ impl Pod {
             // Its creation may still be under way in the guest, and what runs has to die.
             while let Err(error) = self.agent.delete(id).await {
                 if error.is_not_found() || Instant::now() > deadline {
-                    tracing::debug!(error = %error, "not removed from the guest");
+                    tracing::debug!(error = %error, "cannot remove it from the guest");
                     return;
                 }
                 let _ = self.agent.kill(Target::init(id), 9, true).await;
@@ -233,7 +233,7 @@ impl Pod {
             words = self.broken() => tracing::debug!(words, "pod is over"),
         }
         if let Err(error) = self.leave_share_dir(dir) {
-            tracing::debug!(error = %error, "its files were not shown");
+            tracing::debug!(error = %error, "cannot show its files to the guest");
         }
     }
 
@@ -356,7 +356,7 @@ impl Lent<'_> {
 impl Drop for Lent<'_> {
     fn drop(&mut self) {
         if let Err(error) = self.pod.leave_share_dir(self.dir) {
-            tracing::debug!(error = %error, "lent files were not shown");
+            tracing::debug!(error = %error, "cannot show passed files to the guest");
         }
     }
 }

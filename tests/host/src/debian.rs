@@ -102,7 +102,7 @@ fn unpack(package: &str, directory: &Path) -> Result<()> {
         let compressed = modules.join(module).with_extension("ko.xz");
         succeed(Command::new("xz").arg("--decompress").arg(compressed))?;
     }
-    let release = modules.file_name().context("modules of no kernel")?;
+    let release = modules.file_name().context("cannot read the kernel's modules")?;
     succeed(Command::new("depmod").arg("--basedir").arg(directory).arg(release))
 }
 

@@ -250,7 +250,8 @@ impl Mirror {
         redirect::fit(connection, number, interface.mtu)
             .map_err(failed("cannot set up its tap"))?;
         if let Err(error) = redirect::take(connection, interface.index) {
-            let what = "somebody else may redirect its frames; let nobody (tc qdisc show)";
+            let what =
+                "another program has an ingress qdisc on it; remove that first (tc qdisc show)";
             return Err(match observe::tap_of(connection, interface.index) {
                 Ok(Some(tap)) => MirrorError::Owned(interface.name, tap),
                 _ => failed(what)(error),
@@ -262,7 +263,7 @@ impl Mirror {
         let shared = self.answers.then(|| answers::share(connection, interface.index, number));
         if let Err(error) = redirected {
             part(connection, interface.index);
-            return Err(failed("its frames cannot be redirected")(error));
+            return Err(failed("cannot redirect its frames")(error));
         }
         if let Some(Err(error)) = shared {
             tracing::warn!(interface = %interface.name, error = %error, "{}", answers::UNSHARED);
@@ -288,7 +289,7 @@ impl Drop for Mirror {
 fn part(connection: &mut Connection, index: u32) {
     if let Err(error) = redirect::part(connection, index) {
         // It may be gone with whoever made it.
-        tracing::debug!(index, error = %error, "interface was not parted");
+        tracing::debug!(index, error = %error, "cannot restore the interface");
     }
 }
 

@@ -53,7 +53,7 @@ impl Pod {
         let mut names = self.names.lock().await;
         let NameService::Unasked { file, namespace } = &*names else { return };
         let servers = names::on_loopback(file).unwrap_or_else(|error| {
-            tracing::debug!(error = %error, "resolv.conf was not read");
+            tracing::debug!(error = %error, "cannot read resolv.conf");
             Vec::new()
         });
         if servers.is_empty() {

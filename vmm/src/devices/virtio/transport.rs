@@ -390,7 +390,7 @@ impl Attached {
         drop(snapshot);
         let (memory, features) = (Arc::clone(memory), self.driver_features);
         if let Err(error) = self.device.activate(Activation { memory, queues, features }) {
-            guest_warn!("{:?}: not activated: {error}", self.device);
+            guest_warn!("{:?}: cannot activate the device: {error}", self.device);
             self.line.fail();
         }
     }

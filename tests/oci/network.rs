@@ -263,7 +263,10 @@ fn an_interface_that_somebody_else_redirects_is_refused_and_left_to_him() {
     let bundle = Prepared::bundle("true");
     let path = bundle.path().to_str().unwrap();
     let error = runtime.fails(&["run", "--bundle", path, "x"]).unwrap();
-    assert!(error.contains("interface eth0: another program has an ingress qdisc on it"), "{error}");
+    assert!(
+        error.contains("interface eth0: another program has an ingress qdisc on it"),
+        "{error}"
+    );
     assert_eq!(seen(), before);
     runtime.assert_clean().unwrap();
 }

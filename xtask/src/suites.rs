@@ -17,11 +17,13 @@ pub(crate) struct Suite {
     pub(crate) host: &'static [&'static str],
     /// It uses the image of `cargo xtask debian`.
     pub(crate) debian: bool,
-    /// It runs only where `--suite` names it: it takes too long for every run.
-    pub(crate) only_by_name: bool,
 }
 
-const PLAIN: Suite = Suite { name: "", host: &[], debian: false, only_by_name: false };
+const PLAIN: Suite = Suite { name: "", host: &[], debian: false };
+
+/// What makes the name of a suite that of its tests which take too long for every run: those that are
+/// ignored.
+const LONG: &str = "_long";
 
 /// All of them, in the order in which they start: the longest first, so that none is left over at the end.
 const ALL: [Suite; 6] = [
@@ -41,6 +43,7 @@ pub(crate) enum Wanted<'a> {
     /// tests, or parts of them, and options of libtest.
     One {
         name: &'a str,
+        long: bool,
         words: &'a [String],
     },
 }
@@ -50,7 +53,12 @@ impl<'a> Wanted<'a> {
     pub(crate) fn parse(arguments: &'a [String]) -> Result<Self> {
         match arguments {
             [] => Ok(Self::Everything),
-            [option, name, words @ ..] if option == "--suite" => Ok(Self::One { name, words }),
+            [option, name, words @ ..] if option == "--suite" => {
+                Ok(match name.strip_suffix(LONG) {
+                    Some(name) => Self::One { name, long: true, words },
+                    None => Self::One { name, long: false, words },
+                })
+            }
             _ => bail!("usage: cargo xtask test [--suite NAME [TEST…]]"),
         }
     }
@@ -61,6 +69,11 @@ impl<'a> Wanted<'a> {
             Self::Everything => &[],
             Self::One { words, .. } => words,
         }
+    }
+
+    /// Whether only those of its tests are wanted that take too long for every run.
+    pub(crate) fn is_long(&self) -> bool {
+        matches!(self, Self::One { long: true, .. })
     }
 
     /// Whether a suite is among it.
@@ -94,15 +107,11 @@ impl<'a> Wanted<'a> {
             }
         };
         let mut artifacts = cargo::build(&[&["test", "--no-run"], &selection[..]].concat())?;
-        artifacts.retain(|artifact| artifact.is_test && self.has(of(artifact)));
+        artifacts.retain(|artifact| artifact.is_test);
         let (mut suites, others): (Vec<_>, Vec<_>) =
             artifacts.into_iter().partition(|artifact| artifact.package == PACKAGE);
         suites.sort_by_key(|suite| ALL.iter().position(|known| known.name == suite.target));
         Ok((suites, others))
-    }
-
-    fn has(&self, suite: Option<&Suite>) -> bool {
-        *self != Self::Everything || !suite.is_some_and(|suite| suite.only_by_name)
     }
 }
 
@@ -124,7 +133,8 @@ fn check(name: &str, metadata: &Value) -> Result<()> {
         .collect();
     if !packages.contains(&name) {
         bail!(
-            "no suite {name}: there are {}, and for the unit tests of a package its name: {}",
+            "no suite {name}: there are {}, each with {LONG} behind it for its tests that take long, and \
+             for the unit tests of a package its name: {}",
             ALL.map(|suite| suite.name).join(", "),
             packages.join(", ")
         );
@@ -158,7 +168,7 @@ mod tests {
     fn words_after_the_suite_are_the_test_programs() {
         let words: Vec<String> = ["--suite", "oci", "kill::", "--exact"].map(str::to_owned).into();
         let wanted = Wanted::parse(&words).unwrap();
-        assert_eq!(wanted, Wanted::One { name: "oci", words: &words[2..] });
+        assert_eq!(wanted, Wanted::One { name: "oci", long: false, words: &words[2..] });
         assert!(wanted.has_suites() && !wanted.needs_debian());
         assert_eq!(Wanted::parse(&[]).unwrap(), Wanted::Everything);
         assert!(Wanted::parse(&words[1..]).is_err());
@@ -178,10 +188,10 @@ mod tests {
     }
 
     #[test]
-    fn suite_that_runs_only_by_name_is_left_out_of_everything() {
-        let by_name = Suite { only_by_name: true, ..PLAIN };
-        let one = Wanted::One { name: "", words: &[] };
-        assert!(one.has(Some(&by_name)) && Wanted::Everything.has(Some(&PLAIN)));
-        assert!(!Wanted::Everything.has(Some(&by_name)) && Wanted::Everything.has(None));
+    fn a_suite_has_a_second_name_for_what_takes_long() {
+        let words: Vec<String> = ["--suite", "callers_long"].map(str::to_owned).into();
+        let wanted = Wanted::parse(&words).unwrap();
+        assert_eq!(wanted, Wanted::One { name: "callers", long: true, words: &[] });
+        assert!(wanted.is_long() && wanted.needs_debian() && !Wanted::Everything.is_long());
     }
 }

@@ -42,7 +42,8 @@ pub(crate) fn run(arguments: &[String], clock: &Clock) -> Result<ExitCode> {
         build(&wanted, clock)?
     };
     let words = wanted.words();
-    let mut suites = programs.suites.iter().map(|test| Job::Inside { test, ignored: false, words });
+    let ignored = wanted.is_long();
+    let mut suites = programs.suites.iter().map(|test| Job::Inside { test, ignored, words });
     // The first suite is the longest. The rest has time beside it, and tells early of mistakes.
     let jobs = suites.next().into_iter();
     let jobs = jobs.chain(programs.units.iter().map(|test| Job::Here { test, words }));

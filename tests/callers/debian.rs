@@ -63,6 +63,7 @@ const REPLACEMENTS: &str = "cd /etc; tail -n 1 shells; ls -lnd --time-style=+%s 
 
 /// One test: to import the image takes as long as what is then done with it.
 #[test]
+#[ignore = "long: --suite callers_long"]
 fn a_debian_image_does_as_under_runc() {
     let docker = Docker::start_with(&["--default-runtime", "bulkhead"]).unwrap();
     docker.import_debian().unwrap();

@@ -74,6 +74,7 @@ fn a_container_whose_state_cannot_be_read_is_ended() {
 }
 
 #[test]
+#[ignore = "long: --suite oci_long"]
 fn it_is_ended_although_its_supervisor_does_not_answer() {
     let runtime = Runtime::new().unwrap();
     let _bundle = sleeping(&runtime, "c");
@@ -142,6 +143,7 @@ fn processes_of_another_boot_are_left_alone() {
 
 /// A supervisor that is slow is not killed with the containers that it serves beside.
 #[test]
+#[ignore = "long: --suite oci_long"]
 fn a_supervisor_that_stands_still_for_a_while_keeps_its_pod() {
     let runtime = Runtime::new().unwrap();
     let (_a, _b) = (sleeping(&runtime, "a"), joined(&runtime, "b", "a"));
@@ -160,6 +162,7 @@ fn a_supervisor_that_stands_still_for_a_while_keeps_its_pod() {
 
 /// One that never answers again is ended, and all of its containers with it.
 #[test]
+#[ignore = "long: --suite oci_long"]
 fn a_supervisor_that_stands_still_for_ever_does_not_keep_its_pod() {
     let runtime = Runtime::new().unwrap();
     let (_a, _b) = (sleeping(&runtime, "a"), joined(&runtime, "b", "a"));

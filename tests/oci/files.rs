@@ -40,6 +40,7 @@ fn every_kind_of_file_is_made_and_found() {
 }
 
 #[test]
+#[ignore = "long: --suite oci_long"]
 fn many_processes_write_and_read_at_once() {
     let script = "set -e; mkdir /w; cd /w; \
         one() { dd if=/dev/urandom of=$1 bs=300k count=20 2> /dev/null; cp $1 $1.copy; \
@@ -60,6 +61,7 @@ fn many_processes_write_and_read_at_once() {
 }
 
 #[test]
+#[ignore = "long: --suite oci_long"]
 fn a_tree_is_packed_unpacked_and_walked() {
     let script = "set -e; mkdir -p /w/tree; cd /w; \
         for d in 0 1 2 3 4 5 6 7 8 9; do mkdir tree/$d; \

@@ -91,6 +91,7 @@ fn expected() -> String {
 }
 
 #[test]
+#[ignore = "long: --suite oci_long"]
 fn writers_that_wait_for_a_disk_do_not_delay_those_who_read_elsewhere() {
     let disk = Disk::new();
     let runtime = Runtime::new().unwrap();

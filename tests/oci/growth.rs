@@ -80,6 +80,7 @@ fn memory_is_there_when_the_limit_is_raised_and_comes_back_when_it_is_free() {
 }
 
 #[test]
+#[ignore = "long: --suite oci_long"]
 fn what_the_host_does_not_have_is_left_out_as_at_the_start() {
     let (runtime, _bundle) = start(json!({}));
     let before = total(&runtime);
@@ -102,6 +103,7 @@ fn what_the_host_does_not_have_is_left_out_as_at_the_start() {
 }
 
 #[test]
+#[ignore = "long: --suite oci_long"]
 fn limits_stay_when_the_guest_does_not_take_the_memory() {
     let runtime = Runtime::new().unwrap();
     let bundle = Bundle::script("exec sleep 1000").unwrap();

@@ -42,6 +42,7 @@ fn found(runtime: &Runtime, environment: &Value) -> BTreeMap<&'static str, Strin
 }
 
 #[test]
+#[ignore = "long: --suite oci_long"]
 fn a_hook_has_its_own_environment_or_that_of_who_runs_it() {
     for (environment, on_host, in_container) in [
         (Value::Null, "red none dumb\n", "blue none none\n"),

@@ -128,6 +128,7 @@ fn hooks_in_the_container_run_as_under_runc() {
 }
 
 #[test]
+#[ignore = "long: --suite oci_long"]
 fn hooks_in_the_container_that_fail_are_told_as_under_runc() {
     let (ours, runc) = (Runtime::new().unwrap(), Runtime::runc().unwrap());
     let broken = shell("echo why >&2; exit 4");

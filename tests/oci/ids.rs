@@ -17,6 +17,7 @@ fn lives(runtime: &Runtime, id: &str) {
 }
 
 #[test]
+#[ignore = "long: --suite oci_long"]
 fn names_that_runc_takes_live_through_every_verb() {
     let (ours, runc) = (Runtime::new().unwrap(), Runtime::runc().unwrap());
     let longest = "x".repeat(255);

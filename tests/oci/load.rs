@@ -33,6 +33,7 @@ impl Drop for SmallDisk<'_> {
 }
 
 #[test]
+#[ignore = "long: --suite oci_long"]
 fn ten_at_once_come_back_each_with_its_own() {
     let runtime = Runtime::new().unwrap();
     let start = |number: usize| {
@@ -55,6 +56,7 @@ fn ten_at_once_come_back_each_with_its_own() {
 
 /// `cargo xtask bench --only soak` does it as often as it takes to notice a little.
 #[test]
+#[ignore = "long: --suite oci_long"]
 fn lives_and_processes_leave_nothing_behind() {
     soak::lives(3).unwrap();
     soak::processes(15, 30).unwrap();

@@ -193,6 +193,7 @@ const READ_ONLY: [(&[&str], bool, bool); 9] = [
 ];
 
 #[test]
+#[ignore = "long: --suite oci_long"]
 fn a_read_only_mount_has_writable_ones_below_it_unless_it_is_asked_for_recursively() {
     let script = "for at in /mnt /mnt/below; do for what in 'touch $at/new' 'mkdir $at/dir' \
         'echo x > $at/old' 'echo x >> $at/old' 'chmod 600 $at/old' 'mv $at/old $at/other' \

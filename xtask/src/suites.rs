@@ -15,7 +15,7 @@ pub(crate) struct Suite {
     pub(crate) name: &'static str,
     /// Options of its host, which count before those of every host.
     pub(crate) host: &'static [&'static str],
-    /// It uses the image of `cargo xtask debian`.
+    /// Its tests that take long use the image of `cargo xtask debian`.
     pub(crate) debian: bool,
 }
 
@@ -87,8 +87,8 @@ impl<'a> Wanted<'a> {
     /// Whether a suite that needs the Debian image is among it.
     pub(crate) fn needs_debian(&self) -> bool {
         match self {
-            Self::Everything => true,
-            Self::One { name, .. } => suite(name).is_some_and(|suite| suite.debian),
+            Self::One { name, long: true, .. } => suite(name).is_some_and(|suite| suite.debian),
+            Self::One { .. } | Self::Everything => false,
         }
     }
 
@@ -192,6 +192,7 @@ mod tests {
         let words: Vec<String> = ["--suite", "callers_long"].map(str::to_owned).into();
         let wanted = Wanted::parse(&words).unwrap();
         assert_eq!(wanted, Wanted::One { name: "callers", long: true, words: &[] });
-        assert!(wanted.is_long() && wanted.needs_debian() && !Wanted::Everything.is_long());
+        assert!(wanted.is_long() && wanted.needs_debian());
+        assert!(!Wanted::Everything.is_long() && !Wanted::Everything.needs_debian());
     }
 }

@@ -182,7 +182,7 @@ fn a_file_system_that_cannot_be_mapped_is_named() {
     let bundle = bundle.unwrap();
     let (status, _, errors) = told(&runtime.run("refused", &bundle).unwrap());
     assert_eq!(status, Some(1));
-    assert!(errors.contains("owners of /proc cannot be mapped, its file system"), "{errors}");
+    assert!(errors.contains("cannot map the owners of /proc, its file system"), "{errors}");
     runtime.assert_clean().unwrap();
 }
 

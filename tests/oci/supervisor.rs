@@ -34,3 +34,28 @@ fn a_signal_that_kills_it_is_named() {
     assert!(words.starts_with("the pod's supervisor was killed by signal 9"), "{words}");
     assert_eq!(killed("TERM"), "the pod's supervisor was killed by signal 15");
 }
+
+/// Callers of runc know what that means; they do not know a supervisor.
+#[test]
+fn a_signal_for_a_container_that_ends_with_its_supervisor_meets_nobody() {
+    let runtime = Runtime::new().unwrap();
+    let bundle = Bundle::new(&["sleep", "1000"]).unwrap();
+    runtime.create("struck", &bundle).unwrap();
+    runtime.ok(&["start", "struck"]).unwrap();
+    let [supervisor] = runtime.processes(" supervise").unwrap()[..] else { panic!("not one") };
+    let signal = |name: &str| {
+        let mut kill = std::process::Command::new("kill");
+        output(kill.args(["-s", name, &supervisor.to_string()])).unwrap()
+    };
+    signal("STOP");
+    let mut waiting = runtime.command(&["kill", "struck", "TERM"]);
+    let waiting = waiting.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    std::thread::sleep(Duration::from_secs(1));
+    signal("KILL");
+    let told = finish(waiting).unwrap();
+    assert_eq!(told.status.code(), Some(1), "{told:?}");
+    let words = message(&String::from_utf8(told.stderr).unwrap());
+    assert_eq!(words, "container not running");
+    runtime.ok(&["delete", "--force", "struck"]).unwrap();
+    runtime.assert_clean().unwrap();
+}

@@ -22,14 +22,24 @@ pub(super) fn kill(global: &Global, kill: &Kill) -> anyhow::Result<()> {
     let signal = number(&kill.signal)
         .with_context(|| format!("unknown signal {:?}; use a name or 0 to {RTMAX}", kill.signal))?;
     if home.read()?.observed() == Status::Stopped {
-        // Nobody is left to get it, which is what callers that clean up want.
-        if kill.all {
-            return Ok(());
-        }
-        bail!("container not running");
+        return not_running(kill);
     }
-    client::runtime()?
-        .block_on(async { client::kill(&client::connect(&home)?, &home, signal, kill.all).await })
+    let sent = client::runtime()?
+        .block_on(async { client::kill(&client::connect(&home)?, &home, signal, kill.all).await });
+    match sent {
+        // It has ended meanwhile, with whoever was to answer.
+        Err(error) if home.read().map_or(true, |state| state.observed() == Status::Stopped) => {
+            tracing::debug!("{error:#}");
+            not_running(kill)
+        }
+        sent => sent,
+    }
+}
+
+/// What callers of runc look for.
+fn not_running(kill: &Kill) -> anyhow::Result<()> {
+    // Nobody is left to get a signal for all, which is what callers that clean up want.
+    if kill.all { Ok(()) } else { bail!("container not running") }
 }
 
 /// The number of a signal given as `9`, `KILL`, `SIGKILL`, `sigkill` or `RTMIN+3`; 0 only asks whether the

@@ -84,6 +84,7 @@ fn as_under_runc(outside: &Outside, number: u8, plugins: &[Value]) {
 }
 
 #[test]
+#[ignore = "long: --suite callers_long"]
 fn every_kind_of_interface_is_as_under_runc() {
     let outside = Outside::new();
     let chain = [

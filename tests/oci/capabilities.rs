@@ -119,6 +119,7 @@ fn assert_same(ours: &[Said], theirs: &[Said]) {
 }
 
 #[test]
+#[ignore = "long: --suite oci_long"]
 fn every_set_is_as_asked_for() {
     let runtimes = [Runtime::new().unwrap(), Runtime::runc().unwrap()];
     let [ours, theirs] = runtimes.map(|runtime| try_all(&runtime, |_| {}));
@@ -133,6 +134,7 @@ fn every_set_is_as_asked_for() {
 }
 
 #[test]
+#[ignore = "long: --suite oci_long"]
 fn a_filter_changes_no_set() {
     let runtimes = [Runtime::new().unwrap(), Runtime::runc().unwrap()];
     let [ours, theirs] = runtimes.map(|runtime| {

@@ -26,7 +26,7 @@ const NEEDS_HOST: &str = "needs the test host";
 /// What runs at once: an emulated host keeps one processor busy.
 const AT_ONCE: usize = 2;
 /// Options of every run in the test host; the time is a bound on hangs.
-const HOST: [&str; 4] = ["--memory", "8192", "--timeout", "2400"];
+const HOST: [&str; 4] = ["--memory", "8192", "--timeout", "3000"];
 
 /// How long each fuzz target looks for what nobody has thought of.
 const FUZZING: Duration = Duration::from_secs(20);

@@ -36,6 +36,7 @@ fn refused(change: impl Fn(&mut Value)) -> String {
 }
 
 #[test]
+#[ignore = "long: --suite oci_long"]
 fn a_scheduler_is_kept() {
     // Of proc_pid_stat(5): nice, rt_priority, policy.
     let script = "set -- $(cat /proc/self/stat); shift 18; echo $1 ${22} ${23}";

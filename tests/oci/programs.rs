@@ -58,6 +58,7 @@ fn a_run_ends_as_under_runc() {
 }
 
 #[test]
+#[ignore = "long: --suite oci_long"]
 fn a_start_ends_as_under_runc() {
     let runtimes = [Runtime::new().unwrap(), Runtime::runc().unwrap()];
     for (path, _, _) in PROGRAMS {

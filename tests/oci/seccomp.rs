@@ -325,6 +325,7 @@ fn every_action_is_what_becomes_of_a_call() {
 }
 
 #[test]
+#[ignore = "long: --suite oci_long"]
 fn every_default_action_is_what_becomes_of_other_calls() {
     let mut profile = ordinary(&["getpgrp", "getegid"]);
     let calls = ["x86_64:111", "thread/x86_64:108", "caught/x86_64:111", "x86_64:39"];
@@ -403,6 +404,7 @@ fn calls_of_other_architectures_are_killed_unless_the_profile_has_them() {
 }
 
 #[test]
+#[ignore = "long: --suite oci_long"]
 fn flags_are_taken_as_by_crun() {
     // Debian's runc takes none yet.
     let (ours, crun) = (Runtime::new().unwrap(), Runtime::crun().unwrap());

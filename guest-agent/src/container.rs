@@ -10,7 +10,7 @@
 //! guest or mislead the host is refused.
 
 use std::collections::HashMap;
-use std::fs::{self, File};
+use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
@@ -41,6 +41,7 @@ use crate::notify;
 use crate::process::{Exit, Reaper, Waiter, send_signal};
 use crate::report::{self, Line};
 use crate::share::{self, Share};
+use crate::socket_path::SocketPath;
 use crate::spec::{self, Prepared, SpecError};
 use crate::sysctl::{Setting, SettingError};
 use crate::table;
@@ -343,7 +344,8 @@ impl Containers {
             Ok((made, connected)) => Ok(Container::new(id, made, connected)),
             Err(error) => {
                 if let Err(error) = remove(&id).await {
-                    tracing::error!(container = id, %error, "cannot remove what a failed container left");
+                    let left = "cannot remove what a failed container left";
+                    tracing::error!(container = id, %error, "{left}");
                 }
                 Err(error)
             }
@@ -566,11 +568,8 @@ fn outcome(lines: &[Line], status: u32) -> Result<Pid, ContainerError> {
 
 /// Tells a waiting init to go on, by the socket that libcontainer's init listens on.
 async fn release(state: &Path) -> io::Result<()> {
-    use std::os::fd::AsRawFd as _;
-    // The path of a socket may have 107 bytes, and an id alone 255.
-    let directory = File::open(state)?;
-    let path = format!("/proc/self/fd/{}/notify.sock", directory.as_raw_fd());
-    let mut socket = UnixStream::connect(path).await?;
+    let path = SocketPath::within(state, "notify.sock")?;
+    let mut socket = UnixStream::connect(path.as_path()).await?;
     socket.write_all(b"start container").await?;
     socket.shutdown().await
 }

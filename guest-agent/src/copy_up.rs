@@ -15,7 +15,7 @@ use rustix::fs::{
 };
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
-const OPTION: &str = "tmpcopyup";
+pub(crate) const OPTION: &str = "tmpcopyup";
 /// Below this directory nothing is copied: a tree that is deeper is nobody's honest root.
 const DEPTH_MAX: usize = 64;
 
@@ -42,7 +42,7 @@ impl CopiedUp {
             }
             mount.set_options(Some(options));
             if mount.typ().as_deref() == Some("tmpfs")
-                && let Some(below) = open_in(&root, mount.destination())?
+                && let Some(below) = open_in(&root, mount.destination(), OFlags::empty())?
             {
                 let target = directory.join(format!("copied-up-{number}"));
                 made.fill(mount, below, target)?;
@@ -84,11 +84,12 @@ impl Drop for CopiedUp {
     }
 }
 
-/// The directory at a container's path, if there is one.
-fn open_in(root: &Path, path: &Path) -> io::Result<Option<OwnedFd>> {
+/// The directory at a container's path, which does not leave the container's root, if there is one;
+/// opened with further flags.
+pub(crate) fn open_in(root: &Path, path: &Path, further: OFlags) -> io::Result<Option<OwnedFd>> {
     let flags = OFlags::DIRECTORY | OFlags::CLOEXEC;
     let root = openat(CWD, root, flags | OFlags::PATH, Mode::empty())?;
-    Ok(openat2(&root, path, flags, Mode::empty(), ResolveFlags::IN_ROOT).ok())
+    Ok(openat2(&root, path, flags | further, Mode::empty(), ResolveFlags::IN_ROOT).ok())
 }
 
 /// Copies what is in one directory into another that is empty, names as they are, never through one

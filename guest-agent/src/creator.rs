@@ -1,9 +1,9 @@
 //! The creator: this binary's second life, which makes one container with libcontainer and exits.
 //! [`crate::tenant`] is its sibling, which adds a process to one.
 //!
-//! It finds everything in the container's [`ContainerFiles`] and leaves its answer in the report there. Its
-//! own descriptors 0, 1 and 2 are the container's. When it has exited, the container's init, which
-//! it leaves behind waiting for the start, is a child of PID 1.
+//! It finds everything in the container's [`ContainerFiles`] and leaves its answer in the report
+//! there. Its own descriptors 0, 1 and 2 are the container's. When it has exited, the container's
+//! init, which it leaves behind waiting for the start, is a child of PID 1.
 
 use std::fs::File;
 use std::os::fd::AsFd as _;

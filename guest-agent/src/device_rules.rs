@@ -78,16 +78,16 @@ impl Rules {
         let devices = Devices { block, major, minor };
         // What else is written there means nothing.
         let asked = |it: &char| access.contains(*it);
-        if rule.allow() == self.all {
+        let had = self.exceptions.remove(&devices).unwrap_or_default();
+        let access: String = if rule.allow() == self.all {
             self.check_holes(number, devices, asked)?;
-            let had = self.exceptions.remove(&devices).unwrap_or_default();
-            let left: String = had.chars().filter(|it| !asked(it)).collect();
-            if !left.is_empty() {
-                self.exceptions.insert(devices, left);
-            }
+            had.chars().filter(|it| !asked(it)).collect()
         } else {
-            let had = self.exceptions.entry(devices).or_default();
-            *had = ACCESSES.iter().filter(|it| asked(it) || had.contains(**it)).collect();
+            ACCESSES.iter().filter(|it| asked(it) || had.contains(**it)).collect()
+        };
+        // One for no access at all is no exception.
+        if !access.is_empty() {
+            self.exceptions.insert(devices, access);
         }
         Ok(())
     }
@@ -122,10 +122,6 @@ impl Rules {
         };
         let mut list = vec![rule(self.all, LinuxDeviceType::A, ACCESSES.iter().collect())];
         for (Devices { block, major, minor }, access) in self.exceptions {
-            // One for no access at all is no exception.
-            if access.is_empty() {
-                continue;
-            }
             let typ = if block { LinuxDeviceType::B } else { LinuxDeviceType::C };
             let mut exception = rule(!self.all, typ, access);
             exception.set_major(Some(major)).set_minor(Some(minor));

@@ -83,8 +83,7 @@ impl Program {
 
     /// Runs hooks and becomes the program; returns only if it cannot, with the reason.
     fn become_program(&self, spec: &Spec) -> Result<Infallible, String> {
-        let arguments = arguments(spec).unwrap_or_default();
-        let name = arguments.first().ok_or_else(|| "process.args is empty".to_owned())?;
+        let (name, arguments) = command(spec)?;
         let path = find(name, search_path(spec))
             .map_err(|unusable| format!("exec: {name:?}: {unusable}"))?;
         make_null_writable().map_err(|error| format!("/dev/null: {}", words(&error)))?;
@@ -126,11 +125,7 @@ impl Executor for Program {
             self.report.write(Line::Unprepared(reason.clone()));
             return Err(ExecutorValidationError::ArgValidationError(reason));
         }
-        let arguments = arguments(spec).unwrap_or_default();
-        let Some(name) = arguments.first() else {
-            let reason = "process.args is empty".to_owned();
-            return Err(ExecutorValidationError::ArgValidationError(reason));
-        };
+        let (name, _) = command(spec).map_err(ExecutorValidationError::ArgValidationError)?;
         let Err(unusable) = find(name, search_path(spec)) else { return Ok(()) };
         let reason = format!("exec: {name:?}: {unusable}");
         self.report.write(match unusable {
@@ -215,8 +210,12 @@ impl fmt::Display for Unusable {
     }
 }
 
-fn arguments(spec: &Spec) -> Option<&[String]> {
-    spec.process().as_ref()?.args().as_deref()
+/// The program as it is named, and the arguments that it gets, that name among them.
+fn command(spec: &Spec) -> Result<(&str, &[String]), String> {
+    let process = spec.process().as_ref();
+    let arguments = process.and_then(|process| process.args().as_deref()).unwrap_or_default();
+    let name = arguments.first().ok_or_else(|| "process.args is empty".to_owned())?;
+    Ok((name, arguments))
 }
 
 fn environment(spec: &Spec) -> &[String] {

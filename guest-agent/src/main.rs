@@ -37,6 +37,7 @@ mod report;
 mod rpc;
 mod seccomp;
 mod share;
+mod socket_path;
 mod spec;
 mod sysctl;
 mod table;

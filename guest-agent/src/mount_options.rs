@@ -8,10 +8,10 @@ use std::io;
 use std::path::Path;
 
 use oci_spec::runtime::{Mount, Spec};
-use rustix::fs::{
-    CWD, Mode, OFlags, ResolveFlags, StatVfsMountFlags, fstat, openat, openat2, statvfs,
-};
+use rustix::fs::{OFlags, StatVfsMountFlags, fstat, statvfs};
 use rustix::mount::{MountFlags, mount_remount};
+
+use crate::copy_up;
 
 const DEV: &str = "/dev";
 /// Flags of file systems that libcontainer takes for flags of mounts, and drops.
@@ -28,7 +28,7 @@ pub(crate) fn fit(spec: &mut Spec, root: &Path) {
         let mut options = mount.options().clone().unwrap_or_default();
         let kind = mount.typ().clone().unwrap_or_default();
         // What is copied up is a mount of the agent's own.
-        if is_bind(mount) || options.iter().any(|option| option == "tmpcopyup") {
+        if is_bind(mount) || options.iter().any(|option| option == copy_up::OPTION) {
             continue;
         }
         if kind == "tmpfs" && !options.iter().any(|option| option.starts_with("mode=")) {
@@ -76,14 +76,9 @@ pub(crate) fn close_dev() -> io::Result<()> {
 /// Leaves one way to count access times, which libcontainer takes only one of. Of several, mount(2)
 /// has the strictest.
 fn settle_access_times(mount: &mut Mount) {
-    let Some(options) = mount.options().as_ref() else { return };
-    let last = |set: &str, unset: &str| {
-        let found = options.iter().rev().find(|option| *option == set || *option == unset);
-        found.is_some_and(|option| option == set)
-    };
-    if last("strictatime", "nostrictatime") && last("noatime", "atime") {
-        let others = options.iter().filter(|option| *option != "noatime").cloned();
-        let others = others.collect();
+    if has_last(mount, "strictatime", "nostrictatime") && has_last(mount, "noatime", "atime") {
+        let options = mount.options().iter().flatten();
+        let others = options.filter(|option| *option != "noatime").cloned().collect();
         mount.set_options(Some(others));
     }
 }
@@ -94,14 +89,14 @@ fn is_bind(mount: &Mount) -> bool {
         || options.any(|option| option == "bind" || option == "rbind")
 }
 
-/// Whether the last word on it is `ro`.
 fn is_read_only(mount: &Mount) -> bool {
-    let options = mount.options().as_deref().unwrap_or_default();
-    options
-        .iter()
-        .rev()
-        .find(|option| *option == "ro" || *option == "rw")
-        .is_some_and(|it| it == "ro")
+    has_last(mount, "ro", "rw")
+}
+
+/// Whether one of two options that contradict each other is the last word.
+fn has_last(mount: &Mount, set: &str, unset: &str) -> bool {
+    let mut options = mount.options().iter().flatten().rev();
+    options.find(|option| *option == set || *option == unset).is_some_and(|last| last == set)
 }
 
 /// The mode of the directory that a mount covers, as the guest finds it now; none where it is only
@@ -116,9 +111,7 @@ fn mode_of_covered(before: &[Mount], destination: &Path, root: &Path) -> Option<
 
 /// The mode of a directory in another, which its path does not leave.
 fn mode(root: &Path, path: &Path) -> Option<u32> {
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let root = openat(CWD, root, flags, Mode::empty()).ok()?;
-    let found = openat2(&root, path, flags, Mode::empty(), ResolveFlags::IN_ROOT).ok()?;
+    let found = copy_up::open_in(root, path, OFlags::PATH).ok()??;
     Some(fstat(&found).ok()?.st_mode & 0o7777)
 }
 

@@ -281,7 +281,7 @@ fn undo(connection: &mut Connection, setting: RouteNetlinkMessage) {
     };
     let comes_back = matches!(opposite, RouteNetlinkMessage::NewRoute(_));
     if let Err(error) = connection.change(opposite, if comes_back { NLM_F_CREATE } else { 0 }) {
-        tracing::debug!(error = %error, "cannot remove a setting of the host's");
+        tracing::debug!(error = %error, "cannot take a setting of the host's back");
     }
 }
 

@@ -2,15 +2,16 @@
 //! has had mounted into the container, and a stream hands them to the host: each with its length before
 //! it, two bytes, the higher one first.
 
-use std::fs::{self, File, Permissions};
+use std::fs::{self, Permissions};
 use std::io;
-use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 use bulkhead_protocol::{NOTIFY_BYTES_MAX, NOTIFY_DIR, NOTIFY_SOCKET};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::UnixDatagram;
+
+use crate::socket_path::SocketPath;
 
 /// Where a container has its socket; its id must have been checked.
 pub(crate) fn directory(container_id: &str) -> PathBuf {
@@ -27,11 +28,9 @@ pub(crate) fn listen(container_id: &str) -> io::Result<UnixDatagram> {
 
 fn listen_in(directory: &Path) -> io::Result<UnixDatagram> {
     fs::create_dir_all(directory)?;
-    // The path of a socket may have 107 bytes, and an id alone 255.
-    let opened = File::open(directory)?;
-    let path = format!("/proc/self/fd/{}/{NOTIFY_SOCKET}", opened.as_raw_fd());
-    let socket = UnixDatagram::bind(&path)?;
-    fs::set_permissions(&path, Permissions::from_mode(0o777))?;
+    let path = SocketPath::within(directory, NOTIFY_SOCKET)?;
+    let socket = UnixDatagram::bind(path.as_path())?;
+    fs::set_permissions(path.as_path(), Permissions::from_mode(0o777))?;
     Ok(socket)
 }
 

@@ -1,13 +1,13 @@
 //! The tenant: this binary's third life, which adds one process to a container and exits.
 //!
-//! Like the creator it finds everything in the container's [`ContainerFiles`] and answers by a report. It does
-//! without libcontainer's builder for such processes, which leaves the container's user namespace
-//! out: what it would hand on is made here.
+//! Like the creator it finds everything in the container's [`ContainerFiles`] and answers by a report.
+//! It does without libcontainer's builder for such processes, which leaves the container's user
+//! namespace out: what it would hand on is made here.
 
 use std::fs;
 use std::io::{self, PipeReader, Read as _};
 use std::os::fd::AsRawFd as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 use std::rc::Rc;
 
@@ -16,7 +16,7 @@ use libcontainer::notify_socket::{NotifyListener, NotifyListenerError, NotifySoc
 use libcontainer::process::args::{ContainerArgs, ContainerType};
 use libcontainer::process::container_main_process::{ProcessError, container_main_process};
 use libcontainer::syscall::syscall::SyscallType;
-use oci_spec::runtime::{LinuxNamespace, LinuxNamespaceType, Process, Spec};
+use oci_spec::runtime::{Process, Spec};
 use rustix::process::{DumpableBehavior, set_dumpable_behavior};
 
 use crate::cgroup::Cgroup;
@@ -153,25 +153,12 @@ fn cgroup(container_id: &str, init: &str) -> io::Result<CgroupConfig> {
 fn joining(mut container: Spec, process: Process, init: &str) -> Spec {
     let linux = container.linux_mut().as_mut().and_then(|linux| linux.namespaces_mut().as_mut());
     for namespace in linux.into_iter().flatten() {
-        namespace.set_path(Some(path(namespace, init)));
+        // namespaces(7) has them by these names.
+        let path = format!("/proc/{init}/ns/{}", namespace.typ());
+        namespace.set_path(Some(path.into()));
     }
     container.set_process(Some(process));
     container
-}
-
-/// A namespace of a process, namespaces(7).
-fn path(namespace: &LinuxNamespace, pid: &str) -> PathBuf {
-    let name = match namespace.typ() {
-        LinuxNamespaceType::Mount => "mnt",
-        LinuxNamespaceType::Cgroup => "cgroup",
-        LinuxNamespaceType::Uts => "uts",
-        LinuxNamespaceType::Ipc => "ipc",
-        LinuxNamespaceType::User => "user",
-        LinuxNamespaceType::Pid => "pid",
-        LinuxNamespaceType::Network => "net",
-        LinuxNamespaceType::Time => "time",
-    };
-    Path::new("/proc").join(pid).join("ns").join(name)
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@
 use std::fs::File;
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::pin::Pin;
@@ -27,6 +27,7 @@ use tokio::time::timeout;
 use tokio_vsock::VsockStream;
 
 use crate::io::{self as streams, Meeting, StreamError, StreamKind};
+use crate::socket_path::SocketPath;
 
 /// The socket that libcontainer sends the master to, in a directory of the process's own.
 pub(crate) const SOCKET: &str = "console.sock";
@@ -70,10 +71,8 @@ impl Awaited {
         let header = StreamHeader::from_bytes(&asked.stream)
             .ok_or(StreamError::Header { stream, length })?;
         let failed = |source| StreamError::Pipe { stream, source };
-        // The path of a socket may have 107 bytes, and an id alone 255.
-        let opened = File::open(directory).map_err(failed)?;
-        let path = format!("/proc/self/fd/{}/{SOCKET}", opened.as_raw_fd());
-        let listener = UnixListener::bind(path).map_err(failed)?;
+        let path = SocketPath::within(directory, SOCKET).map_err(failed)?;
+        let listener = UnixListener::bind(path.as_path()).map_err(failed)?;
         if asked.plain {
             File::create(directory.join(PLAIN)).map_err(failed)?;
         }
@@ -124,9 +123,7 @@ pub(crate) fn end_lines_plainly(terminal: BorrowedFd<'_>) -> io::Result<()> {
 /// # Errors
 /// Nobody listens.
 pub(crate) fn connect(directory: &Path) -> io::Result<UnixStream> {
-    // As in [`Awaited::listen`].
-    let opened = File::open(directory)?;
-    UnixStream::connect(format!("/proc/self/fd/{}/{SOCKET}", opened.as_raw_fd()))
+    UnixStream::connect(SocketPath::within(directory, SOCKET)?.as_path())
 }
 
 /// The master that the first connection brings.

@@ -196,9 +196,10 @@ pub fn of_host() -> Result<String> {
         // Without a namespace ever made there is no directory of them.
         let output = output(Command::new(line[0]).args(&line[1..]))?;
         for line in String::from_utf8(output.stdout)?.lines() {
-            // Comments have the time, chains what has passed.
+            // Comments have the time, chains what has passed; a bridge that has lost its last port
+            // loses its carrier, which its routes tell, up to a second later.
             if !line.starts_with('#') {
-                state += line.split(" [").next().unwrap_or_default();
+                state += &line.split(" [").next().unwrap_or_default().replace(" linkdown", "");
                 state.push('\n');
             }
         }

@@ -61,6 +61,31 @@ impl Runtime {
         Ok(Self { root, cgroups, program, environment: Vec::new() })
     }
 
+    /// The only supervisor.
+    ///
+    /// # Errors
+    /// When there is none, or more than one.
+    pub fn supervisor(&self) -> Result<u32> {
+        let found = self.processes(" supervise")?;
+        let [supervisor] = found[..] else { bail!("supervisors: {found:?}") };
+        Ok(supervisor)
+    }
+
+    /// How something that the only pod shares is mounted where its file server sees it, the place
+    /// being below `kind` and ending so: the options, proc_pid_mountinfo(5).
+    ///
+    /// # Errors
+    /// When there is no such mount, or not one file server.
+    pub fn shared_with(&self, kind: &str, end: &str) -> Result<Vec<String>> {
+        let found = self.processes("bulkhead-fs")?;
+        let [server] = found[..] else { bail!("file servers: {found:?}") };
+        let table = fs::read_to_string(format!("/proc/{server}/mountinfo"))?;
+        let mut lines = table.lines().map(|line| line.split(' ').collect::<Vec<_>>());
+        let line = lines.find(|words| words[4].contains(kind) && words[4].ends_with(end));
+        let line = line.with_context(|| format!("{kind} {end}: {table}"))?;
+        Ok(line[5].split(',').map(str::to_owned).collect())
+    }
+
     /// Whether it is Debian's runc.
     #[must_use]
     pub fn is_runc(&self) -> bool {
@@ -266,13 +291,21 @@ pub fn cgroups() -> Result<BTreeSet<PathBuf>> {
     Ok(found)
 }
 
+/// Sends a process a signal.
+///
+/// # Errors
+/// When there is no such process.
+pub fn signal(pid: u32, signal: Signal) -> Result<()> {
+    let process = Pid::from_raw(pid.cast_signed()).context("no process has number 0")?;
+    kill_process(process, signal).with_context(|| format!("{signal:?} for {pid}"))
+}
+
 /// Kills a process at once and reports when it cannot be.
 ///
 /// # Errors
 /// When there is no such process.
 pub fn kill_9(pid: u32) -> Result<()> {
-    let status = Command::new("kill").args(["-9", &pid.to_string()]).status()?;
-    ensure!(status.success(), "kill -9 {pid}: {status}");
+    signal(pid, Signal::KILL)?;
     Ok(())
 }
 

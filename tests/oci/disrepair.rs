@@ -10,9 +10,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use bulkhead_tests::bundle::{Bundle, bind};
-use bulkhead_tests::runtime::{Runtime, comes_true, finish, told};
+use bulkhead_tests::runtime::{Runtime, comes_true, finish, signal, told};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 use serde_json::{Value, json};
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -45,16 +45,6 @@ fn state_file(runtime: &Runtime, id: &str) -> PathBuf {
     runtime.root().join(id).join("state.json")
 }
 
-fn signal(pid: u32, signal: Signal) {
-    kill_process(Pid::from_raw(pid.cast_signed()).unwrap(), signal).unwrap();
-}
-
-fn supervisor(runtime: &Runtime) -> u32 {
-    let found = runtime.processes(" supervise").unwrap();
-    assert_eq!(found.len(), 1, "{found:?}");
-    found[0]
-}
-
 #[test]
 fn a_container_whose_state_cannot_be_read_is_ended() {
     let runtime = Runtime::new().unwrap();
@@ -79,7 +69,7 @@ fn it_is_ended_although_its_supervisor_does_not_answer() {
     let runtime = Runtime::new().unwrap();
     let _bundle = sleeping(&runtime, "c");
     fs::write(state_file(&runtime, "c"), "{").unwrap();
-    signal(supervisor(&runtime), Signal::STOP);
+    signal(runtime.supervisor().unwrap(), Signal::STOP).unwrap();
     runtime.ok(&["delete", "--force", "c"]).unwrap();
     runtime.assert_clean().unwrap();
 }
@@ -147,12 +137,12 @@ fn processes_of_another_boot_are_left_alone() {
 fn a_supervisor_that_stands_still_for_a_while_keeps_its_pod() {
     let runtime = Runtime::new().unwrap();
     let (_a, _b) = (sleeping(&runtime, "a"), joined(&runtime, "b", "a"));
-    let keeper = supervisor(&runtime);
-    signal(keeper, Signal::STOP);
+    let keeper = runtime.supervisor().unwrap();
+    signal(keeper, Signal::STOP).unwrap();
     let mut delete = runtime.command(&["delete", "--force", "b"]).spawn().unwrap();
     thread::sleep(Duration::from_secs(25));
     assert!(delete.try_wait().unwrap().is_none(), "it was not waited for");
-    signal(keeper, Signal::CONT);
+    signal(keeper, Signal::CONT).unwrap();
     assert!(finish(delete).unwrap().status.success());
     assert!(!runtime.root().join("b").exists());
     assert_eq!(runtime.ok(&["exec", "a", "echo", "alive"]).unwrap(), "alive\n");
@@ -166,7 +156,7 @@ fn a_supervisor_that_stands_still_for_a_while_keeps_its_pod() {
 fn a_supervisor_that_stands_still_for_ever_does_not_keep_its_pod() {
     let runtime = Runtime::new().unwrap();
     let (_a, _b) = (sleeping(&runtime, "a"), joined(&runtime, "b", "a"));
-    signal(supervisor(&runtime), Signal::STOP);
+    signal(runtime.supervisor().unwrap(), Signal::STOP).unwrap();
     runtime.ok(&["delete", "--force", "b"]).unwrap();
     assert_eq!(runtime.state("a").unwrap()["status"], "stopped");
     runtime.ok(&["delete", "a"]).unwrap();

@@ -224,16 +224,11 @@ fn what_is_read_only_is_so_for_the_file_server_too() {
         let bundle = Bundle::new(&["/bin/sleep", "1000"]).unwrap();
         let bundle = bundle.mount(nested.bind(options)).unwrap();
         runtime.create("below", &bundle).unwrap();
-        let servers = runtime.processes("bulkhead-fs").unwrap();
-        let [server] = &servers[..] else { panic!("{servers:?}") };
-        let table = fs::read_to_string(format!("/proc/{server}/mountinfo")).unwrap();
         let writable = |end: &str| {
-            let mut lines = table.lines().map(|line| line.split(' ').collect::<Vec<_>>());
-            let line = lines.find(|words| words[4].contains("/mounts/") && words[4].ends_with(end));
-            let line = line.unwrap_or_else(|| panic!("{end}: {table}"));
-            line[5].split(',').any(|option| option == "rw")
+            let flags = runtime.shared_with("/mounts/", end).unwrap();
+            flags.iter().any(|flag| flag == "rw")
         };
-        assert_eq!((writable("/0"), writable("/0/below")), (itself, below), "{options:?}: {table}");
+        assert_eq!((writable("/0"), writable("/0/below")), (itself, below), "{options:?}");
         runtime.ok(&["delete", "--force", "below"]).unwrap();
         runtime.assert_clean().unwrap();
     }

@@ -37,8 +37,17 @@ fn given(bundle: &Bundle) -> PathBuf {
     directory
 }
 
+/// A bundle whose container has a user namespace, as [`with_user_namespace`] gives it.
+pub(crate) fn mapped(mut bundle: Bundle) -> Bundle {
+    let mut spec = bundle.spec.clone();
+    with_user_namespace(&bundle, &mut spec);
+    bundle.spec = spec;
+    bundle.write().unwrap();
+    bundle
+}
+
 /// Gives a container a user namespace, and its root file system to its root.
-pub(crate) fn with_user_namespace(bundle: &Bundle, spec: &mut Value) {
+fn with_user_namespace(bundle: &Bundle, spec: &mut Value) {
     spec["linux"]["namespaces"].as_array_mut().unwrap().push(json!({"type": "user"}));
     spec["linux"]["uidMappings"] = mapping();
     spec["linux"]["gidMappings"] = mapping();

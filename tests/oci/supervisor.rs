@@ -4,11 +4,12 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use bulkhead_tests::bundle::Bundle;
-use bulkhead_tests::runtime::{Runtime, comes_true, finish, message, output};
+use bulkhead_tests::runtime::{Runtime, comes_true, finish, message, signal};
+use rustix::process::Signal;
 use serde_json::json;
 
 /// Kills the supervisor with this signal while it waits for a hook; gives what `run` says.
-fn killed(signal: &str) -> String {
+fn killed(by: Signal) -> String {
     let runtime = Runtime::new().unwrap();
     let directory = tempfile::tempdir().unwrap();
     let reached = directory.path().join("reached");
@@ -19,9 +20,7 @@ fn killed(signal: &str) -> String {
     let mut command = runtime.run_command("struck", &bundle);
     let child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
     assert!(comes_true(Duration::from_secs(60), || reached.exists()), "no hook has run");
-    let [supervisor] = runtime.processes(" supervise").unwrap()[..] else { panic!("not one") };
-    let mut kill = std::process::Command::new("kill");
-    output(kill.args(["-s", signal, &supervisor.to_string()])).unwrap();
+    signal(runtime.supervisor().unwrap(), by).unwrap();
     let output = finish(child).unwrap();
     assert_eq!(output.status.code(), Some(1), "{output:?}");
     runtime.assert_clean().unwrap();
@@ -30,9 +29,9 @@ fn killed(signal: &str) -> String {
 
 #[test]
 fn a_signal_that_kills_it_is_named() {
-    let words = killed("KILL");
+    let words = killed(Signal::KILL);
     assert!(words.starts_with("the pod's supervisor was killed by signal 9"), "{words}");
-    assert_eq!(killed("TERM"), "the pod's supervisor was killed by signal 15");
+    assert_eq!(killed(Signal::TERM), "the pod's supervisor was killed by signal 15");
 }
 
 /// Callers of runc know what that means; they do not know a supervisor.
@@ -42,16 +41,12 @@ fn a_signal_for_a_container_that_ends_with_its_supervisor_meets_nobody() {
     let bundle = Bundle::new(&["sleep", "1000"]).unwrap();
     runtime.create("struck", &bundle).unwrap();
     runtime.ok(&["start", "struck"]).unwrap();
-    let [supervisor] = runtime.processes(" supervise").unwrap()[..] else { panic!("not one") };
-    let signal = |name: &str| {
-        let mut kill = std::process::Command::new("kill");
-        output(kill.args(["-s", name, &supervisor.to_string()])).unwrap()
-    };
-    signal("STOP");
+    let supervisor = runtime.supervisor().unwrap();
+    signal(supervisor, Signal::STOP).unwrap();
     let mut waiting = runtime.command(&["kill", "struck", "TERM"]);
     let waiting = waiting.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
     std::thread::sleep(Duration::from_secs(1));
-    signal("KILL");
+    signal(supervisor, Signal::KILL).unwrap();
     let told = finish(waiting).unwrap();
     assert_eq!(told.status.code(), Some(1), "{told:?}");
     let words = message(&String::from_utf8(told.stderr).unwrap());

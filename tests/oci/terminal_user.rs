@@ -4,7 +4,7 @@ use bulkhead_tests::bundle::Bundle;
 use bulkhead_tests::runtime::Runtime;
 use serde_json::{Value, json};
 
-use super::mounts::with_user_namespace;
+use super::mounts::mapped;
 use super::terminal::detached;
 
 /// Writes to every name that a terminal has, and says whose it is.
@@ -76,13 +76,6 @@ fn the_terminal_of_a_further_process_is_its_users() {
 
 #[test]
 fn a_terminal_is_its_users_in_a_user_namespace() {
-    let mapped = |mut bundle: Bundle| {
-        let mut spec = bundle.spec.clone();
-        with_user_namespace(&bundle, &mut spec);
-        bundle.spec = spec;
-        bundle.write().unwrap();
-        bundle
-    };
     same(999, |runtime| first(runtime, &mapped(with_terminal(&["/bin/sh", "-c", PROBE], 999))));
     same(998, |runtime| {
         let sleep = Bundle::new(&["/bin/sleep", "1000"]).unwrap();

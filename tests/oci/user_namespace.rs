@@ -6,7 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use bulkhead_tests::bundle::Bundle;
 use bulkhead_tests::runtime::{Runtime, told};
 
-use super::mounts::with_user_namespace;
+use super::mounts::mapped;
 
 /// What a process is in its namespace, and whether it is that of the container's init.
 const PROBE: &str = "id -u; id -g; id -G; cat /proc/self/uid_map; \
@@ -17,14 +17,11 @@ const PROBE: &str = "id -u; id -g; id -G; cat /proc/self/uid_map; \
     mknod /mnt/null c 1 3; echo mknod $?; echo 1 > /proc/sys/kernel/sysrq; echo sysrq $?";
 
 fn bundle() -> Bundle {
-    let mut bundle = Bundle::new(&["/bin/sleep", "1000"]).unwrap();
-    let mut spec = bundle.spec.clone();
-    with_user_namespace(&bundle, &mut spec);
+    let mut bundle = mapped(Bundle::new(&["/bin/sleep", "1000"]).unwrap());
     for set in ["bounding", "effective", "permitted"] {
-        let set = spec["process"]["capabilities"][set].as_array_mut().unwrap();
+        let set = bundle.spec["process"]["capabilities"][set].as_array_mut().unwrap();
         set.push("CAP_SYS_ADMIN".into());
     }
-    bundle.spec = spec;
     bundle.write().unwrap();
     fs::set_permissions(
         bundle.rootfs().join("mnt"),

@@ -14,6 +14,7 @@ pub mod fileserver;
 pub mod fuzzing;
 pub mod jail;
 pub mod kvm_probe;
+pub mod log_allowance;
 mod logging;
 mod memory;
 pub mod monitor;

@@ -1,28 +1,24 @@
 //! Log lines of the jailed processes: JSON on standard error, a file that the supervisor gave them.
 //!
-//! The file is bounded, as a guest has all the time in the world: what it can cause is rate-limited
-//! where it is logged (`devices::rate_limit`), and ends when a part of the file is full. The rest is
-//! kept for errors, which are the host's, so that the reason of an end is in the file whatever a
-//! guest did before.
+//! The file is bounded ([`log_allowance`](crate::log_allowance)), and what a guest can cause is
+//! rate-limited where it is logged (`devices::rate_limit`).
 
 use std::error::Error;
 use std::io::Write;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use log::{Level, LevelFilter, Log, Metadata, Record};
 
-/// The most that a process logs, in bytes, and the part of it that is not for errors.
-const LOG_BYTES_MAX: u64 = 1 << 20;
-const OTHER_BYTES_MAX: u64 = LOG_BYTES_MAX / 2;
+use crate::log_allowance::Allowance;
+
 /// Where a message is cut, in characters.
 const MESSAGE_MAX: usize = 1000;
 
 struct Lines {
-    written: AtomicU64,
+    allowance: Allowance,
 }
 
-static LINES: Lines = Lines { written: AtomicU64::new(0) };
+static LINES: Lines = Lines { allowance: Allowance::new() };
 
 /// Writes everything from `info` up to standard error from now on.
 pub(crate) fn start() {
@@ -72,25 +68,15 @@ impl Lines {
     /// that is full does not stop the machine.
     fn write(&self, file: &mut impl Write, record: &Record<'_>) {
         let level = record.level();
-        let max = if level == Level::Error { LOG_BYTES_MAX } else { OTHER_BYTES_MAX };
-        if self.written.load(Ordering::Relaxed) >= max {
+        let error = level == Level::Error;
+        if !self.allowance.has_room(error) {
             return;
         }
         let line = line(level, record.target(), &record.args().to_string());
-        let len = line.len() as u64;
-        let room = |written: u64| (written < max).then(|| written.saturating_add(len));
-        let Ok(before) = self.written.fetch_update(Ordering::Relaxed, Ordering::Relaxed, room)
-        else {
-            return;
-        };
+        let Some(notices) = self.allowance.take(error, line.len() as u64) else { return };
         let _ = file.write_all(line.as_bytes());
-        for (full, words) in [
-            (OTHER_BYTES_MAX, "this log is half full: from now on only errors are logged"),
-            (LOG_BYTES_MAX, "this log is full: nothing more is logged"),
-        ] {
-            if (before..before + len).contains(&(full - 1)) {
-                let _ = file.write_all(self::line(Level::Warn, module_path!(), words).as_bytes());
-            }
+        for words in notices {
+            let _ = file.write_all(self::line(Level::Warn, module_path!(), words).as_bytes());
         }
     }
 }
@@ -110,6 +96,7 @@ fn line(level: Level, target: &str, message: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::log_allowance::{BYTES_MAX, OTHER_BYTES_MAX};
 
     fn write(lines: &Lines, file: &mut Vec<u8>, level: Level, message: &str) {
         let mut builder = Record::builder();
@@ -119,12 +106,12 @@ mod tests {
 
     #[test]
     fn a_guest_that_tries_for_a_year_does_not_fill_the_disk() {
-        let lines = Lines { written: AtomicU64::new(0) };
+        let lines = Lines { allowance: Allowance::new() };
         let mut file = Vec::new();
         // Eight lines in ten seconds, from one place.
         for _ in 0..365 * 24 * 360 {
             write(&lines, &mut file, Level::Warn, "net: a frame of 70000 bytes was dropped");
-            if file.len() as u64 > 2 * LOG_BYTES_MAX {
+            if file.len() as u64 > 2 * BYTES_MAX {
                 break;
             }
         }
@@ -141,14 +128,14 @@ mod tests {
         for _ in 0..100_000 {
             write(&lines, &mut file, Level::Error, "an error");
         }
-        assert!(file.len() as u64 <= LOG_BYTES_MAX + 1000, "{}", file.len());
+        assert!(file.len() as u64 <= BYTES_MAX + 1000, "{}", file.len());
         let text = String::from_utf8(file).unwrap();
         assert!(text.trim_end().lines().last().unwrap().contains("nothing more is logged"));
     }
 
     #[test]
     fn a_line_is_json_and_has_an_end() {
-        let lines = Lines { written: AtomicU64::new(0) };
+        let lines = Lines { allowance: Allowance::new() };
         let mut file = Vec::new();
         write(&lines, &mut file, Level::Info, &"\u{1b}é\n".repeat(5000));
         assert_eq!(file.iter().filter(|byte| **byte == b'\n').count(), 1);

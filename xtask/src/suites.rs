@@ -54,10 +54,9 @@ impl<'a> Wanted<'a> {
         match arguments {
             [] => Ok(Self::Everything),
             [option, name, words @ ..] if option == "--suite" => {
-                Ok(match name.strip_suffix(LONG) {
-                    Some(name) => Self::One { name, long: true, words },
-                    None => Self::One { name, long: false, words },
-                })
+                // A package has no such name, and is refused by its whole name.
+                let suite = name.strip_suffix(LONG).filter(|name| suite(name).is_some());
+                Ok(Self::One { name: suite.unwrap_or(name), long: suite.is_some(), words })
             }
             _ => bail!("usage: cargo xtask test [--suite NAME [TEST…]]"),
         }
@@ -193,6 +192,9 @@ mod tests {
         let wanted = Wanted::parse(&words).unwrap();
         assert_eq!(wanted, Wanted::One { name: "callers", long: true, words: &[] });
         assert!(wanted.is_long() && wanted.needs_debian());
+        let words: Vec<String> = ["--suite", "bulkhead_long"].map(str::to_owned).into();
+        let package = Wanted::parse(&words).unwrap();
+        assert_eq!(package, Wanted::One { name: "bulkhead_long", long: false, words: &[] });
         assert!(!Wanted::Everything.is_long() && !Wanted::Everything.needs_debian());
     }
 }

@@ -175,7 +175,7 @@ impl Containers {
             return Err(state(&id, "is frozen"));
         }
         let files = ContainerFiles::of(&id);
-        let container = ContainerFiles::of(&id);
+        let container = files.clone();
         let terminal = streams.terminal.is_some();
         let prepared = spawn_blocking(move || {
             let spec = read_spec(&container)?;

@@ -10,9 +10,9 @@ use bulkhead_protocol::{NOTIFY_DIR, NOTIFY_SOCKET, SHARE_DIR};
 use oci_spec::runtime::{Linux, LinuxNamespaceType, Mount, Spec};
 
 use super::id_map::{self, IdMap};
+use super::read_only::{self, HostMounts};
 use super::{
-    Additions, BundleError, Surroundings, hook_programs, pod, read_only, read_only_root, refuse,
-    resources,
+    Additions, BundleError, Surroundings, hook_programs, pod, read_only_root, refuse, resources,
 };
 use crate::state::id::ContainerId;
 
@@ -50,6 +50,23 @@ pub struct Shared {
     pub mount_points: Vec<(PathBuf, FileKind)>,
 }
 
+impl Shared {
+    /// Something that can be written to, as it is and without what is mounted below it.
+    #[must_use]
+    pub const fn new(source: PathBuf, target: PathBuf, kind: FileKind) -> Self {
+        Self {
+            source,
+            target,
+            kind,
+            read_only: false,
+            read_only_below: false,
+            recursive: false,
+            id_map: None,
+            mount_points: Vec::new(),
+        }
+    }
+}
+
 /// The specification for the guest and what it refers to.
 #[derive(Debug)]
 pub(super) struct Guest {
@@ -68,20 +85,13 @@ pub(super) fn rewrite(
 ) -> Result<Guest, BundleError> {
     let mut spec = spec.clone();
     let in_guest = |target: &Path| Path::new(SHARE_DIR).join(&surroundings.directory).join(target);
-    let mut shared = vec![Shared {
-        source: rootfs.to_owned(),
-        target: "rootfs".into(),
-        kind: FileKind::Directory,
-        read_only: false,
-        read_only_below: false,
-        recursive: true,
-        id_map: None,
-        mount_points: Vec::new(),
-    }];
+    let root = Shared::new(rootfs.to_owned(), "rootfs".into(), FileKind::Directory);
+    let mut shared = vec![Shared { recursive: true, ..root }];
     if let Some(root) = spec.root_mut() {
         root.set_path(in_guest(&shared[0].target));
     }
     let mut mounts = spec.mounts().clone();
+    let mut host_mounts = HostMounts::default();
     for mount in mounts.iter_mut().flatten() {
         let id_map = id_map::of(mount, &spec)?;
         id_map::take_out(mount);
@@ -91,7 +101,7 @@ pub(super) fn rewrite(
             mount.set_source(Some(in_guest(&target)));
             let entry = Shared { id_map, ..share(mount, &source, target, bundle)? };
             if entry.recursive {
-                read_only::leave_to_host(mount, &entry.source)
+                read_only::leave_to_host(mount, &entry.source, &mut host_mounts)
                     .map_err(|error| unusable(&entry.source, error))?;
             }
             shared.push(entry);
@@ -108,12 +118,10 @@ pub(super) fn rewrite(
         spec.set_annotations(None);
     }
     add(&mut spec, id, &surroundings.additions);
-    let kind = |source: &Path| {
-        let of = |it: &&Shared| in_guest(&it.target) == source;
-        shared.iter().find(of).map(|it| it.kind)
-    };
-    if let Some(mount_points) = read_only_root::mount_points(&spec, kind) {
-        (shared[0].read_only, shared[0].mount_points) = (true, mount_points);
+    if read_only_root::is_hosts_to_keep(&spec) {
+        let kinds = shared.iter().map(|it| (in_guest(&it.target), it.kind)).collect();
+        shared[0].mount_points = read_only_root::mount_points(&spec, &kinds);
+        shared[0].read_only = true;
     }
     let dropped = adapt(&mut spec, id, surroundings);
     Ok(Guest { spec, shared, dropped })
@@ -168,15 +176,12 @@ fn share(
     let source = bundle.join(source);
     let metadata = fs::metadata(&source).map_err(|error| unusable(&source, error))?;
     let read_only = read_only::of(mount);
+    let kind = if metadata.is_dir() { FileKind::Directory } else { FileKind::File };
     Ok(Shared {
-        source,
-        target,
-        kind: if metadata.is_dir() { FileKind::Directory } else { FileKind::File },
         read_only: read_only.itself,
         read_only_below: read_only.below,
         recursive: has_option(mount, &["rbind"]),
-        id_map: None,
-        mount_points: Vec::new(),
+        ..Shared::new(source, target, kind)
     })
 }
 

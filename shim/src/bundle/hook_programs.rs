@@ -54,14 +54,9 @@ fn share(hook: &Hook, target: PathBuf) -> Result<Option<Shared>, BundleError> {
         source,
     };
     let shared = Shared {
-        source: path.clone(),
-        target,
-        kind: FileKind::File,
         read_only: true,
         read_only_below: true,
-        mount_points: Vec::new(),
-        recursive: false,
-        id_map: None,
+        ..Shared::new(path.clone(), target, FileKind::File)
     };
     Ok((!needs_loader(path).map_err(unusable)?).then_some(shared))
 }

@@ -79,7 +79,7 @@ fn is_foreign(option: &str) -> bool {
     option.split_once('=').is_some_and(|(name, _)| OPTIONS.contains(&name))
 }
 
-fn has_user_namespace(spec: &Spec) -> bool {
+pub(super) fn has_user_namespace(spec: &Spec) -> bool {
     namespaces(spec).iter().any(|entry| entry.typ() == LinuxNamespaceType::User)
 }
 

@@ -65,7 +65,7 @@ fn mend_process(process: &mut Map<String, Value>) -> Unknown {
             continue;
         };
         set.retain(|name| {
-            let known = is_known(name);
+            let known = capability(name).is_some();
             if let (false, Some(name)) = (known, name.as_str())
                 && !unknown.iter().any(|other| other == name)
             {
@@ -78,10 +78,10 @@ fn mend_process(process: &mut Map<String, Value>) -> Unknown {
     unknown
 }
 
-/// Whether a capability is written as runc knows it: the types know more ways.
-pub(super) fn is_known(name: &Value) -> bool {
-    let capability = serde_json::from_value::<Capability>(name.clone());
-    capability.is_ok_and(|capability| json!(capability) == *name)
+/// The capability of a name that is written as runc knows it: the types know more ways.
+pub(super) fn capability(name: &Value) -> Option<Capability> {
+    let capability = serde_json::from_value::<Capability>(name.clone()).ok()?;
+    (json!(capability) == *name).then_some(capability)
 }
 
 /// Leaves out a filter that says nothing, and has comparisons compare with 0.

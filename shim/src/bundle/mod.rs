@@ -24,7 +24,9 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use bulkhead_protocol::MAX_REQUEST_BYTES;
-use oci_spec::runtime::{Hooks, LinuxNamespace, LinuxNamespaceType, LinuxResources, Process, Spec};
+use oci_spec::runtime::{
+    Capability, Hooks, LinuxNamespace, LinuxNamespaceType, LinuxResources, Process, Spec,
+};
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
@@ -216,10 +218,10 @@ pub fn read_process(json: &[u8]) -> Result<Process, serde_json::Error> {
     Ok(process)
 }
 
-/// Whether there is a capability of this name.
+/// The capability of this name, if there is one.
 #[must_use]
-pub fn is_capability(name: &str) -> bool {
-    lenient::is_known(&name.into())
+pub fn capability(name: &str) -> Option<Capability> {
+    lenient::capability(&name.into())
 }
 
 /// Says in the words of runc that capabilities are left out.

@@ -44,9 +44,13 @@ pub(super) fn of(mount: &Mount) -> ReadOnly {
 ///
 /// # Errors
 /// There is no table of mounts.
-pub(super) fn leave_to_host(mount: &mut Mount, source: &Path) -> io::Result<()> {
+pub(super) fn leave_to_host(
+    mount: &mut Mount,
+    source: &Path,
+    host: &mut HostMounts,
+) -> io::Result<()> {
     let read_only = of(mount);
-    if !read_only.itself || read_only.below || !has_mounts_below(source)? {
+    if !read_only.itself || read_only.below || !host.are_below(source)? {
         return Ok(());
     }
     let options = mount.options().iter().flatten().filter(|option| *option != "ro").cloned();
@@ -55,9 +59,20 @@ pub(super) fn leave_to_host(mount: &mut Mount, source: &Path) -> io::Result<()> 
     Ok(())
 }
 
-fn has_mounts_below(directory: &Path) -> io::Result<bool> {
-    let directory = fs::canonicalize(directory)?;
-    Ok(lists_below(&fs::read("/proc/self/mountinfo")?, &directory))
+/// What is mounted on the host, once somebody has asked: the table can be long, and so can the list of
+/// a container's mounts.
+#[derive(Debug, Default)]
+pub(super) struct HostMounts(Option<Vec<u8>>);
+
+impl HostMounts {
+    fn are_below(&mut self, directory: &Path) -> io::Result<bool> {
+        let directory = fs::canonicalize(directory)?;
+        let table = match &self.0 {
+            Some(table) => table,
+            None => self.0.insert(fs::read("/proc/self/mountinfo")?),
+        };
+        Ok(lists_below(table, &directory))
+    }
 }
 
 /// Whether a table of mounts, proc_pid_mountinfo(5), has one below a directory.
@@ -121,10 +136,11 @@ mod tests {
     fn where_nothing_is_below_the_guest_keeps_it_too() {
         let directory = tempfile::tempdir().unwrap();
         let mut mount = mount(&["rbind", "ro"]);
-        leave_to_host(&mut mount, directory.path()).unwrap();
+        let mut host = HostMounts::default();
+        leave_to_host(&mut mount, directory.path(), &mut host).unwrap();
         assert_eq!(mount.options().as_deref().unwrap(), ["rbind", "ro"]);
         // The root has at least /proc below it.
-        leave_to_host(&mut mount, Path::new("/")).unwrap();
+        leave_to_host(&mut mount, Path::new("/"), &mut host).unwrap();
         assert_eq!(mount.options().as_deref().unwrap(), ["rbind"]);
     }
 }

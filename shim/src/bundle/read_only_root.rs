@@ -4,29 +4,31 @@
 //! Nobody can make mount points in it then but the host, before the guest sees it. Where something else
 //! has to be written in it before the container's program runs, it stays the guest's to keep.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{LinuxNamespaceType, Spec};
+use oci_spec::runtime::Spec;
 
-use super::FileKind;
+use super::{FileKind, id_map};
 
-/// What is to be made in a root that the guest cannot write to, in this order: mount points, then the
-/// working directory. Nothing for a root that the guest has to write to.
-///
-/// `kind` says what is mounted from a source inside the guest.
+/// Whether the root is read-only, and nobody in the guest has to write to it first.
+pub(super) fn is_hosts_to_keep(spec: &Spec) -> bool {
+    let root = spec.root().as_ref();
+    root.is_some_and(|root| root.readonly() == Some(true)) && !is_written_to(spec)
+}
+
+/// What is to be made in such a root, in this order: mount points, then the working directory. `kinds`
+/// has what is mounted from somewhere in the guest; the rest is mounted on directories.
 pub(super) fn mount_points(
     spec: &Spec,
-    kind: impl Fn(&Path) -> Option<FileKind>,
-) -> Option<Vec<(PathBuf, FileKind)>> {
-    if spec.root().as_ref()?.readonly() != Some(true) || is_written_to(spec) {
-        return None;
-    }
+    kinds: &HashMap<PathBuf, FileKind>,
+) -> Vec<(PathBuf, FileKind)> {
     let mounts = spec.mounts().iter().flatten().map(|mount| {
-        let kind = mount.source().as_ref().and_then(|source| kind(source));
-        (mount.destination().clone(), kind.unwrap_or(FileKind::Directory))
+        let kind = mount.source().as_ref().and_then(|source| kinds.get(source));
+        (mount.destination().clone(), kind.copied().unwrap_or(FileKind::Directory))
     });
     let cwd = spec.process().iter().map(|process| (process.cwd().clone(), FileKind::Directory));
-    Some(mounts.chain(cwd).collect())
+    mounts.chain(cwd).collect()
 }
 
 /// Whether the guest writes to the root before the container's program runs: nodes of devices, hooks, and
@@ -35,11 +37,10 @@ fn is_written_to(spec: &Spec) -> bool {
     let mut mounts = spec.mounts().iter().flatten();
     let linux = spec.linux().as_ref();
     let mut devices = linux.and_then(|linux| linux.devices().as_ref()).into_iter().flatten();
-    let mut namespaces = linux.and_then(|linux| linux.namespaces().as_ref()).into_iter().flatten();
     let hooks = spec.hooks().as_ref().and_then(|hooks| hooks.create_container().as_ref());
     !mounts.any(|mount| mount.destination() == Path::new("/dev"))
         || devices.any(|device| !device.path().starts_with("/dev"))
-        || namespaces.any(|namespace| namespace.typ() == LinuxNamespaceType::User)
+        || id_map::has_user_namespace(spec)
         || hooks.is_some_and(|hooks| !hooks.is_empty())
 }
 
@@ -61,8 +62,8 @@ mod tests {
         });
         change(&mut spec);
         let spec = serde_json::from_value(spec).unwrap();
-        let file = |source: &Path| source.starts_with("/share").then_some(FileKind::File);
-        mount_points(&spec, file)
+        let kinds = HashMap::from([("/share/1".into(), FileKind::File)]);
+        is_hosts_to_keep(&spec).then(|| mount_points(&spec, &kinds))
     }
 
     #[test]

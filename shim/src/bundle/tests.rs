@@ -97,7 +97,7 @@ fn a_missing_rootfs_is_named() {
     config["root"]["path"] = json!("nosuch");
     let bundle = TestBundle::with(&config);
     let words = words(bundle.plan().unwrap_err());
-    assert!(words.contains("rootfs /") && words.starts_with("cannot use "), "{words}");
+    assert!(words.starts_with("cannot use rootfs /") && words.contains("/nosuch: "), "{words}");
     fs::write(bundle.path().join("nosuch"), "").unwrap();
     let words = self::words(bundle.plan().unwrap_err());
     assert!(words.contains("not a directory"), "{words}");

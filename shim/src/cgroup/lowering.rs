@@ -33,7 +33,7 @@ impl Cgroup {
             if Instant::now() > deadline {
                 tracing::warn!(
                     held = needed,
-                    "the guest has not given back enough memory; the host's limit is what it still has"
+                    "the guest has not given back enough memory; the limit is what it still has"
                 );
                 return self.limit_async(limits.with_memory(needed)).await;
             }

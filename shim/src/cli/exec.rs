@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use anyhow::{Context, bail, ensure};
 use containerd_shim_protos::api::ExecProcessRequest;
 use containerd_shim_protos::shim_async::TaskClient;
-use oci_spec::runtime::{Capabilities, Capability, LinuxCapabilities, Process};
+use oci_spec::runtime::{Capabilities, LinuxCapabilities, Process};
 use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
 use ttrpc::proto::MESSAGE_LENGTH_MAX;
@@ -223,7 +223,7 @@ fn changed(exec: &Exec, process: Option<Process>) -> anyhow::Result<Process> {
     }
     if !exec.cap.is_empty() {
         let capabilities = process.capabilities().clone();
-        process.set_capabilities(Some(with_more(capabilities, &exec.cap)?));
+        process.set_capabilities(Some(with_more(capabilities, &exec.cap)));
     }
     Ok(process)
 }
@@ -245,15 +245,15 @@ fn merged(mut environment: Vec<String>, more: &[String]) -> Vec<String> {
 }
 
 /// Adds to what the process may do; what it can pass on only where it could pass on something.
-fn with_more(
-    capabilities: Option<LinuxCapabilities>,
-    names: &[String],
-) -> anyhow::Result<LinuxCapabilities> {
-    let (known, unknown): (Vec<_>, Vec<_>) =
-        names.iter().cloned().partition(|name| bundle::is_capability(name));
+fn with_more(capabilities: Option<LinuxCapabilities>, names: &[String]) -> LinuxCapabilities {
+    let (mut more, mut unknown) = (Capabilities::new(), Vec::new());
+    for name in names {
+        match bundle::capability(name) {
+            Some(capability) => _ = more.insert(capability),
+            None => unknown.push(name.clone()),
+        }
+    }
     bundle::warn_of_unknown(&unknown);
-    let parse = |name: String| serde_json::from_value::<Capability>(name.into());
-    let more = known.into_iter().map(parse).collect::<Result<Capabilities, _>>()?;
     let mut capabilities = capabilities.unwrap_or_default();
     let with =
         |set: &Option<Capabilities>| Some(set.iter().flatten().chain(&more).copied().collect());
@@ -263,7 +263,7 @@ fn with_more(
     if capabilities.inheritable().is_some() {
         capabilities.set_ambient(ambient);
     }
-    Ok(capabilities)
+    capabilities
 }
 
 #[cfg(test)]

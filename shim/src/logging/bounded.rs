@@ -1,33 +1,28 @@
-//! A log that ends: when a part of it is full, only errors are written any more, so that the reason of an
-//! end is in it whatever a guest did before; when all of it is, nothing.
+//! A log that ends, as those of the jailed processes do.
 
 use std::io::{self, Write};
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use bulkhead_vmm::log_allowance::Allowance;
 use tracing::{Level, Metadata};
 use tracing_subscriber::fmt::writer::{BoxMakeWriter, MakeWriter};
 
 use super::{Form, line};
 
-/// The most that a process logs, in bytes, and the part of it that is not for errors.
-const MAX: u64 = 1 << 20;
-const OTHERS_MAX: u64 = MAX / 2;
-
-/// Where a process logs to, and how much it has written.
+/// Where a process logs to, and how much it may.
 pub(super) struct Bounded {
     to: BoxMakeWriter,
     form: Form,
-    written: AtomicU64,
+    allowance: Allowance,
 }
 
 impl Bounded {
     pub(super) fn new(to: BoxMakeWriter, form: Form) -> Self {
-        Self { to, form, written: AtomicU64::new(0) }
+        Self { to, form, allowance: Allowance::new() }
     }
 
-    fn up_to<'a>(&'a self, max: u64, to: Box<dyn Write + 'a>) -> Box<dyn Write + 'a> {
-        Box::new(UpTo { log: self, max, to })
+    fn lines<'a>(&'a self, error: bool, to: Box<dyn Write + 'a>) -> Box<dyn Write + 'a> {
+        Box::new(Lines { log: self, error, to })
     }
 }
 
@@ -35,37 +30,30 @@ impl<'a> MakeWriter<'a> for Bounded {
     type Writer = Box<dyn Write + 'a>;
 
     fn make_writer(&'a self) -> Self::Writer {
-        self.up_to(OTHERS_MAX, self.to.make_writer())
+        self.lines(false, self.to.make_writer())
     }
 
     fn make_writer_for(&'a self, event: &Metadata<'_>) -> Self::Writer {
-        let max = if *event.level() == Level::ERROR { MAX } else { OTHERS_MAX };
-        self.up_to(max, self.to.make_writer_for(event))
+        self.lines(*event.level() == Level::ERROR, self.to.make_writer_for(event))
     }
 }
 
-/// Writes lines while there is room for their kind, and once that there is none any more.
-struct UpTo<'a> {
+/// Writes lines of one kind while there is room for it, each by one call.
+struct Lines<'a> {
     log: &'a Bounded,
-    max: u64,
+    error: bool,
     to: Box<dyn Write + 'a>,
 }
 
-impl Write for UpTo<'_> {
+impl Write for Lines<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let len = bytes.len() as u64;
-        let room = |written: u64| (written < self.max).then(|| written.saturating_add(len));
-        let written = self.log.written.fetch_update(Ordering::Relaxed, Ordering::Relaxed, room);
-        let Ok(before) = written else { return Ok(bytes.len()) };
+        let Some(notices) = self.log.allowance.take(self.error, bytes.len() as u64) else {
+            return Ok(bytes.len());
+        };
         self.to.write_all(bytes)?;
-        for (full, words) in [
-            (OTHERS_MAX, "this log is half full: from now on only errors are logged"),
-            (MAX, "this log is full: nothing more is logged"),
-        ] {
-            if (before..before + len).contains(&(full - 1)) {
-                let last = line(self.log.form, Level::WARN, words, Duration::ZERO);
-                writeln!(self.to, "{last}")?;
-            }
+        for words in notices {
+            let last = line(self.log.form, Level::WARN, words, Duration::ZERO);
+            writeln!(self.to, "{last}")?;
         }
         Ok(bytes.len())
     }
@@ -78,6 +66,7 @@ impl Write for UpTo<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use bulkhead_vmm::log_allowance::{BYTES_MAX, OTHER_BYTES_MAX};
     use std::sync::{Arc, Mutex};
 
     #[test]
@@ -94,14 +83,17 @@ mod tests {
                 tracing::warn!("the guest wants something");
             }
             let by_the_guest = file.lock().unwrap().len() as u64;
-            assert!((OTHERS_MAX..OTHERS_MAX + 1000).contains(&by_the_guest), "{by_the_guest}");
+            assert!(
+                (OTHER_BYTES_MAX..OTHER_BYTES_MAX + 1000).contains(&by_the_guest),
+                "{by_the_guest}"
+            );
             tracing::error!("the reason");
             for _ in 0..100_000 {
                 tracing::error!("an error");
             }
         });
         let text = String::from_utf8(file.lock().unwrap().clone()).unwrap();
-        assert!(text.len() as u64 <= MAX + 1000, "{}", text.len());
+        assert!(text.len() as u64 <= BYTES_MAX + 1000, "{}", text.len());
         assert_eq!(text.matches("half full").count(), 1);
         assert!(text.contains("the reason"));
         assert!(text.trim_end().lines().last().unwrap().contains("nothing more is logged"));

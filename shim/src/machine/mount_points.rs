@@ -5,6 +5,7 @@
 //! `RESOLVE_IN_ROOT`), and nothing that exists is changed. What lies below an earlier mount point is made
 //! by the guest, in what is mounted there.
 
+use std::collections::HashSet;
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
@@ -20,7 +21,7 @@ use crate::bundle::FileKind;
 /// # Errors
 /// When something is in the way, or cannot be made.
 pub(super) fn make(root: BorrowedFd<'_>, wanted: &[(PathBuf, FileKind)]) -> io::Result<()> {
-    let mut covered = vec![];
+    let mut covered = HashSet::new();
     for (path, kind) in wanted {
         covered.extend(make_one(root, path, *kind, &covered)?);
     }
@@ -32,7 +33,7 @@ fn make_one(
     root: BorrowedFd<'_>,
     path: &Path,
     kind: FileKind,
-    covered: &[PathBuf],
+    covered: &HashSet<PathBuf>,
 ) -> io::Result<Option<PathBuf>> {
     let mut walked = PathBuf::from("/");
     let mut at = look(root, &walked)?;

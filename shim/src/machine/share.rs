@@ -288,14 +288,14 @@ fn clone_tree(entry: &Shared) -> io::Result<OwnedFd> {
     flags.set(OpenTreeFlags::AT_RECURSIVE, entry.recursive);
     let clone = open_tree(CWD, &entry.source, flags)?;
     harden(clone.as_fd(), entry.read_only_below, entry.recursive)?;
-    if entry.read_only && has_mount_points(entry) {
+    if entry.read_only && make_mount_points(entry) {
         set_attributes(clone.as_fd(), libc::MOUNT_ATTR_RDONLY, false)?;
     }
     Ok(clone)
 }
 
 /// Makes the mount points of what is read-only; whether all of them are there.
-fn has_mount_points(entry: &Shared) -> bool {
+fn make_mount_points(entry: &Shared) -> bool {
     if entry.mount_points.is_empty() {
         return true;
     }
@@ -392,16 +392,11 @@ mod tests {
     use std::fs;
 
     fn shared(source: &Path, target: &str, kind: FileKind, read_only: bool) -> Shared {
-        let (source, target) = (source.to_owned(), target.into());
         Shared {
-            source,
-            target,
-            kind,
             read_only,
             read_only_below: read_only,
-            mount_points: Vec::new(),
             recursive: true,
-            id_map: None,
+            ..Shared::new(source.to_owned(), target.into(), kind)
         }
     }
 

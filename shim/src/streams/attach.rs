@@ -229,7 +229,7 @@ async fn accept_all(listener: Channel, waiting: Arc<Waiting>) {
                 });
             }
             Err(error) => {
-                tracing::warn!(error = %error, "cannot accept stand-ins any more");
+                tracing::warn!(error = %error, "cannot accept a stand-in");
                 sleep(GREETING).await;
             }
         }

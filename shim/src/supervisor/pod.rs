@@ -233,7 +233,7 @@ impl Pod {
             words = self.broken() => tracing::debug!(words, "pod is over"),
         }
         if let Err(error) = self.leave_share_dir(dir) {
-            tracing::debug!(error = %error, "cannot show its files to the guest");
+            tracing::debug!(error = %error, "cannot take its files out of the share");
         }
     }
 
@@ -325,7 +325,9 @@ impl Pod {
         tokio::select! {
             synced = timeout(patience, self.agent.sync()) => match synced {
                 Ok(Ok(())) => {}
-                Ok(Err(error)) => tracing::warn!(error = %error, "the guest could not write its files back"),
+                Ok(Err(error)) => {
+                    tracing::warn!(error = %error, "the guest could not write its files back");
+                }
                 Err(_) => tracing::warn!("the guest did not write its files back in time"),
             },
             words = self.gone() => tracing::debug!(words, "pod is over"),
@@ -356,7 +358,7 @@ impl Lent<'_> {
 impl Drop for Lent<'_> {
     fn drop(&mut self) {
         if let Err(error) = self.pod.leave_share_dir(self.dir) {
-            tracing::debug!(error = %error, "cannot show passed files to the guest");
+            tracing::debug!(error = %error, "cannot take passed files out of the share");
         }
     }
 }

@@ -74,7 +74,8 @@ fn remove_with(lock: Lock, state: State, survivor: Option<Process>) -> anyhow::R
     if let Some(network) = &state.network
         && let Err(error) = mirror::restore(network)
     {
-        tracing::warn!(network = %network.display(), error = %error, "cannot restore the interfaces of the network namespace");
+        let network = network.display();
+        tracing::warn!(%network, %error, "cannot restore the interfaces of the network namespace");
     }
     if let Some(Err(error)) = state.cgroup.as_ref().map(Cgroup::remove) {
         failed.get_or_insert(error.into());

@@ -289,7 +289,7 @@ impl Drop for Mirror {
 fn part(connection: &mut Connection, index: u32) {
     if let Err(error) = redirect::part(connection, index) {
         // It may be gone with whoever made it.
-        tracing::debug!(index, error = %error, "cannot restore the interface");
+        tracing::debug!(index, error = %error, "cannot give an interface its frames back");
     }
 }
 

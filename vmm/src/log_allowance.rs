@@ -1,0 +1,75 @@
+//! How much the processes of a pod log: a guest has all the time in the world to cause lines.
+//!
+//! When a part of the log is full, only errors are written any more, which are the host's, so that the
+//! reason of an end is in it whatever a guest did before. When all of it is, nothing is.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// The most that a process logs, in bytes.
+pub const BYTES_MAX: u64 = 1 << 20;
+/// The part of it that is not for errors.
+pub const OTHER_BYTES_MAX: u64 = BYTES_MAX / 2;
+
+/// What a process may still log.
+#[derive(Debug)]
+pub struct Allowance {
+    written: AtomicU64,
+}
+
+impl Allowance {
+    /// That of a process that has logged nothing.
+    #[must_use]
+    pub const fn new() -> Self {
+        Self { written: AtomicU64::new(0) }
+    }
+
+    /// Whether there is room for another error, or another line that is none.
+    #[must_use]
+    pub fn has_room(&self, error: bool) -> bool {
+        self.written.load(Ordering::Relaxed) < max(error)
+    }
+
+    /// Takes so many bytes for a line, if there is room for its kind; gives what is to be said behind
+    /// it: that the log is full with it.
+    #[must_use]
+    pub fn take(&self, error: bool, bytes: u64) -> Option<impl Iterator<Item = &'static str>> {
+        let room = |written: u64| (written < max(error)).then(|| written.saturating_add(bytes));
+        let before = self.written.fetch_update(Ordering::Relaxed, Ordering::Relaxed, room).ok()?;
+        let taken = before..before.saturating_add(bytes);
+        let notices = [
+            (OTHER_BYTES_MAX, "this log is half full: from now on only errors are logged"),
+            (BYTES_MAX, "this log is full: nothing more is logged"),
+        ];
+        let reached = move |(full, words): (u64, _)| taken.contains(&(full - 1)).then_some(words);
+        Some(notices.into_iter().filter_map(reached))
+    }
+}
+
+impl Default for Allowance {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+fn max(error: bool) -> u64 {
+    if error { BYTES_MAX } else { OTHER_BYTES_MAX }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_full_is_said_once_and_errors_have_room_of_their_own() {
+        let allowance = Allowance::new();
+        let take = |error, bytes| allowance.take(error, bytes).map(Iterator::collect::<Vec<_>>);
+        assert_eq!(take(false, OTHER_BYTES_MAX - 1), Some(vec![]));
+        let half = take(false, 10).unwrap();
+        assert!(half.len() == 1 && half[0].contains("half full"), "{half:?}");
+        assert_eq!(take(false, 1), None);
+        assert!(!allowance.has_room(false) && allowance.has_room(true));
+        let full = take(true, BYTES_MAX).unwrap();
+        assert!(full.len() == 1 && full[0].contains("nothing more is logged"), "{full:?}");
+        assert_eq!(take(true, 1), None);
+    }
+}

@@ -6,7 +6,7 @@
 //! executes it ([`Command`]), everything else is alike.
 
 use std::fs::File;
-use std::io::{self, Read, Seek, Write};
+use std::io::{self, Read, Seek};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -14,7 +14,8 @@ use std::time::{Duration, Instant};
 
 use oci_spec::runtime::Hook;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::fs::{MemfdFlags, OFlags, fcntl_setfl, memfd_create};
+use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 /// As much of a failed hook's standard error becomes part of the error, in bytes.
@@ -56,43 +57,58 @@ pub fn run(hook: &Hook, mut command: Command, state: &[u8]) -> io::Result<()> {
         }
     }
     let mut child = command.spawn()?;
-    let written = child.stdin.take().map_or(Ok(()), |mut stdin| stdin.write_all(state));
-    let late = match patience(hook) {
-        Some(patience) if !ends(&child, patience)? => Some(patience),
-        _ => None,
-    };
-    if late.is_some() {
+    let patience = patience(hook);
+    let ended = feed(&mut child, state, patience);
+    if !matches!(ended, Ok(true)) {
         child.kill()?;
     }
     let status = child.wait()?;
-    match (written, late) {
-        (_, Some(patience)) => Err(io::Error::other(format!("not done within {patience:?}"))),
-        _ if !status.success() => {
-            let mut said = Vec::new();
-            words.rewind()?;
-            words.take(WORDS_MAX).read_to_end(&mut said)?;
-            let said = String::from_utf8_lossy(&said);
-            Err(io::Error::other(format!("{status}, stderr: {}", said.trim())))
-        }
-        // A hook need not read its input.
-        (Err(error), None) if error.kind() != io::ErrorKind::BrokenPipe => Err(error),
-        _ => Ok(()),
+    if !ended? {
+        let patience = patience.unwrap_or_default();
+        return Err(io::Error::other(format!("not done within {patience:?}")));
     }
+    if status.success() {
+        return Ok(());
+    }
+    let mut said = Vec::new();
+    words.rewind()?;
+    words.take(WORDS_MAX).read_to_end(&mut said)?;
+    let said = String::from_utf8_lossy(&said);
+    Err(io::Error::other(format!("{status}, stderr: {}", said.trim())))
 }
 
-/// Whether a child ends within a time.
-fn ends(child: &Child, patience: Duration) -> io::Result<bool> {
+/// Writes a child its input and waits for its end; returns false if its time is up before.
+///
+/// The child need not read its input: a pipe that is full must not hide that the time is up.
+fn feed(child: &mut Child, mut input: &[u8], patience: Option<Duration>) -> io::Result<bool> {
     let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
     let pid = pid.ok_or(io::ErrorKind::InvalidInput)?;
-    // Its number is its own until it has been waited for.
+    // The pid is the child's until the child has been waited for.
     let process = pidfd_open(pid, PidfdFlags::empty())?;
-    let deadline = Instant::now() + patience;
+    let mut stdin = child.stdin.take();
+    if let Some(stdin) = &stdin {
+        fcntl_setfl(stdin, OFlags::NONBLOCK)?;
+    }
+    // A deadline that no clock reaches is none.
+    let deadline = patience.and_then(|patience| Instant::now().checked_add(patience));
     loop {
-        let left = deadline.saturating_duration_since(Instant::now());
-        let left = Timespec::try_from(left).map_err(io::Error::other)?;
-        match poll(&mut [PollFd::new(&process, PollFlags::IN)], Some(&left)) {
-            Err(rustix::io::Errno::INTR) => {}
-            polled => return Ok(polled? > 0),
+        stdin = stdin.filter(|_| !input.is_empty());
+        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        let left = left.map(Timespec::try_from).transpose().map_err(io::Error::other)?;
+        let mut polled = vec![PollFd::new(&process, PollFlags::IN)];
+        polled.extend(stdin.as_ref().map(|stdin| PollFd::new(stdin, PollFlags::OUT)));
+        match poll(&mut polled, left.as_ref()) {
+            Ok(0) => return Ok(false),
+            Ok(_) if !polled[0].revents().is_empty() => return Ok(true),
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let Some(pipe) = &stdin else { continue };
+        match rustix::io::write(pipe, input) {
+            Ok(count) => input = &input[count..],
+            Err(Errno::PIPE) => stdin = None,
+            Err(Errno::AGAIN | Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
         }
     }
 }
@@ -151,6 +167,19 @@ mod tests {
     fn a_hook_that_takes_too_long_is_killed() {
         let started = Instant::now();
         let error = run_here(&shell("exec sleep 60", 0)).unwrap_err();
+        assert!(error.to_string().contains("not done within"), "{error}");
+        assert!(started.elapsed() < Duration::from_secs(30));
+    }
+
+    /// It is larger than a pipe, as annotations can be.
+    #[test]
+    fn a_large_state_is_read_whole_and_does_not_hide_that_the_time_is_up() {
+        let state = vec![b'x'; 1 << 20];
+        let hook = shell("test $(wc -c) = 1048576", 30);
+        run(&hook, Command::new(hook.path()), &state).unwrap();
+        let started = Instant::now();
+        let hook = shell("exec sleep 60", 1);
+        let error = run(&hook, Command::new(hook.path()), &state).unwrap_err();
         assert!(error.to_string().contains("not done within"), "{error}");
         assert!(started.elapsed() < Duration::from_secs(30));
     }

@@ -7,6 +7,7 @@ pub mod memory;
 pub mod netns;
 pub mod network;
 pub mod ping;
+pub mod pod;
 pub mod runtime;
 pub mod soak;
 pub mod systemd;

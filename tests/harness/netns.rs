@@ -8,7 +8,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::bundle::Bundle;
 use crate::runtime::{comes_true, output};
@@ -169,13 +169,16 @@ impl Drop for Wired {
 /// # Errors
 /// When its specification cannot be written.
 pub fn join(bundle: Bundle, path: &str) -> Result<Bundle> {
-    bundle.with(|spec| {
-        for entry in spec["linux"]["namespaces"].as_array_mut().into_iter().flatten() {
-            if entry["type"] == "network" {
-                entry["path"] = json!(path);
-            }
+    bundle.with(|spec| set(spec, path))
+}
+
+/// Gives a specification the network namespace at a path.
+pub(crate) fn set(spec: &mut Value, path: &str) {
+    for entry in spec["linux"]["namespaces"].as_array_mut().into_iter().flatten() {
+        if entry["type"] == "network" {
+            entry["path"] = json!(path);
         }
-    })
+    }
 }
 
 /// ip(8) with words without spaces; gives its standard output.

@@ -3,6 +3,7 @@
 use std::fs;
 
 use bulkhead_tests::bundle::Bundle;
+use bulkhead_tests::pod::Pod;
 use bulkhead_tests::runtime::{Runtime, told};
 use serde_json::{Value, json};
 
@@ -71,11 +72,11 @@ const MADE_ANYWAY: [&str; 2] = ["all but it", "all but it, but reading"];
 
 #[test]
 fn rules_mean_what_they_mean_to_runc() {
-    let runtimes = [Runtime::new().unwrap(), Runtime::runc().unwrap()];
+    let pods = Pod::beside_runc().unwrap();
     for (name, rules) in lists() {
-        let [ours, mut theirs] = [&runtimes[0], &runtimes[1]].map(|runtime| {
-            let bundle = bundle(&rules);
-            let told = told(&runtime.run("ruled", &bundle).unwrap());
+        let [ours, mut theirs] = pods.each_ref().map(|pod| {
+            let mut bundle = bundle(&rules);
+            let told = told(&pod.run("ruled", &mut bundle).unwrap());
             assert!(!fs::exists(bundle.rootfs().join("dev/log")).unwrap());
             told
         });
@@ -86,7 +87,7 @@ fn rules_mean_what_they_mean_to_runc() {
         assert_eq!(ours, theirs, "{name}");
         assert_eq!(ours.0, Some(0), "{name}: {ours:?}");
     }
-    runtimes.iter().for_each(|runtime| runtime.assert_clean().unwrap());
+    pods.into_iter().for_each(|pod| pod.end().unwrap());
 }
 
 #[test]

@@ -70,7 +70,7 @@ fn find(number: (i64, i64), sys: &Path, dev: &Path) -> io::Result<PathBuf> {
     }
 }
 
-/// Whether the rules, of which the last that fits counts, let a container write.
+/// Whether the rules let a container write: the last one that fits counts, and without one it may not.
 fn may_write(rules: &[LinuxDeviceCgroup], number: (i64, i64)) -> bool {
     let fits = |rule: &&LinuxDeviceCgroup| {
         let kind =
@@ -79,7 +79,7 @@ fn may_write(rules: &[LinuxDeviceCgroup], number: (i64, i64)) -> bool {
         let access = rule.access().as_deref().is_none_or(|access| access.contains('w'));
         kind && access && is(rule.major(), number.0) && is(rule.minor(), number.1)
     };
-    rules.iter().rev().find(fits).is_none_or(LinuxDeviceCgroup::allow)
+    rules.iter().rev().find(fits).is_some_and(LinuxDeviceCgroup::allow)
 }
 
 #[cfg(test)]
@@ -93,6 +93,7 @@ mod tests {
             |rules: Value| may_write(&serde_json::from_value::<Vec<_>>(rules).unwrap(), (7, 1));
         let none = json!({"allow": false, "access": "rwm"});
         let own = |access: &str| json!({"allow": true, "type": "b", "major": 7, "minor": 1, "access": access});
+        assert!(!writes(json!([])));
         assert!(!writes(json!([none])));
         assert!(writes(json!([none, own("rwm")])));
         assert!(!writes(json!([none, own("r")])));

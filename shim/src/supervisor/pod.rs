@@ -12,7 +12,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use bulkhead_protocol::agent;
@@ -115,7 +115,7 @@ pub struct Pod {
     /// The agent.
     pub agent: Agent,
     /// How many the machine has.
-    disks: Mutex<u8>,
+    disks: tokio::sync::Mutex<u8>,
     interfaces: Interfaces,
     follower: OnceLock<AbortOnDrop>,
     names: tokio::sync::Mutex<NameService>,
@@ -171,7 +171,7 @@ impl Pod {
             file_server,
             growth,
             agent,
-            disks: Mutex::default(),
+            disks: tokio::sync::Mutex::default(),
             interfaces: Interfaces::new(plan.size.vcpus),
             follower: OnceLock::new(),
             names: tokio::sync::Mutex::default(),
@@ -262,21 +262,19 @@ impl Pod {
     pub async fn attach_disks(&self, disks: &[Disk]) -> Result<Vec<agent::Disk>, PodError> {
         let mut named = Vec::new();
         for disk in disks {
-            let index = self.next_disk().ok_or(PodError::Disks)?;
             let file = disk.open().map_err(|error| PodError::Disk(disk.source.clone(), error))?;
+            let mut count = self.disks.lock().await;
+            let index = *count;
+            if usize::from(index) >= DISKS_MAX {
+                return Err(PodError::Disks);
+            }
             let serial = format!("bulkhead-{index}");
             self.machine.attach_disk(index, &file, disk.read_only, serial.clone()).await?;
+            // A disk that cannot be attached leaves its slot to the next one.
+            *count += 1;
             named.push(agent::Disk { path: disk.path.display().to_string(), serial });
         }
         Ok(named)
-    }
-
-    /// The number of a disk that no container has had.
-    fn next_disk(&self) -> Option<u8> {
-        let mut count = self.disks.lock().unwrap_or_else(PoisonError::into_inner);
-        let index = *count;
-        *count += u8::from(usize::from(index) < DISKS_MAX);
-        (index < *count).then_some(index)
     }
 
     /// Whether the machine would grow to be as large as `to`.

@@ -1,6 +1,6 @@
-//! A container's cgroup (cgroup v2, Documentation/admin-guide/cgroup-v2.rst): who is in it, freezing
-//! and killing them all, its limits, removing it, and whether its memory limit killed anybody. Its
-//! first limits are libcontainer's.
+//! A container's cgroup (cgroup v2, Documentation/admin-guide/cgroup-v2.rst): lists, freezes and
+//! kills its processes, sets its limits, removes it, and tells whether its memory limit has killed
+//! a process. libcontainer sets the first limits.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -19,7 +19,7 @@ pub(crate) const ROOT: &str = "/sys/fs/cgroup";
 const PROCESSES: usize = 100_000;
 /// How long the processes of a removed cgroup may take to die.
 const DYING: Duration = Duration::from_secs(10);
-/// How long the processes of a cgroup may take to stand still.
+/// How long the processes of a cgroup may take to freeze.
 const FREEZING: Duration = Duration::from_secs(10);
 
 /// One container's cgroup, with those below it. It need not exist.
@@ -41,7 +41,7 @@ impl Cgroup {
         for directory in tree(&self.0)? {
             let listed = match fs::read_to_string(directory.join("cgroup.procs")) {
                 Ok(listed) => listed,
-                // Gone meanwhile, or a cgroup of threads, whose processes its parent lists.
+                // Gone meanwhile, or a threaded cgroup, whose processes its parent lists.
                 Err(error)
                     if matches!(
                         error.raw_os_error(),
@@ -58,11 +58,12 @@ impl Cgroup {
         Ok(pids.into_iter().collect())
     }
 
-    /// Where below it a further process joins the container's init. Nowhere when it takes processes
-    /// itself, which one that hands controllers on does not: systemd as init makes it such a one.
+    /// The cgroup below it, that of the container's init, which a further process joins. `None` if
+    /// a process can join this cgroup itself. It cannot if the cgroup enables controllers for its
+    /// children, as it does when systemd is the container's init.
     ///
     /// # Errors
-    /// Either cannot be read.
+    /// The list of controllers or the init's cgroup cannot be read.
     pub(crate) fn joined(&self, init: u32) -> io::Result<Option<PathBuf>> {
         if fs::read_to_string(self.0.join("cgroup.subtree_control"))?.trim().is_empty() {
             return Ok(None);
@@ -85,7 +86,7 @@ impl Cgroup {
         }
     }
 
-    /// Stops every process in it and below it, and waits until all stand still.
+    /// Freezes every process in it and below it, and waits until all are frozen.
     ///
     /// # Errors
     /// It does not exist, or one still runs after [`FREEZING`]; all run again then.
@@ -112,7 +113,7 @@ impl Cgroup {
         self.set_frozen(false)
     }
 
-    /// Whether all of its processes stand still.
+    /// Whether all of its processes are frozen.
     ///
     /// # Errors
     /// It does not exist.
@@ -125,8 +126,8 @@ impl Cgroup {
         fs::write(self.0.join("cgroup.freeze"), if frozen { "1" } else { "0" })
     }
 
-    /// Sets limits, and which devices may be used; what is left out stays as it is, but for devices,
-    /// of which then only those of every container may be used.
+    /// Sets limits, and which devices may be used. A limit that is left out stays as it is. Without
+    /// device rules, only the devices that every container has may be used.
     ///
     /// # Errors
     /// It does not exist, or the kernel refuses one.
@@ -141,7 +142,7 @@ impl Cgroup {
         Manager::new(ROOT.into(), path.to_owned())?.apply(&options)
     }
 
-    /// Whether the kernel has killed a process of it for want of memory.
+    /// Whether the kernel has killed a process of it because memory ran out.
     pub(crate) fn oom_killed(&self) -> bool {
         let events = fs::read_to_string(self.0.join("memory.events")).unwrap_or_default();
         oom_kills(&events) > 0

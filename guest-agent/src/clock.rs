@@ -1,5 +1,5 @@
-//! What makes one boot of the guest this pod's and no other's: the time, fresh entropy for the
-//! kernel's generator (random(4), `RNDADDENTROPY` and `RNDRESEEDCRNG`) and the host name.
+//! Gives this boot of the guest what is its pod's alone: the time, fresh entropy for the kernel's
+//! generator (random(4), `RNDADDENTROPY` and `RNDRESEEDCRNG`) and the host name.
 
 // UNSAFETY: the random device takes entropy by ioctl only, and no safe wrapper has that ioctl.
 #![expect(unsafe_code, reason = "two ioctls of the random device")]

@@ -1,10 +1,11 @@
 //! What a process of a container gives up before its program runs: capabilities(7) and, by a filter,
 //! system calls.
 //!
-//! Both are taken out of what libcontainer gets, and done here, for a container's first process
-//! (`crate::creator`) as for one that joins it (`crate::tenant`), in two steps. [`Confinement::enter`]
-//! comes when the process is otherwise what it will be. [`Confinement::seal`] loads the filter, and only
-//! execve(2) comes after it, so that a profile need not allow what the agent itself does.
+//! Both are taken out of the specification that libcontainer gets, and are applied here in two
+//! steps, for a container's first process (`crate::creator`) as for one that joins it
+//! (`crate::tenant`). [`Confinement::enter`] comes when everything else about the process is set.
+//! [`Confinement::seal`] loads the filter, and only execve(2) comes after it, so that a profile
+//! need not allow what the agent itself does.
 
 use std::fs;
 use std::io;
@@ -21,13 +22,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::seccomp::{Filter, FilterError};
 
-/// In the directory of the process.
+/// The name of the file, in the directory of the process.
 const FILE: &str = "confinement.json";
 
 /// What a process may keep, in the words of the specification.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Restrictions {
-    /// None but these; without any, none at all.
+    /// The only capabilities that the process keeps; without any, it keeps none.
     capabilities: Option<LinuxCapabilities>,
     seccomp: Option<LinuxSeccomp>,
     no_new_privileges: bool,
@@ -54,17 +55,17 @@ impl Restrictions {
         }
     }
 
-    /// Leaves them for the creator, or the tenant, that finds its things in `directory`.
+    /// Writes them to `directory`, from which the creator or the tenant reads its input.
     pub(crate) fn write(&self, directory: &Path) -> io::Result<()> {
         fs::write(directory.join(FILE), serde_json::to_vec(self)?)
     }
 
-    /// Those that [`Restrictions::write`] has left.
+    /// Reads those that [`Restrictions::write`] has left.
     pub(crate) fn read(directory: &Path) -> io::Result<Self> {
         Ok(serde_json::from_slice(&fs::read(directory.join(FILE))?)?)
     }
 
-    /// Makes everything ready that can fail.
+    /// Does in advance everything that can fail.
     pub(crate) fn prepare(&self) -> Result<Confinement, FilterError> {
         let set = |of: fn(&LinuxCapabilities) -> &Option<Capabilities>| {
             let listed = self.capabilities.as_ref().and_then(|sets| of(sets).as_ref());
@@ -76,7 +77,7 @@ impl Restrictions {
         Ok(Confinement {
             bounding: set(LinuxCapabilities::bounding),
             sets: CapabilitySets { effective, permitted, inheritable },
-            // The kernel takes no others; runc leaves them out without a word too.
+            // The kernel accepts no others; runc drops them silently too.
             ambient: set(LinuxCapabilities::ambient) & permitted & inheritable,
             filter: self.seccomp.as_ref().map(Filter::compile).transpose()?.map(Arc::new),
             no_new_privileges: self.no_new_privileges,
@@ -84,7 +85,7 @@ impl Restrictions {
     }
 }
 
-/// What is to be given up, ready for it. Clones share the filter.
+/// Restrictions that are ready to be applied. Clones share the filter.
 #[derive(Clone, Debug)]
 pub(crate) struct Confinement {
     bounding: CapabilitySet,
@@ -95,8 +96,8 @@ pub(crate) struct Confinement {
 }
 
 impl Confinement {
-    /// Gives up capabilities. The one that it takes to load the filter stays permitted, unused, until
-    /// [`Confinement::seal`]: execve(2) computes those of the program anew and does not look at it.
+    /// Gives up capabilities. The one that is needed to load the filter stays permitted, unused,
+    /// until [`Confinement::seal`]: execve(2) computes those of the program anew and ignores it.
     ///
     /// # Errors
     /// In the words of runc; the process must not go on then.
@@ -128,13 +129,13 @@ impl Confinement {
     }
 
     fn drop(&self) -> rustix::io::Result<()> {
-        // All at once: one set is the limit of another, and the capability to change them may go.
+        // All at once: one set limits another, and the capability to change them may be dropped.
         set_capabilities(None, self.permitted())?;
         clear_ambient_capability_set()?;
         self.ambient.iter().try_for_each(|it| configure_capability_in_ambient_set(it, true))
     }
 
-    /// The sets that are asked for, and what it takes to load the filter.
+    /// The requested sets, and the capability that is needed to load the filter.
     fn permitted(&self) -> CapabilitySets {
         let mut sets = self.sets;
         if self.needs_privilege() {
@@ -143,13 +144,13 @@ impl Confinement {
         sets
     }
 
-    /// Whether it takes a capability to load the filter, seccomp(2).
+    /// Whether loading the filter needs a capability, seccomp(2).
     fn needs_privilege(&self) -> bool {
         self.filter.is_some() && !self.no_new_privileges
     }
 }
 
-/// Those that the kernel has.
+/// All capabilities of the kernel.
 fn every_capability() -> impl Iterator<Item = CapabilitySet> {
     let numbered = (0..u64::BITS).map(|number| CapabilitySet::from_bits_retain(1 << number));
     numbered.take_while(|it| capability_is_in_bounding_set(*it) != Err(Errno::INVAL))

@@ -1,5 +1,5 @@
 //! The guest's containers: each is made by a creator (`creator`), awaited by the reaper, frozen,
-//! killed and removed through its cgroup. Further processes in one are the business of [`exec`].
+//! killed and removed through its cgroup. [`exec`] adds further processes to one.
 //!
 //! ```text
 //! Create ─► creating ─► created ──Start──► running ──its init ends──► ended ──Delete──► gone
@@ -87,12 +87,12 @@ pub(crate) enum ContainerError {
     Step { step: &'static str, source: io::Error },
 }
 
-/// What the end of a container was.
+/// How a container ended.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct End {
     pub(crate) exit: Exit,
     pub(crate) oom_killed: bool,
-    /// What its streams carried when it ended; what others write to them afterwards comes behind.
+    /// How much its streams carried when it ended; others may write more afterwards.
     pub(crate) written: Written,
 }
 
@@ -134,7 +134,7 @@ struct Container {
     execs: Execs,
 }
 
-/// What a process has of the host.
+/// A process's connections to the host.
 #[derive(Clone, Debug)]
 struct Connected {
     outputs: Outputs,
@@ -205,7 +205,7 @@ impl Containers {
         if all {
             return container.signal_all(number);
         }
-        // The pid is not used again before the reaper has collected it, and then this is known.
+        // The kernel does not reuse the pid until the reaper has collected it, which shows here.
         if container.init.ended().is_some() {
             return Err(state(id, "has ended"));
         }
@@ -245,7 +245,7 @@ impl Containers {
     /// Freezes a container.
     ///
     /// # Errors
-    /// It has ended, or a process of it does not come to a stand.
+    /// It has ended, or one of its processes does not freeze in time.
     pub(crate) async fn pause(&self, id: &str) -> Result<(), ContainerError> {
         let container = self.created(id)?;
         if container.init.ended().is_some() {
@@ -282,7 +282,7 @@ impl Containers {
         let created = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
         resources.set_devices(created.and_then(|created| created.devices().clone()));
         let cgroup = Cgroup::of(&container.id);
-        // A limit below what is used takes as long as it takes to give that back.
+        // Setting a limit below what is used blocks until the rest has been given back.
         let limited = spawn_blocking(move || cgroup.limit(&resources)).await;
         let limited = limited.map_err(|error| failed("set limits")(error.into()))?;
         limited.map_err(|error| ContainerError::Limits(error.to_string()))
@@ -300,12 +300,13 @@ impl Containers {
         }
         remove(id).await.map_err(failed("remove the container"))?;
         self.table().remove(id);
-        // Others may live on: the host is to get back what this one has written, and its files.
+        // Other containers may live on, so this one's data and files are given back to the host
+        // now.
         let forgotten = spawn_blocking(share::forget).await;
         forgotten.map_err(io::Error::other).flatten().map_err(failed("write back"))
     }
 
-    /// Takes the id for a container that is about to be created.
+    /// Reserves the id for a container that is about to be created.
     fn reserve(&self, id: &str) -> Result<(), ContainerError> {
         spec::check_id(id)?;
         let mut table = self.table();
@@ -333,7 +334,7 @@ impl Containers {
         }
         let preparing = id.clone();
         let terminal = streams.terminal.is_some();
-        // It reads the container's user table, which may be slow to come from the host.
+        // Reading the container's user table may be slow, as it comes from the host.
         let prepared = spawn_blocking(move || {
             let disks = disks::bind(disks)?;
             Ok::<_, ContainerError>(spec::prepare(&preparing, &spec_json, terminal, &disks)?)
@@ -383,7 +384,7 @@ impl Containers {
             copied.map(|copied| (copied, spec))
         });
         let copied = copying.await.map_err(io::Error::other).flatten();
-        // Until the creator has exited.
+        // Kept until the creator has exited.
         let (_copied, mut spec) = copied.map_err(failed("fill a file system in memory"))?;
         fs::create_dir_all(&files.bundle).map_err(failed("make the bundle"))?;
         if let Some(hooks) = Hooks::take(&mut spec, id, bundle).map_err(failed("find hooks"))? {
@@ -399,8 +400,8 @@ impl Containers {
         Ok((made, connected?))
     }
 
-    /// Runs a creator, or a tenant, that finds its things in `directory`, while the streams of what
-    /// it makes connect; gives what both came to.
+    /// Runs a creator, or a tenant, that reads its input from `directory`, while the streams of the
+    /// new process connect; returns the results of both.
     async fn make_process(
         &self,
         arguments: &[&str],
@@ -411,7 +412,7 @@ impl Containers {
         let Streams { stdin, stdout, stderr, terminal } = streams;
         let awaited = terminal.map(|asked| Awaited::listen(directory, &asked)).transpose()?;
         let (pipes, stdio) = Pipes::new([&stdin, &stdout, &stderr])?;
-        // Files are opened, which may be slow to come from the host.
+        // Opening files may be slow, as they come from the host.
         let prepared = spawn_blocking(move || descriptors::prepare(&descriptors)).await;
         let (relays, theirs) = prepared.map_err(|e| failed("open descriptors")(e.into()))??;
         let command = command(arguments, stdio, &theirs, stream_owner)?;
@@ -423,7 +424,7 @@ impl Containers {
         let creating = self.run_creator(command, &report);
         tokio::pin!(creating);
         let mut connected = None;
-        // A creator is never left alone: what it made has to be known before it can be removed.
+        // Always waits for the creator: what it made has to be known before it can be removed.
         let made = loop {
             tokio::select! {
                 made = &mut creating => break made?,
@@ -452,7 +453,7 @@ impl Containers {
     ) -> Result<Made, ContainerError> {
         let adoption = self.reaper.adopt();
         let spawned = self.reaper.spawn(&mut command).map_err(failed("start the creator"));
-        // With it go the agent's copies of the process's streams.
+        // This closes the agent's copies of the process's streams.
         drop(command);
         let exit = spawned?.wait().await;
         let lines = report::read(report).map_err(failed("read the creator's report"))?;
@@ -514,7 +515,7 @@ impl Container {
     }
 }
 
-/// The command line and descriptors of another life of this program.
+/// The command that runs this program as another of its lives, with a process's descriptors.
 fn command(
     arguments: &[&str],
     stdio: streams::Stdio,
@@ -574,7 +575,7 @@ async fn release(state: &Path) -> io::Result<()> {
     socket.shutdown().await
 }
 
-/// Removes whatever there is of a container: processes, cgroup, files.
+/// Removes all that exists of a container: processes, cgroup, files.
 async fn remove(id: &str) -> io::Result<()> {
     Cgroup::of(id).remove().await?;
     notify::end(id);
@@ -598,7 +599,7 @@ fn read_spec(files: &ContainerFiles) -> Result<Spec, ContainerError> {
     Ok(serde_json::from_slice(&config).map_err(SpecError::from)?)
 }
 
-/// Gives a terminal the size that its process's specification has, unless the host knows better.
+/// Gives a terminal the size in its process's specification, unless the host has sent one.
 fn size_terminal(streams: &mut Streams, process: &Process) {
     if let Some(terminal) = streams.terminal.as_mut().filter(|terminal| terminal.rows == 0)
         && let Some(size) = process.console_size()

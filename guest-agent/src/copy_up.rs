@@ -1,6 +1,6 @@
-//! Mounts with the option `tmpcopyup`, which Podman gives its file systems in memory: they begin with
-//! what the root file system has in their place. libcontainer does not know the option, so such a
-//! file system is made and filled here, and is a bind mount to libcontainer.
+//! Mounts with the option `tmpcopyup`, which Podman gives its tmpfs mounts: they start with a copy
+//! of what the root file system has in their place. libcontainer does not know the option, so such
+//! a tmpfs is made and filled here, and is a bind mount to libcontainer.
 
 use std::ffi::CString;
 use std::fs::File;
@@ -16,17 +16,17 @@ use rustix::fs::{
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
 pub(crate) const OPTION: &str = "tmpcopyup";
-/// Below this directory nothing is copied: a tree that is deeper is nobody's honest root.
+/// The deepest tree that is copied; a deeper one, which no honest root has, is an error.
 const DEPTH_MAX: usize = 64;
 
-/// File systems that wait to be mounted in a container, at paths of the guest; dropped, they are the
-/// container's alone.
+/// File systems that wait to be mounted in a container, at paths of the guest. Dropping this
+/// detaches them there, so that only the container has them.
 #[derive(Debug, Default)]
 pub(crate) struct CopiedUp(Vec<PathBuf>);
 
 impl CopiedUp {
-    /// Makes and fills what a specification asks for, below `directory`, and has the specification
-    /// mount it.
+    /// Makes and fills what a specification asks for, below `directory`, and makes the
+    /// specification mount it.
     ///
     /// # Errors
     /// When there is no memory for it, or what is to be copied cannot be read.
@@ -77,23 +77,23 @@ impl CopiedUp {
 impl Drop for CopiedUp {
     fn drop(&mut self) {
         for target in &self.0 {
-            // Nothing can be done about what stays but to go on.
+            // If one stays, nothing can be done about it.
             let _ = unmount(target, UnmountFlags::DETACH);
             let _ = std::fs::remove_dir(target);
         }
     }
 }
 
-/// The directory at a container's path, which does not leave the container's root, if there is one;
-/// opened with further flags.
+/// Returns the directory at a path inside the container's root, or `None` if there is none. It is
+/// opened with the flags `further` as well.
 pub(crate) fn open_in(root: &Path, path: &Path, further: OFlags) -> io::Result<Option<OwnedFd>> {
     let flags = OFlags::DIRECTORY | OFlags::CLOEXEC;
     let root = openat(CWD, root, flags | OFlags::PATH, Mode::empty())?;
     Ok(openat2(&root, path, flags | further, Mode::empty(), ResolveFlags::IN_ROOT).ok())
 }
 
-/// Copies what is in one directory into another that is empty, names as they are, never through one
-/// of them.
+/// Copies the contents of one directory into another that is empty. Symbolic links are copied,
+/// never followed.
 fn copy_directory(from: &OwnedFd, to: &OwnedFd, depth: usize) -> io::Result<()> {
     for entry in Dir::read_from(from)? {
         let entry = entry?;

@@ -125,8 +125,8 @@ where
     }
 }
 
-/// Makes libcontainer's own errors, and a panic, part of the report: between its processes it hands
-/// on only the outermost text of an error.
+/// Makes libcontainer's own errors, and a panic, part of the report: its processes pass only the
+/// outermost text of an error to one another.
 pub(crate) fn log_to(path: &Path) {
     if let Ok(details) = Report::open(path) {
         logging::install_with(Level::ERROR, move |fields| {
@@ -179,7 +179,7 @@ fn create(
     if spec::has_new_network(&spec) {
         let path = format!("/proc/{pid}/ns/net");
         let namespace = File::open(path).map_err(CreateError::Loopback)?;
-        // This process has only its exit before it, so it need not come back.
+        // This process needs no network before it exits, so it need not come back.
         move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))
             .map_err(|error| CreateError::Loopback(error.into()))?;
         init::raise_loopback().map_err(|error| CreateError::Loopback(error.into()))?;
@@ -189,7 +189,7 @@ fn create(
     Ok(pid)
 }
 
-/// Does to the container's mounts what libcontainer leaves undone, from inside.
+/// Applies to the container's mounts, from inside, what libcontainer does not.
 fn finish_mounts(spec: &Spec, pid: i32) -> Result<(), CreateError> {
     let (directories, propagation) = (device_directories::of(spec), propagation::matters(spec));
     let read_only_dev = mount_options::has_read_only_dev(spec);
@@ -209,7 +209,8 @@ fn finish_mounts(spec: &Spec, pid: i32) -> Result<(), CreateError> {
     Ok(())
 }
 
-/// Enters a process's mount namespace, which only a process of one thread can; what is mounted there.
+/// Enters a process's mount namespace, which only a single-threaded process can; returns what is
+/// mounted there.
 fn join_mounts(pid: i32) -> std::io::Result<String> {
     let table = std::fs::read_to_string(format!("/proc/{pid}/mountinfo"))?;
     let namespace = File::open(format!("/proc/{pid}/ns/mnt"))?;

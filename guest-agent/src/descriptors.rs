@@ -1,9 +1,9 @@
-//! What a process has beyond its standard streams: descriptors of the host, as far as they reach into
-//! the guest. An end of a pipe or a socket becomes one of the guest's, and a raw vsock stream carries
-//! its bytes; a file of the share and a device are opened here, as they are open on the host.
+//! A process's descriptors beyond its standard streams, which correspond to descriptors of the
+//! host. For an end of a pipe or a socket, one is made in the guest, and a raw vsock stream carries
+//! its bytes. A file of the share or a device is opened here, as it is open on the host.
 //!
-//! A socket is relayed both ways, each direction with its own end. When its last holder in the
-//! container closes it the connection ends as a whole, by which the host can tell that from the end
+//! A socket is relayed both ways, and each direction ends by itself. When its last holder in the
+//! container closes it the connection ends as a whole, so that the host can tell that from the end
 //! of one direction.
 
 use std::fs::File;
@@ -27,7 +27,7 @@ use tokio_vsock::VsockStream;
 
 use crate::io::{self as streams, Meeting, StreamError, StreamKind};
 
-/// What a file may be opened with: how it is used, not what it becomes by being opened.
+/// The flags that a file may be opened with: those about its use, not those that change it.
 const KEPT: OFlags = OFlags::RWMODE
     .union(OFlags::APPEND)
     .union(OFlags::NONBLOCK)
@@ -56,7 +56,7 @@ enum End {
     Socket(UnixStream),
 }
 
-/// Makes, or opens, what is asked for; gives the process's descriptors in their order.
+/// Makes, or opens, what is asked for; returns the process's descriptors in their order.
 ///
 /// # Errors
 /// There are too many, one is not there, or the guest has no descriptors left.
@@ -99,7 +99,7 @@ pub(crate) fn prepare(asked: &[Descriptor]) -> Result<(Relays, Vec<OwnedFd>), St
     Ok((Relays(relays), theirs))
 }
 
-/// Whether some of it comes from the share.
+/// Whether any of them comes from the share.
 pub(crate) fn has_files(asked: &[Descriptor]) -> bool {
     asked.iter().any(|descriptor| matches!(descriptor.kind, Some(Asked::File(_))))
 }
@@ -144,8 +144,8 @@ fn new_socket() -> io::Result<(End, OwnedFd)> {
     Ok((End::Socket(UnixStream::from_std(ours)?), theirs.into()))
 }
 
-/// Opens a file of the share by itself: nothing of the share is above it, so that no path that begins
-/// at it leads to what others have there.
+/// Opens a file of the share through a mount of its own. Nothing of the share is above it, so that
+/// no path that begins at it leads to other containers' files.
 fn open_shared(file: &SharedFile, flags: OFlags) -> io::Result<OwnedFd> {
     let path = Path::new(&file.path);
     if !path.components().all(|part| matches!(part, Component::Normal(_))) {
@@ -161,13 +161,14 @@ fn open_shared(file: &SharedFile, flags: OFlags) -> io::Result<OwnedFd> {
     Ok(opened.into())
 }
 
-/// Copies what a process writes to the host, and lets it know when nobody reads that any more.
+/// Copies what a process writes to the host, and closes the pipe when the host does not read any
+/// more.
 async fn drain(name: StreamKind, mut pipe: pipe::Receiver, connection: VsockStream) {
     let (mut input, mut output) = tokio::io::split(connection);
     let mut nothing = [0; 1];
     let drained = tokio::select! {
         drained = streams::copy(&mut pipe, &mut output) => drained,
-        // The host sends nothing: it has gone.
+        // The host never sends anything, so it has closed the connection.
         _ = input.read(&mut nothing) => Err(io::ErrorKind::BrokenPipe.into()),
     };
     let whole = drained.is_ok();
@@ -201,7 +202,7 @@ async fn exchange(name: StreamKind, mut socket: UnixStream, connection: VsockStr
         let (mut all_in, mut all_out) = (false, false);
         while !(all_in && all_out) {
             tokio::select! {
-                // What the host sends may come too late.
+                // An error is ignored: the host may send too late.
                 _ = &mut inward, if !all_in => all_in = true,
                 copied = &mut outward, if !all_out => {
                     all_out = true;
@@ -218,14 +219,14 @@ async fn exchange(name: StreamKind, mut socket: UnixStream, connection: VsockStr
     let _ = input.unsplit(output).shutdown(Shutdown::Both);
 }
 
-/// The end of a socket's other side as a whole, which is not that of one direction.
+/// Detects that a socket's other side is closed as a whole, not only shut down in one direction.
 struct HangUp(pipe::Sender);
 
 impl HangUp {
     fn of(socket: &UnixStream) -> io::Result<Self> {
         use std::os::fd::AsFd as _;
-        // A descriptor of its own, and one that is watched as a pipe's writer: of all that has to do
-        // with reading only this is told to it.
+        // A descriptor of its own, watched as if it were the write end of a pipe: of all read
+        // events, only the hang-up is reported to it.
         let own = socket.as_fd().try_clone_to_owned()?;
         Ok(Self(pipe::Sender::from_owned_fd_unchecked(own)?))
     }

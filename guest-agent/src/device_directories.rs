@@ -1,7 +1,8 @@
-//! The directories above a container's devices: libcontainer makes those that do not exist with every
-//! right for everybody, where runc makes them as directories are made.
+//! The directories above a container's devices: libcontainer makes those that do not exist with all
+//! permissions for everybody, runc with the usual ones.
 //!
-//! Only in a `/dev` that was mounted for the container, in which nothing else can have made them.
+//! This is only about a `/dev` that was mounted for the container: nothing else can have made them
+//! there.
 
 use std::collections::BTreeSet;
 use std::fs::{self, Permissions};
@@ -12,12 +13,12 @@ use std::path::{Path, PathBuf};
 use oci_spec::runtime::Spec;
 
 const DEV: &str = "/dev";
-/// What libcontainer gives them.
+/// The mode that libcontainer gives them.
 const EVERYTHING: u32 = 0o777;
-/// What they should have.
+/// The mode that they should have.
 const USUAL: u32 = 0o755;
 
-/// Those of a specification.
+/// The directories above the devices of a specification.
 pub(crate) fn of(spec: &Spec) -> BTreeSet<PathBuf> {
     let mut mounts = spec.mounts().iter().flatten();
     let fresh = mounts.any(|mount| {
@@ -43,12 +44,12 @@ pub(crate) fn set_right(directories: BTreeSet<PathBuf>) -> Result<(), (PathBuf, 
 
 fn set_mode(directory: &Path) -> io::Result<()> {
     let (own, dev) = (fs::symlink_metadata(directory)?, fs::metadata(DEV)?);
-    // Another file system was mounted there, and has its own.
+    // Another file system was mounted there, and has modes of its own.
     if own.dev() != dev.dev() || !own.is_dir() || own.mode() & 0o7777 != EVERYTHING {
         return Ok(());
     }
     match fs::set_permissions(directory, Permissions::from_mode(USUAL)) {
-        // In one that is read-only nobody can use the rights.
+        // On a read-only file system nobody can use the permissions.
         Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => Ok(()),
         set => set,
     }

@@ -1,10 +1,10 @@
-//! Which devices a container may use, as runc understands a list of rules: cgroup v1's way, whose rules
-//! are exceptions from "all" or "none" and change one another.
+//! Which devices a container may use. As in runc, the rules are read as in cgroup v1: they are
+//! exceptions from "all" or "none", and later ones change earlier ones.
 //!
-//! Libcontainer takes the first of the rules that fits a whole access, the last one in the list first.
-//! So rules for the same device that allow reading and writing one after the other would not allow
-//! both at once, and one that takes writing away would leave it to those who read too. The list that
-//! libcontainer gets says the same in both ways.
+//! libcontainer searches the list from its end for a rule that matches a whole access. So two rules
+//! for a device of which one allows reading and the other writing would not allow both at once, and
+//! a rule that denies writing would still allow reading and writing at once. The list that
+//! libcontainer gets from here means the same in both readings.
 
 use std::collections::BTreeMap;
 
@@ -29,7 +29,7 @@ pub(crate) enum DeviceRuleError {
     Hole { number: usize, wider: String, access: String },
 }
 
-/// What a rule is about.
+/// The devices that a rule is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 struct Devices {
     block: bool,
@@ -44,7 +44,7 @@ struct Rules {
     exceptions: BTreeMap<Devices, String>,
 }
 
-/// Says the same as a list of rules, without any that change others.
+/// Makes a list with the same meaning, in which no rule changes another.
 ///
 /// # Errors
 /// See [`DeviceRuleError`].
@@ -76,7 +76,7 @@ impl Rules {
         };
         let (major, minor) = (rule.major().unwrap_or(ANY), rule.minor().unwrap_or(ANY));
         let devices = Devices { block, major, minor };
-        // What else is written there means nothing.
+        // Other letters are ignored.
         let asked = |it: &char| access.contains(*it);
         let had = self.exceptions.remove(&devices).unwrap_or_default();
         let access: String = if rule.allow() == self.all {
@@ -85,14 +85,14 @@ impl Rules {
         } else {
             ACCESSES.iter().filter(|it| asked(it) || had.contains(**it)).collect()
         };
-        // One for no access at all is no exception.
+        // An exception for no access at all is dropped.
         if !access.is_empty() {
             self.exceptions.insert(devices, access);
         }
         Ok(())
     }
 
-    /// Fails if an exception for more devices has some of the access that is taken away.
+    /// Fails if an exception for a wider set of devices has some of the access that is taken away.
     fn check_holes(
         &self,
         number: usize,

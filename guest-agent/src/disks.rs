@@ -26,13 +26,13 @@ pub(crate) enum DiskError {
 /// A disk that the kernel knows.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct BoundDisk {
-    /// Where the container has it.
+    /// Its path in the container.
     path: PathBuf,
     /// Major and minor number in this guest.
     number: (i64, i64),
 }
 
-/// Binds what is attached, and finds these disks.
+/// Binds the slots that have got a disk, and finds these disks.
 ///
 /// # Errors
 /// One is not there.

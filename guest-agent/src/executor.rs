@@ -43,7 +43,7 @@ pub(crate) struct Program {
     report: Rc<Report>,
     /// What libcontainer leaves to this step.
     confinement: Confinement,
-    /// What to run before it.
+    /// The startContainer hooks, which run before it.
     hooks: Option<Rc<Hooks>>,
     /// Its terminal ends lines with a line feed alone.
     plain_lines: bool,
@@ -53,13 +53,13 @@ pub(crate) struct Program {
 #[derive(Debug)]
 enum Unusable {
     NotInPath,
-    /// It cannot even be looked at, for most because it is not there.
+    /// It cannot be examined, mostly because it does not exist.
     Unseen(PathBuf, io::Error),
     NotExecutable(io::Error),
 }
 
 impl Program {
-    /// A program, which startContainer hooks precede if it is a container's first one.
+    /// A program. If it is a container's first one, startContainer hooks run before it.
     pub(crate) fn new(
         report: Rc<Report>,
         confinement: Confinement,
@@ -68,12 +68,12 @@ impl Program {
         Self { report, confinement, hooks, plain_lines: false }
     }
 
-    /// With a terminal that ends lines with a line feed alone, or as terminals do.
+    /// Sets whether its terminal ends lines with a line feed alone, or as terminals do.
     pub(crate) fn with_plain_lines(self, plain_lines: bool) -> Self {
         Self { plain_lines, ..self }
     }
 
-    /// What comes before the look at the program, which is to be with the eyes of its user.
+    /// The steps before the lookup of the program, which needs the credentials of its user.
     fn prepare(&self) -> Result<(), String> {
         own_terminal().map_err(|error| {
             format!("unable to give the terminal to its user: {}", words(&error))
@@ -110,7 +110,7 @@ impl Program {
         let (arguments, environment) = (pointers(&arguments), pointers(&environment));
         // SAFETY: the default action is valid for this signal, and no code of ours runs on it.
         unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
-        // Last of all: the filter need not let pass what this process still has to do.
+        // The last step, so that the filter need not allow what this process does before.
         self.confinement.seal()?;
         // SAFETY: all three point to strings that end in NUL, the lists end in a null pointer, and
         // all of them live until after the call.
@@ -148,7 +148,7 @@ impl Executor for Program {
     fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
         let Err(reason) = self.become_program(spec);
         say(&reason);
-        // As runc's init. The container counts as started, so that nobody else is told.
+        // As runc's init does. The container counts as started, so nobody else is told.
         std::process::exit(1)
     }
 }
@@ -166,7 +166,7 @@ fn own_terminal() -> io::Result<()> {
         return Ok(());
     }
     match fchown(stdin, Some(geteuid()), None) {
-        // As under runc: its group may be none of the user namespace's, and `/dev` read-only.
+        // As under runc: the user namespace may not map its group, and `/dev` may be read-only.
         Err(Errno::INVAL | Errno::PERM | Errno::ROFS) => Ok(()),
         owned => Ok(owned?),
     }
@@ -210,7 +210,7 @@ impl fmt::Display for Unusable {
     }
 }
 
-/// The program as it is named, and the arguments that it gets, that name among them.
+/// The name of the program, and its arguments, which begin with that name.
 fn command(spec: &Spec) -> Result<(&str, &[String]), String> {
     let process = spec.process().as_ref();
     let arguments = process.and_then(|process| process.args().as_deref()).unwrap_or_default();

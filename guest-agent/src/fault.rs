@@ -1,15 +1,16 @@
-//! What the agent leaves behind when the processor refuses one of its instructions, signal(7): `SIGSEGV`,
-//! `SIGBUS`, `SIGILL`, `SIGFPE`.
+//! Reports faults of the agent's own instructions, signal(7): `SIGSEGV`, `SIGBUS`, `SIGILL`,
+//! `SIGFPE`.
 //!
-//! A fault of PID 1 is the end of the machine, and nobody can look at it afterwards. So its maps, the
-//! code around the instruction, the top of the stack and the registers go to the guest's console,
-//! which the monitor keeps, the most telling last: only the last lines become part of an error. Then
-//! the process dies of the signal, and the kernel says what it has to say. The same holds for the
-//! other lives of this program, up to their container's own program.
+//! A fault of PID 1 is the end of the machine, and nobody can examine it afterwards. So its memory
+//! maps, the code around the instruction, the top of the stack and the registers go to the guest's
+//! console, which the monitor keeps. The most telling lines come last, because only the last lines
+//! become part of an error. Then the process dies of the signal, and the kernel writes its own
+//! message. The same holds for the other lives of this program, until they execute their
+//! container's own program.
 //!
 //! While it writes, the handler allocates nothing and takes no lock.
 
-// UNSAFETY: std has no handlers of signals, and what a handler is given are raw pointers.
+// UNSAFETY: std has no signal handlers, and a handler gets raw pointers.
 #![expect(
     unsafe_code,
     reason = "sigaction(2), sigaltstack(2), and what the kernel hands a handler"
@@ -55,16 +56,16 @@ const REGISTERS: [(c_int, &str); 20] = [
     (libc::REG_TRAPNO, "trap"),
     (libc::REG_ERR, "error"),
 ];
-/// Before the instruction, and from it on.
+/// How many bytes of code before the instruction are written, of [`CODE_BYTES`] in all.
 const CODE_BEFORE: u64 = 32;
 const CODE_BYTES: usize = 64;
 const STACK_BYTES: usize = 128;
-/// As much of the maps is written.
+/// The most bytes of the maps that are written.
 const MAPS_BYTES: usize = 6 << 10;
-/// A stack of the handler's own, for a fault that comes of a stack.
+/// The size of the handler's own stack, for a fault that the normal stack has caused.
 const HANDLER_STACK: usize = 64 << 10;
 
-/// What the handler needs; to look at it takes no lock.
+/// What the handler needs; reading it takes no lock.
 static WATCHED: OnceLock<Watched> = OnceLock::new();
 
 #[derive(Debug)]
@@ -73,15 +74,15 @@ struct Watched {
     console: OwnedFd,
 }
 
-/// Has faults of PID 1 written to its standard error, which is the console.
+/// From now on, writes faults of PID 1 to its standard error, which is the console.
 pub(crate) fn watch_init() {
     if let Ok(console) = io::stderr().as_fd().try_clone_to_owned() {
         watch("init", console);
     }
 }
 
-/// Has faults of another life of this program, whose streams are a container's, written to the console,
-/// if there is one.
+/// The same for another life of this program. Its streams are a container's, so faults are written
+/// to the console, if there is one.
 pub(crate) fn watch_life(life: &'static str) {
     let flags = OFlags::WRONLY | OFlags::NOCTTY | OFlags::CLOEXEC;
     if let Ok(console) = open("/dev/console", flags, Mode::empty()) {
@@ -99,17 +100,17 @@ fn watch(life: &'static str, console: OwnedFd) {
 
 type Handler = extern "C" fn(c_int, *mut siginfo_t, *mut c_void);
 
-/// The stack of handlers in the thread that calls this. Others have std's, which is smaller.
+/// Gives the calling thread a stack for handlers. Other threads have std's, which is smaller.
 fn give_stack() {
     let memory = Box::leak(Box::new([MaybeUninit::<u8>::uninit(); HANDLER_STACK]));
     let stack =
         libc::stack_t { ss_sp: memory.as_mut_ptr().cast(), ss_flags: 0, ss_size: HANDLER_STACK };
-    // SAFETY: the memory is as large as it says, and nobody else's for ever. Where the kernel refuses,
-    // std's stays.
+    // SAFETY: the memory is as large as the structure says, and leaked, so that nothing else ever
+    // uses it. If the kernel refuses, std's stack stays.
     unsafe { libc::sigaltstack(&raw const stack, ptr::null_mut()) };
 }
 
-/// Sets what becomes of a signal; its default without a handler.
+/// Sets the action of a signal: `handler`, or the default.
 fn set_action(signal: c_int, handler: Option<Handler>) {
     let mut action = MaybeUninit::<libc::sigaction>::zeroed();
     let address = handler.map_or(libc::SIG_DFL, |handler| handler as usize);
@@ -117,24 +118,25 @@ fn set_action(signal: c_int, handler: Option<Handler>) {
     let action = unsafe { action.assume_init_mut() };
     action.sa_sigaction = address;
     action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
-    // SAFETY: the action is whole, and its handler makes only calls that are safe in one. It fails
-    // for no signal of the list.
+    // SAFETY: the action is complete, and its handler makes only async-signal-safe calls. The call
+    // fails for no signal of the list.
     unsafe { libc::sigaction(signal, &raw const *action, ptr::null_mut()) };
 }
 
 /// The handler.
 extern "C" fn note(signal: c_int, about: *mut siginfo_t, context: *mut c_void) {
-    // First, so that a fault in here is the end too, and so is the instruction itself when this
-    // returns to it.
+    // First, so that a fault in here ends the process too. So does the instruction itself, when
+    // this returns to it.
     set_action(signal, None);
-    // SAFETY: the kernel hands a handler with SA_SIGINFO both, and nobody else has them meanwhile.
+    // SAFETY: the kernel passes both to a handler with SA_SIGINFO, and nothing else has them
+    // meanwhile.
     let about = unsafe { &*about };
     // SAFETY: as above.
     let context = unsafe { &*context.cast::<ucontext_t>() };
     if let Some(watched) = WATCHED.get() {
         report(watched, (signal, about), context.uc_mcontext.gregs);
     }
-    // One that somebody sent comes of no instruction, which would not come again.
+    // A signal that a process has sent does not come again with the instruction.
     if about.si_code <= 0 {
         // SAFETY: sends a signal to this thread.
         unsafe { libc::raise(signal) };
@@ -159,7 +161,8 @@ fn report(watched: &Watched, (signal, about): (c_int, &siginfo_t), registers: [g
         });
     }
     let name = SIGNALS.iter().find(|(number, _)| *number == signal).map_or("signal", |it| it.1);
-    // SAFETY: the kernel has filled it in for each of these signals, and a sender's number is one too.
+    // SAFETY: the kernel fills it in for each of these signals, or the sender's numbers in its
+    // place.
     let address = unsafe { about.si_addr() }.addr();
     line.send(console, |line| {
         let process = std::process::id();
@@ -179,7 +182,7 @@ fn memory<const BYTES: usize>(line: &mut Line, name: &str, address: u64) -> fmt:
     }
 }
 
-/// What is mapped where, proc_pid_maps(5).
+/// Writes the memory maps, proc_pid_maps(5).
 fn write_maps(console: BorrowedFd<'_>) {
     let own = open("/proc/self/maps", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
     let Ok(own) = own else { return };
@@ -195,7 +198,7 @@ fn write_maps(console: BorrowedFd<'_>) {
     write_all(console, b"\n");
 }
 
-/// Whether all of it could be written.
+/// Writes all bytes; returns whether that succeeded.
 fn write_all(console: BorrowedFd<'_>, mut bytes: &[u8]) -> bool {
     while !bytes.is_empty() {
         match write(console, bytes) {
@@ -222,7 +225,7 @@ impl Line {
     fn send(&mut self, console: BorrowedFd<'_>, compose: impl FnOnce(&mut Self) -> fmt::Result) {
         self.length = 0;
         let _ = self.write_str("bulkhead-agent: ");
-        // It fails only at its end.
+        // Fails only when the line is full.
         let _ = compose(self);
         write_all(console, self.bytes.get(..self.length).unwrap_or_default());
         write_all(console, b"\n");

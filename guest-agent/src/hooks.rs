@@ -2,10 +2,10 @@
 //!
 //! startContainer hooks run in the container's init, right before its program ([`Hooks::start`]).
 //!
-//! createContainer hooks run when the container's mounts are made and its init is not yet confined to
-//! them. Libcontainer would start them in the agent's own root, where no program is. So it is given a
-//! single one, this binary in its fourth life ([`main`]), which makes the container's root its own
-//! and runs them there.
+//! createContainer hooks run when the container's mounts are made and its init is not yet confined
+//! to them. Libcontainer would start them in the agent's own root, which has no programs. So it
+//! gets a single hook, this binary in its fourth life ([`main`]), which makes the container's root
+//! its own and runs the hooks there.
 
 // UNSAFETY: std has no safe way to have a child do something before its program runs.
 #![expect(unsafe_code, reason = "pre_exec")]
@@ -30,13 +30,13 @@ use crate::report::{Line, Report};
 
 /// The first argument that makes the agent run createContainer hooks; the second is the container's id.
 pub(crate) const VERB: &str = "hooks";
-/// A program, or the interpreter of a script.
+/// The message if a program, or the interpreter of a script, does not exist.
 const NOT_FOUND: &str = "it, or what interprets it, is not in the container's root, and libraries of the \
                          host are not there: link it statically, or put it into the container";
-/// In the bundle.
+/// The name of the file, in the bundle.
 const FILE: &str = "hooks.json";
 
-/// The hooks of a container that run here, and what they are told.
+/// The hooks of a container that run in the guest, and the state that they read.
 #[derive(Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) struct Hooks {
     root: PathBuf,
@@ -46,12 +46,13 @@ pub(crate) struct Hooks {
 }
 
 impl Hooks {
-    /// Takes the hooks out of a specification that has been checked, and leaves the one there that
-    /// runs them; none if there are none. `bundle` is the container's directory on the host.
+    /// Takes the hooks out of a specification that has been checked, and adds the hook that runs
+    /// createContainer hooks; `None` if there are none. `bundle` is the container's directory on
+    /// the host.
     pub(crate) fn take(spec: &mut Spec, id: &str, bundle: &str) -> io::Result<Option<Self>> {
         let Some(hooks) = spec.hooks_mut().take() else { return Ok(None) };
         let process = spec.process().as_ref();
-        // As under runc it is the container's, and never the agent's own.
+        // As under runc a hook without an environment gets the container's, never the agent's own.
         let environment = process.and_then(|process| process.env().clone()).unwrap_or_default();
         let take = |list: &Option<Vec<Hook>>| {
             let mut list = list.clone().unwrap_or_default();
@@ -74,14 +75,15 @@ impl Hooks {
         Ok(Some(Self { root, state, create_container: create, start_container: start }))
     }
 
-    /// Leaves them for the creator and for [`main`], which may be in a user namespace.
+    /// Writes them for the creator and for [`main`], which may be in a user namespace and writes to
+    /// the report.
     pub(crate) fn write(&self, files: &ContainerFiles) -> io::Result<()> {
         fs::write(files.bundle.join(FILE), serde_json::to_vec(self)?)?;
         drop(Report::open(&files.report())?);
         fs::set_permissions(files.report(), Permissions::from_mode(0o666))
     }
 
-    /// Those that [`Hooks::write`] has left, if it has.
+    /// Reads those that [`Hooks::write`] has left, if it has.
     pub(crate) fn read(files: &ContainerFiles) -> io::Result<Option<Self>> {
         match fs::read(files.bundle.join(FILE)) {
             Ok(json) => Ok(Some(serde_json::from_slice(&json)?)),
@@ -90,8 +92,8 @@ impl Hooks {
         }
     }
 
-    /// Runs those that come right before the program. This process is the container's init, whose
-    /// filter they have already.
+    /// Runs the startContainer hooks. This process is the container's init, and its filter applies
+    /// to them already.
     pub(crate) fn start(&self, confinement: &Confinement) -> io::Result<()> {
         let state = self.state(ContainerState::Created, std::process::id())?;
         self.start_container.iter().enumerate().try_for_each(|(number, hook)| {
@@ -103,8 +105,8 @@ impl Hooks {
         })
     }
 
-    /// Runs those that come before the container's init is confined to its root. This process is a
-    /// child of that init.
+    /// Runs the createContainer hooks. This process is a child of the container's init, which is
+    /// not yet confined to its root.
     fn create(&self) -> io::Result<()> {
         let init = getppid().map_or(0, |pid| pid.as_raw_nonzero().get().unsigned_abs());
         let state = self.state(ContainerState::Creating, init)?;
@@ -118,7 +120,7 @@ impl Hooks {
         })
     }
 
-    /// What hooks read.
+    /// The state that hooks read.
     fn state(&self, status: ContainerState, init: u32) -> io::Result<Vec<u8>> {
         let mut state = self.state.clone();
         state.set_status(status).set_pid(i32::try_from(init).ok());
@@ -128,7 +130,7 @@ impl Hooks {
 
 /// The program of a createContainer hook.
 enum Program {
-    /// A file of the host, which is out of sight from within the container's root.
+    /// A file of the host, to which no path in the container's root leads.
     OfHost(File),
     /// A path in the container's root.
     OfContainer(PathBuf),
@@ -140,7 +142,7 @@ impl Program {
             return Ok(Self::OfContainer(hook.path().clone()));
         }
         let file = File::open(hook.path())?;
-        // A script's interpreter opens it once more.
+        // Not close-on-exec, because a script's interpreter opens it again.
         fcntl_setfd(&file, FdFlags::empty())?;
         Ok(Self::OfHost(file))
     }
@@ -181,7 +183,7 @@ fn this_binary(id: &str) -> io::Result<InSpec> {
 /// Runs a container's createContainer hooks, and reports the one that failed.
 pub(crate) fn main(container_id: &str) -> ExitCode {
     let files = ContainerFiles::of(container_id);
-    // First, because the container's root has none.
+    // Opened first, because the container's root has no report.
     let Ok(report) = Report::open(&files.report()) else { return ExitCode::FAILURE };
     let ran = Hooks::read(&files).and_then(|hooks| hooks.map_or(Ok(()), |hooks| hooks.create()));
     let Err(error) = ran else { return ExitCode::SUCCESS };

@@ -1,9 +1,9 @@
 //! Late binding of virtio-mmio slots (virtio 1.2 §4.2.2): a slot whose `DeviceID` read 0 when the
 //! guest booted was left without a driver; once the monitor has given it an identity, writing its
-//! name to the driver's `bind` file makes Linux look again. It knows nothing of what is bound.
+//! name to the driver's `bind` file makes Linux probe it again. What is bound does not matter here.
 //!
 //! Processors: all that the machine may ever have are declared at boot, and only the first is
-//! started; those others that exist are brought online here when the host says how many do.
+//! started. The others are brought online here when the host says how many exist.
 
 use std::fs;
 use std::io;
@@ -15,7 +15,7 @@ pub(crate) const PLATFORM_BUS: &str = "/sys/bus/platform";
 /// The processors in sysfs.
 pub(crate) const PROCESSORS: &str = "/sys/devices/system/cpu";
 
-/// Starts processors of `directory` until the first `count` run; gives how many it started.
+/// Starts processors of `directory` until the first `count` run; returns how many it started.
 ///
 /// # Errors
 /// A processor is not declared or does not start; those before it run.

@@ -1,8 +1,8 @@
-//! Hands descriptors down to this program's next life, at the numbers that a container's process is
+//! Passes descriptors to this program's next life, at the numbers at which a container's process is
 //! to find them: from 3 on, in their order.
 //!
-//! They are passed above those numbers, which the child may still need for something else when it is
-//! started, and moved first thing in its life ([`settle`]).
+//! They are passed above those numbers, which the child may still need for something else when it
+//! is started, and moved as the first step of its life ([`settle`]).
 
 // UNSAFETY: std has no safe way to let a child inherit a descriptor, nor to move one to a number.
 #![expect(unsafe_code, reason = "pre_exec, dup2(2) and close(2) with inherited numbers")]
@@ -15,12 +15,12 @@ use std::process::Command;
 use bulkhead_protocol::DESCRIPTORS_MAX;
 use rustix::io::{FdFlags, fcntl_dupfd_cloexec, fcntl_setfd};
 
-/// The number of the first.
+/// The number of the first such descriptor.
 pub(crate) const FIRST: RawFd = 3;
-/// What the argument that names them begins with.
+/// The prefix of the argument that names them.
 const ARGUMENT: &str = "--descriptors=";
 
-/// Has `command`, which runs this program and has no argument yet, inherit descriptors.
+/// Makes `command`, which runs this program and has no argument yet, inherit descriptors.
 ///
 /// # Errors
 /// No descriptors are left.
@@ -39,7 +39,7 @@ pub(crate) fn hand_down(command: &mut Command, descriptors: &[OwnedFd]) -> io::R
     Ok(())
 }
 
-/// Takes the argument out that names what was handed down, moves it to where it belongs, and tells
+/// Takes out the argument that names the descriptors, moves these to their numbers, and returns
 /// how many there are. To be called before anything is opened.
 ///
 /// # Errors
@@ -50,8 +50,8 @@ pub(crate) fn settle(arguments: &mut Vec<String>) -> io::Result<i32> {
     let numbers: Result<Vec<RawFd>, _> = named.split(',').map(str::parse).collect();
     let numbers = numbers.map_err(io::Error::other)?;
     for (from, to) in numbers.iter().zip(FIRST..) {
-        // SAFETY: no memory is touched. Whoever started this life has left both numbers to it: the
-        // new one is free, because nothing was opened yet.
+        // SAFETY: no memory is touched. The parent has left both numbers to this process: the new
+        // one is free, because nothing was opened yet.
         if unsafe { libc::dup2(*from, to) } == -1 {
             return Err(io::Error::last_os_error());
         }

@@ -84,7 +84,7 @@ const MOUNTS: [Mount; 9] = {
 /// Open files that a container's processes may raise their own limit to.
 const OPEN_FILES: u64 = 1 << 20;
 
-/// What else the kernel gives PID 1 a limit of. Of locked memory it keeps that one (`crate::spec`).
+/// Other resources of which PID 1 has a limit. That of locked memory stays (`crate::spec`).
 const UNLIMITED: [Resource; 6] = [
     Resource::Nproc,
     Resource::Sigpending,
@@ -112,7 +112,7 @@ pub(crate) fn main() -> ExitCode {
     restart()
 }
 
-/// Restarts the machine. Nothing is written back: whoever could be waited for may be what failed.
+/// Restarts the machine. Nothing is written back: what that would wait for may be what failed.
 fn restart() -> ! {
     let refused = reboot(RebootCommand::Restart);
     tracing::error!(?refused, "cannot restart the machine");
@@ -131,7 +131,7 @@ fn prepare() -> Result<(), InitError> {
             Ok(()) | Err(_) => {}
         }
         match mount(kind, target, kind, flags, options) {
-            // In a process namespace of a running system some of it is there already.
+            // In a PID namespace of a running system some of it is there already.
             Ok(()) | Err(Errno::BUSY) => {}
             Err(error) => return Err(failed(error.into())),
         }
@@ -142,8 +142,9 @@ fn prepare() -> Result<(), InitError> {
     raise_limits().map_err(|error| InitError::Limit(error.into()))
 }
 
-/// Lets every process that this one starts have any limits. In a user namespace of its own a
-/// container's init, which sets them, could not raise them.
+/// Raises the hard limits of this process and of all that it starts, so that a container can have
+/// any limits. A container's init sets them, and could not raise them in a user namespace of its
+/// own.
 fn raise_limits() -> rustix::io::Result<()> {
     setrlimit(Resource::Nofile, Rlimit { current: Some(1024), maximum: Some(OPEN_FILES) })?;
     for resource in UNLIMITED {
@@ -162,7 +163,7 @@ fn leave_initial_root() -> rustix::io::Result<()> {
     chdir("/")
 }
 
-/// Lets cgroups below the root have every controller that the kernel has.
+/// Enables every controller that the kernel has for cgroups below the root.
 fn enable_controllers() -> io::Result<()> {
     let root = Path::new(cgroup::ROOT);
     let controllers = fs::read_to_string(root.join("cgroup.controllers"))?;
@@ -194,7 +195,7 @@ pub(crate) fn raise_loopback() -> rustix::io::Result<()> {
     message[20..24].copy_from_slice(&1_u32.to_ne_bytes());
     message[24..28].copy_from_slice(&UP.to_ne_bytes());
     message[28..32].copy_from_slice(&UP.to_ne_bytes());
-    // No protocol is NETLINK_ROUTE, which is number 0.
+    // Without a protocol it is NETLINK_ROUTE, which is number 0.
     let socket =
         net::socket_with(AddressFamily::NETLINK, SocketType::RAW, SocketFlags::CLOEXEC, None)?;
     let kernel = netlink::SocketAddrNetlink::new(0, 0);
@@ -236,8 +237,8 @@ fn serve() -> Result<(), InitError> {
     })
 }
 
-/// The only vsock address whose connections are served: the host's, so that no container reaches the
-/// agent. In a process namespace there is no host, and the test that stands for it is local.
+/// The only vsock address whose connections are served: the host's, so that no container reaches
+/// the agent. In a PID namespace there is no host, and the test that acts as the host is local.
 fn host_address() -> u32 {
     // PROC_PID_INIT_INO names the namespace that the kernel starts with.
     let first = Path::new("pid:[4026531836]");

@@ -1,9 +1,9 @@
 //! Streams of processes: one raw vsock connection each, matched by its [`StreamHeader`] to the process
 //! that it belongs to, and copied from or to that process's pipe with half-close in both directions.
 //!
-//! A connection and the call that names it may come in either order; each waits [`PATIENCE`] for the
-//! other. Connections that nobody has claimed are few ([`UNCLAIMED`]) and are closed after that
-//! time, named or silent. What the bytes mean is not looked at.
+//! A connection and the call that names it may come in either order; each waits [`PATIENCE`] for
+//! the other. Connections that no call has claimed are few ([`UNCLAIMED`]) and are closed after
+//! that time, whether they have sent a header or not. The bytes themselves are not interpreted.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -25,8 +25,8 @@ use tokio_vsock::{VsockListener, VsockStream};
 
 /// How long a connection waits for its call, and a call for its connection.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
-/// How many connections may be open that no call has claimed: those of a few processes that are given
-/// all that one can have.
+/// The most connections that no call has claimed: those of a few processes with all the streams
+/// that one can have.
 const UNCLAIMED: usize = 4 * (DESCRIPTORS_MAX + 3);
 /// The most bytes that one step of a copy moves: what a pipe holds.
 const CHUNK: usize = 64 << 10;
@@ -56,9 +56,9 @@ pub(crate) enum StreamKind {
     Stderr,
     /// All three, see [`crate::terminal`].
     Terminal,
-    /// One beyond them, see [`crate::descriptors`].
+    /// A descriptor beyond them, see [`crate::descriptors`].
     Descriptor(u32),
-    /// None of a process, see [`crate::notify`].
+    /// Not a process's, see [`crate::notify`].
     Notify,
 }
 
@@ -215,7 +215,7 @@ pub(crate) struct Pipes {
     stderr: Option<(StreamHeader, pipe::Receiver)>,
 }
 
-/// What the process gets as descriptors 0, 1 and 2; nothing is the null device.
+/// What the process gets as descriptors 0, 1 and 2; `None` is the null device.
 #[derive(Debug, Default)]
 pub(crate) struct Stdio {
     pub(crate) stdin: Option<OwnedFd>,
@@ -289,7 +289,7 @@ pub(crate) struct Outputs {
     stderr: Output,
 }
 
-/// One of them; without a stream nothing is ever written.
+/// One of them; without a stream, its count stays 0.
 #[derive(Clone, Debug, Default)]
 struct Output {
     /// The bytes that were taken from the pipe.
@@ -314,8 +314,8 @@ impl Outputs {
 
 impl Output {
     fn written(&self) -> u64 {
-        // Whoever takes bytes from the pipe counts them before another task runs: the agent has one
-        // thread for all tasks.
+        // The task that takes bytes from the pipe counts them before another task runs: the agent
+        // has one thread for all tasks.
         let waiting = self.pipe.upgrade().and_then(|pipe| ioctl_fionread(&*pipe).ok());
         self.taken.load(Ordering::Relaxed) + waiting.unwrap_or(0)
     }
@@ -429,7 +429,7 @@ where
     }
 }
 
-/// The other side may leave at any time; what else ends a stream is worth a line.
+/// Logs how a stream ended, unless the other side has closed it, which it may do at any time.
 pub(crate) fn log_end(stream: StreamKind, copied: io::Result<()>) {
     use io::ErrorKind::{BrokenPipe, ConnectionReset, NotConnected};
     match copied {

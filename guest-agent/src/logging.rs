@@ -1,9 +1,9 @@
 //! Log lines: one JSON object each, at most [`LINE_BYTES`] long, to standard error.
 //!
 //! The kernel gives PID 1 its console as standard error, and the console is slow, so only warnings,
-//! errors and the few facts of a start are written. What containers do can be the reason of a line, so
-//! there are only so many in a time ([`Rate`]); the next one says how many were left out. It
-//! deliberately knows nothing of spans, filters or formats: that would be a tenth of the binary.
+//! errors and the few facts of a start are written. Containers can cause lines, so their rate is
+//! limited ([`Rate`]); the line after a gap says how many were left out. There are deliberately no
+//! spans, filters or formats: they would be a tenth of the binary.
 
 use std::fmt;
 use std::io::Write as _;
@@ -22,7 +22,7 @@ const VALUE_BYTES: usize = 512;
 /// The longest message of a line that has nothing else: each byte can become six when it is escaped.
 const LONE_MESSAGE_BYTES: usize = 300;
 
-/// So many lines may come at once, and one more after each [`INTERVAL`].
+/// The most lines that may come at once; one more may come after each [`INTERVAL`].
 const BURST: u32 = 100;
 const INTERVAL: Duration = Duration::from_millis(200);
 
@@ -45,7 +45,7 @@ pub(crate) fn install() {
     });
 }
 
-/// Writes a last line, whatever was written before it.
+/// Writes a last line, regardless of the rate.
 pub(crate) fn last(message: &str) {
     let mut fields = Map::new();
     fields.insert("level".to_owned(), "error".into());
@@ -55,23 +55,23 @@ pub(crate) fn last(message: &str) {
 }
 
 fn write(fields: Map<String, Value>) {
-    // A console that cannot be written to leaves nowhere to say so.
+    // If the console cannot be written to, there is nowhere to report that.
     let _ = std::io::stderr().write_all(&line(fields));
 }
 
-/// How many lines there may be.
+/// Limits the rate of lines.
 #[derive(Debug, Default)]
 struct Rate {
-    /// Those that were written of late.
+    /// How many lines were written recently.
     recent: u32,
-    /// Until when those that are not recent any more are taken off.
+    /// The time up to which lines that are no longer recent were subtracted.
     until: Duration,
     left_out: u64,
 }
 
 impl Rate {
-    /// Whether there may be a line now, a time after the first one could be, and how many there could
-    /// not before it.
+    /// Returns how many lines were left out before this one if it may be written at the time `now`,
+    /// which counts from the start of the log; otherwise `None`.
     fn admit(&mut self, now: Duration) -> Option<u64> {
         let intervals = now.saturating_sub(self.until).as_millis() / INTERVAL.as_millis();
         let intervals = u32::try_from(intervals).unwrap_or(u32::MAX);
@@ -220,7 +220,7 @@ mod tests {
         let burst = (0..BURST).map(|_| admitted(&mut rate, 10));
         assert!(burst.collect::<Vec<_>>().iter().all(|line| *line == Some(0)));
         assert_eq!((admitted(&mut rate, 20), admitted(&mut rate, 150)), (None, None));
-        // One more, which says how many there were not.
+        // One more line, which says how many were left out.
         assert_eq!((admitted(&mut rate, 210), admitted(&mut rate, 220)), (Some(2), None));
         // However long it was quiet, there is one burst.
         let after = (0..1000).filter(|_| admitted(&mut rate, 1 << 30).is_some()).count();

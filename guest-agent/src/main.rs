@@ -6,8 +6,8 @@
 //! `exec` it adds a process to one (`tenant`), because a multi-threaded server must not run arbitrary
 //! code between fork and exec. As `hooks` it is a hook that runs others (`hooks`).
 //!
-//! It also runs as PID 1 of a process namespace (`unshare --pid --fork --mount bulkhead-agent`),
-//! which is how its tests run it without a monitor.
+//! It also runs as PID 1 of a PID namespace (`unshare --pid --fork --mount bulkhead-agent`), which
+//! is how its tests run it without a monitor.
 
 mod cgroup;
 mod clock;

@@ -1,8 +1,8 @@
-//! Options of mounts that libcontainer reads otherwise than runc, and a `/dev` that is read-only.
+//! Mount options that libcontainer reads differently from runc, and a `/dev` that is read-only.
 //!
-//! Libcontainer makes a mount of its own for each flag that it knows, and some flags are the file
-//! system's. The kernel takes those as parameters of the file system too, fsconfig(2), and whatever
-//! has a value goes there: so `sync` is handed on as `sync=`.
+//! libcontainer takes each flag that it knows for a flag of the mount, but some are flags of the
+//! file system. The kernel also accepts those as parameters of the file system, fsconfig(2), and
+//! libcontainer passes on as a parameter what has a value: so `sync` is written as `sync=`.
 
 use std::io;
 use std::path::Path;
@@ -16,8 +16,8 @@ use crate::copy_up;
 const DEV: &str = "/dev";
 /// Flags of file systems that libcontainer takes for flags of mounts, and drops.
 const OF_FILE_SYSTEM: [&str; 2] = ["sync", "dirsync"];
-/// File systems that runc mounts read-only as a whole. Those in memory it only makes so afterwards,
-/// and of the others the machine has but one.
+/// File systems that runc mounts read-only as a whole. It makes a tmpfs read-only only afterwards,
+/// and of the others the machine has only one.
 const READ_ONLY_AS_A_WHOLE: [&str; 2] = ["proc", "devpts"];
 
 /// Changes the options of a specification whose root is `root`.
@@ -27,7 +27,7 @@ pub(crate) fn fit(spec: &mut Spec, root: &Path) {
         settle_access_times(mount);
         let mut options = mount.options().clone().unwrap_or_default();
         let kind = mount.typ().clone().unwrap_or_default();
-        // What is copied up is a mount of the agent's own.
+        // A mount that is copied up is the agent's own.
         if is_bind(mount) || options.iter().any(|option| option == copy_up::OPTION) {
             continue;
         }
@@ -60,7 +60,7 @@ pub(crate) fn has_read_only_dev(spec: &Spec) -> bool {
 pub(crate) fn close_dev() -> io::Result<()> {
     let is = statvfs(DEV)?.f_flag;
     let mut flags = MountFlags::BIND | MountFlags::RDONLY;
-    // The kernel keeps only those of access times by itself.
+    // The kernel keeps only the flags of access times by itself.
     for (set, flag) in [
         (StatVfsMountFlags::NOSUID, MountFlags::NOSUID),
         (StatVfsMountFlags::NODEV, MountFlags::NODEV),
@@ -73,8 +73,8 @@ pub(crate) fn close_dev() -> io::Result<()> {
     Ok(mount_remount(DEV, flags, "")?)
 }
 
-/// Leaves one way to count access times, which libcontainer takes only one of. Of several, mount(2)
-/// has the strictest.
+/// Leaves one option for access times, as libcontainer accepts only one. Of several, mount(2) takes
+/// the strictest.
 fn settle_access_times(mount: &mut Mount) {
     if has_last(mount, "strictatime", "nostrictatime") && has_last(mount, "noatime", "atime") {
         let options = mount.options().iter().flatten();
@@ -93,14 +93,14 @@ fn is_read_only(mount: &Mount) -> bool {
     has_last(mount, "ro", "rw")
 }
 
-/// Whether one of two options that contradict each other is the last word.
+/// Whether `set` comes after `unset`, which contradicts it: the last one counts.
 fn has_last(mount: &Mount, set: &str, unset: &str) -> bool {
     let mut options = mount.options().iter().flatten().rev();
     options.find(|option| *option == set || *option == unset).is_some_and(|last| last == set)
 }
 
-/// The mode of the directory that a mount covers, as the guest finds it now; none where it is only
-/// made in a file system that is mounted `before`.
+/// The mode that the directory below a mount has now; `None` if the directory is made only later,
+/// in a file system that is mounted `before`.
 fn mode_of_covered(before: &[Mount], destination: &Path, root: &Path) -> Option<u32> {
     let below = |mount: &&Mount| destination.starts_with(mount.destination());
     let Some(upper) = before.iter().rev().find(below) else { return mode(root, destination) };
@@ -109,7 +109,7 @@ fn mode_of_covered(before: &[Mount], destination: &Path, root: &Path) -> Option<
     mode(source, &Path::new("/").join(rest))
 }
 
-/// The mode of a directory in another, which its path does not leave.
+/// The mode of a directory below `root`, which `path` cannot leave.
 fn mode(root: &Path, path: &Path) -> Option<u32> {
     let found = copy_up::open_in(root, path, OFlags::PATH).ok()??;
     Some(fstat(&found).ok()?.st_mode & 0o7777)

@@ -1,9 +1,9 @@
-//! Name servers that a caller runs on the loopback of the container's network namespace on the host,
-//! as Docker does for its networks. The guest has a loopback of its own: queries that are sent to such
-//! a server there come here, and the host is asked ([RFC 1035] §4.2).
+//! Name servers that a caller runs on the loopback of the container's network namespace on the
+//! host, as Docker does for its networks. The guest has a loopback of its own. The agent takes the
+//! queries that are sent to such a server there, and asks the host ([RFC 1035] §4.2).
 //!
-//! As there, port 53 itself stays free for servers of the container: its packets go to other ports,
-//! by rules of the packet filter.
+//! As on the host, port 53 itself stays free for servers of the container: packets to it are
+//! redirected to other ports, by rules of the packet filter.
 //!
 //! [RFC 1035]: https://www.rfc-editor.org/rfc/rfc1035
 
@@ -22,17 +22,18 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 use tonic::{Status, Streaming};
 
-/// Where name servers are asked.
+/// The port on which name servers are asked.
 const PORT: u16 = 53;
 /// The most servers that resolv.conf(5) may name.
 const SERVERS_MAX: usize = 3;
-/// Queries that wait for an answer; one that comes then is dropped, and asked again by whoever asked.
+/// The most queries that wait for an answer; further ones are dropped, and sent again by their
+/// clients.
 const WAITING_MAX: usize = 256;
-/// Connections at once.
+/// The most connections at once.
 const CONNECTIONS_MAX: usize = 64;
 /// How long a connection may be silent.
 const SILENCE: Duration = Duration::from_secs(30);
-/// The most that a datagram has.
+/// The most bytes of a datagram.
 const DATAGRAM_MAX: usize = 64 << 10;
 
 /// A server: its sockets in this guest.
@@ -42,7 +43,7 @@ struct Server {
     connections: TcpListener,
 }
 
-/// Who waits for the answer of which query.
+/// The tasks that wait for an answer, by the number of their query.
 #[derive(Default)]
 struct Waiting {
     last: u64,
@@ -56,14 +57,15 @@ struct Host {
     waiting: Arc<Mutex<Waiting>>,
 }
 
-/// The tasks that stand in for the servers; dropped, they end.
+/// The tasks that stand in for the servers; dropping this ends them.
 pub(crate) struct Names(#[expect(dead_code, reason = "only to be dropped")] JoinSet<()>);
 
 impl Names {
-    /// Stands in for servers. Queries go to `queries`, what comes from `answers` to whoever asked.
+    /// Stands in for servers. Sends queries to `queries`, and the answers from `answers` to the
+    /// clients.
     ///
     /// # Errors
-    /// When an address is none of a loopback, or the kernel has no sockets or rules for it.
+    /// When an address is not a loopback address, or the kernel has no sockets or rules for it.
     pub(crate) async fn serve(
         servers: &[u32],
         answers: Streaming<NamesRequest>,
@@ -133,11 +135,11 @@ impl Host {
     }
 }
 
-/// Gives answers of the host to whoever asked.
+/// Passes the host's answers to the tasks that wait for them.
 async fn hand_out(mut answers: Streaming<NamesRequest>, waiting: Arc<Mutex<Waiting>>) {
     while let Ok(Some(NamesRequest { number, message, .. })) = answers.message().await {
         let asker = waiting.lock().unwrap_or_else(PoisonError::into_inner).askers.remove(&number);
-        // Whoever asked may have gone away.
+        // The task may have ended.
         let _ = asker.map(|asker| asker.send(message));
     }
 }
@@ -146,7 +148,7 @@ async fn serve_datagrams(server: Ipv4Addr, socket: Arc<UdpSocket>, host: Host) {
     let mut buffer = vec![0; DATAGRAM_MAX];
     let mut answering = JoinSet::new();
     loop {
-        // An error is that of an earlier answer, which did not reach its asker.
+        // An error is about an earlier answer, which did not reach its client.
         let Ok((length, asker)) = socket.recv_from(&mut buffer).await else { continue };
         while answering.try_join_next().is_some() {}
         if answering.len() < WAITING_MAX {
@@ -180,12 +182,12 @@ async fn serve_connections(server: Ipv4Addr, listener: TcpListener, host: Host) 
             Ok((connection, _)) => {
                 let host = host.clone();
                 connections.spawn(async move {
-                    // It ends with an error or without: either way it is over.
+                    // With or without an error, the connection is over.
                     let _ = converse(server, connection, host).await;
                     drop(place);
                 });
             }
-            // Of the connection that went away before it was accepted, or no memory.
+            // The connection went away before it was accepted, or there is no memory.
             Err(_) => tokio::time::sleep(Duration::from_millis(10)).await,
         }
     }

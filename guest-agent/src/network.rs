@@ -1,8 +1,8 @@
-//! The guest's interfaces, made as the host's are: names, addresses, routes, neighbours.
+//! Configures the guest's interfaces like the host's: names, addresses, routes, neighbours.
 //!
-//! The host sends the messages of rtnetlink(7) that its own kernel has; here they are said again to this
-//! one, with the numbers that the interfaces have here. It sends all of them each time that one has
-//! changed. What it does not name any more is taken away; what the guest has set itself stays.
+//! The host sends the rtnetlink(7) messages of its own kernel. They are sent to this kernel with
+//! the numbers that the interfaces have in the guest. The host sends all of them each time that one
+//! has changed. What it no longer names is removed; what the guest has set itself stays.
 
 use std::fs;
 use std::io;
@@ -19,17 +19,17 @@ use bulkhead_protocol::agent::Interface;
 use crate::hotplug::PLATFORM_BUS;
 
 const LOOPBACK: &str = "lo";
-/// In every network namespace.
+/// The loopback's number in every network namespace.
 const LOOPBACK_NUMBER: u32 = 1;
-/// Whether an interface has no IPv6.
+/// The switch that turns IPv6 off.
 const IPV6_OFF: &str = "disable_ipv6";
-/// Whether an address is used only after nobody on the link has said that it is his.
+/// The switch of duplicate address detection.
 const DETECTION: &str = "accept_dad";
-/// Whether the kernel gives an interface the address that follows from its MAC address, "0", or
-/// none, "1".
+/// How the kernel makes an interface's link-local address: from the MAC address, "0", or not at
+/// all, "1".
 const GENERATION: &str = "addr_gen_mode";
 
-/// Why the network is not as it should be.
+/// Why the network could not be configured.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum NetworkError {
     #[error("network of the guest")]
@@ -42,23 +42,23 @@ pub(crate) enum NetworkError {
     Setting(String, #[source] io::Error),
 }
 
-/// What the host has said.
+/// The configuration that the host has sent.
 #[derive(Debug, Default)]
 pub(crate) struct Network {
-    /// Each with its number here.
+    /// Each with its number in the guest.
     interfaces: Vec<(Interface, u32)>,
-    /// Messages with the numbers of this side.
+    /// Messages with the guest's interface numbers.
     settings: Vec<RouteNetlinkMessage>,
-    /// Nothing has been said of it yet.
+    /// `None` until the host has sent it.
     loopback_ipv6: Option<bool>,
 }
 
 impl Network {
-    /// Makes interfaces that were bound as those of the host, sets `settings` in their order, and
-    /// takes away those that were set before and are not among them.
+    /// Configures interfaces that were bound like those of the host, sets `settings` in their
+    /// order, and removes those that were set before and are not among them.
     ///
     /// # Errors
-    /// Names what could not be done first; all that can be is done.
+    /// The first that occurred; all that can be done is done.
     pub(crate) fn configure(
         &mut self,
         interfaces: Vec<Interface>,
@@ -81,7 +81,7 @@ impl Network {
         }
         let changed = self.set_up(&mut connection, numbered, &mut errors);
         if changed || wanted != self.settings {
-            // The host has found out that nobody else has its addresses.
+            // Without duplicate address detection: the host has done it.
             self.detect("0", &mut errors);
             self.set(&mut connection, wanted, changed, &mut errors);
             self.detect("1", &mut errors);
@@ -90,7 +90,7 @@ impl Network {
         errors.into_iter().next().map_or(Ok(()), Err)
     }
 
-    /// Makes interfaces as they should be; whether one was not.
+    /// Sets interfaces up; returns whether any of them has changed.
     fn set_up(
         &mut self,
         connection: &mut Connection,
@@ -105,7 +105,7 @@ impl Network {
         };
         for (interface, number) in changed() {
             if was(*number).is_none_or(|was| was.name != interface.name) {
-                // It may be to have the name that a third has.
+                // A temporary name, as another interface may still have the new one.
                 let other_name = LinkAttribute::IfName(format!("slot{}", interface.slot));
                 let freed = connection.set_link(*number, None, vec![other_name]);
                 errors.extend(of(&interface.name, freed));
@@ -118,7 +118,7 @@ impl Network {
         changed().next().is_some()
     }
 
-    /// Sets what is not set yet, or all, and takes away what was and is not to be.
+    /// Sets what is not set yet, or everything if `all`, and removes what is no longer wanted.
     fn set(
         &mut self,
         connection: &mut Connection,
@@ -128,7 +128,7 @@ impl Network {
     ) {
         let before = std::mem::take(&mut self.settings);
         let lost: Vec<_> = before.iter().filter(|setting| !wanted.contains(setting)).collect();
-        // With an address the kernel takes away routes, also such as another address would keep.
+        // With an address the kernel removes routes, even those that another address would keep.
         let all = all || !lost.is_empty();
         for setting in lost {
             undo(connection, setting.clone());
@@ -144,7 +144,7 @@ impl Network {
         }
     }
 
-    /// Whether the kernel asks on the link before it uses an address.
+    /// Switches duplicate address detection on or off.
     fn detect(&self, value: &str, errors: &mut Vec<NetworkError>) {
         for (interface, _) in &self.interfaces {
             let name = &interface.name;
@@ -152,8 +152,8 @@ impl Network {
         }
     }
 
-    /// Has the kernel give interfaces the address that follows from their MAC address from now on, as
-    /// on the host, if they have it there.
+    /// From now on, makes the kernel give interfaces the link-local address that follows from their
+    /// MAC address, if they have it on the host.
     fn generate(&self, errors: &mut Vec<NetworkError>) {
         for (interface, number) in &self.interfaces {
             if self.settings.iter().any(|setting| is_generated(setting, &interface.mac, *number)) {
@@ -163,10 +163,10 @@ impl Network {
         }
     }
 
-    /// Gives up the interfaces in slots.
+    /// Unbinds the interfaces in `slots`.
     ///
     /// # Errors
-    /// When the driver does not let one go.
+    /// When the driver cannot be unbound from one.
     pub(crate) fn release(&mut self, slots: &[u32]) -> io::Result<()> {
         self.interfaces.retain(|(interface, _)| !slots.contains(&interface.slot));
         for slot in slots {
@@ -180,7 +180,7 @@ impl Network {
     }
 }
 
-/// Interfaces with their numbers here, those that are.
+/// Interfaces with their numbers in the guest; each that does not exist is an error.
 fn numbered(interfaces: Vec<Interface>, errors: &mut Vec<NetworkError>) -> Vec<(Interface, u32)> {
     let mut numbered = Vec::with_capacity(interfaces.len());
     for interface in interfaces {
@@ -212,7 +212,7 @@ fn find(bus: &Path, slot: u32) -> Option<u32> {
     number.trim().parse().ok()
 }
 
-/// Sets what is not as it `was`.
+/// Sets what differs from what it `was`.
 fn set_up(
     connection: &mut Connection,
     interface: &Interface,
@@ -234,7 +234,7 @@ fn set_up(
     }
     connection.set_link(number, None, wanted)?;
     switch(&interface.name, IPV6_OFF, if interface.ipv6 { "0" } else { "1" })?;
-    // It may have had another MAC address on the host when it got this one, or none at all.
+    // On the host it may have got its address when it had another MAC address, or have none.
     switch(&interface.name, GENERATION, "1")?;
     connection.set_link(number, Some(interface.up), Vec::new())
 }
@@ -249,14 +249,14 @@ fn is_generated(setting: &RouteNetlinkMessage, mac: &[u8], number: u32) -> bool 
     address.header.index == number && address.attributes.contains(&generated)
 }
 
-/// Sets something, whether it is set or not. That a route is not there is a setting too.
+/// Applies a setting, even if it is applied already. That a route is absent is a setting too.
 fn set(connection: &mut Connection, setting: RouteNetlinkMessage) -> io::Result<()> {
     match setting {
         RouteNetlinkMessage::DelRoute(_) => match connection.change(setting, 0) {
             Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(()),
             set => set,
         },
-        // Rules are never replaced: there would be another one.
+        // The kernel never replaces rules: it would add another one.
         RouteNetlinkMessage::NewRule(_) => {
             match connection.change(setting, NLM_F_CREATE | NLM_F_EXCL) {
                 Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
@@ -267,7 +267,7 @@ fn set(connection: &mut Connection, setting: RouteNetlinkMessage) -> io::Result<
     }
 }
 
-/// Takes back what was set. It may be gone, with an address or an interface.
+/// Undoes a setting, which may be gone already with an address or an interface.
 fn undo(connection: &mut Connection, setting: RouteNetlinkMessage) {
     let opposite = match setting {
         RouteNetlinkMessage::NewAddress(address) => RouteNetlinkMessage::DelAddress(address),
@@ -295,7 +295,8 @@ fn switch(interface: &str, name: &str, value: &str) -> io::Result<()> {
     }
 }
 
-/// A message of the host with this guest's numbers of interfaces; none if it is about another.
+/// Replaces the host's interface numbers in a message by the guest's; `None` if the message is
+/// about an interface that the guest does not have.
 fn renumbered(
     mut message: RouteNetlinkMessage,
     numbers: &[(u32, u32)],

@@ -1,6 +1,6 @@
-//! Readiness of a service: sd_notify(3). A container's processes send datagrams to a socket that the host
-//! has had mounted into the container, and a stream hands them to the host: each with its length before
-//! it, two bytes, the higher one first.
+//! Readiness of a service: sd_notify(3). A container's processes send datagrams to a socket that is
+//! mounted into the container. A stream passes them to the host, each after its length in two
+//! bytes, the higher one first.
 
 use std::fs::{self, Permissions};
 use std::io;
@@ -34,7 +34,7 @@ fn listen_in(directory: &Path) -> io::Result<UnixDatagram> {
     Ok(socket)
 }
 
-/// Hands datagrams to the host until it closes the stream, or an empty one comes.
+/// Passes datagrams to the host until the host closes the stream, or an empty datagram comes.
 pub(crate) async fn relay<S: AsyncRead + AsyncWrite>(socket: UnixDatagram, stream: S) {
     let (mut host, mut to_host) = tokio::io::split(stream);
     let mut closed = [0];
@@ -59,11 +59,11 @@ pub(crate) async fn relay<S: AsyncRead + AsyncWrite>(socket: UnixDatagram, strea
     }
 }
 
-/// Ends the relay of a container that is removed.
+/// Ends the relay of a container that is removed, by an empty datagram.
 pub(crate) fn end(container_id: &str) {
     let path = directory(container_id).join(NOTIFY_SOCKET);
     if let Ok(socket) = std::os::unix::net::UnixDatagram::unbound() {
-        // Most containers have none.
+        // Most containers have no such socket.
         let _ = socket.set_nonblocking(true).and_then(|()| socket.send_to(&[], path));
     }
 }

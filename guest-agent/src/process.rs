@@ -86,7 +86,7 @@ impl Reaper {
         Adoption(self.clone())
     }
 
-    /// Serves the signal that tells of ended children, for ever.
+    /// Collects ended children whenever SIGCHLD comes, for ever.
     ///
     /// # Errors
     /// The signal cannot be received.

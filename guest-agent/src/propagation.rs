@@ -1,8 +1,8 @@
-//! Propagation of a container's mounts, mount_namespaces(7), which libcontainer takes for flags of a
-//! mount and leaves undone.
+//! Propagation of a container's mounts, mount_namespaces(7), which libcontainer takes for flags of
+//! a mount and does not apply.
 //!
-//! Done when the container stands and has not started: its mounts are gone through in the order in
-//! which they were made, as if each had got its propagation before the next was made.
+//! It is applied when the container is created and not yet started. The mounts are handled in the
+//! order in which they were made, as if each had got its propagation before the next was made.
 
 use std::collections::HashMap;
 use std::ffi::OsString;
@@ -14,8 +14,8 @@ use std::path::PathBuf;
 use oci_spec::runtime::{Mount, Spec};
 use rustix::mount::{MountPropagationFlags, mount_change};
 
-/// What an option means; nothing is below a mount yet when it gets its propagation, so that one
-/// which is said to be recursive is no other.
+/// The meaning of each option. Nothing is mounted below a mount yet when it gets its propagation,
+/// so that the recursive options mean the same as the others.
 const OPTIONS: [(&str, MountPropagationFlags); 8] = [
     ("shared", MountPropagationFlags::SHARED),
     ("rshared", MountPropagationFlags::SHARED),
@@ -27,7 +27,7 @@ const OPTIONS: [(&str, MountPropagationFlags); 8] = [
     ("runbindable", MountPropagationFlags::UNBINDABLE),
 ];
 
-/// Whether any mount is to be another than the private one that it is.
+/// Whether any mount is to change. Mounts are private already, and making one a slave keeps it so.
 pub(crate) fn matters(spec: &Spec) -> bool {
     let other = |flag: &MountPropagationFlags| {
         let kept = MountPropagationFlags::PRIVATE | MountPropagationFlags::DOWNSTREAM;
@@ -64,7 +64,7 @@ fn asked(mount: &Mount) -> Vec<MountPropagationFlags> {
     mount.options().iter().flatten().filter_map(meaning).map(|(_, flag)| *flag).collect()
 }
 
-/// A mount that is there.
+/// An existing mount.
 #[derive(Debug)]
 struct Mounted {
     id: u32,
@@ -72,7 +72,7 @@ struct Mounted {
     place: PathBuf,
 }
 
-/// In the order in which they were made, which is the table's since Linux 6.8.
+/// Lists the mounts in the order in which they were made, which is the table's since Linux 6.8.
 fn mounts(table: &str) -> Vec<Mounted> {
     let line = |line: &str| {
         let mut words = line.split(' ');
@@ -82,7 +82,7 @@ fn mounts(table: &str) -> Vec<Mounted> {
     table.lines().filter_map(line).collect()
 }
 
-/// A path without the octal numbers that stand for white space and backslashes.
+/// A path with its octal escapes for white space and backslashes decoded.
 fn plain(escaped: &str) -> PathBuf {
     let mut bytes = Vec::new();
     let mut rest = escaped.as_bytes();
@@ -103,8 +103,8 @@ fn plain(escaped: &str) -> PathBuf {
     OsString::from_vec(bytes).into()
 }
 
-/// What is to be done where: what a mount is asked to be, and that what is mounted on a shared one
-/// is shared.
+/// The changes at each place: the propagation that a mount asks for, and that a mount on a shared
+/// one is shared.
 fn changes(
     mounts: &[Mounted],
     wanted: &HashMap<PathBuf, Vec<MountPropagationFlags>>,
@@ -112,7 +112,7 @@ fn changes(
     let mut shared: HashMap<u32, bool> = HashMap::new();
     let mut changes = Vec::new();
     for (index, mount) in mounts.iter().enumerate() {
-        // What is covered by another mount no path leads to.
+        // No path leads to a mount that is covered by another.
         if mounts.iter().skip(index + 1).any(|later| later.place == mount.place) {
             continue;
         }

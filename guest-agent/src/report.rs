@@ -1,8 +1,8 @@
 //! What a creator tells the agent: one JSON object a line, in a file that both know.
 //!
-//! A file and not a pipe, because the container's init keeps the descriptor until it runs the
-//! user's program, so that a pipe would have no end to read to. The file is written by up to three
-//! processes; each line is one write in append mode.
+//! It is a file and not a pipe, because the container's init keeps the descriptor until it runs the
+//! user's program, so that a reader of a pipe would not see its end. The file is written by up to
+//! three processes; each line is one write in append mode.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read as _, Write as _};
@@ -27,7 +27,7 @@ pub(crate) enum Line {
     NotFound(String),
     /// The user's program cannot be executed.
     NotExecutable(String),
-    /// What the process is to become right before its program it cannot become.
+    /// The last steps before the user's program failed.
     Unprepared(String),
     /// The container could not be created.
     Failed(String),
@@ -71,7 +71,7 @@ impl Report {
     }
 }
 
-/// Reads the lines of the report at `path`; lines that are none are left out.
+/// Reads the lines of the report at `path`; lines that are not valid are left out.
 ///
 /// # Errors
 /// The file cannot be read.

@@ -1,5 +1,5 @@
-//! The calls of `agent.proto`: each is translated, and nothing is decided here but which status code
-//! an error becomes.
+//! The calls of `agent.proto`: each is translated, and the only decision made here is which status
+//! code an error becomes.
 
 use std::io;
 use std::path::Path;
@@ -33,9 +33,9 @@ use crate::share::Share;
 use crate::sysctl::Setting;
 use crate::{clock, hotplug, logging};
 
-/// The most of a reason that is told: a status is a header, which has to fit.
+/// The longest reason that is sent: a status is a header, whose size is limited.
 const REASON_BYTES: usize = 2048;
-/// Queries for the host that are not sent yet.
+/// The most queries that wait to be sent to the host.
 const QUERIES: usize = 64;
 
 /// What the calls act on.
@@ -43,7 +43,7 @@ struct Calls {
     containers: Containers,
     share: Share,
     network: Arc<Mutex<Network>>,
-    /// Once the host has asked for it.
+    /// Set once the host has asked for it.
     names: Mutex<Option<Names>>,
 }
 
@@ -329,7 +329,7 @@ impl From<ContainerError> for Status {
     }
 }
 
-/// Names what of the guest failed.
+/// Names the part of the guest that failed.
 fn internal(what: &'static str) -> impl FnOnce(io::Error) -> Status {
     move |error| Status::internal(format!("{what}: {error}"))
 }

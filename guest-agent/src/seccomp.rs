@@ -1,12 +1,13 @@
 //! System call filters, seccomp(2): a profile of the OCI runtime-spec ("Seccomp") becomes a program that
 //! the kernel runs at each system call of a container.
 //!
-//! libseccomp makes the program. In front of it comes what runc puts there: a system call that is newer
-//! than all of the profile fails with `ENOSYS`, so that C libraries fall back to an older one instead of
-//! taking a profile's `EPERM` for the kernel's answer ([`newer_calls`]).
+//! libseccomp makes the program. As in runc, some instructions come before it: a system call that
+//! is newer than all those in the profile fails with `ENOSYS`, so that C libraries fall back to an
+//! older one instead of taking a profile's `EPERM` for the kernel's answer ([`newer_calls`]).
 //!
-//! A program is compiled while everything may still fail ([`Filter::compile`]). To load it takes one
-//! system call and no memory ([`Filter::load`]), so that it can be the last step before execve(2).
+//! A program is compiled while errors can still be reported ([`Filter::compile`]). Loading it is
+//! one system call and allocates no memory ([`Filter::load`]), so that it can be the last step
+//! before execve(2).
 
 // UNSAFETY: there is no safe wrapper of seccomp(2).
 #![expect(unsafe_code, reason = "seccomp(2) with a program that this module owns")]
@@ -33,7 +34,7 @@ const AUDIT_X86_64: u32 = 0xc000_003e;
 const AUDIT_I386: u32 = 0x4000_0003;
 /// The bit that tells a call of x32 from one of x86-64, asm/unistd.h.
 const X32_BIT: u32 = 0x4000_0000;
-/// What a profile's actions mean where it names no number.
+/// The error number of a profile's actions that name none.
 const ERRNO_DEFAULT: u32 = libc::EPERM.cast_unsigned();
 
 /// A profile that cannot be compiled.
@@ -74,7 +75,7 @@ impl Filter {
     pub(crate) fn compile(profile: &LinuxSeccomp) -> Result<Self, FilterError> {
         let flags = flags(profile)?;
         let mut program = match profile.default_action() {
-            // Whoever lets everything else pass lets new calls pass.
+            // A profile that lets everything else pass lets new calls pass too.
             LinuxSeccompAction::ScmpActAllow
             | LinuxSeccompAction::ScmpActLog
             | LinuxSeccompAction::ScmpActTrace => Vec::new(),
@@ -89,10 +90,10 @@ impl Filter {
     }
 
     /// Makes it the filter of this thread and of everything that it starts and executes, for ever.
-    /// One system call, no memory.
+    /// This is one system call and allocates no memory.
     ///
     /// # Errors
-    /// The caller has neither `CAP_SYS_ADMIN` nor given up to gain privileges.
+    /// The caller has neither `CAP_SYS_ADMIN` nor `no_new_privs`.
     pub(crate) fn load(&self) -> io::Result<()> {
         // The kernel only reads it.
         let filter = self.program.as_ptr().cast_mut();
@@ -114,9 +115,9 @@ fn flags(profile: &LinuxSeccomp) -> Result<libc::c_ulong, FilterError> {
             LinuxSeccompFilterFlag::SeccompFilterFlagSpecAllow => {
                 libc::SECCOMP_FILTER_FLAG_SPEC_ALLOW
             }
-            // Whoever loads a filter here has one thread.
+            // The process that loads a filter here has one thread.
             LinuxSeccompFilterFlag::SeccompFilterFlagTsync => 0,
-            // About how long a listener may take.
+            // This is about a listener, which is not supported.
             LinuxSeccompFilterFlag::SeccompFilterFlagWaitKillableRecv => {
                 return Err(FilterError::Flag(*flag));
             }
@@ -200,7 +201,7 @@ fn action(action: LinuxSeccompAction, number: Option<u32>) -> Result<ScmpAction,
 }
 
 fn condition(argument: &LinuxSeccompArg) -> ScmpArgCompare {
-    // There are six, and libseccomp refuses a seventh.
+    // A call has six arguments, and libseccomp refuses a seventh.
     let index = u32::try_from(argument.index()).unwrap_or(u32::MAX);
     let (first, second) = (argument.value(), argument.value_two().unwrap_or(0));
     let (operator, compared) = match argument.op() {
@@ -210,7 +211,7 @@ fn condition(argument: &LinuxSeccompArg) -> ScmpArgCompare {
         LinuxSeccompOperator::ScmpCmpEq => (ScmpCompareOp::Equal, first),
         LinuxSeccompOperator::ScmpCmpGe => (ScmpCompareOp::GreaterEqual, first),
         LinuxSeccompOperator::ScmpCmpGt => (ScmpCompareOp::Greater, first),
-        // The first value is the mask, the second what is left of the argument behind it.
+        // The first value is the mask, the second is compared with the masked argument.
         LinuxSeccompOperator::ScmpCmpMaskedEq => (ScmpCompareOp::MaskedEqual(first), second),
     };
     ScmpArgCompare::new(index, operator, compared)
@@ -263,7 +264,7 @@ fn export(context: &ScmpFilterContext) -> Result<Vec<sock_filter>, FilterError> 
     Ok(instructions.iter().map(instruction).collect())
 }
 
-/// An ABI by which programs of this machine call the kernel: how a filter knows its calls.
+/// An ABI by which programs of this machine call the kernel, and how a filter recognises its calls.
 #[derive(Clone, Copy)]
 struct Abi {
     arch: ScmpArch,
@@ -282,7 +283,7 @@ const ABIS: [Abi; 3] = [
 /// for each ABI of the profile. The calls of other ABIs go on to libseccomp's own instructions, which
 /// kill.
 ///
-/// libseccomp cannot express it: it compares no numbers of calls.
+/// libseccomp cannot express this, because it does not compare numbers of calls.
 fn newer_calls(profile: &LinuxSeccomp) -> Vec<sock_filter> {
     let listed = profile.architectures().as_deref().unwrap_or_default();
     // libseccomp adds the machine's own by itself.
@@ -302,7 +303,8 @@ fn newest(profile: &LinuxSeccomp, arch: ScmpArch) -> Option<u32> {
     numbers.max().filter(|newest| *newest != 0)
 }
 
-/// `ENOSYS` for the calls of one ABI above a number; everything else goes on behind.
+/// Instructions that answer `ENOSYS` to the calls of one ABI above a number; other calls go on
+/// after them.
 fn above(abi: Abi, newest: u32) -> Vec<sock_filter> {
     let enosys = libc::SECCOMP_RET_ERRNO | libc::ENOSYS.cast_unsigned();
     let mut rest = vec![jump(libc::BPF_JGT, newest, 0, 1), statement(libc::BPF_RET, enosys)];

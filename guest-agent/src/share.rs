@@ -1,5 +1,5 @@
 //! The pod's shared files: the virtio-fs device with the tag [`SHARE_TAG`], mounted at
-//! [`SHARE_DIR`]. A pod that shares no files has no such device, and one may come later.
+//! [`SHARE_DIR`]. A pod that shares no files has no such device; it may get one later.
 
 use std::io;
 use std::sync::Arc;
@@ -29,11 +29,12 @@ impl Share {
     }
 }
 
-/// Writes everything back, and lets go of files that nobody uses: each that the guest remembers is a
-/// descriptor of the host's file server, which keeps the file's mount from being undone.
+/// Writes everything back, and drops cached files that nobody uses: for each file that the guest
+/// caches, the host's file server holds a descriptor, which keeps the file's mount from being
+/// undone.
 ///
 /// # Errors
-/// The kernel does not let it.
+/// The kernel refuses.
 pub(crate) fn forget() -> io::Result<()> {
     rustix::fs::sync();
     // proc_sys_vm(5): dentries and inodes, but no pages.

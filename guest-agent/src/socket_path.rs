@@ -21,7 +21,8 @@ impl SocketPath {
         Ok(Self { path, _directory: directory })
     }
 
-    // Lent, not `AsRef<Path>`: whoever takes that by value may drop it before the path is used.
+    // Lent, not `AsRef<Path>`: a function that takes that by value may drop it before using the
+    // path.
     pub(crate) fn as_path(&self) -> &Path {
         &self.path
     }

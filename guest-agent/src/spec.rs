@@ -23,7 +23,7 @@ use crate::sysctl::{Setting, SettingError};
 /// The most of the container's user table that is read.
 const PASSWD_BYTES: u64 = 1 << 20;
 
-/// A specification that cannot be kept, or is none.
+/// A specification that is not valid, or cannot be carried out.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum SpecError {
     #[error("container id {0:?} is not made of 1 to 255 letters, digits, and characters of _+,-.")]
@@ -50,7 +50,7 @@ pub(crate) enum SpecError {
 #[derive(Debug)]
 pub(crate) struct Prepared {
     pub(crate) spec: Spec,
-    /// What libcontainer does not get to see.
+    /// What is taken out before libcontainer gets the specification.
     pub(crate) restrictions: Restrictions,
     /// The user that owns the standard streams, as the guest numbers it.
     pub(crate) stream_owner: u32,
@@ -58,7 +58,7 @@ pub(crate) struct Prepared {
     pub(crate) network_settings: Vec<Setting>,
 }
 
-/// Checks an id: it becomes a file name and a cgroup's.
+/// Checks an id, which becomes the name of a file and of a cgroup.
 ///
 /// # Errors
 /// It is empty, too long, or has characters that other runtimes refuse too.
@@ -169,7 +169,8 @@ fn has_new(spec: &Spec, kind: LinuxNamespaceType) -> bool {
     namespaces.any(|namespace| namespace.typ() == kind && namespace.path().is_none())
 }
 
-/// Takes the settings of the network out, which libcontainer only makes in one of the container's own.
+/// Takes the network's settings out: libcontainer makes them only in a network of the container's
+/// own.
 fn take_network_settings(spec: &mut Spec) -> Result<Vec<Setting>, SettingError> {
     let linux = spec.linux_mut().as_mut();
     let Some(settings) = linux.and_then(|linux| linux.sysctl_mut().as_mut()) else {
@@ -179,8 +180,8 @@ fn take_network_settings(spec: &mut Spec) -> Result<Vec<Setting>, SettingError> 
     taken.map(|(name, value)| Setting::new(&name, value)).collect()
 }
 
-/// The root's propagation as libcontainer knows it: nothing is below a root, so that one which is said
-/// to be recursive, as runc also has it, is no other.
+/// The root's propagation by the name that libcontainer knows. Nothing is mounted below the root
+/// yet, so that the recursive names, which runc also has, mean the same.
 fn plain_propagation(name: &str) -> &str {
     match name {
         "rshared" => "shared",
@@ -200,15 +201,15 @@ fn name_sources(spec: &mut Spec) {
     }
 }
 
-/// Gives a container in a user namespace the guest's own sysfs: the kernel lets nobody mount one who
-/// does not own the network that it shows, and that is the machine's.
+/// Gives a container in a user namespace the guest's own sysfs: the kernel allows a new mount only
+/// to the owner of the network that it shows, and that is the machine's.
 fn share_sysfs(spec: &mut Spec) {
     for mount in spec.mounts_mut().iter_mut().flatten() {
         if mount.typ().as_deref() != Some("sysfs") {
             continue;
         }
         let mut options = mount.options().clone().unwrap_or_default();
-        // What the guest's has cannot be taken from it either.
+        // The flags that the guest's sysfs has cannot be removed either.
         options.extend(["rbind", "nosuid", "nodev", "noexec"].map(str::to_owned));
         mount.set_typ(Some("bind".to_owned()));
         mount.set_source(Some("/sys".into()));
@@ -243,7 +244,7 @@ fn fit_process(process: &mut Process, root: &Path, terminal: bool) -> Result<(),
     }
     let mut environment = process.env().clone().unwrap_or_default();
     keep_locked_memory_limit(process)?;
-    // With a HOME libcontainer does not ask the C library, which cannot look into a container.
+    // If HOME is set, libcontainer does not ask the C library, which cannot look into a container.
     if !environment.iter().any(|entry| entry.len() > 5 && entry.starts_with("HOME=")) {
         let home = home(root, process.user().uid()).unwrap_or_else(|| "/".to_owned());
         environment.push(format!("HOME={home}"));
@@ -271,9 +272,9 @@ fn keep_locked_memory_limit(process: &mut Process) -> Result<(), SpecError> {
     Ok(())
 }
 
-/// Makes the working directory if it is not there, as runc does, which libcontainer leaves out. What
-/// cannot be made (it is below a mount, or the root is read-only) is left for the container's
-/// creation to stumble over.
+/// Makes the working directory if it does not exist, as runc does and libcontainer does not. A
+/// directory that cannot be made (it is below a mount, or the root is read-only) is left to the
+/// container's creation.
 fn make_directories(root: &Path, directory: &Path) {
     let Ok(root) = openat(CWD, root, OFlags::PATH | OFlags::DIRECTORY, Mode::empty()) else {
         return;

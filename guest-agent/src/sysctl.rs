@@ -1,6 +1,6 @@
 //! Settings of the guest's network, which all of its containers share: sysctl(8).
 //!
-//! Libcontainer makes those that have a namespace of the container's own; the network is the machine's.
+//! libcontainer makes the settings of the container's own namespaces; the network is the machine's.
 
 use std::fs;
 use std::io;
@@ -28,14 +28,14 @@ impl Setting {
     /// # Errors
     /// [`SettingError::Name`] for a name that could lead elsewhere.
     pub(crate) fn new(name: &str, value: String) -> Result<Self, SettingError> {
-        // A name has no slash of its own, and so leads nowhere else.
+        // Without a slash of its own, a name cannot lead elsewhere.
         if !name.starts_with("net.") || name.contains('/') || name.ends_with('.') {
             return Err(SettingError::Name(name.to_owned()));
         }
         Ok(Self { path: name.replace('.', "/").into(), value })
     }
 
-    /// Makes it.
+    /// Applies the setting.
     ///
     /// # Errors
     /// [`SettingError::Write`] when the kernel has no such setting, or not this value.

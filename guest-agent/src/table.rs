@@ -1,10 +1,10 @@
-//! A process as proc(5) tells of it, for `ps`.
+//! A process as proc(5) shows it, for `ps`.
 
 use bulkhead_protocol::agent::ProcessInfo;
 use procfs::process::Process;
 use rustix::time::{ClockId, clock_gettime};
 
-/// The longest command line that is told, in bytes.
+/// The longest command line that is reported, in bytes.
 const COMMAND_BYTES: usize = 4096;
 /// Nanoseconds of one tick of `stat`'s clocks: `USER_HZ` is 100 on every machine.
 const TICK_NS: u64 = 10_000_000;

@@ -1,8 +1,8 @@
 //! The tenant: this binary's third life, which adds one process to a container and exits.
 //!
 //! Like the creator it finds everything in the container's [`ContainerFiles`] and answers by a report.
-//! It does without libcontainer's builder for such processes, which leaves the container's user
-//! namespace out: what it would hand on is made here.
+//! It does not use libcontainer's builder for such processes, which ignores the container's user
+//! namespace: the arguments that the builder would pass on are made here.
 
 use std::fs;
 use std::io::{self, PipeReader, Read as _};
@@ -120,7 +120,7 @@ fn join(
         as_sibling: false,
         pid_file: None,
     };
-    // No process of the container may look into this one once it is among them.
+    // No process of the container may inspect this one once it has joined them.
     let hidden = set_dumpable_behavior(DumpableBehavior::NotDumpable);
     hidden.map_err(|error| TenantError::Step("hide from the container", error.into()))?;
     let pid = container_main_process(&arguments)?;
@@ -138,7 +138,7 @@ fn ran(mut failure: PipeReader) -> Result<(), TenantError> {
     if reason.is_empty() { Ok(()) } else { Err(TenantError::Failed(reason)) }
 }
 
-/// Where the process goes: the container's cgroup, or the one below it that the container's init is in.
+/// The cgroup of the process: the container's, or the one below it that the container's init is in.
 fn cgroup(container_id: &str, init: &str) -> io::Result<CgroupConfig> {
     let init = init.parse().map_err(io::Error::other)?;
     let mut cgroup_path = Path::new("/").join(container_id);
@@ -148,8 +148,8 @@ fn cgroup(container_id: &str, init: &str) -> io::Result<CgroupConfig> {
     Ok(CgroupConfig { cgroup_path, systemd_cgroup: false, container_name: container_id.to_owned() })
 }
 
-/// The container's specification for a process that joins every namespace of its init. What a
-/// container has but once, libcontainer does not look at then.
+/// The container's specification for a process that joins every namespace of its init. libcontainer
+/// then ignores what is set up only once for a container.
 fn joining(mut container: Spec, process: Process, init: &str) -> Spec {
     let linux = container.linux_mut().as_mut().and_then(|linux| linux.namespaces_mut().as_mut());
     for namespace in linux.into_iter().flatten() {

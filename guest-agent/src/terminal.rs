@@ -2,8 +2,8 @@
 //! carries both directions.
 //!
 //! Libcontainer opens the terminal inside the container and sends its master over a socket, as
-//! runtimes do for their callers ([`Awaited`]). There is no end of the input: whoever closes it
-//! hangs up, which is a signal that the host sends.
+//! runtimes do for their callers ([`Awaited`]). The input has no end of its own: closing a terminal
+//! hangs it up, and the host sends the signal for that.
 
 use std::fs::File;
 use std::io::{self, IoSliceMut};
@@ -31,10 +31,10 @@ use crate::socket_path::SocketPath;
 
 /// The socket that libcontainer sends the master to, in a directory of the process's own.
 pub(crate) const SOCKET: &str = "console.sock";
-/// The file beside it that says that lines end plainly.
+/// A file beside it, which exists if lines end with a line feed alone.
 const PLAIN: &str = "plain";
 
-/// A process's terminal as the host sees it: to be resized. Clones share it.
+/// A process's terminal, for the host to resize. Clones share it.
 #[derive(Clone, Debug)]
 pub(crate) struct Terminal(Arc<OwnedFd>);
 
@@ -44,7 +44,7 @@ impl Terminal {
     /// # Errors
     /// It is no terminal.
     pub(crate) fn resize(&self, rows: u32, columns: u32) -> io::Result<()> {
-        // More than fits is a size that nobody has.
+        // Larger numbers are cut: nobody has such a terminal.
         let small = |number| u16::try_from(number).unwrap_or(u16::MAX);
         let (ws_row, ws_col) = (small(rows), small(columns));
         Ok(tcsetwinsize(&*self.0, Winsize { ws_row, ws_col, ws_xpixel: 0, ws_ypixel: 0 })?)
@@ -107,8 +107,8 @@ pub(crate) fn is_plain(directory: &Path) -> bool {
     directory.join(PLAIN).exists()
 }
 
-/// Has a terminal not add a carriage return to what a program writes. The program's own process does
-/// that, so that it is done when it writes.
+/// Keeps a terminal from adding a carriage return to what a program writes. The process that
+/// becomes the program does that, so that it is done when the program writes.
 ///
 /// # Errors
 /// It is no terminal.
@@ -148,7 +148,7 @@ async fn receive(listener: &UnixListener) -> io::Result<OwnedFd> {
     }
 }
 
-/// Copies both ways until the last process has let go of the terminal, or the host closes.
+/// Copies both ways until the last process has closed the terminal, or the host the connection.
 fn start(master: OwnedFd, connection: VsockStream) -> io::Result<()> {
     ioctl_fionbio(&master, true)?;
     let mut keys = pipe::Sender::from_owned_fd_unchecked(master.try_clone()?)?;
@@ -158,7 +158,7 @@ fn start(master: OwnedFd, connection: VsockStream) -> io::Result<()> {
         let feed = async {
             let fed = streams::copy(&mut input, &mut keys).await;
             streams::log_end(StreamKind::Terminal, fed);
-            // The process lives on without anybody to type for it.
+            // The process lives on without input.
             std::future::pending::<()>().await;
         };
         let drain = async {
@@ -175,7 +175,7 @@ fn start(master: OwnedFd, connection: VsockStream) -> io::Result<()> {
     Ok(())
 }
 
-/// The reading side of a master, which has an error where other files have an end.
+/// The read side of a master, which reports an error where other files have an end.
 struct Master(pipe::Receiver);
 
 impl AsyncRead for Master {

@@ -1,7 +1,7 @@
-//! Where built things are kept: outside the checkout, one directory per hash of the inputs.
+//! The build cache: outside the checkout, one directory per hash of the inputs.
 //!
-//! An entry is made under a lock in a directory of its own and renamed into place when it is whole,
-//! so a reader sees all of it or nothing, and two builders never do the same work.
+//! An entry is made under a lock, in a temporary directory that is renamed when it is complete. So
+//! a reader sees all of it or nothing, and two builders never do the same work.
 
 use std::env;
 use std::fs::{self, File};
@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 
 use crate::source::hex;
 
-/// A held lock; dropped, it is free.
+/// A held lock; it is released when this is dropped.
 #[derive(Debug)]
 pub struct Lock {
     _file: File,
@@ -35,7 +35,7 @@ pub fn directory() -> Result<PathBuf> {
     }
 }
 
-/// What stands for these inputs in the name of an entry: their hash, in hexadecimal digits.
+/// The hash of these inputs in hexadecimal digits, for the name of an entry.
 #[must_use]
 pub fn key<'a>(inputs: impl IntoIterator<Item = &'a str>) -> String {
     let mut hash = Sha256::new();
@@ -46,7 +46,8 @@ pub fn key<'a>(inputs: impl IntoIterator<Item = &'a str>) -> String {
     hex(&hash.finalize())
 }
 
-/// Waits for the lock of that name and takes it; `waiting` is called once if another holds it.
+/// Waits for the lock of that name and takes it; `waiting` is called once if another process holds
+/// it.
 ///
 /// # Errors
 /// When the lock file cannot be made or locked.
@@ -61,8 +62,8 @@ pub fn lock(directory: &Path, name: &str, waiting: impl FnOnce()) -> Result<Lock
     Ok(Lock { _file: file })
 }
 
-/// Makes `entry` by filling a directory beside it and renaming that; what an interrupted run left
-/// is removed first. The caller holds the entry's lock.
+/// Makes `entry` by filling a directory beside it and renaming that directory. Files of an
+/// interrupted run are removed first. The caller holds the entry's lock.
 ///
 /// # Errors
 /// With those of `fill`, or when a directory cannot be made, removed or renamed.

@@ -1,9 +1,10 @@
-//! Packs a kernel's ELF file: only the program headers and what they load stay.
+//! Packs a kernel's ELF file: keeps only the program headers and the segments that they load.
 //!
-//! The kernel is linked for pages of 2 MiB, so a third of the file would be holes between segments;
-//! here they follow each other at 4 KiB, at the same addresses in memory. Long runs of padding inside
-//! a segment (entry code has 2 MiB of its own) go too: what is not in the file is not written into the
-//! memory of a pod, which is zero before. Loaders read program headers only, so sections, symbols and debug data go.
+//! The kernel is linked for pages of 2 MiB, so a third of the file would be holes between segments.
+//! In the packed file, segments are aligned to 4 KiB, with the same addresses in memory. Long runs
+//! of padding inside a segment (entry code has 2 MiB of its own) are removed too: bytes that are
+//! not in the file are not written into the memory of a pod, which is zero at first. Loaders read
+//! only program headers, so sections, symbols and debug data are removed.
 //! Spec: ELF-64 object file format, chapters 3 and 8. Only the 64-bit little-endian form is read.
 
 use anyhow::{Context, Result, bail, ensure};
@@ -12,9 +13,9 @@ const HEADER: usize = 64;
 const PROGRAM_HEADER: usize = 56;
 const PAGE: u64 = 4096;
 const LOAD: u64 = 1;
-/// Shorter runs of padding are not worth a program header, in pages.
+/// The shortest run of padding that is worth a program header, in pages.
 const WORTHWHILE: u64 = 16;
-/// What the linker fills data and code with.
+/// The bytes with which the linker pads data and code.
 const FILLERS: [u8; 2] = [0, 0xcc];
 
 /// One program header, as its raw fields and its place in the file.
@@ -30,8 +31,8 @@ struct Segment {
 }
 
 impl Segment {
-    /// The part of a loaded segment from `start` to `end`, both counted from its start; the last part
-    /// also has the memory that the file has nothing for.
+    /// The part of a loaded segment from `start` to `end`, both relative to its start. The last
+    /// part also has the memory beyond the data in the file.
     fn part(&self, start: u64, end: u64) -> Self {
         let rest = if end == self.size { self.memory - self.size } else { 0 };
         Self {
@@ -64,7 +65,7 @@ pub fn pack(file: &[u8]) -> Result<Vec<u8>> {
 
     let mut moved: Vec<(Segment, u64)> = Vec::new();
     for part in parts.iter().filter(|part| part.kind == LOAD) {
-        // The offset and the address agree within a page, as mmap wants it.
+        // Offset and address are congruent modulo the page size, as mmap needs it.
         let page = (packed.len() as u64).next_multiple_of(PAGE);
         let offset = page + part.address % PAGE;
         packed.resize(usize::try_from(offset)?, 0);
@@ -86,7 +87,7 @@ pub fn pack(file: &[u8]) -> Result<Vec<u8>> {
     Ok(packed)
 }
 
-/// A loaded segment in parts between its long runs of padding; any other as it is.
+/// Splits a loaded segment at its long runs of padding; returns any other segment unchanged.
 fn without_padding(file: &[u8], segment: Segment) -> Result<Vec<Segment>> {
     if segment.kind != LOAD {
         return Ok(vec![segment]);
@@ -112,7 +113,8 @@ fn without_padding(file: &[u8], segment: Segment) -> Result<Vec<Segment>> {
     Ok(parts)
 }
 
-/// A segment that is loaded moved itself; another lies within one that is.
+/// The offset of a segment in the packed file. A segment that is not loaded lies within a loaded
+/// one.
 fn new_offset(segment: &Segment, moved: &[(Segment, u64)]) -> Result<u64> {
     for (load, offset) in moved {
         let end = segment.offset + segment.size;

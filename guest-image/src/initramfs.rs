@@ -1,17 +1,17 @@
 //! The initramfs: a cpio archive in the "newc" format of the kernel's
 //! `Documentation/driver-api/early-userspace/buffer-format.rst`, uncompressed.
 //!
-//! Device nodes are only entries of the archive, so no root is needed. Inodes are numbered in order,
-//! times are zero, and the entries are fixed: the same program gives the same bytes. It holds the program
-//! as `/init`, the console, and the directories that the program mounts on. A pod's holds nothing else;
-//! the test host's may hold further files.
+//! Device nodes are only entries of the archive, so no root is needed. Inodes are numbered in
+//! order, times are zero, and the entries are fixed, so the same program gives the same bytes. The
+//! archive holds the program as `/init`, the console, and the directories that the program mounts
+//! on. A pod's initramfs holds nothing else; the test host's may hold further files.
 
 use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 
-/// The largest archive, in bytes: all of it is memory of every pod until the agent runs.
+/// The largest archive, in bytes: all of it takes memory in every pod until the agent runs.
 pub const MAX_SIZE: usize = 8 << 20;
 
 const DIRECTORIES: [&str; 5] = ["dev", "proc", "run", "sys", "tmp"];
@@ -29,7 +29,7 @@ struct Entry<'a> {
     data: &'a [u8],
 }
 
-/// Writes the initramfs with that agent, under a temporary name first.
+/// Writes the initramfs with this agent, first under a temporary name.
 ///
 /// # Errors
 /// When the agent cannot be read, is not a static ELF file, is too large, or the output cannot be
@@ -52,7 +52,7 @@ pub fn write(agent: &Path, output: &Path) -> Result<usize> {
     Ok(archive.len())
 }
 
-/// The bytes of an archive with that program, and files beside it, each a name and its content.
+/// The bytes of an archive with this program and further files, each a name and its content.
 ///
 /// # Errors
 /// When a file is too large for the format.
@@ -75,8 +75,8 @@ pub fn archive(program: &[u8], files: &[(String, Vec<u8>)]) -> Result<Vec<u8>> {
     Ok(archive)
 }
 
-/// A header of a magic and thirteen fields of eight hexadecimal digits, the name with its NUL, the
-/// data; header with name, and data, each padded to four bytes.
+/// Appends an entry: a header with a magic number and thirteen fields of eight hexadecimal digits,
+/// the name with its NUL, and the data. Header with name, and data, are each padded to four bytes.
 fn append(archive: &mut Vec<u8>, inode: u32, entry: &Entry<'_>) -> Result<()> {
     let links = if entry.mode & S_IFDIR == S_IFDIR { 2 } else { 1 };
     let fields = [
@@ -157,7 +157,7 @@ mod tests {
         assert!(!directory.path().join("out").exists());
     }
 
-    /// The other reader that every Debian machine with busybox has.
+    /// Reads the archive with busybox's cpio as well.
     #[test]
     fn busybox_lists_exactly_the_entries() {
         let directory = tempfile::tempdir().unwrap();

@@ -1,7 +1,8 @@
-//! Kconfig fragments: what was asked for against what `make olddefconfig` made of it.
+//! Kconfig fragments: compares the requested options with the result of `make olddefconfig`.
 //!
-//! Kconfig drops an option whose dependencies are missing without a word; here each dropped one is
-//! named. Spec: the kernel's kbuild/kconfig documentation (`CONFIG_X=value`, `# CONFIG_X is not set`).
+//! Kconfig silently drops an option whose dependencies are missing; this module names each dropped
+//! option. Spec: the kernel's kbuild/kconfig documentation (`CONFIG_X=value`, `# CONFIG_X is not
+//! set`).
 
 use std::collections::BTreeMap;
 
@@ -13,7 +14,8 @@ pub type Options = BTreeMap<String, Option<String>>;
 /// Reads a fragment or a whole `.config`.
 ///
 /// # Errors
-/// Names the line that is neither an option, a comment nor blank, and an option asked for twice.
+/// When a line is neither an option, a comment nor blank, or an option is requested twice; names
+/// it.
 pub fn parse(text: &str) -> Result<Options> {
     let mut options = Options::new();
     for (index, line) in text.lines().enumerate() {
@@ -37,7 +39,7 @@ fn parse_line(line: &str) -> Option<(&str, Option<&str>)> {
     Some((name, (value != "n").then_some(value)))
 }
 
-/// Every request that the final configuration does not grant, one message each.
+/// Returns a message for each requested option that differs in the final configuration.
 #[must_use]
 pub fn unmet(requested: &Options, granted: &Options) -> Vec<String> {
     let mut messages = Vec::new();

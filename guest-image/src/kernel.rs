@@ -2,12 +2,12 @@
 //! that every request was granted, `make vmlinux`, pack. The result is the uncompressed ELF file,
 //! which is what the monitor and QEMU load.
 //!
-//! Kept in the cache under the hash of the fragment, the source, the tools and `RECIPE`, so a second
-//! call only looks it up. What does not depend on the inputs (user, host, time) is fixed, so the same
-//! inputs give the same kernel.
+//! The kernel is kept in the cache under the hash of the fragment, the source, the tools and
+//! `RECIPE`, so a second call only looks it up. User, host and time are set to fixed values, so the
+//! same inputs give the same kernel.
 //!
-//! The objects stay in the cache too: another fragment compiles what its options reach, and a first
-//! build that was interrupted goes on.
+//! The object files stay in the cache too. So a changed fragment recompiles only the files that its
+//! options affect, and a first build that was interrupted continues.
 
 use std::collections::VecDeque;
 use std::ffi::OsStr;
@@ -23,7 +23,7 @@ use crate::progress::{Step, say};
 use crate::source::Source;
 use crate::{cache, elf, kconfig};
 
-/// Raised when this file builds something else from the same inputs.
+/// Increased when this file builds a different kernel from the same inputs.
 const RECIPE: &str = "2";
 /// How much of make's log an error shows.
 const LOG_LINES: usize = 25;
@@ -31,7 +31,7 @@ const LOG_LINES: usize = 25;
 /// A kernel to build.
 #[derive(Debug, Clone, Copy)]
 pub struct Recipe<'a> {
-    /// For messages and the cache: `guest` or `host`.
+    /// Its name in messages and in the cache: `guest` or `host`.
     pub name: &'a str,
     /// The text of the fragment.
     pub fragment: &'a str,
@@ -40,9 +40,9 @@ pub struct Recipe<'a> {
 /// A kernel in the cache.
 #[derive(Debug)]
 pub struct Kernel {
-    /// The ELF file, without what is not loaded.
+    /// The ELF file with only its loaded parts.
     pub vmlinux: PathBuf,
-    /// The names of its addresses.
+    /// The symbol map, `System.map`.
     pub symbols: PathBuf,
 }
 
@@ -83,21 +83,24 @@ pub fn build(recipe: Recipe<'_>, source: &Source) -> Result<Kernel> {
     Ok(kernel)
 }
 
-/// The objects of all kernels of one name, source and compiler.
+/// The object files of all kernels of one name, source and compiler.
 ///
-/// make takes an object for whole if the command that made it is written beside it, which happens
-/// afterwards. That tells a first build what an interruption left half made, but not a later one.
+/// The kernel's make files treat an object as complete if its command is saved beside it, which is
+/// written after the object. So after a first build was interrupted, make finds the incomplete
+/// objects. In a later build the file from the previous build already exists, so make does not find
+/// them.
 struct Objects {
     directory: PathBuf,
 }
 
 impl Objects {
-    /// There once make has ended by itself.
+    /// Exists once make has ended by itself.
     const WHOLE: &str = "whole";
-    /// There instead while it runs again.
+    /// Exists instead while make runs again.
     const CHANGING: &str = "changing";
 
-    /// Takes over what the build before left. The caller holds the lock of that kernel.
+    /// Opens the objects of the previous build; removes them if a later build was interrupted. The
+    /// caller holds the lock of that kernel.
     fn open(cache: &Path, recipe: Recipe<'_>, source: &Source) -> Result<Self> {
         let (gcc, ld) = (version("gcc")?, version("ld")?);
         let key = cache::key([RECIPE, &source.identity(), &gcc, &ld]);
@@ -110,7 +113,7 @@ impl Objects {
         Ok(Self { directory })
     }
 
-    /// Runs what changes them, and remembers whether it came to its end, good or bad.
+    /// Runs `work`, which changes the objects, and records that it ended, with or without an error.
     fn change(&self, work: impl FnOnce() -> Result<()>) -> Result<()> {
         let (whole, changing) =
             (self.directory.join(Self::WHOLE), self.directory.join(Self::CHANGING));
@@ -126,7 +129,7 @@ impl Objects {
     }
 }
 
-/// The hash of everything that decides what comes out.
+/// The hash of all inputs of a build.
 fn inputs(recipe: Recipe<'_>, source: &Source) -> Result<String> {
     let (gcc, ld) = (version("gcc")?, version("ld")?);
     Ok(cache::key([RECIPE, recipe.fragment, &source.identity(), &gcc, &ld]))
@@ -141,7 +144,7 @@ fn version(tool: &str) -> Result<String> {
     Ok(text.lines().next().unwrap_or_default().to_owned())
 }
 
-/// One build directory and how make is called in it.
+/// One build directory, in which make is run.
 struct Make {
     tree: PathBuf,
     build: PathBuf,
@@ -173,7 +176,7 @@ impl Make {
             .env("KBUILD_BUILD_TIMESTAMP", "Thu Jan  1 00:00:00 UTC 1970")
             .env("KBUILD_BUILD_USER", "bulkhead")
             .env("KBUILD_BUILD_HOST", "bulkhead")
-            // Else make counts the builds in a directory.
+            // Otherwise make counts the builds in a directory.
             .env("KBUILD_BUILD_VERSION", "1")
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -226,7 +229,7 @@ fn compile(recipe: Recipe<'_>, make: &Make) -> Result<()> {
     Ok(())
 }
 
-/// Packs the linked kernel and keeps what reads a back trace.
+/// Packs the linked kernel, and keeps its symbol map for reading back traces.
 fn keep(build: &Path, entry: &Path) -> Result<()> {
     let linked = fs::read(build.join("vmlinux")).context("read the linked kernel")?;
     let packed = elf::pack(&linked).context("pack the linked kernel")?;
@@ -286,12 +289,12 @@ mod tests {
         let first = open();
         fs::write(first.directory.join("one.o"), "").unwrap();
         interrupted(&first);
-        // It goes on from there, and an error of make leaves whole objects too.
+        // The next build continues from there; after an error of make the objects are complete too.
         assert!(has_one(&open()));
         open().change(|| bail!("a mistake in the source")).unwrap_err();
         open().change(|| Ok(())).unwrap();
         assert!(has_one(&open()));
-        // Now nobody knows which objects are whole.
+        // Now it is unknown which objects are complete.
         interrupted(&open());
         assert!(!has_one(&open()));
     }

@@ -1,9 +1,9 @@
-//! Builds what a pod boots: the kernel and the initramfs. Needs no root, and no network beyond the
-//! source package that the machine already has.
+//! Builds what a pod boots: the kernel and the initramfs. It needs neither root nor a network, only
+//! the source package that is installed on the machine.
 //!
-//! A kernel is `make tinyconfig` plus a fragment, verified option by option, and kept in the cache
-//! under the hash of everything that went into it. The test host's kernel is built by the same code
-//! from its own fragment. The initramfs is a cpio archive written here, the same bytes each time.
+//! A kernel is `make tinyconfig` plus a fragment, verified option by option. It is kept in the
+//! cache under the hash of all its inputs. The same code builds the test host's kernel from another
+//! fragment. The initramfs is a cpio archive that is written here, with the same bytes each time.
 
 pub mod cache;
 pub mod elf;

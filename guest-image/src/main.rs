@@ -1,4 +1,4 @@
-//! Builds the guest image by hand: `cargo xtask image` calls the same library.
+//! Command line to build the parts of the guest image; `cargo xtask image` calls the same library.
 
 use std::env;
 use std::path::Path;

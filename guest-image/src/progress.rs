@@ -1,15 +1,15 @@
-//! Progress of long steps, for a person: what is being done, how far it is, how long it took.
+//! Progress messages of long steps: what is being done, how far it is, how long it took.
 //!
-//! Steps run beside each other and beside cargo, so each line stands for itself and none is rewritten.
-//! Everything goes to standard error: standard output belongs to results.
+//! Steps run in parallel with each other and with cargo, so each line is complete and none is
+//! rewritten. Messages go to standard error; standard output is for results.
 
 use std::io::{self, Write};
 use std::time::{Duration, Instant};
 
-/// How often a step tells how far it is.
+/// The minimum time between progress messages of a step.
 const INTERVAL: Duration = Duration::from_secs(20);
 
-/// One step under way.
+/// A step in progress.
 #[derive(Debug)]
 pub struct Step {
     name: String,
@@ -26,7 +26,7 @@ impl Step {
         Self { name, started: now, shown: now }
     }
 
-    /// Tells how far the step is; shown only now and then.
+    /// Reports how far the step is; most reports are not shown.
     pub fn update(&mut self, how_far: &str) {
         if self.shown.elapsed() >= INTERVAL {
             self.shown = Instant::now();
@@ -34,7 +34,7 @@ impl Step {
         }
     }
 
-    /// Closes the step and returns how long it took.
+    /// Ends the step and returns how long it took.
     pub fn done(self, result: &str) -> Duration {
         let took = self.started.elapsed();
         say(&format!("{}: {result} ({:.1} s)", self.name, took.as_secs_f32()));
@@ -42,8 +42,8 @@ impl Step {
     }
 }
 
-/// Writes one line for a person to standard error.
+/// Writes one line to standard error.
 pub fn say(line: &str) {
-    // Nobody is left to tell when standard error is closed.
+    // If standard error is closed, the failure cannot be reported.
     _ = writeln!(io::stderr(), "{line}");
 }

@@ -1,6 +1,6 @@
 //! Where the kernel's source comes from: Debian's package, or a pinned upstream archive.
 //!
-//! Only what an x86 build can reach is unpacked; the rest is more than half of the tree.
+//! Only files that an x86 build can use are unpacked; the others are more than half of the tree.
 
 use std::env;
 use std::fs::{self, File};
@@ -17,8 +17,8 @@ use crate::progress::{Step, say};
 const DEBIAN_PACKAGE: &str = "linux-source-6.12";
 const DEBIAN_ARCHIVE: &str = "/usr/src/linux-source-6.12.tar.xz";
 
-/// Left out, as patterns of tar. Kconfig and make files stay: the top-level ones read all of them,
-/// also `arch/*/crypto/Kconfig` and `arch/um/scripts`.
+/// Files that are not unpacked, as patterns of tar. Kconfig and make files stay, because the
+/// top-level ones read all of them, also `arch/*/crypto/Kconfig` and `arch/um/scripts`.
 const LEFT_OUT: [&str; 29] = [
     "*/arch/alpha/[!c]*",
     "*/arch/arc/[!c]*",
@@ -51,10 +51,10 @@ const LEFT_OUT: [&str; 29] = [
     "linux-*/tools/testing/*",
 ];
 
-/// A source archive and what pins it.
+/// A source archive, and the version or hash that pins it.
 #[derive(Debug, Clone)]
 pub enum Source {
-    /// Debian's package; its version names its content.
+    /// Debian's package, pinned by its version.
     Debian {
         /// The package's version.
         version: String,
@@ -108,7 +108,7 @@ impl Source {
         }
     }
 
-    /// What stands for the content in the hash of a build's inputs.
+    /// The string that represents the source in the hash of a build's inputs.
     #[must_use]
     pub fn identity(&self) -> String {
         match self {

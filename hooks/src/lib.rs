@@ -1,9 +1,8 @@
 //! Hooks: OCI runtime-spec, "POSIX-platform Hooks".
 //!
-//! A hook is a program that reads the container's state from its standard input, and may have a time to
-//! end.
-//! The supervisor runs those of the host, the agent those of the guest; who runs one says what
-//! executes it ([`Command`]), everything else is alike.
+//! A hook is a program that reads the container's state from its standard input, and may have a
+//! timeout. The supervisor runs the hooks of the host, the agent those of the guest. The caller
+//! provides the [`Command`] that executes a hook; everything else is the same for both.
 
 use std::fs::File;
 use std::io::{self, Read, Seek};
@@ -18,10 +17,10 @@ use rustix::fs::{MemfdFlags, OFlags, fcntl_setfl, memfd_create};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
-/// As much of a failed hook's standard error becomes part of the error, in bytes.
+/// The most bytes of a failed hook's standard error that become part of the error.
 const WORDS_MAX: u64 = 1024;
 
-/// How long a hook may take; one without a timeout, as long as it likes.
+/// How long a hook may take; `None` if it has no timeout.
 #[must_use]
 pub fn patience(hook: &Hook) -> Option<Duration> {
     hook.timeout().map(|seconds| Duration::from_secs(u64::try_from(seconds).unwrap_or(0)))
@@ -34,14 +33,14 @@ pub fn failed(kind: &str, number: usize, name: &Path, error: &io::Error) -> io::
     io::Error::other(format!("error running {kind} hook #{number}, {name}: {error}"))
 }
 
-/// Runs one hook to its end by `command`, which gets its arguments and the container's state as JSON.
-/// A hook without an environment of its own has that of `command`. What the hook writes goes nowhere,
-/// but for the words of an error.
+/// Runs one hook to its end by `command`, which gets its arguments and the container's state as
+/// JSON. A hook without an environment of its own has that of `command`. The hook's output is
+/// discarded, but its standard error becomes part of an error.
 ///
 /// # Errors
 /// When it cannot be started, ends with another status than 0, or not in time; it is killed then.
 pub fn run(hook: &Hook, mut command: Command, state: &[u8]) -> io::Result<()> {
-    // A file, which never fills up as a pipe would.
+    // A file, because a pipe could fill up and block the hook.
     let mut words = File::from(memfd_create("hook", MemfdFlags::CLOEXEC)?);
     command.stdin(Stdio::piped()).stdout(Stdio::null()).stderr(words.try_clone()?);
     // The first argument is the name that the hook is called by.
@@ -83,7 +82,7 @@ pub fn run(hook: &Hook, mut command: Command, state: &[u8]) -> io::Result<()> {
 fn feed(child: &mut Child, mut input: &[u8], patience: Option<Duration>) -> io::Result<bool> {
     let pid = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
     let pid = pid.ok_or(io::ErrorKind::InvalidInput)?;
-    // The pid is the child's until the child has been waited for.
+    // The pid is not reused until the child has been waited for.
     let process = pidfd_open(pid, PidfdFlags::empty())?;
     let mut stdin = child.stdin.take();
     if let Some(stdin) = &stdin {

@@ -1,4 +1,4 @@
-//! What happens in a network namespace, told by the kernel: the groups of rtnetlink(7).
+//! Notifications of what changes in a network namespace: the multicast groups of rtnetlink(7).
 
 use std::fmt;
 use std::io;
@@ -9,14 +9,14 @@ use netlink_sys::{Socket, SocketAddr};
 
 /// Interfaces, neighbours, addresses, routes and rules: `enum rtnetlink_groups` of Linux.
 const GROUPS: [u32; 8] = [1, 3, 5, 7, 8, 9, 11, 19];
-/// Of each message only that it came counts.
+/// Messages are cut to this size: only that one came counts.
 const CUT_BYTES: usize = 16;
 
-/// Tells that something in the network namespace has changed that the thread was in which opened it.
+/// Reports changes in the network namespace that the thread was in when it opened this.
 pub struct Changes(Socket);
 
 impl Changes {
-    /// From now on.
+    /// Reports changes from now on.
     ///
     /// # Errors
     /// When the kernel gives no socket.
@@ -30,7 +30,7 @@ impl Changes {
         Ok(Self(socket))
     }
 
-    /// Takes in all that was told until now; whether there was anything.
+    /// Reads all notifications so far; returns whether there were any.
     ///
     /// # Errors
     /// Those of the socket.
@@ -40,7 +40,7 @@ impl Changes {
             let mut cut = [0; CUT_BYTES];
             match self.0.recv(&mut &mut cut[..], 0) {
                 Ok(_) => told = true,
-                // So much that some of it was dropped.
+                // There were so many that the kernel dropped some.
                 Err(error) if error.raw_os_error() == Some(libc::ENOBUFS) => told = true,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(told),
                 Err(error) => return Err(error),
@@ -49,7 +49,7 @@ impl Changes {
     }
 }
 
-/// Readable when there is something to take in.
+/// Readable when there are notifications.
 impl AsFd for Changes {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
@@ -71,7 +71,7 @@ mod tests {
     fn a_change_is_told_once() {
         let loopback = 1;
         let changes = Changes::open().unwrap();
-        // What others do here meanwhile is told as well.
+        // Changes that others make here meanwhile are reported as well.
         let mut connection = Connection::open().unwrap();
         connection.set_link(loopback, Some(true), Vec::new()).unwrap();
         changes.take().unwrap();

@@ -1,8 +1,8 @@
 //! Requests of rtnetlink(7): one at a time, each with its answer.
 //!
-//! The supervisor reads a network namespace of the host with it, the agent makes the guest's the same;
-//! messages go between them as the kernel has them ([`encode`], [`decode`]). Beside that the agent needs
-//! rules of nf_tables ([`nat`]).
+//! The supervisor uses it to read a network namespace of the host, the agent to make the guest's
+//! the same; messages pass between them in the kernel's own form ([`encode`], [`decode`]). The
+//! agent also needs rules of nf_tables ([`nat`]).
 
 mod changes;
 pub mod nat;
@@ -22,11 +22,11 @@ use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
 use netlink_sys::protocols::NETLINK_ROUTE;
 use netlink_sys::{Socket, SocketAddr};
 
-/// How often a listing is asked for that changes while it is made.
+/// How often a listing is requested again that changes while it is made.
 const ATTEMPTS: usize = 5;
 
-/// A connection to the kernel of this host, about the network namespace that the thread was in which
-/// opened it.
+/// A connection to the kernel, about the network namespace that the thread was in when it opened
+/// this.
 pub struct Connection {
     socket: Socket,
     sequence: u32,
@@ -43,7 +43,7 @@ impl Connection {
         let mut socket = Socket::new(NETLINK_ROUTE)?;
         socket.bind_auto()?;
         socket.connect(&SocketAddr::new(0, 0))?;
-        // Only what is asked for is listed: the kernel then looks at the fields of a request.
+        // Makes the kernel check the fields of a request, and list only what they ask for.
         socket.set_netlink_get_strict_chk(true)?;
         Ok(Self { socket, sequence: 0 })
     }
@@ -51,7 +51,7 @@ impl Connection {
     /// Lists what a request asks for.
     ///
     /// # Errors
-    /// Those of the kernel, and one when what is listed does not come to rest.
+    /// Those of the kernel, and one when the listing changes each time.
     pub fn list(&mut self, request: &RouteNetlinkMessage) -> io::Result<Vec<RouteNetlinkMessage>> {
         for _ in 0..ATTEMPTS {
             self.send(request.clone(), NLM_F_DUMP)?;
@@ -75,7 +75,7 @@ impl Connection {
         Err(io::Error::new(io::ErrorKind::Interrupted, "it changes all the time"))
     }
 
-    /// Has something done; `flags` are of netlink(7) and say how.
+    /// Requests a change; `flags` are those of netlink(7).
     ///
     /// # Errors
     /// Those of the kernel.
@@ -85,7 +85,7 @@ impl Connection {
         Ok(())
     }
 
-    /// Sets something of the interface with this number; with `up` it runs afterwards, or does not.
+    /// Sets attributes of the interface with this number; `up` brings it up or down.
     ///
     /// # Errors
     /// Those of the kernel.
@@ -120,7 +120,7 @@ impl Connection {
         let (mut answers, mut rest) = (Vec::new(), datagram.as_slice());
         while !rest.is_empty() {
             let answer = parse(rest)?;
-            // In a datagram each begins at a multiple of 4, netlink(7).
+            // In a datagram each message begins at a multiple of 4, netlink(7).
             let length = (answer.header.length as usize).next_multiple_of(4);
             rest = rest.get(length.max(4)..).unwrap_or_default();
             if answer.header.sequence_number != self.sequence {
@@ -143,7 +143,7 @@ impl fmt::Debug for Connection {
     }
 }
 
-/// A message as the kernel would have it.
+/// A message in the kernel's own form.
 #[must_use]
 pub fn encode(message: RouteNetlinkMessage) -> Vec<u8> {
     bytes(NetlinkHeader::default(), message)
@@ -152,7 +152,7 @@ pub fn encode(message: RouteNetlinkMessage) -> Vec<u8> {
 /// The message that [`encode`] has made these bytes of.
 ///
 /// # Errors
-/// When they are none.
+/// When they are no such message.
 pub fn decode(bytes: &[u8]) -> io::Result<RouteNetlinkMessage> {
     match parse(bytes)?.payload {
         NetlinkPayload::InnerMessage(message) => Ok(message),

@@ -1,5 +1,5 @@
-//! Rules of nf_tables that send what local processes address to one place to another: the messages of
-//! `linux/netfilter/nf_tables.h`, of which this crate's others know nothing.
+//! Rules of nf_tables that redirect what local processes send to another port. The messages of
+//! `linux/netfilter/nf_tables.h` are written by hand: the crates for rtnetlink do not have them.
 
 use std::io;
 use std::net::SocketAddrV4;
@@ -7,7 +7,7 @@ use std::net::SocketAddrV4;
 use netlink_sys::protocols::NETLINK_NETFILTER;
 use netlink_sys::{Socket, SocketAddr};
 
-/// The table; everything in it is of this crate.
+/// The table, which only this module uses.
 const TABLE: &[u8] = b"bulkhead\0";
 const CHAIN: &[u8] = b"names\0";
 
@@ -44,19 +44,19 @@ pub enum Protocol {
     Udp = 17,
 }
 
-/// What goes to another port than it was sent to.
+/// Sends packets to another port than the one that they are addressed to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Redirection {
-    /// Of packets of this protocol.
+    /// The protocol of the packets.
     pub protocol: Protocol,
-    /// Those with this destination.
+    /// Their destination.
     pub to: SocketAddrV4,
-    /// Go to this port there.
+    /// The port of that address that they go to instead.
     pub port: u16,
 }
 
-/// Sends what processes of the calling thread's network namespace address to other ports. To be
-/// called once for a namespace.
+/// Redirects what processes of the calling thread's network namespace send. To be called once for a
+/// namespace.
 ///
 /// # Errors
 /// Those of the kernel, which has changed nothing then.
@@ -74,7 +74,7 @@ pub fn redirect(redirections: &[Redirection]) -> io::Result<()> {
     batch.send()
 }
 
-/// What a packet has to be, and what becomes of it.
+/// What a packet has to match, and what happens to it.
 fn expressions(redirection: &Redirection) -> [Vec<u8>; 9] {
     let Redirection { protocol, to, port } = redirection;
     [
@@ -127,7 +127,7 @@ fn number(kind: u16, value: u32) -> Vec<u8> {
 
 /// One attribute of netlink(7), padded.
 fn attribute(kind: u16, value: &[u8]) -> Vec<u8> {
-    // All of them are some bytes long.
+    // All attributes here are a few bytes long.
     let length = u16::try_from(4 + value.len()).unwrap_or(u16::MAX);
     let mut bytes = [length.to_ne_bytes(), kind.to_ne_bytes()].concat();
     bytes.extend_from_slice(value);
@@ -155,7 +155,7 @@ impl Batch {
         self.message(kind, flags | NLM_F_ACK, &[&header[..], attributes].concat());
     }
 
-    /// Begin or end.
+    /// Begins or ends the batch.
     fn edge(&mut self, kind: u16) {
         let [high, low] = NFNL_SUBSYS_NFTABLES.to_be_bytes();
         self.message(kind, 0, &[0, 0, high, low]);
@@ -186,7 +186,7 @@ impl Batch {
     }
 }
 
-/// How many messages a datagram says have been done.
+/// How many messages a datagram acknowledges.
 fn acknowledged(mut datagram: &[u8]) -> io::Result<u32> {
     let mut count = 0;
     while let Some((header, rest)) = datagram.split_first_chunk::<16>() {

@@ -26,14 +26,15 @@ pub const MAX_MESSAGE_BYTES: usize = 4 << 20;
 /// The largest one that the guest accepts: a specification can have as many arguments, variables and
 /// mounts as Linux takes.
 pub const MAX_REQUEST_BYTES: usize = 16 << 20;
-/// The most descriptors that a process gets beyond its standard streams: with those, no more than
-/// a message between processes of the host carries, and than streams may wait for a call in the guest.
+/// The most descriptors that a process gets beyond its standard streams. Together with these they
+/// fit into one message between processes of the host, and into the streams that may wait for a
+/// call in the guest.
 pub const DESCRIPTORS_MAX: usize = 61;
 /// Where the agent makes a directory with a socket for sd_notify(3), for each container that has one.
 pub const NOTIFY_DIR: &str = "/run/bulkhead/notify";
 /// The name of the socket in there.
 pub const NOTIFY_SOCKET: &str = "notify.sock";
-/// As much of a datagram of sd_notify(3) crosses.
+/// The most bytes of a datagram of sd_notify(3) that reach the host.
 pub const NOTIFY_BYTES_MAX: usize = 4096;
 /// The tag of the virtio-fs device that shares the pod's files.
 pub const SHARE_TAG: &str = "bulkhead";

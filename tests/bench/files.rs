@@ -1,5 +1,5 @@
-//! The shared file system against the same work on the host, in the same directory, by the same
-//! busybox.
+//! Compares the shared file system with the same work on the host, in the same directory and with
+//! the same busybox.
 
 use std::fs;
 use std::path::Path;
@@ -15,14 +15,14 @@ use crate::table::{self, median};
 
 const MIB: usize = 64;
 const FILES: usize = 2000;
-/// What is timed: a name, and the script with the directory as `$D`.
+/// The measured work: a name, and a script that has the directory in `$D`.
 const WORK: [(&str, &str); 3] = [
     ("sequential write, MiB/s", "dd if=/dev/zero of=$D/big bs=1M count=64 conv=fsync 2>/dev/null"),
     ("sequential read, MiB/s", "dd if=$D/big of=/dev/null bs=1M 2>/dev/null"),
     ("metadata walk, files/s", "find $D/tree -type f -exec stat -c %s {} + > /dev/null"),
 ];
 
-/// Does the work on both sides, prints the table, gives the medians.
+/// Does the work on both sides, prints the table, returns the medians.
 pub(crate) fn measure(rounds: usize) -> Result<Value> {
     let directory = tempfile::tempdir()?;
     make_tree(directory.path())?;
@@ -41,7 +41,7 @@ pub(crate) fn measure(rounds: usize) -> Result<Value> {
     let mut results = Map::new();
     for ((name, _), (host, guest)) in WORK.iter().zip(host.iter().zip(&guest)) {
         let amount = if name.contains("MiB") { MIB } else { FILES };
-        // Both fit a double without loss.
+        // Both values fit into a double without loss.
         let rate =
             |seconds: &[f64]| f64::from(u32::try_from(amount).unwrap_or(0)) / median(seconds);
         let (host, guest) = (rate(host), rate(guest));
@@ -58,7 +58,8 @@ pub(crate) fn measure(rounds: usize) -> Result<Value> {
     Ok(Value::Object(results))
 }
 
-/// A line before and after each piece of work; the reader takes the times.
+/// A script that prints a line before and after each piece of work; the reader of the lines takes
+/// the times.
 fn script(directory: &Path) -> String {
     let mut script = format!("D={}; ", directory.display());
     for (_, work) in WORK {

@@ -1,10 +1,10 @@
-//! The benchmark: what a container in its own machine costs, beside its peers, in one boot of one
-//! host. `cargo xtask bench` runs it in the test host.
+//! The benchmark: the cost of a container in its own machine, compared with its peers, in one boot
+//! of one host. `cargo xtask bench` runs it in the test host.
 //!
-//! Rounds are interleaved, so that whatever disturbs the host disturbs everybody; the table shows
-//! medians. Under emulation absolute times mean nothing and ratios say how much code is translated;
-//! where the host counts instructions (`test-host --count`) they say how much is executed. Memory
-//! figures are real.
+//! Rounds are interleaved, so that any disturbance of the host affects all contenders; the table
+//! shows medians. Under emulation absolute times mean nothing, and ratios say how much code is
+//! translated. Where the host counts instructions (`test-host --count`), they say how much code is
+//! executed. Memory figures are real.
 //!
 //! `bench [--rounds N] [--json FILE] [--only start,verbs,memory,files,network,soak]`
 
@@ -35,16 +35,17 @@ const PARTS: [(&str, Measure); 6] = [
     ("network", network::measure),
     (SOAK, soak::measure),
 ];
-/// The one that takes half an hour and is a test more than a measure: only run when it is asked for.
+/// A part that takes half an hour and is more a test than a measurement: it runs only when it is
+/// named.
 const SOAK: &str = "soak";
 
-/// Measures in so many rounds, prints its tables and gives its figures.
+/// Measures in this number of rounds, prints its tables and returns its figures.
 type Measure = fn(usize) -> Result<Value>;
 
 struct Arguments {
     rounds: usize,
     json: Option<PathBuf>,
-    /// The parts that are asked for; all of them without any.
+    /// The parts to run; if empty, all but [`SOAK`].
     only: Vec<String>,
 }
 
@@ -73,11 +74,11 @@ impl Arguments {
 fn main() -> Result<()> {
     let words: Vec<String> = std::env::args().skip(1).collect();
     match words.iter().map(String::as_str).collect::<Vec<_>>()[..] {
-        // The ends of the network's measures.
+        // The two ends of the network measurements.
         ["near"] => network::near(),
         ["wait", address] => network::wait(address.parse()?),
         ["far", address] => far(address.parse()?),
-        // The guest of the bare boot: it got as far as its init, which is all that is timed.
+        // The init of the bare boot: only the time until here is measured.
         _ if std::process::id() == 1 => Ok(reboot(RebootCommand::Restart)?),
         _ => bench(&Arguments::parse(words.into_iter())?),
     }

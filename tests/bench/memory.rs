@@ -1,4 +1,4 @@
-//! What an idle pod costs: proportional set sizes, as the host's kernel counts them.
+//! Memory of an idle pod: proportional set sizes, as the host's kernel counts them.
 
 use anyhow::{Context, Result, ensure};
 use bulkhead_tests::bundle::Bundle;
@@ -16,7 +16,7 @@ const PROCESSES: [(&str, &str); 4] = [
     ("stand-in", "bulkhead-stand-in"),
 ];
 
-/// Starts an idle pod for each round, prints the table, gives the medians in KiB.
+/// Starts an idle pod for each round, prints the table, returns the medians in KiB.
 pub(crate) fn measure(rounds: usize) -> Result<Value> {
     let runtime = Runtime::new()?;
     let bundle = Bundle::new(&["/bin/sleep", "1000"])?;

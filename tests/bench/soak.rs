@@ -1,5 +1,5 @@
-//! Lives and processes, as many as wear out whatever leaves a little each time: fails when anything is
-//! left on the host, or a process of the pod has grown. Long, and so only run when it is asked for.
+//! Runs enough containers and processes to show even small leaks. Fails when anything is left on
+//! the host, or a process of the pod has grown. It takes long, so it runs only when it is named.
 
 use anyhow::Result;
 use bulkhead_tests::soak;
@@ -7,12 +7,12 @@ use serde_json::{Map, Value, json};
 
 use crate::table;
 
-/// Lives of a container, from create to delete.
+/// How many containers are run, each from create to delete.
 const LIVES: usize = 200;
-/// Processes in one container, before it is looked at first and until the end.
+/// Processes in one container: before the first look, and from there to the end.
 const PROCESSES: [usize; 2] = [100, 900];
 
-/// Soaks, prints the tables, gives what they have.
+/// Runs both, prints the tables, returns their figures.
 pub(crate) fn measure(_: usize) -> Result<Value> {
     let [before, after] = soak::lives(LIVES)?;
     let counts = || before.counts().into_iter().zip(after.counts());

@@ -1,5 +1,5 @@
-//! From the command to its end: `true` in a container, against runc, crun, and QEMU's microvm that
-//! boots the same kernel to an init which resets at once.
+//! The time from a command's start to its end: `true` in a container, compared with runc, crun, and
+//! QEMU's microvm, which boots the same kernel to an init that resets at once.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -19,9 +19,9 @@ use crate::table::{self, median};
 struct Contender<'a> {
     name: &'static str,
     command: Box<dyn Fn() -> Command + 'a>,
-    /// In milliseconds.
+    /// The times in milliseconds.
     times: Vec<f64>,
-    /// How much of each time the host had nothing to execute.
+    /// How much of each time the host was idle.
     idle: Vec<f64>,
 }
 
@@ -43,7 +43,7 @@ impl<'a> Contender<'a> {
     }
 }
 
-/// Runs all contenders, prints the tables, gives the medians in milliseconds.
+/// Runs all contenders, prints the tables, returns the medians in milliseconds.
 pub(crate) fn measure(rounds: usize) -> Result<Value> {
     let bundle = Bundle::new(&["/bin/true"])?;
     let runtime = Runtime::new()?;
@@ -77,7 +77,7 @@ pub(crate) fn measure(rounds: usize) -> Result<Value> {
         ]);
         totals.insert((*name).into(), ms.into());
     }
-    // Idle is what is waited for: timers, grace periods, and the files that the host shares.
+    // Idle time is spent waiting for timers, grace periods, and the files of the outer machine.
     table::print("Cold start", &["", "median ms", "bulkhead / this", "of it idle"], &rows);
 
     let phases = phases(&fs::read_to_string(&trace).context("trace of the phases")?)?;
@@ -116,14 +116,14 @@ fn qemu(initramfs: &Path) -> Command {
     command
 }
 
-/// An initramfs whose init is this very program, which as process 1 resets the machine.
+/// An initramfs whose init is this program, which as process 1 resets the machine.
 fn bare_initramfs(work: &Path) -> Result<PathBuf> {
     let path = work.join("bare.cpio");
     guest_image::initramfs::write(&std::env::current_exe()?, &path)?;
     Ok(path)
 }
 
-/// How long the host's processors have been idle, in milliseconds, to 10 ms.
+/// How long the host's processors have been idle, in milliseconds, with a resolution of 10 ms.
 fn idle_ms() -> Result<f64> {
     let uptime = fs::read_to_string("/proc/uptime").context("/proc/uptime")?;
     let idle = uptime.split_whitespace().nth(1).context("/proc/uptime has no idle time")?;

@@ -1,6 +1,6 @@
-//! Medians, and tables that a person reads.
+//! Medians, and tables for a person to read.
 
-/// The middle value; the lower one of two.
+/// The median; of an even number of values, the lower one of the middle two.
 #[must_use]
 pub(crate) fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();

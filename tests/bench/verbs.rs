@@ -1,4 +1,4 @@
-//! Each verb of a container's life, and `exec true` in it, against runc.
+//! Each command of a container's life, and `exec true` in it, compared with runc.
 
 use std::time::Instant;
 
@@ -9,13 +9,13 @@ use serde_json::{Map, Value, json};
 
 use crate::table::{self, median};
 
-/// What is timed, in the order in which it happens. A container's first further process is a case of its
-/// own: in a new machine it finds nothing in memory yet.
+/// The measured commands, in their order. A container's first `exec` is measured separately,
+/// because the page cache of a new machine is still cold.
 const VERBS: [&str; 5] = ["create", "start", "first exec true", "exec true", "delete"];
-/// Processes that are run after the first; their median counts.
+/// How many processes are run after the first; their median is used.
 const EXECS: usize = 5;
 
-/// Walks both runtimes through a container's life, prints the table, gives the medians in
+/// Runs a container's life under both runtimes, prints the table, returns the medians in
 /// milliseconds.
 pub(crate) fn measure(rounds: usize) -> Result<Value> {
     let bundle = Bundle::new(&["/bin/sleep", "1000"])?;
@@ -46,7 +46,7 @@ pub(crate) fn measure(rounds: usize) -> Result<Value> {
     Ok(json!({"unit": "ms", "verbs": results}))
 }
 
-/// One life; the times in milliseconds.
+/// Runs one container; returns the times in milliseconds.
 fn live(runtime: &Runtime, bundle: &Bundle) -> Result<[f64; 5]> {
     let create = timed(|| runtime.create("bench", bundle))?;
     let start = timed(|| runtime.ok(&["start", "bench"]).map(drop))?;

@@ -1,5 +1,5 @@
-//! Debian's CNI plugins: the network that they prepare is the container's, as under runc, and goes
-//! with them.
+//! Debian's CNI plugins: the container has the network that they prepare, as under runc, and
+//! nothing is left after they have deleted it.
 
 use std::path::Path;
 use std::process::Command;
@@ -11,7 +11,7 @@ use bulkhead_tests::runtime::{Runtime, told};
 use bulkhead_tests::traffic::echoed_by_udp;
 use serde_json::{Value, json};
 
-/// What answers outside of the pod: in the network that `outer` leads to, and the host itself.
+/// The network that `outer` leads to, with a host that answers outside of the pod.
 struct Outside(Namespace);
 
 impl Outside {
@@ -30,7 +30,8 @@ impl Outside {
     }
 }
 
-/// Addresses of a subnet for both families, given by host-local; the first is its gateway.
+/// The IPAM configuration of host-local for an IPv4 and an IPv6 subnet; the first address of each
+/// is its gateway.
 fn ipam(number: u8) -> Value {
     json!({
         "type": "host-local",
@@ -43,7 +44,7 @@ fn bridge() -> Value {
     json!({"type": "bridge", "bridge": "cni41", "isGateway": true, "ipMasq": true, "ipam": ipam(41)})
 }
 
-/// What a container has of its network, and whom it reaches through it.
+/// A container that prints its network settings and tries to reach others.
 fn probe(number: u8) -> Bundle {
     let script = format!(
         "cat /sys/class/net/eth0/address /sys/class/net/eth0/mtu; \
@@ -55,11 +56,11 @@ fn probe(number: u8) -> Bundle {
     Bundle::script(&script).unwrap()
 }
 
-/// Has plugins make a network, and runc and Bulkhead use it one after the other.
+/// Has plugins make a network, and runs runc and Bulkhead in it one after the other.
 fn as_under_runc(outside: &Outside, number: u8, plugins: &[Value]) {
     let pod = Namespace::new("pod").unwrap();
     let path = pod.path();
-    // What plugins leave of themselves under every runtime.
+    // The plugins leave something behind with every runtime; create that first.
     Attachment::add(&path, "eth0", plugins).unwrap().delete().unwrap();
     let (empty, host) = (pod.seen().unwrap(), of_host().unwrap());
     let attachment = Attachment::add(&path, "eth0", plugins).unwrap();
@@ -95,7 +96,7 @@ fn every_kind_of_interface_is_as_under_runc() {
                "egressRate": 80_000_000, "egressBurst": 80_000_000}),
     ];
     as_under_runc(&outside, 41, &chain);
-    // It takes routes away that the kernel has made.
+    // This plugin removes routes that the kernel has made.
     as_under_runc(&outside, 42, &[json!({"type": "ptp", "ipMasq": true, "ipam": ipam(42)})]);
     let on_outer = |kind: &str, number| {
         let mut plugin = json!({"type": kind, "master": "outer", "ipam": ipam(number)});
@@ -141,7 +142,7 @@ fn containers_of_a_bridge_reach_each_other_by_ports_of_the_host_too() {
         assert_eq!(asks(&runtime, "served", &theirs), "asked\n");
         assert_eq!(asks(&runc, "theirs", &ours), "asked\n");
     }
-    // The port of the host, as seen from the host's own address and from the other container.
+    // The mapped port, through addresses of the host.
     let through = |whom: &str| {
         let mut ask = Command::new("sh");
         ask.args(["-c", &format!("echo mapped | busybox nc -w 20 {whom} 8007")]);
@@ -161,7 +162,7 @@ fn containers_of_a_bridge_reach_each_other_by_ports_of_the_host_too() {
     runtime.assert_clean().unwrap();
 }
 
-/// A bridge, with ports of the host that lead to a container on it.
+/// A bridge, with host ports that are mapped to a container on it.
 fn mapped() -> [Value; 2] {
     let ports = json!([
         {"hostPort": 8007, "containerPort": 7, "protocol": "tcp"},

@@ -23,7 +23,7 @@ impl Containerd {
     fn start() -> Self {
         let directory = TempDir::with_prefix("containerd-").unwrap();
         let path = |name: &str| directory.path().join(name);
-        // Kubernetes is not asked here.
+        // The plugin for Kubernetes is not needed.
         let config = "version = 2\ndisabled_plugins = [\"io.containerd.grpc.v1.cri\"]\n";
         fs::write(path("config.toml"), config).unwrap();
         let log = File::create(path("log")).unwrap();
@@ -43,7 +43,7 @@ impl Containerd {
         output(command.args(line).stdin(Stdio::null())).unwrap()
     }
 
-    /// The standard output of a call that must succeed.
+    /// The standard output of a command that must succeed.
     fn ok(&self, line: &[&str]) -> String {
         let output = self.ctr(line);
         let log = || fs::read_to_string(self.directory.path().join("log")).unwrap_or_default();
@@ -51,7 +51,7 @@ impl Containerd {
         told(&output).1
     }
 
-    /// `ctr run` with Bulkhead, of a root file system that is not containerd's.
+    /// Runs `ctr run` with Bulkhead and a root file system that containerd does not manage.
     fn run(&self, options: &[&str], rootfs: &Path, rest: &[&str]) -> Output {
         let runtime = dist().join("bin/bulkhead");
         let fixed = ["run", "--runc-binary", runtime.to_str().unwrap(), "--rootfs"];
@@ -98,7 +98,7 @@ fn a_task_does_what_containerd_asks() {
     wait_for_nothing(containerd.directory.path());
 }
 
-/// The network that `ctr run --cni` has its plugins make, after the container was created.
+/// The network that `ctr run --cni` has plugins make, after it has created the container.
 const NETWORK: &str = r#"{
     "cniVersion": "0.4.0", "name": "net", "plugins": [
         {"type": "bridge", "bridge": "ctr0", "isGateway": true, "ipMasq": true, "ipam": {
@@ -111,8 +111,8 @@ const NETWORK: &str = r#"{
 const CONFIGURATION: &str = "/etc/cni/net.d/10-net.conflist";
 const LOOKED_FOR: &str = "/opt/cni/bin";
 
-/// A network that is configured for the whole host, for as long as this lives: Podman makes no others
-/// by netavark where it finds one.
+/// A network configuration for the whole host. It is removed when this is dropped, because Podman
+/// does not use netavark where it finds one.
 struct Configured;
 
 impl Configured {
@@ -131,7 +131,7 @@ impl Drop for Configured {
         for file in [CONFIGURATION, LOOKED_FOR] {
             let _ = fs::remove_file(file);
         }
-        // The plugins leave their bridge.
+        // The plugins leave their bridge behind.
         let _ = Command::new("ip").args(["link", "delete", "ctr0"]).status();
     }
 }

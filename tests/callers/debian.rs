@@ -1,4 +1,4 @@
-//! A small Debian under Docker: what its programs do, beside the same with runc.
+//! A small Debian image under Docker: its programs work as with runc.
 
 use std::fs;
 
@@ -8,7 +8,7 @@ use bulkhead_tests::runtime::told;
 use super::wait_for_nothing;
 
 const RUNTIMES: [&str; 2] = ["runc", "bulkhead"];
-/// Attributes of many files and the content of some, and processes with pipes between them.
+/// Reads attributes of many files and the content of some, and connects processes with pipes.
 const READS: &str = r#"
     find /etc /usr/bin -xdev -printf '%p %y %m %U %G %n %s %l\n' | sort
     dpkg --list; dpkg --verify coreutils; apt-get --version
@@ -16,13 +16,13 @@ const READS: &str = r#"
         close $w; print <$r>; wait; print $? >> 8, "\n"'
     python3 -c 'import subprocess as s; print(s.run(["arch"], capture_output=True))'
     exit 7"#;
-/// What somebody other than root may do, and may not.
+/// What a user other than root may do, and may not.
 const UNPRIVILEGED: &str = r#"
     id; pwd; bash -lc 'echo $HOME $PATH'
     cat /etc/shadow; touch /etc/new; chown root /tmp; rm /etc/passwd
     umask 27; echo own > /tmp/own; mkdir /tmp/dir; ls -ld --time-style=+ /tmp /tmp/own /tmp/dir
     exit 3"#;
-/// A user and a package that come, do something and go.
+/// Adds, uses and removes a user and a package.
 const CHANGES: &str = r#"
     set -e
     useradd --create-home --groups users joe
@@ -45,7 +45,7 @@ const CHANGES: &str = r#"
     echo changed > /etc/small.conf; dpkg --verify small || true
     dpkg --remove small; cat /etc/small.conf; dpkg --purge small; ls -d /etc/small.conf || true
     userdel --remove joe; ls /home; tail -n 3 /etc/passwd /etc/group; exit 5"#;
-/// An image with a user of its own, who does a step of it.
+/// An image with a user of its own, who runs one of the build steps.
 const STEPS: &str = r#"FROM debian
 RUN adduser --quiet --system --group --home /srv/app app && install -d -o app -g app /srv/app/data
 USER app
@@ -53,15 +53,15 @@ WORKDIR /srv/app/data
 RUN id -un > who && perl -e 'print "$_\n" for 1..1000' | gzip > numbers.gz
 CMD ["bash", "-lc", "id; pwd; ls -ln --time-style=+; cat who; zcat numbers | tail -n 1; exit 4"]
 "#;
-/// What the image has is changed, moved, removed, linked and copied.
+/// Changes, moves, removes, links and copies files of the image.
 const REPLACED: &str = "cd /etc; mv skel skeleton; rm motd; rm -r rc6.d; ln issue too; ln -s issue link; \
     chmod 600 fstab; chown app:app timezone; echo more >> shells; cp -a pam.d /copy; mkfifo /fifo; \
     truncate --size 1M /sparse; touch --date @1 /old; chmod u+s /old";
-/// How that looks in the image that was made of it.
+/// Shows these changes in the image that was committed.
 const REPLACEMENTS: &str = "cd /etc; tail -n 1 shells; ls -lnd --time-style=+%s motd rc6.d; \
     stat -c '%n %A %h %U %s' skeleton/.* too fstab timezone shells /copy/* /fifo /sparse /old; exit 6";
 
-/// One test: to import the image takes as long as what is then done with it.
+/// A single test, because importing the image takes as long as the rest.
 #[test]
 #[ignore = "long: --suite callers_long"]
 fn a_debian_image_does_as_under_runc() {
@@ -88,14 +88,14 @@ fn a_debian_image_does_as_under_runc() {
     wait_for_nothing(docker.directory());
 }
 
-/// Runs an image with the same line under runc and here, which must tell the same.
+/// Runs an image with the same command under runc and under Bulkhead; the output must be the same.
 fn assert_same(docker: &Docker, options: &[&str], rest: &[&str], status: i32) {
     let [theirs, ours] = RUNTIMES.map(|runtime| {
         let fixed =
             ["run", "--rm", "--network", "none", "--hostname", "same", "--runtime", runtime];
         told(&docker.call(&[&fixed[..], options, rest].concat()).unwrap())
     });
-    // The first line that differs says more than hundreds that do not.
+    // Report only the first line that differs, not hundreds of lines.
     for (theirs, ours) in theirs.1.lines().zip(ours.1.lines()) {
         assert_eq!(ours, theirs, "{rest:?}");
     }
@@ -103,8 +103,8 @@ fn assert_same(docker: &Docker, options: &[&str], rest: &[&str], status: i32) {
     assert_eq!(ours.0, Some(status), "{ours:?}");
 }
 
-/// What a login in a container of the built image tells, and what Docker says of its files after changes,
-/// which are then in an image.
+/// Logs in to a container of the built image, changes files and commits them to an image. Returns
+/// the login's result and the files that `docker diff` lists.
 fn replaced(docker: &Docker, runtime: &str) -> (Option<i32>, String, String, Vec<String>) {
     let run = ["run", "-d", "--network", "none", "--hostname", "same", "--name", runtime];
     docker.ok(&[&run[..], &["--runtime", runtime, "built", "sleep", "1000"]].concat()).unwrap();

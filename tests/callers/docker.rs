@@ -1,4 +1,4 @@
-//! Debian's Docker, beside itself with runc.
+//! Debian's Docker with Bulkhead, compared with runc.
 
 use std::fs;
 use std::io::Write;
@@ -9,10 +9,10 @@ use bulkhead_tests::runtime::{expect_output, finish, output, told};
 
 use super::{wait_for_nothing, wait_until};
 
-/// Options of every container of ours.
+/// Options of every container under Bulkhead.
 const OURS: [&str; 4] = ["--runtime", "bulkhead", "--network", "none"];
-/// What a container sees of itself. Mounts are compared but for those of files, which say by their
-/// nature where they come from.
+/// Prints what a container sees of itself. Mounts of files are left out, because they show where
+/// the files come from.
 const PROBE: &str = "id; pwd; hostname; echo $A $HOME $PATH; \
     grep -E '^(Cap|Seccomp|NoNew)' /proc/self/status; ulimit -n -c -u -s; \
     cat /proc/self/oom_score_adj; ls /dev; touch /file; \
@@ -21,12 +21,12 @@ const PROBE: &str = "id; pwd; hostname; echo $A $HOME $PATH; \
     cat /sys/fs/cgroup/memory.max /sys/fs/cgroup/pids.max /sys/fs/cgroup/cpu.max; \
     grep -c . /proc/net/dev; exit 7";
 
-/// A line of `docker run` for a container of ours.
+/// The arguments of `docker run` for a container under Bulkhead.
 fn ours<'a>(options: &[&'a str], rest: &[&'a str]) -> Vec<&'a str> {
     [options, &OURS, rest].concat()
 }
 
-/// A line of `docker run` with these options, in the words of a shell.
+/// The arguments of `docker run` with these options, which are split at spaces.
 fn run(options: &str, rest: &[&'static str]) -> Vec<String> {
     let options = options.split_whitespace();
     let line = ["run", "--network", "none"].into_iter().chain(options).chain(rest.iter().copied());
@@ -70,15 +70,16 @@ fn a_container_is_as_under_runc() {
         assert_eq!(found.status.code(), expected.status.code(), "{program}");
         assert!(told(&found).2.contains(words), "{found:?}");
     }
-    // Privileged is privileged inside, with the guest's devices and none of the host's.
+    // A privileged container has all privileges in the guest, with the guest's devices and none of
+    // the host's.
     let line = run("--rm --privileged", &["box", "sh", "-c", "grep CapEff /proc/self/status"]);
     let (expected, found) = (call(&docker, "runc", &line), call(&docker, "bulkhead", &line));
     assert_eq!(told(&found), told(&expected));
     wait_for_nothing(docker.directory());
 }
 
-/// The calls that Docker's default profile is there for: namespaces by clone(2) and unshare(2),
-/// clone3, mount, ptrace, keyctl, one that nobody has, and one that everybody may make.
+/// The system calls that Docker's default profile is about: clone(2) and unshare(2) for namespaces,
+/// clone3, mount, ptrace, keyctl, a call that does not exist, and one that is always allowed.
 fn dockers_own_profile(docker: &Docker) {
     let calls = [
         "x86_64:56:0x10000011",
@@ -126,7 +127,7 @@ fn a_container_joins_the_machine_of_another() {
     wait_for_nothing(docker.directory());
 }
 
-/// Less memory than the machine was started with, and more.
+/// `docker update` to less memory than the machine was started with, and to more.
 fn limits_that_change(docker: &Docker) {
     docker.ok(&["update", "--memory", "48m", "--memory-swap", "48m", "one"]).unwrap();
     let limit = docker.ok(&["exec", "one", "cat", "/sys/fs/cgroup/memory.max"]).unwrap();
@@ -180,7 +181,7 @@ fn a_running_container_does_what_docker_asks() {
     copies_of_files(&docker);
 
     let stats = docker.ok(&["stats", "--no-stream", "--format", "{{.MemUsage}}", "one"]).unwrap();
-    // The guest's memory is that of the pod: not some MiB, but some tens.
+    // The guest's memory counts as the pod's: tens of MiB, not a few.
     let used: f64 = stats.split("MiB").next().unwrap().parse().unwrap();
     assert!(used > 16.0, "{stats}");
     limits_that_change(&docker);
@@ -204,7 +205,7 @@ fn a_running_container_does_what_docker_asks() {
     wait_for_nothing(docker.directory());
 }
 
-/// In and out of the container `one`, which has a volume with a file.
+/// Copies files to and from the container `one`, which has a volume with a file.
 fn copies_of_files(docker: &Docker) {
     let copied = docker.directory().join("copied");
     let copied = copied.to_str().unwrap();
@@ -230,7 +231,7 @@ fn terminals_and_input_reach_the_container() {
         socket.display(),
         OURS.join(" ")
     );
-    // `script` is the terminal, and exits as the command does.
+    // `script` provides the terminal, and exits with the command's status.
     let mut script = Command::new("script");
     script.args(["--quiet", "--return", "--command", &line, "/dev/null"]).stdin(Stdio::null());
     let (status, out, _) = told(&output(&mut script).unwrap());
@@ -253,7 +254,7 @@ fn an_image_is_built_by_the_default_runtime() {
     docker.ok(&["build", "--network", "none", "--tag", "built", place]).unwrap();
     let run = ["run", "--rm", "--network", "none", "--user", "0", "built"];
     assert_eq!(docker.ok(&run).unwrap(), "from the context\nbuilder");
-    // A step that fails is the build's failure, with its status.
+    // A step that fails makes the build fail, and its status is reported.
     fs::write(context.join("Dockerfile"), "FROM box\nRUN exit 9\n").unwrap();
     let failed = docker.call(&["build", "--network", "none", place]).unwrap();
     assert!(told(&failed).2.contains("returned a non-zero code: 9"), "{failed:?}");
@@ -293,7 +294,7 @@ fn callers_come_and_go_while_it_talks() {
         let mut input = child.stdin.take().unwrap();
         input.write_all(format!("{words}\n").as_bytes()).unwrap();
         expect_output(&mut child, &format!("heard {words}\n")).unwrap();
-        // It goes away; the container stays.
+        // The client ends; the container stays.
         child.kill().unwrap();
         child.wait().unwrap();
     };

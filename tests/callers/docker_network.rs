@@ -1,5 +1,5 @@
-//! What Docker's options say about a container's network: it sees, reaches and is reached as under
-//! runc.
+//! Docker's options for a container's network: what the container sees, whom it reaches and how it
+//! is reached are as under runc.
 
 use std::net::UdpSocket;
 use std::thread;
@@ -12,13 +12,13 @@ use bulkhead_tests::traffic::{echoed_by_udp, says};
 
 use super::{NETWORK, wait_for_nothing};
 
-/// A daemon with its bridge; the later option of two counts.
+/// Options for a daemon with its bridge; they override the earlier ones.
 const BRIDGED: [&str; 3] = ["--bridge", "", "--iptables=true"];
-/// Where most containers are.
+/// The network of most containers.
 const OWN: [&str; 2] = ["--network", "own"];
 
-/// A daemon with the network `own`, of both families; dropping it takes the network away, which a
-/// daemon leaves.
+/// A daemon with the IPv4 and IPv6 network `own`. Dropping this removes the network, which the
+/// daemon would leave behind.
 struct Networked(Docker);
 
 impl Networked {
@@ -32,13 +32,13 @@ impl Networked {
 
 impl Drop for Networked {
     fn drop(&mut self) {
-        // There are some only where the test failed.
+        // They exist only if the test has failed.
         let _ = self.0.call(&["rm", "--force", "seen", "ours", "theirs"]);
         let _ = self.0.call(&["network", "rm", "own"]);
     }
 }
 
-/// Runs a script in a container of its own, with options in the words of a shell.
+/// Runs a script in a new container, with options that are split at spaces.
 fn run(
     docker: &Docker,
     runtime: &str,
@@ -51,15 +51,15 @@ fn run(
     told(&docker.call(&line).unwrap())
 }
 
-/// Runs a script in a container that runs; gives what it says of either kind.
+/// Runs a script in a running container; returns its standard output and standard error.
 fn inside(docker: &Docker, name: &str, script: &str) -> String {
     let (_, out, err) = told(&docker.call(&["exec", name, "sh", "-c", script]).unwrap());
     (out + &err).trim().to_owned()
 }
 
-/// Waits until what the host has of networks is again what it was, namespaces among it.
+/// Waits until the state of the host's networks, namespaces included, is the same as before.
 fn wait_for(before: &str) {
-    // A bridge's own address counts once its kernel has asked who else has it.
+    // The link-local address of a bridge appears only after duplicate address detection.
     let of_bridges = |state: &str| -> Vec<String> {
         state.lines().filter(|line| !line.contains("fe80:")).map(str::to_owned).collect()
     };
@@ -95,7 +95,8 @@ fn addresses_and_names_that_are_asked_for_are_as_under_runc() {
     wait_for_nothing(docker.directory());
 }
 
-/// A name server that knows one address for whatever is asked, until it is asked nothing.
+/// A name server that answers every query for an IPv4 address with the same one. An empty datagram
+/// ends it.
 fn answer_names(place: &str) -> thread::JoinHandle<()> {
     let socket = UdpSocket::bind(place).unwrap();
     thread::spawn(move || {
@@ -105,7 +106,8 @@ fn answer_names(place: &str) -> thread::JoinHandle<()> {
             if asked.is_empty() {
                 break;
             }
-            // RFC 1035: an answer, and where IPv4 is asked for a record for the name of the question.
+            // RFC 1035: an answer, with a record for the name in the question if IPv4 was asked
+            // for.
             let name = 12 + asked[12..].iter().position(|byte| *byte == 0).unwrap();
             let known = u8::from(asked[name + 1..name + 3] == [0, 1]);
             let mut answer = [&asked[..2], &[0x81, 0x80, 0, 1, 0, known, 0, 0, 0, 0]].concat();
@@ -133,7 +135,7 @@ fn names_of_elsewhere_are_asked_where_the_option_says() {
     wait_for_nothing(docker.directory());
 }
 
-/// What serves: its name at three ports, by TCP, and whatever comes at port 9, by UDP.
+/// Serves its name on three TCP ports, and echoes on UDP port 9.
 const SERVES: &str = "hostname > /index.html; for port in 80 81 82; do httpd -p $port -h /; done; \
                       exec /datagrams echo 9";
 
@@ -183,7 +185,7 @@ fn containers_reach_each_other_by_both_families_and_are_reached_by_published_por
     wait_for_nothing(docker.directory());
 }
 
-/// Both leave the network and come back with other addresses, one after the other.
+/// Both containers leave the network and come back with other addresses, one after the other.
 fn moves(docker: &Docker, asks: &dyn Fn(&str, &str) -> String) {
     let interface = "ip -o addr | grep -v fe80 | sed 's/^[0-9]*: //'; ip route; \
                      ip -6 route | grep -v ^multicast | sort; grep 77 /etc/hosts";

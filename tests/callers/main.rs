@@ -1,5 +1,4 @@
-//! The real callers of an OCI runtime, as Debian has them, with Bulkhead as theirs. Runs in the test
-//! host.
+//! Debian's real callers of an OCI runtime, with Bulkhead as their runtime. Runs in the test host.
 
 #![cfg(test)]
 
@@ -18,11 +17,11 @@ use std::time::Duration;
 
 use bulkhead_tests::runtime::{comes_true, output};
 
-/// A bound on hangs under emulation, not a measure.
+/// A timeout for hangs; generous because of emulation.
 const PATIENCE: Duration = Duration::from_secs(90);
 
-/// What a container says of its network once its addresses are its own, whether it reaches `friend` and
-/// `six`, and by which names it goes.
+/// Waits for duplicate address detection, prints a container's network settings and names, and
+/// tries to reach `friend` and `six`.
 const NETWORK: &str = "for turn in $(seq 60); do ip -o addr | grep -q tentative || break; sleep 0.2; done; \
     ip -o addr | sed 's/^[0-9]*: //'; ip route; ip -6 route | sort; \
     cat /sys/class/net/eth0/address /sys/class/net/eth0/mtu /etc/hosts /etc/resolv.conf /etc/hostname; \
@@ -33,7 +32,8 @@ fn wait_until(reached: impl FnMut() -> bool) {
     assert!(comes_true(PATIENCE, reached), "did not come to that");
 }
 
-/// Waits until no process of ours is left, and no state of a container below `/run` or `directory`.
+/// Waits until no Bulkhead process is left, and no state of a container below `/run` or
+/// `directory`.
 fn wait_for_nothing(directory: &Path) {
     let left = || {
         let processes = output(Command::new("ps").args(["-e", "-o", "args="])).unwrap();

@@ -1,4 +1,4 @@
-//! Docker's networks: who is on a bridge reaches the others, whatever runs them.
+//! Docker's networks: containers on a bridge reach each other under either runtime.
 
 use std::fs;
 use std::process::Command;
@@ -9,12 +9,12 @@ use bulkhead_tests::runtime::{comes_true, told};
 
 use super::wait_for_nothing;
 
-/// A daemon with its bridge; the later option of two counts.
+/// Options for a daemon with its bridge; they override the earlier ones.
 const BRIDGED: [&str; 3] = ["--bridge", "", "--iptables=true"];
-/// Says its name to everybody who asks at port 80.
+/// Serves its name on port 80.
 const SERVES: &str = "hostname > /index.html; exec httpd -f -p 80 -h /";
 
-/// Starts a container that serves; gives its address.
+/// Starts a container that serves its name; returns its address.
 fn serve(docker: &Docker, runtime: &str, options: &[&str]) -> String {
     let fixed = ["run", "-d", "--runtime", runtime, "--name", runtime, "--hostname", runtime];
     docker.ok(&[&fixed[..], options, &["box", "sh", "-c", SERVES]].concat()).unwrap();
@@ -22,7 +22,7 @@ fn serve(docker: &Docker, runtime: &str, options: &[&str]) -> String {
     docker.ok(&["inspect", "--format", format, runtime]).unwrap().trim().to_owned()
 }
 
-/// What a server says to this host, once it does.
+/// The answer of a server to this host; waits until there is one.
 fn says(place: &str) -> String {
     let mut said = String::new();
     let url = format!("http://{place}/");
@@ -71,7 +71,7 @@ fn containers_of_a_bridge_reach_each_other_and_are_reached() {
     wait_for_nothing(docker.directory());
 }
 
-/// A query for the address of `two`, over a connection: RFC 1035 §4.2.2.
+/// A DNS query for the address of `two` over TCP: RFC 1035 §4.2.2.
 const BY_CONNECTION: &str = "printf '\\000\\025\\022\\064\\001\\000\\000\\001\\000\\000\\000\\000\\000\\000\\003two\\000\\000\\001\\000\\001' \
      | nc -w 5 127.0.0.11 53 | od -A n -t x1";
 
@@ -97,13 +97,13 @@ fn networks_of_a_daemon_have_names_and_are_joined_and_left_while_a_container_run
     {
         assert_eq!(inside("one", line), inside("two", line), "{line}");
     }
-    // A name server of the container's own has its port.
+    // Port 53 is free for a name server in the container.
     assert_eq!(inside("one", "httpd -p 53 -h / && wget -q -O - http://127.0.0.1:53/"), "one");
 
     serve("bulkhead", "late", "bridge");
     let interfaces = || inside("late", "ls /sys/class/net | grep eth");
     assert_eq!(interfaces(), "eth0");
-    // The daemon counts on.
+    // The daemon uses a new number for each interface.
     for added in ["eth1", "eth2"] {
         docker.ok(&["network", "connect", "own", "late"]).unwrap();
         assert_eq!(interfaces(), format!("eth0\n{added}"));

@@ -1,4 +1,4 @@
-//! Debian's Podman, whose containers are watched by conmon.
+//! Debian's Podman, with conmon as the monitor of its containers.
 
 use std::io::Write;
 use std::path::Path;
@@ -12,7 +12,7 @@ use tempfile::TempDir;
 
 use super::{wait_for_nothing, wait_until};
 
-/// How long systemd may take under emulation; a bound on hangs.
+/// How long systemd may take to boot under emulation; a timeout for hangs.
 const BOOT: Duration = Duration::from_secs(180);
 
 /// Podman with its storage in a directory of its own, and the image `box`.
@@ -34,7 +34,7 @@ impl Podman {
         self.directory.path()
     }
 
-    /// What comes before every verb.
+    /// The options before every command.
     fn line(&self) -> Vec<String> {
         let path = |name: &str| self.directory().join(name).display().to_string();
         let runtime = dist().join("bin/bulkhead").display().to_string();
@@ -95,7 +95,7 @@ fn descriptors_that_are_preserved_arrive() {
 #[test]
 fn the_containers_of_a_pod_share_one_machine() {
     let podman = Podman::new();
-    // Without systemd this Podman forbids all devices to a pod's cgroup, /dev/null too.
+    // Without systemd, this version of Podman denies a pod's cgroup all devices, /dev/null too.
     let pod = ["pod", "create", "--name", "p", "--share-parent=false", "--network", "none"];
     podman.ok(&[&pod[..], &["--infra-image", "box", "--infra-command", "sleep 1000"]].concat());
     for name in ["one", "two"] {
@@ -110,7 +110,7 @@ fn the_containers_of_a_pod_share_one_machine() {
         assert_eq!(namespace("one", kind), namespace("two", kind), "{kind}");
     }
     assert_ne!(namespace("one", "pid"), namespace("two", "pid"));
-    // One that comes back does so into the pod's machine.
+    // A container that is restarted runs in the pod's machine again.
     podman.ok(&["restart", "--time", "0", "one"]);
     assert_eq!(machine("one"), machine("two"));
     let run = ["run", "--rm", "--pod", "p", "box", "sh", "-c", "echo out; exit 7"];
@@ -130,7 +130,7 @@ fn a_container_does_what_podman_asks() {
     let ran = output(&mut podman.command(&run)).unwrap();
     assert_eq!(told(&ran), (Some(7), "out\n".to_owned(), String::new()));
 
-    // Podman asks for what the image has there: the program runs from memory.
+    // Podman requests a tmpfs with a copy of the image's files, so the program runs from memory.
     let options = ["run", "--rm", "--network", "none", "--tmpfs", "/bin:exec", "box"];
     let mounts = podman.ok(&[&options[..], &["cat", "/proc/mounts"]].concat());
     assert!(mounts.contains("tmpfs /bin tmpfs rw,nosuid,nodev,"), "{mounts}");

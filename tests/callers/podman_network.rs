@@ -1,5 +1,5 @@
-//! Podman's networks, by netavark and with aardvark-dns: a container sees, reaches and is reached as
-//! under runc.
+//! Podman's networks with netavark and aardvark-dns: what a container sees, whom it reaches and how
+//! it is reached are as under runc.
 
 use std::time::Duration;
 
@@ -11,10 +11,11 @@ use super::podman::Podman;
 use super::{NETWORK, wait_for_nothing};
 
 const RUNC: [&str; 2] = ["--runtime", "/usr/bin/runc"];
-/// Said after Podman's other options, where it counts; none is ours.
+/// The options that choose the runtime, given last so that they take effect; no option means
+/// Bulkhead.
 const RUNTIMES: [&[&str]; 2] = [&RUNC, &[]];
 
-/// Podman with the network `own`, of both families; dropping it takes the network away.
+/// Podman with the IPv4 and IPv6 network `own`; dropping this removes the network.
 struct Networked(Podman);
 
 impl Networked {
@@ -24,12 +25,12 @@ impl Networked {
         let subnets = ["--subnet", "10.52.0.0/24", "--ipv6", "--subnet", "fd52::/64"];
         podman.ok(&[&["network", "create"][..], &subnets, &["own"]].concat());
         let networked = Self(podman);
-        // What the first container leaves of its network under every runtime: chains.
+        // The first container leaves iptables chains behind under every runtime; create them now.
         networked.run(&RUNC, "--network own -p 8080:80", "true");
         networked
     }
 
-    /// Runs a script in a container of its own, with options in the words of a shell.
+    /// Runs a script in a new container, with options that are split at spaces.
     fn run(&self, runtime: &[&str], options: &str, script: &str) -> (Option<i32>, String, String) {
         let options: Vec<_> = options.split_whitespace().collect();
         let fixed = ["run", "--rm", "--name", "seen", "--cap-add", "NET_RAW"];
@@ -37,14 +38,14 @@ impl Networked {
         told(&output(&mut self.0.command(&line)).unwrap())
     }
 
-    /// What a script says, of either kind, in a container that runs.
+    /// Runs a script in a running container; returns its standard output and standard error.
     fn inside(&self, runtime: &[&str], name: &str, script: &str) -> String {
         let line = [runtime, &["exec", name, "sh", "-c", script]].concat();
         let (_, out, err) = told(&output(&mut self.0.command(&line)).unwrap());
         (out + &err).trim().to_owned()
     }
 
-    /// Waits until what the host has of networks is again what it was.
+    /// Waits until the state of the host's networks is the same as before.
     fn wait_for(&self, before: &str) {
         let mut now = String::new();
         let same = comes_true(Duration::from_secs(20), || {
@@ -58,7 +59,7 @@ impl Networked {
 
 impl Drop for Networked {
     fn drop(&mut self) {
-        // There are some only where the test failed.
+        // They exist only if the test has failed.
         let _ = output(&mut self.0.command(&["pod", "rm", "--force", "--all"]));
         let _ = output(&mut self.0.command(&["rm", "--force", "--all", "--time", "0"]));
         let _ = output(&mut self.0.command(&["network", "rm", "own"]));
@@ -71,7 +72,7 @@ fn addresses_and_names_that_are_asked_for_are_as_under_runc() {
     let all = "--network own --ip 10.52.0.9 --ip6 fd52::9 --mac-address 02:00:00:00:52:09 \
                --add-host friend:10.52.0.1 --add-host six:fd52::1 --hostname named --dns 10.52.0.1 \
                --dns-search there --dns-opt timeout:2";
-    // The network that there is always.
+    // The default network.
     let plain = "--network podman --ip 10.88.0.77 --mac-address 02:00:00:00:52:0a \
                  --add-host friend:10.88.0.1 --hostname plain";
     for (options, reached) in [(all, "six reached\nfriend reached\n"), (plain, "friend reached\n")]
@@ -84,14 +85,14 @@ fn addresses_and_names_that_are_asked_for_are_as_under_runc() {
     }
 }
 
-/// What serves: its name by TCP, and whatever comes at port 9, by UDP.
+/// Serves its name over TCP, and echoes on UDP port 9.
 const SERVES: &str = "hostname > /index.html; httpd -p 80 -h /; exec /datagrams echo 9";
 
 #[test]
 fn containers_reach_each_other_by_both_families_and_are_reached_by_published_ports() {
     let podman = Networked::new();
     reach_each_other(&podman, &RUNC);
-    // What netavark leaves under every runtime.
+    // This has what netavark leaves behind under every runtime.
     let before = of_host().unwrap();
     reach_each_other(&podman, &[]);
     podman.wait_for(&before);
@@ -124,14 +125,15 @@ fn reach_each_other(podman: &Networked, runtime: &[&str]) {
     let shown = "{{range .NetworkSettings.Networks}}{{.IPAddress}} {{.GlobalIPv6Address}}{{end}}";
     assert_eq!(podman.0.ok(&["inspect", "--format", shown, "ours"]), "10.52.0.9 fd52::9");
 
-    // It leaves the network and comes back with another address.
+    // The container leaves the network and comes back with another address.
     podman.0.ok(&["network", "disconnect", "own", "ours"]);
     assert_eq!(podman.inside(runtime, "ours", "ls /sys/class/net"), "lo");
     podman.0.ok(&["network", "connect", "--ip", "10.52.0.77", "own", "ours"]);
     assert_eq!(asks(theirs, "ours"), "ours");
     assert_eq!(asks(theirs, "10.52.0.77"), "ours");
     assert_eq!(asks(ours, "theirs"), "theirs");
-    // In this order: netavark leaves a chain of whoever had ports and was not the last.
+    // In this order, because netavark leaves a chain behind if a container with ports is not
+    // removed first.
     for name in ["ours", "theirs"] {
         podman.0.ok(&["rm", "--force", "--time", "0", name]);
     }
@@ -152,7 +154,7 @@ fn a_pod_has_one_loopback_and_its_ports_as_under_runc() {
         let one = ["run", "-d", "--pod", "pod", "--name", "one", "box", "sh", "-c", serves];
         podman.0.ok(&[runtime, &one].concat());
         assert_eq!(says("127.0.0.1:8080").unwrap(), "served");
-        // The first container of a pod is named after a number that is its own.
+        // The name of a pod's first container contains its own ID.
         let look = format!(
             "(timeout 20 wget -q -O - http://127.0.0.1/; {NETWORK}) | sed 's/ [0-9a-f]*-infra/ infra/'"
         );

@@ -1,5 +1,5 @@
-//! The pod's cgroup on a host with cgroup v1: in each hierarchy. Runs in the test host with those
-//! instead of cgroup v2.
+//! The pod's cgroup in each hierarchy of a host with cgroup v1. Runs in the test host with cgroup
+//! v1 instead of v2.
 
 #![cfg(test)]
 
@@ -27,7 +27,7 @@ const HIERARCHIES: [&str; 10] = [
     "pids",
 ];
 
-/// A cgroup of the host that a container is to have; its parents are gone with this.
+/// The path of a container's cgroup on the host; its parents are removed when this is dropped.
 struct Place;
 
 impl Place {
@@ -48,7 +48,7 @@ impl Place {
 impl Drop for Place {
     fn drop(&mut self) {
         for hierarchy in HIERARCHIES {
-            // They are there when a container had them.
+            // Fails if no container has created it.
             let _ = fs::remove_dir(Self::dir(hierarchy));
             let _ = fs::remove_dir(Self::dir(hierarchy).parent().unwrap());
         }
@@ -87,7 +87,7 @@ fn the_whole_pod_is_in_each_hierarchy_with_its_limits_and_they_change() {
             .collect();
         assert_eq!(members, all, "{hierarchy}");
     }
-    // Beside the container's 64: 128 for the machine, 64 for its processes.
+    // In MiB: 64 of the container, 128 for the machine, 64 for the pod's processes.
     let memory = |name: &str| Place::read("memory", &format!("memory.{name}"));
     let mib = |mib: u64| (mib << 20).to_string();
     assert_eq!(memory("limit_in_bytes"), mib(256));
@@ -129,7 +129,7 @@ fn events_tell_what_is_used_and_when_memory_ran_out() {
     assert!(used.abs_diff(really) < 8 << 20, "{used} is not {really}");
     let swapped = memory["swap"]["usage"].as_u64().unwrap();
     assert!(swapped.abs_diff(used) < 8 << 20, "nothing is swapped: {memory}");
-    // Nanoseconds of the host's seconds.
+    // Processor time in nanoseconds, as the host counts it.
     let spent: u64 = Place::read("cpu", "cpuacct.usage").parse().unwrap();
     let total = cpu["total"].as_u64().unwrap();
     assert!(total <= spent && total > spent / 2, "{cpu} of {spent}");

@@ -1,12 +1,12 @@
-//! What containers of the tests do by UDP: `datagrams echo PORT` sends back what comes, `datagrams
-//! flood ADDRESS PORT` sends small ones as fast as it can.
+//! Sends and echoes UDP datagrams in containers of the tests: `datagrams echo PORT` sends back
+//! every datagram, `datagrams flood ADDRESS PORT` sends small ones as fast as it can.
 
 use std::env;
 use std::net::{Ipv6Addr, UdpSocket};
 
 use anyhow::{Result, bail};
 
-/// The least that Ethernet carries.
+/// A payload for the smallest Ethernet frame.
 const SMALL: [u8; 18] = [0; 18];
 
 fn main() -> Result<()> {
@@ -26,7 +26,7 @@ fn main() -> Result<()> {
             let socket = UdpSocket::bind("0.0.0.0:0")?;
             socket.connect((address, port.parse()?))?;
             loop {
-                // Nobody listens, or there is no room: the next one is sent all the same.
+                // Fails if nobody listens or a buffer is full; the next datagram is sent anyway.
                 let _ = socket.send(&SMALL);
             }
         }

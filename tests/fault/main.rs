@@ -1,10 +1,11 @@
-//! The first process of a guest that tests how the agent dies: it becomes the agent, and a child of it
-//! watches as a debugger does, until the agent is where its argument says. Then it sends the agent to an
-//! address where nothing is, or has a system call fail that never does.
+//! The first process of a guest that tests how the agent crashes. It becomes the agent, and a child
+//! traces it with ptrace(2), until the agent is where the argument says. Then the child makes the
+//! agent jump to an unmapped address, or makes a system call fail that never fails.
 //!
-//! - `init`: the first process, when it waits for its first event;
-//! - `panic`: the same one, and it waits in vain;
-//! - the first argument of another life of the agent: that one, once it has handlers of signals.
+//! - `init`: the first process jumps when it waits for its first event;
+//! - `panic`: the first process's wait for its first event fails;
+//! - the first argument of a re-executed agent process: that process jumps once it has signal
+//!   handlers.
 
 // UNSAFETY: ptrace(2) has no safe wrapper.
 #![expect(unsafe_code, reason = "ptrace(2), fork(2)")]
@@ -25,11 +26,11 @@ use rustix::mount::{MountFlags, mount};
 /// Where the agent is in the guest.
 const AGENT: &str = "/init";
 const AGENT_PID: pid_t = 1;
-/// No code is there, in any process.
+/// An address that no process has mapped.
 const NOWHERE: u64 = 0xbad0;
-/// The agent has its own, which is not seen from here.
+/// Where this process mounts a procfs: the one that the agent mounts is not visible here.
 const PROC: &str = "/processes";
-/// The last signal that the agent has a handler for.
+/// The signal for which the agent sets its last handler.
 const LAST_HANDLED: u64 = libc::SIGFPE as u64;
 
 fn main() -> Result<()> {
@@ -47,7 +48,7 @@ fn main() -> Result<()> {
         }
         _ => {
             drop(writer);
-            // Its end comes when the child watches.
+            // Waits for end-of-file, which comes when the child traces this process.
             io::copy(&mut &reader, &mut io::sink())?;
             drop(reader);
             Err(Command::new(AGENT).exec().into())
@@ -71,15 +72,15 @@ fn harm(victim: &str) -> Result<()> {
     } else {
         send_nowhere(AGENT_PID)?;
     }
-    // The kernel keeps a first process that is watched alive.
+    // The kernel does not kill a first process that is traced.
     ptrace(libc::PTRACE_DETACH, AGENT_PID, 0, ptr::null_mut())?;
     loop {
         std::thread::park();
     }
 }
 
-/// Lets everything run that the agent starts, and sends the first process nowhere that is its other life
-/// and has handlers.
+/// Traces all processes that the agent starts. Makes the first one whose first argument is `life`
+/// jump to an unmapped address once it has signal handlers.
 fn harm_life(life: &str) -> Result<()> {
     fs::create_dir_all(PROC)?;
     mount("proc", PROC, "proc", MountFlags::empty(), None)?;
@@ -92,7 +93,7 @@ fn harm_life(life: &str) -> Result<()> {
         }
         if stop.at_call && victim == Some(stop.pid) {
             let registers = registers(stop.pid)?;
-            // Both when it begins and when it is over.
+            // True both at the start and at the end of the call.
             let call = u64::try_from(libc::SYS_rt_sigaction)?;
             if registers.orig_rax == call && registers.rdi == LAST_HANDLED {
                 send_nowhere(stop.pid)?;
@@ -105,13 +106,13 @@ fn harm_life(life: &str) -> Result<()> {
     }
 }
 
-/// Whether a process is the agent's, with this first argument.
+/// Whether a process has this first argument.
 fn is_life(pid: pid_t, life: &str) -> Result<bool> {
     let line = fs::read(format!("{PROC}/{pid}/cmdline"))?;
     Ok(line.split(|byte| *byte == 0).nth(1) == Some(life.as_bytes()))
 }
 
-/// Why a process that is watched does not run.
+/// Why a traced process has stopped.
 struct Stop {
     pid: pid_t,
     signal: i32,
@@ -120,7 +121,7 @@ struct Stop {
 }
 
 impl Stop {
-    /// Waits for the next one, of one process or of all; nothing if it was an end.
+    /// Waits for the next stop, of one process or of all; returns `None` if a process has ended.
     fn wait(pid: pid_t) -> Result<Option<Self>> {
         let mut status = 0;
         // SAFETY: the status is this function's own.
@@ -134,7 +135,7 @@ impl Stop {
         Ok(Some(Self { pid, signal, event, at_call }))
     }
 
-    /// Lets it go on, with its signal if that was the reason.
+    /// Continues the process, and delivers its signal if that was the reason.
     fn resume(&self, request: libc::c_uint) -> Result<()> {
         let signal = if self.at_call || self.event != 0 { 0 } else { self.signal };
         let signal = usize::try_from(signal)?;
@@ -143,13 +144,13 @@ impl Stop {
 }
 
 fn ptrace(request: libc::c_uint, pid: pid_t, address: u64, data: *mut c_void) -> Result<()> {
-    // SAFETY: the process that is watched is another one, and `data` is what the request wants.
+    // SAFETY: the traced process is another one, and `data` is what the request needs.
     let done = unsafe { libc::ptrace(request, pid, address, data) };
     ensure!(done != -1, "ptrace {request:#x}: {}", io::Error::last_os_error());
     Ok(())
 }
 
-/// Watches the agent, and what it starts if that is wanted.
+/// Traces the agent, and optionally the processes that it starts.
 fn seize(children_too: bool) -> Result<()> {
     let mut options = libc::PTRACE_O_TRACEEXEC | libc::PTRACE_O_TRACESYSGOOD;
     if children_too {
@@ -159,7 +160,7 @@ fn seize(children_too: bool) -> Result<()> {
     ptrace(libc::PTRACE_SEIZE, AGENT_PID, 0, ptr::without_provenance_mut(options))
 }
 
-/// Lets the agent run until it has waited for events, which it does when it serves.
+/// Lets the agent run until its first wait for events returns, which is when it serves.
 fn wait_for_events() -> Result<()> {
     let mut serves = false;
     loop {
@@ -169,7 +170,7 @@ fn wait_for_events() -> Result<()> {
             if serves {
                 return Ok(());
             }
-            // The next stop is at its end.
+            // The next stop is at the end of this call.
             serves = true;
         }
         stop.resume(libc::PTRACE_SYSCALL)?;
@@ -179,7 +180,7 @@ fn wait_for_events() -> Result<()> {
 fn registers(pid: pid_t) -> Result<user_regs_struct> {
     let mut registers = MaybeUninit::<user_regs_struct>::zeroed();
     ptrace(libc::PTRACE_GETREGS, pid, 0, registers.as_mut_ptr().cast())?;
-    // SAFETY: zeroes are numbers, and the kernel has filled them in.
+    // SAFETY: zeroes are valid numbers, and the kernel has filled them in.
     Ok(unsafe { registers.assume_init() })
 }
 
@@ -187,7 +188,7 @@ fn set_registers(pid: pid_t, registers: &mut user_regs_struct) -> Result<()> {
     ptrace(libc::PTRACE_SETREGS, pid, 0, (&raw mut *registers).cast())
 }
 
-/// Has a process go on at an address where nothing is.
+/// Makes a process continue at an unmapped address.
 fn send_nowhere(pid: pid_t) -> Result<()> {
     let mut registers = registers(pid)?;
     registers.rip = NOWHERE;

@@ -66,7 +66,7 @@ const APPLETS: &[&str] = &[
     "wc",
     "yes",
 ];
-/// What Docker leaves a container.
+/// Docker's default capabilities.
 const CAPABILITIES: &[&str] = &[
     "CAP_CHOWN",
     "CAP_DAC_OVERRIDE",
@@ -84,7 +84,7 @@ const CAPABILITIES: &[&str] = &[
     "CAP_AUDIT_WRITE",
 ];
 
-/// A directory with `config.json` and `rootfs`, gone when dropped.
+/// A directory with `config.json` and `rootfs`; it is removed when this is dropped.
 #[derive(Debug)]
 pub struct Bundle {
     directory: TempDir,
@@ -163,7 +163,7 @@ impl Bundle {
     }
 }
 
-/// Puts Debian's busybox into a root file system, under these names too.
+/// Puts Debian's busybox into a root file system, with links of these names to it.
 pub(crate) fn install_busybox(root: &Path, applets: &[&str]) -> Result<()> {
     fs::create_dir_all(root.join("bin"))?;
     fs::copy(BUSYBOX, root.join("bin/busybox")).context(BUSYBOX)?;
@@ -176,7 +176,7 @@ pub(crate) fn install_busybox(root: &Path, applets: &[&str]) -> Result<()> {
 /// Puts a program of the host into a root file system, with the libraries that it needs.
 ///
 /// # Errors
-/// When it is not there, or something cannot be copied.
+/// When the program does not exist, or a file cannot be copied.
 pub fn install(root: &Path, program: &Path) -> Result<()> {
     let needed = Command::new("ldd").arg(program).output().context("run ldd")?;
     let needed = String::from_utf8(needed.stdout)?;

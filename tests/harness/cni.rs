@@ -1,5 +1,5 @@
 //! Debian's CNI plugins, called as a container engine calls them: one after another, each with its
-//! configuration and what those before it have made on standard input.
+//! configuration and the result of the previous plugin on standard input.
 
 use std::io::Write;
 use std::path::Path;
@@ -10,9 +10,9 @@ use serde_json::{Value, json};
 
 use crate::runtime::finish;
 
-/// Where Debian has them.
+/// Where Debian installs the plugins.
 pub const PLUGINS: &str = "/usr/lib/cni";
-/// Of the specification that they follow.
+/// The version of the CNI specification.
 const VERSION: &str = "1.0.0";
 
 /// An interface of a network namespace that plugins have made.
@@ -25,11 +25,11 @@ pub struct Attachment<'a> {
 }
 
 impl<'a> Attachment<'a> {
-    /// Has plugins make an interface. Capabilities that a caller would fill in stand in each one's
-    /// own `runtimeConfig`.
+    /// Has plugins make an interface. Capability arguments that an engine would fill in are given
+    /// in each plugin's `runtimeConfig`.
     ///
     /// # Errors
-    /// With what a plugin says when it fails.
+    /// With a plugin's output when it fails.
     pub fn add(namespace: &'a Path, interface: &str, plugins: &[Value]) -> Result<Self> {
         let plugins = plugins.to_vec();
         let interface = interface.to_owned();
@@ -40,7 +40,7 @@ impl<'a> Attachment<'a> {
         Ok(attachment)
     }
 
-    /// The addresses that it was given, without their prefixes.
+    /// The addresses of the interface, without their prefix lengths.
     #[must_use]
     pub fn addresses(&self) -> Vec<String> {
         let ips = self.result["ips"].as_array().into_iter().flatten();
@@ -48,10 +48,10 @@ impl<'a> Attachment<'a> {
         addresses.map(str::to_owned).collect()
     }
 
-    /// Has the plugins take it away, the last first.
+    /// Has the plugins remove the interface, the last plugin first.
     ///
     /// # Errors
-    /// With what a plugin says when it fails.
+    /// With a plugin's output when it fails.
     pub fn delete(self) -> Result<()> {
         (0..self.plugins.len()).rev().try_for_each(|index| self.call("DEL", index).map(drop))
     }

@@ -12,9 +12,9 @@ use crate::bundle;
 use crate::runtime::{end, output};
 use crate::vm::dist;
 
-/// How long the daemon may take to come up, and to go.
+/// How long the daemon may take to start, and to stop.
 const PATIENCE: Duration = Duration::from_secs(120);
-/// What the image has beside a shell.
+/// The programs of the image besides a shell.
 const APPLETS: [&str; 22] = [
     "cat", "chmod", "cut", "df", "echo", "grep", "hostname", "httpd", "id", "ip", "ls", "mount",
     "nc", "nslookup", "od", "ping", "sed", "sh", "sleep", "touch", "true", "wget",
@@ -36,7 +36,7 @@ impl Docker {
         Self::start_with(&[])
     }
 
-    /// Starts one with further options.
+    /// Starts a daemon with further options.
     ///
     /// # Errors
     /// As [`Docker::start`].
@@ -70,7 +70,7 @@ impl Docker {
     /// Gives the daemon the image `debian`: a small Debian, as debootstrap makes it.
     ///
     /// # Errors
-    /// When nobody has made it, or as [`Docker::ok`].
+    /// When `cargo xtask debian` has not made it, or as [`Docker::ok`].
     pub fn import_debian(&self) -> Result<()> {
         let archive = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/debian.tar");
         let path = archive.display().to_string();
@@ -84,7 +84,7 @@ impl Docker {
         let mut command = Command::new("/usr/bin/docker");
         let socket = self.directory.path().join("socket");
         command.arg("--host").arg(format!("unix://{}", socket.display()));
-        // Nothing of the caller's own configuration.
+        // Do not use the configuration of the user who runs the tests.
         command.env("DOCKER_CONFIG", self.directory.path()).args(args).stdin(Stdio::null());
         command
     }
@@ -97,7 +97,7 @@ impl Docker {
         output(&mut self.command(args))
     }
 
-    /// Runs a command that must succeed; gives its standard output without the last line feed.
+    /// Runs a command that must succeed; returns its standard output without the last line feed.
     ///
     /// # Errors
     /// With its standard error and the end of the daemon's log when it fails.
@@ -110,7 +110,7 @@ impl Docker {
         Ok(String::from_utf8(output.stdout)?.trim_end_matches('\n').to_owned())
     }
 
-    /// Where the daemon keeps what it has to.
+    /// The daemon's own directory.
     #[must_use]
     pub fn directory(&self) -> &Path {
         self.directory.path()
@@ -126,7 +126,7 @@ impl Docker {
 
 impl Drop for Docker {
     fn drop(&mut self) {
-        // It takes what still runs with it.
+        // Containers that still run end with it.
         end(&mut self.daemon, PATIENCE);
     }
 }

@@ -1,10 +1,10 @@
-//! What a process costs, as the host's kernel counts it.
+//! Memory of a process, as the host's kernel counts it.
 
 use std::fs;
 
 use anyhow::Result;
 
-/// Proportional set size of a process without guest memory, and of guest memory. Guest memory is
+/// The proportional set size of a process without guest memory, and that of guest memory, which is
 /// the one mapping of at least `GUEST_KIB`.
 ///
 /// # Errors

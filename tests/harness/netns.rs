@@ -1,5 +1,5 @@
-//! Network namespaces as a caller of a runtime makes them, and what the host has of networks: two
-//! looks are equal when nothing was left in between.
+//! Network namespaces as a caller of a runtime makes them, and the state of the host's networks: it
+//! is equal before and after a test that leaves nothing behind.
 
 use std::ffi::OsStr;
 use std::path::PathBuf;
@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use crate::bundle::Bundle;
 use crate::runtime::{comes_true, output};
 
-/// What there is of the host's networks beside its namespaces; whatever counts is left out.
+/// Commands that show the state of the host's networks. Counters are left out.
 const OF_HOST: [&[&str]; 7] = [
     &["ls", "/sys/class/net"],
     &["ip", "route", "show", "table", "all"],
@@ -24,7 +24,7 @@ const OF_HOST: [&[&str]; 7] = [
     &["ls", "/run/netns"],
 ];
 
-/// How long a kernel asks on a link before it uses an address, and a while more.
+/// Longer than the kernel's duplicate address detection takes.
 const DETECTION: Duration = Duration::from_millis(2500);
 
 /// A named network namespace; dropping it deletes it.
@@ -34,10 +34,10 @@ pub struct Namespace {
 }
 
 impl Namespace {
-    /// A new one, its loopback up.
+    /// Makes a namespace and brings its loopback up.
     ///
     /// # Errors
-    /// When there is one of this name.
+    /// When a namespace of this name exists.
     pub fn new(name: &str) -> Result<Self> {
         ip(&format!("netns add {name}"))?;
         let namespace = Self { name: name.to_owned() };
@@ -59,7 +59,7 @@ impl Namespace {
         command
     }
 
-    /// A command that must succeed; gives its standard output.
+    /// Runs a command in it that must succeed; returns its standard output.
     ///
     /// # Errors
     /// With its standard error when it fails.
@@ -67,7 +67,7 @@ impl Namespace {
         succeeded(&mut self.command(args))
     }
 
-    /// ip(8) in it, of words without spaces.
+    /// Runs ip(8) in it, with arguments that have no spaces.
     ///
     /// # Errors
     /// With its standard error when it fails.
@@ -83,11 +83,11 @@ impl Namespace {
         join(bundle, &self.path().display().to_string())
     }
 
-    /// What its caller sees of interfaces, addresses and routes, who redirects frames, and which
-    /// devices were added.
+    /// The state of the namespace as its caller sees it: interfaces, addresses, routes and the
+    /// queueing disciplines that redirect frames.
     ///
     /// # Errors
-    /// When one of the programs that say so fails.
+    /// When one of the commands fails.
     pub fn seen(&self) -> Result<String> {
         let name = self.name.as_str();
         let mut seen = String::new();
@@ -96,19 +96,19 @@ impl Namespace {
             seen += &self.ip(line)?;
         }
         seen += &succeeded(Command::new("tc").args(["-netns", name, "qdisc", "show"]))?;
-        // How long an address is good for passes.
+        // The remaining lifetime of an address changes.
         let kept = seen.lines().filter(|line| !line.contains("valid_lft"));
         Ok(kept.map(|line| format!("{line}\n")).collect())
     }
 
-    /// Waits until the kernel has found out that nobody else has its addresses.
+    /// Waits until duplicate address detection has ended for all addresses.
     ///
     /// # Errors
-    /// When it does not.
+    /// When it does not end.
     pub fn settle(&self) -> Result<()> {
         let settled =
             || self.ip("-6 address show tentative").is_ok_and(|addresses| addresses.is_empty());
-        // It begins again where an interface finds only later that its cable is plugged.
+        // Detection begins again if an interface gets its carrier only later.
         let stays = || {
             thread::sleep(DETECTION);
             settled()
@@ -121,7 +121,7 @@ impl Namespace {
 
 impl Drop for Namespace {
     fn drop(&mut self) {
-        // It fails when the test has deleted it.
+        // Fails when the test has deleted the namespace.
         let _ = Command::new("ip").args(["netns", "delete", &self.name]).status();
     }
 }
@@ -129,20 +129,20 @@ impl Drop for Namespace {
 /// A network namespace whose `eth0` leads to the host.
 #[derive(Debug)]
 pub struct Wired {
-    /// The namespace, in which it has the address [`THERE`].
+    /// The namespace. Its `eth0` has the address [`THERE`].
     pub pod: Namespace,
 }
 
 /// The host's address on the way to [`Wired::pod`].
 pub const HERE: &str = "10.9.0.1";
-/// That of the pod.
+/// The pod's address.
 pub const THERE: &str = "10.9.0.2";
 
 impl Wired {
-    /// A new one, with a route for groups.
+    /// Makes the namespace and the link, with a route for multicast.
     ///
     /// # Errors
-    /// When there is one already.
+    /// When they exist already.
     pub fn new() -> Result<Self> {
         let pod = Namespace::new("pod")?;
         ip("link add here type veth peer name eth0 netns pod")?;
@@ -159,7 +159,7 @@ impl Wired {
 
 impl Drop for Wired {
     fn drop(&mut self) {
-        // A namespace that somebody is still in keeps its interfaces.
+        // A namespace in which a process still runs keeps its interfaces.
         let _ = Command::new("ip").args(["link", "delete", "here"]).status();
     }
 }
@@ -181,7 +181,7 @@ pub(crate) fn set(spec: &mut Value, path: &str) {
     }
 }
 
-/// ip(8) with words without spaces; gives its standard output.
+/// Runs ip(8) with arguments that have no spaces; returns its standard output.
 ///
 /// # Errors
 /// With its standard error when it fails.
@@ -189,18 +189,18 @@ pub fn ip(line: &str) -> Result<String> {
     succeeded(Command::new("ip").args(line.split(' ')))
 }
 
-/// What the host has of networks.
+/// The state of the host's networks.
 ///
 /// # Errors
-/// When one of the programs that say so cannot be run.
+/// When one of the commands cannot be run.
 pub fn of_host() -> Result<String> {
     let mut state = String::new();
     for line in OF_HOST {
-        // Without a namespace ever made there is no directory of them.
+        // The status is ignored: without any namespace there is no `/run/netns`.
         let output = output(Command::new(line[0]).args(&line[1..]))?;
         for line in String::from_utf8(output.stdout)?.lines() {
-            // Comments have the time, chains what has passed; a bridge that has lost its last port
-            // loses its carrier, which its routes tell, up to a second later.
+            // Comments have the time, and chains have counters. A bridge that has lost its last
+            // port loses its carrier up to a second later, and its routes show that.
             if !line.starts_with('#') {
                 state += &line.split(" [").next().unwrap_or_default().replace(" linkdown", "");
                 state.push('\n');
@@ -210,12 +210,12 @@ pub fn of_host() -> Result<String> {
     Ok(state)
 }
 
-/// A process that is ended with this.
+/// A process that is killed when this is dropped.
 #[derive(Debug)]
 pub struct Serving(Child);
 
 impl Serving {
-    /// Starts it, its streams the null device.
+    /// Starts a process with its streams connected to the null device.
     ///
     /// # Errors
     /// When it cannot be started.
@@ -227,7 +227,7 @@ impl Serving {
 
 impl Drop for Serving {
     fn drop(&mut self) {
-        // Both fail only when it has ended.
+        // Both fail only when the process has ended.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }

@@ -1,4 +1,4 @@
-//! Interfaces of the host whose other end is a network of the monitor.
+//! Interfaces of the host whose other end is a network device of the monitor.
 
 use std::fs::{self, File};
 use std::io;
@@ -8,10 +8,10 @@ use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 
-/// What a network of the monitor expects before each frame.
+/// The size of the header that a network device of the monitor expects before each frame.
 const HEADER_BYTES: libc::c_int = 12;
 
-/// An interface of the host whose other end are descriptors; it is gone when they are closed.
+/// A tap of the host; it disappears when its descriptors are closed.
 #[derive(Debug)]
 pub struct Tap {
     name: String,
@@ -19,16 +19,16 @@ pub struct Tap {
 }
 
 impl Tap {
-    /// Makes one with so many pairs of queues, as the monitor wants them.
+    /// Makes a tap with this number of queue pairs, with the settings that the monitor needs.
     ///
     /// # Errors
-    /// When the host does not let us.
+    /// When the host refuses.
     pub fn new(name: &str, queues: usize) -> Result<Self> {
         let queues = (0..queues).map(|_| open(name, queues > 1)).collect::<Result<_>>()?;
         Ok(Self { name: name.into(), queues })
     }
 
-    /// Gives the host's end an address such as `10.0.0.1/24`, and lets it run.
+    /// Gives the host's end an address such as `10.0.0.1/24`, and brings it up.
     ///
     /// # Errors
     /// With the failure of `ip`.
@@ -38,16 +38,16 @@ impl Tap {
         ip(&["link", "set", name, "mtu", &mtu.to_string(), "up"])
     }
 
-    /// The interface's number, which link-local addresses need.
+    /// The interface's index, which link-local addresses need.
     ///
     /// # Errors
-    /// When the host does not know it any more.
+    /// When the interface does not exist any more.
     pub fn index(&self) -> Result<u32> {
         let text = fs::read_to_string(format!("/sys/class/net/{}/ifindex", self.name))?;
         Ok(text.trim().parse()?)
     }
 
-    /// Has the host ask again who has which address.
+    /// Deletes the host's neighbour entries, so that it resolves addresses again.
     ///
     /// # Errors
     /// With the failure of `ip`.
@@ -55,7 +55,7 @@ impl Tap {
         ip(&["neighbour", "flush", "dev", &self.name])
     }
 
-    /// To be handed to the monitor, in order.
+    /// The descriptors for the monitor, in order.
     #[must_use]
     pub fn descriptors(&self) -> Vec<BorrowedFd<'_>> {
         self.queues.iter().map(AsFd::as_fd).collect()

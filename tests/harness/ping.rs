@@ -1,4 +1,4 @@
-//! Echoes that are asked for, ICMP. The guest's side of a test is built of this file too.
+//! ICMP echo requests. The guest's side of a test compiles this file too.
 
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::os::fd::OwnedFd;
@@ -9,13 +9,13 @@ use rustix::io::Errno;
 use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketType, ipproto, recv, sendto, socket};
 
-/// How long one echo is waited for, before the next is asked for: the first may be lost.
+/// How long to wait for one reply before the next request is sent: the first may be lost.
 const INTERVAL: Duration = Duration::from_secs(1);
 
-/// Asks an address for an echo of `size` bytes; says how long it took.
+/// Sends an echo request with `size` bytes; returns how long the reply took.
 ///
 /// # Errors
-/// When none comes in time.
+/// When no reply comes in time.
 pub fn ping(address: Ipv4Addr, size: usize, patience: Duration) -> Result<Duration> {
     let socket = socket(AddressFamily::INET, SocketType::RAW, Some(ipproto::ICMP))?;
     let payload: Vec<u8> = (0_u8..251).cycle().take(size).collect();
@@ -29,7 +29,7 @@ pub fn ping(address: Ipv4Addr, size: usize, patience: Duration) -> Result<Durati
         {
             set_socket_timeout(&socket, Timeout::Recv, Some(left))?;
             match receive(&socket) {
-                // An answer differs in its type and its checksum.
+                // A reply differs from its request in type and checksum.
                 Ok(answer) if answer.first() == Some(&0) && answer.get(4..) == asked.get(4..) => {
                     return Ok(start.elapsed());
                 }

@@ -1,4 +1,4 @@
-//! The `bulkhead` command, called as a person or Docker would, and what it must not leave behind.
+//! Runs the `bulkhead` command as a user or Docker would, and checks that it leaves nothing behind.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -18,21 +18,21 @@ use tempfile::TempDir;
 use crate::bundle::Bundle;
 use crate::vm::dist;
 
-/// A bound on hangs under emulation, not a measure.
+/// A timeout for hangs; generous because of emulation.
 const PATIENCE: Duration = Duration::from_secs(300);
 
 /// A runtime with a state directory of its own: Bulkhead, or one to compare it with.
 #[derive(Debug)]
 pub struct Runtime {
     root: TempDir,
-    /// Those of the host before anything was run.
+    /// The host's cgroups before anything was run.
     cgroups: BTreeSet<PathBuf>,
     program: PathBuf,
     environment: Vec<(&'static str, &'static str)>,
 }
 
 impl Runtime {
-    /// An empty state directory.
+    /// Bulkhead with an empty state directory.
     ///
     /// # Errors
     /// When it cannot be made.
@@ -61,7 +61,7 @@ impl Runtime {
         Ok(Self { root, cgroups, program, environment: Vec::new() })
     }
 
-    /// The only supervisor.
+    /// The process ID of the only supervisor.
     ///
     /// # Errors
     /// When there is none, or more than one.
@@ -71,11 +71,11 @@ impl Runtime {
         Ok(supervisor)
     }
 
-    /// How something that the only pod shares is mounted where its file server sees it, the place
-    /// being below `kind` and ending so: the options, proc_pid_mountinfo(5).
+    /// The mount options, proc_pid_mountinfo(5), of a mount in the only pod's file server. The path
+    /// of the mount point contains `kind` and ends with `end`.
     ///
     /// # Errors
-    /// When there is no such mount, or not one file server.
+    /// When there is no such mount, or not exactly one file server.
     pub fn shared_with(&self, kind: &str, end: &str) -> Result<Vec<String>> {
         let found = self.processes("bulkhead-fs")?;
         let [server] = found[..] else { bail!("file servers: {found:?}") };
@@ -86,13 +86,13 @@ impl Runtime {
         Ok(line[5].split(',').map(str::to_owned).collect())
     }
 
-    /// Whether it is Debian's runc.
+    /// Whether this is Debian's runc.
     #[must_use]
     pub fn is_runc(&self) -> bool {
         self.program.ends_with("runc")
     }
 
-    /// Sets a variable of the environment for each command.
+    /// Sets an environment variable for each command.
     #[must_use]
     pub fn with(mut self, name: &'static str, value: &'static str) -> Self {
         self.environment.push((name, value));
@@ -105,7 +105,7 @@ impl Runtime {
         self.root.path()
     }
 
-    /// A command with the state directory set, its standard input empty.
+    /// A command with the state directory set and an empty standard input.
     #[must_use]
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(&self.program);
@@ -122,7 +122,7 @@ impl Runtime {
         output(&mut self.command(args))
     }
 
-    /// Runs a command that must succeed; gives its standard output.
+    /// Runs a command that must succeed; returns its standard output.
     ///
     /// # Errors
     /// With its standard error when it fails.
@@ -133,7 +133,7 @@ impl Runtime {
         Ok(String::from_utf8(output.stdout)?)
     }
 
-    /// Runs a command that must fail; gives its standard error.
+    /// Runs a command that must fail; returns its standard error.
     ///
     /// # Errors
     /// When it succeeds.
@@ -151,7 +151,7 @@ impl Runtime {
         command
     }
 
-    /// `bulkhead run`, to its end.
+    /// Runs `bulkhead run` to its end.
     ///
     /// # Errors
     /// When it does not end in time.
@@ -159,7 +159,7 @@ impl Runtime {
         self.run_with_input(id, bundle, b"")
     }
 
-    /// `bulkhead run` with something on standard input.
+    /// Runs `bulkhead run` with this standard input.
     ///
     /// # Errors
     /// When it does not end in time.
@@ -169,7 +169,7 @@ impl Runtime {
         let input = input.to_vec();
         let writer = std::thread::spawn(move || stdin.write_all(&input));
         let output = finish(child)?;
-        // A container that does not read its input is no failure.
+        // A container need not read its input.
         let _ = writer.join();
         Ok(output)
     }
@@ -183,7 +183,7 @@ impl Runtime {
         Ok(command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?)
     }
 
-    /// `bulkhead create`, its streams the null device.
+    /// Runs `bulkhead create` with its streams connected to the null device.
     ///
     /// # Errors
     /// With its standard error when it fails.
@@ -279,7 +279,7 @@ pub fn cgroups() -> Result<BTreeSet<PathBuf>> {
     let mut found = BTreeSet::new();
     let mut next = vec![PathBuf::from("/sys/fs/cgroup")];
     while let Some(directory) = next.pop() {
-        // One may be removed meanwhile.
+        // A directory may be removed meanwhile.
         for entry in fs::read_dir(&directory).into_iter().flatten() {
             let entry = entry?;
             if entry.file_type()?.is_dir() {
@@ -291,7 +291,7 @@ pub fn cgroups() -> Result<BTreeSet<PathBuf>> {
     Ok(found)
 }
 
-/// Sends a process a signal.
+/// Sends a signal to a process.
 ///
 /// # Errors
 /// When there is no such process.
@@ -300,7 +300,7 @@ pub fn signal(pid: u32, signal: Signal) -> Result<()> {
     kill_process(process, signal).with_context(|| format!("{signal:?} for {pid}"))
 }
 
-/// Kills a process at once and reports when it cannot be.
+/// Kills a process with SIGKILL.
 ///
 /// # Errors
 /// When there is no such process.
@@ -320,7 +320,7 @@ pub(crate) fn process_table() -> Result<Vec<Process>> {
         let Some(pid) = entry?.file_name().to_str().and_then(|name| name.parse().ok()) else {
             continue;
         };
-        // A process may end while it is looked at.
+        // A process may end while it is examined.
         let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else { continue };
         let Ok(line) = fs::read(format!("/proc/{pid}/cmdline")) else { continue };
         if stat.rsplit_once(')').is_some_and(|(_, tail)| tail.trim_start().starts_with('Z')) {
@@ -332,10 +332,10 @@ pub(crate) fn process_table() -> Result<Vec<Process>> {
     Ok(table)
 }
 
-/// Waits until the first bytes of a child's output are there, and checks that they are these.
+/// Waits for the first bytes of a child's output, and checks that they are `first`.
 ///
 /// # Errors
-/// When they are others, or do not come in time.
+/// When they differ, or do not come in time.
 pub fn expect_output(child: &mut Child, first: &str) -> Result<()> {
     let output = child.stdout.as_mut().context("no standard output")?;
     let deadline = Instant::now() + PATIENCE;
@@ -354,15 +354,15 @@ pub fn expect_output(child: &mut Child, first: &str) -> Result<()> {
     Ok(())
 }
 
-/// Status, standard output and standard error of what has ended.
+/// Exit status, standard output and standard error of a command.
 #[must_use]
 pub fn told(output: &Output) -> (Option<i32>, String, String) {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     (output.status.code(), text(&output.stdout), text(&output.stderr))
 }
 
-/// The message of the last line that a runtime has logged on standard error; one that says so when that
-/// is no line of a log.
+/// The message of the last line that a runtime has logged on standard error, or a text that says
+/// that this is not a log line.
 #[must_use]
 pub fn message(errors: &str) -> String {
     let line = errors.trim_end().lines().next_back().unwrap_or_default();
@@ -371,7 +371,7 @@ pub fn message(errors: &str) -> String {
     message.unwrap_or_else(|| format!("no message in {errors:?}"))
 }
 
-/// Asks again and again until it is so; false when the time is up.
+/// Polls until the condition holds; returns false if it does not in time.
 pub fn comes_true(patience: Duration, mut so: impl FnMut() -> bool) -> bool {
     let deadline = Instant::now() + patience;
     while !so() {
@@ -383,13 +383,13 @@ pub fn comes_true(patience: Duration, mut so: impl FnMut() -> bool) -> bool {
     true
 }
 
-/// Asks a daemon to end, and kills it when it does not in time.
+/// Sends SIGTERM to a daemon, and kills it when it does not end in time.
 pub fn end(daemon: &mut Child, patience: Duration) {
     let asked = Pid::from_raw(daemon.id().cast_signed())
         .is_some_and(|pid| kill_process(pid, Signal::TERM).is_ok());
     let gone = || daemon.try_wait().is_ok_and(|status| status.is_some());
     if !(asked && comes_true(patience, gone)) {
-        // Both fail only when it has been waited for.
+        // Both fail only when the daemon was already waited for.
         let _ = daemon.kill();
         let _ = daemon.wait();
     }
@@ -403,7 +403,7 @@ pub fn output(command: &mut Command) -> Result<Output> {
     finish(command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?)
 }
 
-/// Waits for a child's end and collects what it wrote.
+/// Waits for a child to end and collects its output.
 ///
 /// # Errors
 /// When it does not end in time; it is killed then.
@@ -421,11 +421,11 @@ pub fn finish(mut child: Child) -> Result<Output> {
     Ok(output?)
 }
 
-/// Hands each line of a child's output to `line` when it comes, and waits for the end, which must
-/// be a success.
+/// Passes each line of a child's output to `line` as it comes, and waits for the child, which must
+/// succeed.
 ///
 /// # Errors
-/// When `line` fails, the child fails, or nothing comes for too long; it is killed then.
+/// When `line` fails, the child fails, or nothing comes for too long; the child is killed then.
 pub fn each_line(mut child: Child, line: impl FnMut(&str) -> Result<()>) -> Result<()> {
     let output = child.stdout.take().context("no standard output")?;
     let read = read_lines(output, line);
@@ -455,13 +455,13 @@ fn read_lines(output: ChildStdout, mut line: impl FnMut(&str) -> Result<()>) -> 
     }
 }
 
-/// Where every thread of every process of Bulkhead's stands, and what their logs say: for the report
-/// of a hang, which nobody may see a second time.
+/// What every thread of every Bulkhead process is doing, and the logs: for the report of a hang,
+/// which may be hard to reproduce.
 fn standing() -> Result<String> {
     let mut report = String::new();
     for process in process_table()?.iter().filter(|it| it.command_line.contains("bulkhead")) {
         writeln!(report, "{} {}", process.pid, process.command_line)?;
-        // Whatever ends meanwhile does not stand there any more.
+        // A process may end meanwhile.
         let Ok(threads) = fs::read_dir(format!("/proc/{}/task", process.pid)) else { continue };
         for thread in threads.flatten() {
             let read = |name| fs::read_to_string(thread.path().join(name)).unwrap_or_default();

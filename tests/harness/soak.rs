@@ -1,5 +1,5 @@
-//! Lives of containers, and processes in one, again and again: what they must not leave behind, on the
-//! host or in the processes of a pod.
+//! Repeated containers, and repeated processes in one container: checks that they leave nothing
+//! behind, neither on the host nor in the processes of a pod.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -12,21 +12,21 @@ use crate::bundle::Bundle;
 use crate::memory::pss_kib;
 use crate::runtime::{Runtime, cgroups, process_table};
 
-/// How much more memory a process of a pod may have after many processes than after the first ones.
-/// The allocator's own ups and downs are below it; 300 bytes that are forgotten in each of 900
-/// processes are above.
+/// How much more memory a process of a pod may use after many container processes than after the
+/// first ones. The allocator's own variation is below this; a leak of 300 bytes in each of 900
+/// processes is above.
 const GROWTH_KIB: f64 = 256.0;
-/// Those of a pod that live as long as it does, by a part of their command line.
+/// The processes that live as long as their pod, each with a part of its command line.
 const KEPT: [(&str, &str); 4] = [
     ("supervisor", " supervise"),
     ("monitor", "bulkhead-vmm"),
     ("file server", "bulkhead-fs"),
     ("stand-in", "bulkhead-stand-in"),
 ];
-/// Where files may be left; in the test host `/run` has whatever is written anywhere.
+/// Where files may be left; in the test host all written files are below `/run`.
 const PLACES: [&str; 3] = ["/tmp", "/run", "/dev/shm"];
 
-/// What there is on the host.
+/// Processes, mounts, cgroups and files on the host.
 #[derive(Debug)]
 pub struct Traces {
     processes: BTreeSet<String>,
@@ -36,12 +36,12 @@ pub struct Traces {
 }
 
 impl Traces {
-    /// Looks.
+    /// Lists them.
     ///
     /// # Errors
-    /// When the host does not tell.
+    /// When they cannot be read.
     pub fn look() -> Result<Self> {
-        // The kernel's own threads have no command line; they come and go.
+        // Kernel threads, which have no command line, come and go.
         let table = process_table()?.into_iter().filter(|it| !it.command_line.is_empty());
         let mounts = fs::read_to_string("/proc/self/mountinfo")?;
         let mut files = BTreeSet::new();
@@ -68,7 +68,7 @@ impl Traces {
     /// Fails when there is anything that was not there `before`.
     ///
     /// # Errors
-    /// Names it.
+    /// Names what is left.
     pub fn no_more_than(&self, before: &Self) -> Result<()> {
         let path = |path: &PathBuf| path.display().to_string();
         let mut more: Vec<String> = self.processes.difference(&before.processes).cloned().collect();
@@ -81,7 +81,7 @@ impl Traces {
 }
 
 fn collect(directory: &Path, files: &mut BTreeSet<PathBuf>) {
-    // One may go away meanwhile.
+    // A directory may be removed meanwhile.
     for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
             collect(&entry.path(), files);
@@ -90,11 +90,11 @@ fn collect(directory: &Path, files: &mut BTreeSet<PathBuf>) {
     }
 }
 
-/// Lets a container with limits be created, started, joined and deleted so many times; what there was
-/// before and after.
+/// Creates a container with limits, starts it, runs a process in it and deletes it, `cycles` times;
+/// returns the traces before and after.
 ///
 /// # Errors
-/// When a verb fails, or anything is left.
+/// When a command fails, or anything is left.
 pub fn lives(cycles: usize) -> Result<[Traces; 2]> {
     let runtime = Runtime::new()?;
     let bundle = Bundle::new(&["/bin/sleep", "1000"])?.with(|spec| {
@@ -103,7 +103,7 @@ pub fn lives(cycles: usize) -> Result<[Traces; 2]> {
         spec["linux"]["resources"]["pids"] = json!({"limit": 50});
         spec["linux"]["resources"]["cpu"] = json!({"quota": 90_000, "period": 100_000});
     })?;
-    // The first makes what all have in common.
+    // The first container makes files that later ones share.
     live(&runtime, &bundle)?;
     let before = Traces::look()?;
     for _ in 0..cycles {
@@ -130,11 +130,11 @@ fn live(runtime: &Runtime, bundle: &Bundle) -> Result<()> {
 pub struct Held {
     /// Open files.
     pub descriptors: usize,
-    /// Its share of memory without the guest's, in KiB.
+    /// Its proportional set size without guest memory, in KiB.
     pub kib: f64,
 }
 
-/// Runs processes in one container, first so many and then so many more; what each process of its pod
+/// Runs `first` and then `more` processes in one container; returns what each process of its pod
 /// held in between and at the end.
 ///
 /// # Errors
@@ -146,7 +146,7 @@ pub fn processes(first: usize, more: usize) -> Result<Vec<(&'static str, [Held; 
     runtime.ok(&["start", "soak"])?;
     let run = |times: usize| {
         (0..times).try_for_each(|_| runtime.ok(&["exec", "soak", "/bin/true"]).map(drop))?;
-        // What ends a process is not waited for by its caller.
+        // Part of the cleanup runs after the caller has returned.
         std::thread::sleep(std::time::Duration::from_secs(2));
         Ok::<_, anyhow::Error>((Traces::look()?, held(&runtime)?))
     };

@@ -1,4 +1,5 @@
-//! A root file system whose init is Debian's systemd, made of what is installed here.
+//! A root file system whose init is Debian's systemd, made from the files installed on this
+//! machine.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -10,9 +11,9 @@ use anyhow::{Context, Result, ensure};
 
 use crate::bundle::install_busybox;
 
-/// Who brings the files.
+/// The packages that the files come from.
 const PACKAGES: [&str; 2] = ["systemd", "libsystemd-shared"];
-/// Which of them: what boots to the target of a system that nobody logs in to.
+/// The files that are needed to boot to a target without logins.
 const KEPT: [&str; 7] = [
     "/bin/journalctl",
     "/bin/systemctl",
@@ -22,7 +23,7 @@ const KEPT: [&str; 7] = [
     "/usr/lib/tmpfiles.d/",
     "/usr/lib/x86_64-linux-gnu/systemd/",
 ];
-/// Programs whose libraries are those of all the others.
+/// Programs whose libraries include those of all the others.
 const LINKED: [&str; 4] = [
     "/bin/systemctl",
     "/bin/systemd-tmpfiles",
@@ -51,7 +52,7 @@ pub fn root(directory: &Path) -> Result<PathBuf> {
     for line in lines(Command::new("ldd").args(LINKED))? {
         let library = line.split_whitespace().find(|word| word.starts_with('/'));
         let library = library.filter(|word| !word.ends_with(':')).map(PathBuf::from);
-        // A name of a library is a link to its version.
+        // A library's name is a link to a file with its version.
         files.extend(library.iter().map(fs::canonicalize).collect::<Result<Vec<_>, _>>()?);
         files.extend(library);
     }
@@ -62,23 +63,23 @@ pub fn root(directory: &Path) -> Result<PathBuf> {
     for name in ["group", "passwd"] {
         fs::copy(Path::new("/etc").join(name), root.join("etc").join(name)).context(name)?;
     }
-    // Empty, or it would be the first boot of a new system.
+    // Must be empty: without the file, systemd would treat this as a first boot.
     fs::write(root.join("etc/machine-id"), "").context("machine-id")?;
     let units = root.join("etc/systemd/system");
     symlink("/lib/systemd/system/multi-user.target", units.join("default.target"))?;
-    // It wants a message bus.
+    // logind needs a message bus.
     symlink("/dev/null", units.join("systemd-logind.service"))?;
     Ok(root)
 }
 
-/// Copies a file, or a link as it is, to where its directory really is.
+/// Copies a file, or a symbolic link as such, to the resolved path of its directory.
 fn copy(file: &Path, root: &Path) -> Result<()> {
     let directory = fs::canonicalize(file.parent().context("no directory")?)?;
     let target = root.join(directory.strip_prefix("/")?);
     fs::create_dir_all(&target)?;
     let target = target.join(file.file_name().context("no name")?);
     if file.is_symlink() {
-        // Two lists may name it.
+        // A link may be in both lists.
         if !target.is_symlink() {
             symlink(fs::read_link(file)?, target)?;
         }

@@ -1,4 +1,4 @@
-//! A bundle whose programs are those of this machine: Debian's, beside busybox.
+//! A bundle with this machine's programs, which are Debian's, in addition to busybox.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -11,10 +11,10 @@ use crate::bundle::{Bundle, bind};
 
 /// The shell: busybox's prefers its own applets.
 pub const SHELL: &str = "/usr/bin/dash";
-/// What a container is given that may do everything to its network, and make others.
+/// The capabilities of a container that may change its network and make further ones.
 const POWERS: [&str; 4] = ["CAP_NET_ADMIN", "CAP_NET_RAW", "CAP_SYS_ADMIN", "CAP_SYS_PTRACE"];
 
-/// All that there are.
+/// All capabilities.
 const ALL: [&str; 41] = [
     "CAP_CHOWN",
     "CAP_DAC_OVERRIDE",
@@ -59,8 +59,8 @@ const ALL: [&str; 41] = [
     "CAP_CHECKPOINT_RESTORE",
 ];
 
-/// A bundle that runs a shell script with this machine's programs, read-only, and may change its
-/// network.
+/// A bundle that runs a shell script with this machine's programs, mounted read-only, and may
+/// change its network.
 ///
 /// # Errors
 /// As [`Bundle::new`].
@@ -90,7 +90,7 @@ pub fn bundle(script: &str) -> Result<Bundle> {
     })
 }
 
-/// One that may do everything in its machine, as callers ask for a privileged container.
+/// A bundle with all privileges in its machine, like a privileged container of Docker.
 ///
 /// # Errors
 /// As [`Bundle::new`].

@@ -1,4 +1,4 @@
-//! What this host asks servers for, by TCP and UDP, until they answer.
+//! Requests of this host to servers over TCP and UDP, repeated until they answer.
 
 use std::net::UdpSocket;
 use std::process::Command;
@@ -8,13 +8,13 @@ use anyhow::{Result, ensure};
 
 use crate::runtime::{comes_true, output, told};
 
-/// A bound on hangs under emulation, not a measure.
+/// A timeout for hangs; generous because of emulation.
 const PATIENCE: Duration = Duration::from_secs(90);
 
-/// What a web server says at `place`, an address and a port.
+/// The answer of the web server at `place`, an address and a port.
 ///
 /// # Errors
-/// When it says nothing for too long.
+/// When it does not answer in time.
 pub fn says(place: &str) -> Result<String> {
     let url = format!("http://{place}/");
     let mut said = String::new();
@@ -27,16 +27,16 @@ pub fn says(place: &str) -> Result<String> {
     Ok(said.trim().to_owned())
 }
 
-/// Has somebody send back a datagram.
+/// Sends datagrams to `whom`, from the address `from`, until one comes back.
 ///
 /// # Errors
-/// When none comes for too long.
+/// When none comes back in time.
 pub fn echoed_by_udp(from: &str, whom: &str) -> Result<()> {
     let socket = UdpSocket::bind((from, 0))?;
     socket.set_read_timeout(Some(Duration::from_millis(500)))?;
     let mut answer = [0; 16];
     let echoed = comes_true(PATIENCE, || {
-        // What is refused or lost is asked for again.
+        // A datagram that is refused or lost is sent again.
         let sent = socket.send_to(b"datagram", whom).is_ok();
         sent && socket.recv(&mut answer).is_ok_and(|count| &answer[..count] == b"datagram")
     });

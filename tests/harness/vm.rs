@@ -1,4 +1,4 @@
-//! A machine without a supervisor: the real monitor, the real guest image, this process at the
+//! A machine without a supervisor: the real monitor and guest image, with the test itself at the
 //! other end of the control socket.
 
 use std::fs::{self, File};
@@ -15,9 +15,9 @@ use bulkhead_vmm::config::{self, DeviceConfig, Fd, JailConfig, SlotDevice, VmCon
 use bulkhead_vmm::control::{Answer, Call, Client, Event, FromMonitor, Reply, Request};
 use bulkhead_vmm::seqpacket;
 
-/// Longer than any boot under emulation; a bound on hangs, not a measure.
+/// Longer than any boot under emulation; a timeout for hangs.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// An identity that nothing else on the test host has.
+/// A uid that nothing else on the test host has.
 pub const JAIL_ID: u32 = 0x7000_0001;
 
 /// Where `cargo xtask image` lays out binaries and guest image.
@@ -26,7 +26,7 @@ pub fn dist() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/dist")
 }
 
-/// How a machine differs from the plain one.
+/// How a machine differs from the default.
 #[derive(Debug, Default)]
 pub struct Options {
     /// Added to the kernel's command line.
@@ -53,7 +53,7 @@ impl TestVm {
     /// Boots a machine with a vsock and an rng device.
     ///
     /// # Errors
-    /// With the monitor's refusal.
+    /// With the monitor's error.
     pub fn boot(options: &Options) -> Result<Self> {
         let mut vm = Self::spawn()?;
         vm.configure(options)?;
@@ -104,7 +104,7 @@ impl TestVm {
     /// Makes one call and waits for its answer.
     ///
     /// # Errors
-    /// With the refusal.
+    /// With the monitor's error.
     pub fn call(
         &mut self,
         request: Request,
@@ -118,7 +118,7 @@ impl TestVm {
     /// Opens a stream to a port of the guest.
     ///
     /// # Errors
-    /// With the refusal.
+    /// With the monitor's error.
     pub fn open_stream(&mut self, port: u32, timeout: Duration) -> Result<UnixStream> {
         let timeout_ms = u32::try_from(timeout.as_millis())?;
         let (_, mut descriptors) = self.call(Request::OpenStream { port, timeout_ms }, &[])?;
@@ -138,7 +138,7 @@ impl TestVm {
     /// Waits for the machine to end by itself.
     ///
     /// # Errors
-    /// When it does not, or the monitor says something else.
+    /// When it does not end, or the monitor sends something else.
     pub fn ending(&self) -> Result<Event> {
         match self.receive()? {
             (FromMonitor::Event(event), _) => Ok(event),
@@ -157,7 +157,7 @@ impl TestVm {
         client.receive().with_context(|| self.console_text())
     }
 
-    /// Closes the control socket, as a supervisor does that dies.
+    /// Closes the control socket, as happens when a supervisor dies.
     pub fn hang_up(&mut self) {
         self.client = None;
     }
@@ -202,13 +202,13 @@ impl TestVm {
         fields.skip(11).take(2).map(|ticks| Ok(ticks.parse::<u64>()?)).sum()
     }
 
-    /// The names of the monitor's threads. One that the kernel has there for vhost-net is among them.
+    /// The names of the monitor's threads, including the kernel's vhost-net thread.
     ///
     /// # Errors
     /// When it has ended.
     pub fn threads(&self) -> Result<Vec<String>> {
         let threads = fs::read_dir(format!("/proc/{}/task", self.pid()))?;
-        // One that has ended meanwhile has no name.
+        // A thread that has ended meanwhile has no name.
         let names =
             threads.flatten().filter_map(|it| fs::read_to_string(it.path().join("comm")).ok());
         Ok(names.map(|name| name.trim().to_owned()).collect())
@@ -231,7 +231,7 @@ impl TestVm {
 
 impl Drop for TestVm {
     fn drop(&mut self) {
-        // Both fail when the monitor has ended, which is what they are for.
+        // Both fail if the monitor has already ended.
         let _ = self.monitor.kill();
         let _ = self.monitor.wait();
     }
@@ -256,14 +256,14 @@ fn plain_config(cmdline: &str) -> VmConfig {
     }
 }
 
-// UNSAFETY: what runs between fork and exec must be safe for signals.
+// UNSAFETY: code between fork and exec must be async-signal-safe.
 #[expect(unsafe_code, reason = "the control socket is inherited as descriptor 3")]
 fn inherit_as_3(command: &mut Command, socket: BorrowedFd<'_>) {
     let raw = socket.as_raw_fd();
     let as_3 = move || {
         // dup2 onto itself would leave close-on-exec set.
         let result = if raw == 3 {
-            // SAFETY: changes a flag of a descriptor that is open.
+            // SAFETY: changes a flag of an open descriptor.
             unsafe { libc::fcntl(3, libc::F_SETFD, 0) }
         } else {
             // SAFETY: nothing in the child owns descriptor 3 yet.

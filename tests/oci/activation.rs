@@ -1,5 +1,5 @@
-//! What systemd asks of whom it starts, beside runc: word of being ready, and descriptors that are passed
-//! on.
+//! systemd's protocols for services, beside runc: readiness notification (sd_notify) and passed
+//! descriptors (socket activation).
 
 use std::net::TcpListener;
 use std::os::fd::OwnedFd;
@@ -16,7 +16,7 @@ fn both() -> [Runtime; 2] {
     [Runtime::new().unwrap(), Runtime::runc().unwrap()]
 }
 
-/// What plays systemd: the socket that `NOTIFY_SOCKET` names.
+/// Takes the place of systemd: has the socket that `NOTIFY_SOCKET` names.
 struct Systemd {
     directory: TempDir,
     socket: UnixDatagram,
@@ -35,21 +35,22 @@ impl Systemd {
         command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap()
     }
 
-    /// The next message. A descriptor that rides along is closed, which is what a barrier waits for.
+    /// Receives the next message. A descriptor that comes with it is closed; a barrier waits for
+    /// that.
     fn hear(&self) -> String {
         let mut bytes = [0; 4096];
         let count = self.socket.recv(&mut bytes).unwrap();
         String::from_utf8(bytes[..count].to_vec()).unwrap()
     }
 
-    /// What is told of a container that is ready, and of the process that systemd is to follow: the
-    /// container's, or its caller's if that stays.
+    /// Expects the messages that a container is ready and which process systemd should follow: the
+    /// container's, or `stays` if its caller stays.
     fn hears_that_it_is_ready(&self, runtime: &Runtime, stays: Option<u32>) {
         assert_eq!(self.hear(), "READY=1\n");
         let own = || runtime.state("ready").unwrap()["pid"].as_u64().unwrap();
         let pid = stays.map_or_else(own, u64::from);
         assert_eq!(self.hear(), format!("MAINPID={pid}\n"));
-        // runc has it since 1.2.
+        // runc sends a barrier since 1.2.
         if !runtime.is_runc() {
             assert_eq!(self.hear(), "BARRIER=1");
         }
@@ -61,9 +62,9 @@ impl Systemd {
     }
 }
 
-/// Says that it is ready, and other things besides.
+/// A container that reports its status and then that it is ready.
 fn says_so() -> Bundle {
-    // Under runc nobody reads the barrier that is sent when somebody waits.
+    // `--no-block`, because under runc nobody reads the barrier that is sent without it.
     let script = "test -S /run/notify/notify.sock && systemd-notify --no-block --status=starting; \
                   systemd-notify --no-block --ready; exec sleep 1000";
     tools::bundle(script).unwrap()
@@ -106,7 +107,8 @@ fn run_tells_it_too_in_the_background_and_in_the_foreground() {
 
 #[test]
 fn a_container_that_never_says_so_is_not_waited_for_beyond_its_end() {
-    // runc 1.1 waits for the container to be gone from /proc, where it is a zombie of runc's own.
+    // Not compared with runc: runc 1.1 waits until the container is gone from /proc, where it stays
+    // as a zombie child of runc.
     let ours = Runtime::new().unwrap();
     let systemd = Systemd::new();
     let bundle = Bundle::script("echo $NOTIFY_SOCKET > /root/where; sleep 1").unwrap();
@@ -121,7 +123,7 @@ fn a_container_that_never_says_so_is_not_waited_for_beyond_its_end() {
     ours.assert_clean().unwrap();
 }
 
-/// A command that systemd starts with one descriptor, which is this.
+/// A command as systemd starts it, with this one descriptor passed.
 fn activated(command: &Command, descriptor: impl Into<OwnedFd>) -> Command {
     let script = "exec 3<&0 0</dev/null; export LISTEN_PID=$$ LISTEN_FDS=1; exec \"$@\"";
     let mut shell = Command::new("sh");

@@ -1,15 +1,15 @@
-//! Capabilities of a container's first process and of those that join it, beside runc: every set by
-//! itself and together, with and without a filter, for root and for others.
+//! Capabilities of a container's first process and of further processes, beside runc: each set
+//! alone and combined, with and without a seccomp filter, for root and for another user.
 
 use bulkhead_tests::bundle::Bundle;
 use bulkhead_tests::runtime::{Runtime, told};
 use serde_json::{Value, json};
 
-/// The sets of the shell and of what it starts, and what they are good for.
+/// Prints the sets of the shell and of a program that it starts, and tries what they allow.
 const PROBE: &str = "grep -h -E '^(Cap|NoNew|Seccomp:)' /proc/$$/status /proc/self/status; \
     chown 5 /mnt/file 2> /dev/null; echo chown $?";
 
-/// Named sets. Sets that are not named are not there.
+/// Named combinations of sets. Sets that a combination does not name are absent.
 fn combinations() -> Vec<(&'static str, Value)> {
     let (some, more) =
         (json!(["CAP_KILL", "CAP_CHOWN"]), json!(["CAP_KILL", "CAP_CHOWN", "CAP_BPF"]));
@@ -58,10 +58,10 @@ fn combinations() -> Vec<(&'static str, Value)> {
     ]
 }
 
-/// Status, standard output, and why there is none.
+/// Exit status, standard output, and the error.
 type Told = (Option<i32>, String, String);
 
-/// A bundle with these sets for its process.
+/// A bundle whose process has these capability sets.
 fn bundle(args: &[&str], sets: &Value, change: impl FnOnce(&mut Value)) -> Bundle {
     let bundle = Bundle::new(args).unwrap();
     std::fs::write(bundle.rootfs().join("mnt/file"), "").unwrap();
@@ -72,7 +72,7 @@ fn bundle(args: &[&str], sets: &Value, change: impl FnOnce(&mut Value)) -> Bundl
     bundle.with(set).unwrap()
 }
 
-/// What a runtime says, its own name and level left out of an error.
+/// A runtime's output, without the prefix that each runtime puts before an error.
 fn words((status, output, errors): Told) -> Told {
     let cause = errors.find("unable to apply").map_or(&*errors, |at| &errors[at..]);
     (status, output, cause.trim().trim_end_matches('"').to_owned())
@@ -84,11 +84,11 @@ fn first(runtime: &Runtime, bundle: &Bundle) -> Told {
     told
 }
 
-/// What a process says, and what it is asked to be: its sets, its user and no_new_privs.
+/// The name of the sets, the user and no_new_privs of a process, and its output.
 type Said = (&'static str, u32, bool, Told);
 
-/// Has a process of one container try each combination, for root and for somebody else, with and
-/// without the prospect to gain any.
+/// Runs a process for each combination in one container, as root and as another user, with and
+/// without no_new_privs.
 fn try_all(runtime: &Runtime, change: impl FnOnce(&mut Value)) -> Vec<Said> {
     let bundle = bundle(&["/bin/sleep", "1000"], &json!({"bounding": ["CAP_CHOWN"]}), change);
     runtime.create("able", &bundle).unwrap();
@@ -150,7 +150,7 @@ fn a_filter_changes_no_set() {
     assert!(with.3.1.contains("Seccomp:\t2\n"), "{with:?}");
 }
 
-/// It goes the way of the others, so that a few are enough.
+/// The first process uses the same code as further processes, so a few combinations are enough.
 #[test]
 fn the_sets_of_a_first_process_are_as_asked_for() {
     let runtimes = [Runtime::new().unwrap(), Runtime::runc().unwrap()];
@@ -238,7 +238,7 @@ fn a_capability_that_nobody_knows_is_a_warning() {
     }
 }
 
-/// What a command that must succeed writes, and its log, which must have the warning.
+/// The output of a command that must succeed, and its log, which must have the warning.
 fn logged(runtime: &Runtime, line: &[&str]) -> (String, String) {
     let directory = tempfile::tempdir().unwrap();
     let log = directory.path().join("log");

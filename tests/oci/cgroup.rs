@@ -1,4 +1,4 @@
-//! The pod's cgroup on the host: who is in it, what limits it has, and that nothing of it stays.
+//! The pod's cgroup on the host: the processes in it, its limits, and that it is removed.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -13,7 +13,8 @@ use serde_json::{Value, json};
 
 const PATH: &str = "/bulkhead-suite/pod";
 
-/// A cgroup of the host that a container is to have; gone with this, and its parent.
+/// The path of a container's cgroup on the host; the cgroup and its parent are removed when this is
+/// dropped.
 struct Place;
 
 impl Place {
@@ -32,7 +33,7 @@ impl Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        // They are there when a container had them.
+        // Fails if no container has created it.
         let _ = fs::remove_dir(Self::dir());
         let _ = fs::remove_dir(Self::dir().parent().unwrap());
     }
@@ -65,10 +66,10 @@ fn the_whole_pod_is_in_it_with_its_limits() {
     for pid in all {
         assert_eq!(fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).unwrap(), "77\n");
     }
-    // Beside the container's 64: 128 for the machine, 64 for its processes.
+    // In MiB: 64 of the container, 128 for the machine, 64 for the pod's processes.
     assert_eq!(Place::read("memory.max"), (256 << 20).to_string());
     assert_eq!(Place::read("memory.low"), ((32 + 192) << 20).to_string());
-    // Memory and swap together are as much as memory alone.
+    // The limit of memory and swap together equals that of memory, so there is no swap.
     assert_eq!(Place::read("memory.swap.max"), "0");
     assert_eq!(Place::read("cpu.max"), "300000 100000");
     assert_ne!(Place::read("cpu.weight"), "100");
@@ -89,7 +90,7 @@ fn stand_ins_that_stay_are_in_it_and_callers_are_not() {
     assert!(!Place::processes().contains(&child.id()), "a caller's own process was moved");
     let before = Place::processes().len();
     let mut detached = runtime.command(&["exec", "--detach", "c", "sleep", "1000"]);
-    // Not a pipe, which the process that stays would keep open.
+    // No pipes: the process that stays would keep them open.
     assert!(detached.stdout(Stdio::null()).stderr(Stdio::null()).status().unwrap().success());
     assert_eq!(Place::processes().len(), before + 1);
     let own = exec_sleep(&runtime);
@@ -129,7 +130,7 @@ fn limits_change_inside_and_outside_while_it_runs() {
     assert_eq!(Place::read("memory.max"), outside(64));
     assert_eq!([inside("memory.swap.max").trim(), &Place::read("memory.swap.max")], ["0", "0"]);
     assert_eq!((inside("pids.max").as_str(), Place::read("pids.max").as_str()), ("30\n", "286"));
-    // As a file from Docker: what is 0 or empty there stays.
+    // As Docker writes it: values that are 0 or empty are unchanged.
     let update = json!({
         "memory": {"limit": 0, "reservation": 16 << 20},
         "cpu": {"quota": 50_000, "period": 0, "cpus": "", "shares": 0},
@@ -145,10 +146,10 @@ fn limits_change_inside_and_outside_while_it_runs() {
         ("50000 100000\n", "50000 100000")
     );
     assert_eq!(Place::read("memory.low"), outside(16));
-    // Which devices may be used has not changed with it.
+    // The update has not changed the device rules.
     runtime.ok(&["exec", "c", "sh", "-c", "echo > /dev/null"]).unwrap();
 
-    // What is none is refused, and changes nothing.
+    // An invalid size is refused and changes nothing.
     let errors = runtime.fails(&["update", "--memory", "abc", "c"]).unwrap();
     assert!(errors.contains("invalid value for memory: invalid size: 'abc'"), "{errors}");
     assert_eq!(inside("memory.max"), format!("{}\n", 64 << 20));
@@ -191,7 +192,7 @@ fn events_tell_what_is_used_and_when_memory_ran_out() {
     let mut watcher = command.stdout(Stdio::piped()).spawn().unwrap();
     expect_output(&mut watcher, r#"{"#).unwrap();
     child.stdin.take().unwrap().write_all(b"go\n").unwrap();
-    // Not the init process was killed, and nothing of the pod on the host.
+    // Neither the init process was killed nor a process of the pod on the host.
     let output = finish(child).unwrap();
     let text = String::from_utf8_lossy(&output.stdout);
     assert_eq!(output.status.code(), Some(3), "{output:?}");

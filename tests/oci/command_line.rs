@@ -1,5 +1,5 @@
-//! What scripts and callers look for on the command line, beside runc: statuses, help, the log, signals,
-//! and the list of processes.
+//! What scripts and callers use of the command line, beside runc: exit statuses, help, the log,
+//! signals, and the list of processes.
 
 use std::fs;
 
@@ -58,7 +58,7 @@ fn what_cannot_be_read_ends_as_under_runc() {
         let (expected, found) = (runc.call(line).unwrap(), ours.call(line).unwrap());
         let (status, out, err) = told(&found);
         assert_eq!(status, expected.status.code(), "{line:?}: {err}");
-        // Both say something on the same streams.
+        // Both write to the same streams.
         assert_eq!(out.is_empty(), expected.stdout.is_empty(), "{line:?}: {out}");
         assert_eq!(err.is_empty(), expected.stderr.is_empty(), "{line:?}: {err}");
         if status != Some(0) {
@@ -136,7 +136,7 @@ fn signals_are_taken_and_told_as_under_runc() {
     for runtime in [&ours, &runc] {
         let bundle = Bundle::new(&["/bin/sleep", "1000"]).unwrap();
         runtime.create("asked", &bundle).unwrap();
-        // 0 asks whether it lives.
+        // Signal 0 asks whether the container is alive.
         runtime.ok(&["kill", "asked", "0"]).unwrap();
         runtime.ok(&["start", "asked"]).unwrap();
         runtime.ok(&["kill", "asked", "0"]).unwrap();

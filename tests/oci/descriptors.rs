@@ -1,5 +1,6 @@
-//! What a caller passes beside the standard streams (`--preserve-fds`), beside runc: the same call,
-//! the same descriptors, the same outcome. A shell puts them at their numbers.
+//! Descriptors that a caller passes in addition to the standard streams (`--preserve-fds`), beside
+//! runc: the same call with the same descriptors must have the same result. A shell opens them at
+//! their numbers.
 
 use std::fs;
 use std::io::{ErrorKind, Read, Write};
@@ -15,10 +16,10 @@ use bulkhead_tests::runtime::{Runtime, comes_true, finish, message, output, told
 use rustix::event::{EventfdFlags, eventfd};
 
 const LONG: [&str; 2] = ["/bin/sleep", "1000"];
-/// A bound on hangs under emulation.
+/// A timeout for hangs; generous because of emulation.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// A command of a runtime that a shell starts after these redirections.
+/// A command of a runtime, which a shell starts after these redirections.
 fn passing(runtime: &Runtime, redirections: &str, args: &[&str]) -> Command {
     let inner = runtime.command(args);
     let mut command = Command::new("/bin/sh");
@@ -31,7 +32,7 @@ fn both() -> [Runtime; 2] {
     [Runtime::runc().unwrap(), Runtime::new().unwrap()]
 }
 
-/// A container that only waits, for further processes.
+/// A container that only sleeps, for further processes.
 fn waiting(runtime: &Runtime, id: &str) -> Bundle {
     let bundle = Bundle::new(&LONG).unwrap();
     runtime.create(id, &bundle).unwrap();
@@ -70,7 +71,7 @@ fn ends_of_pipes_are_at_their_numbers() {
 #[test]
 fn who_reads_no_more_is_missed_on_both_sides() {
     for runtime in both() {
-        // First a pipe that the container stops to read, then one that the host stops to read.
+        // The container stops reading one pipe, then the host stops reading another.
         let script = "head -c 2 <&3; exec 3<&-; (while echo x >&4; do :; done) 2>/dev/null; \
                       echo $? > /root/status";
         let bundle = Bundle::script(script).unwrap();
@@ -96,14 +97,14 @@ fn who_reads_no_more_is_missed_on_both_sides() {
         assert_eq!(&first, b"x\nx\n");
         drop(reader);
         runtime.wait_for_status("readers", "stopped").unwrap();
-        // As the shell shows a death by SIGPIPE.
+        // The shell's status for a process that was killed by SIGPIPE.
         assert_eq!(fs::read_to_string(bundle.rootfs().join("root/status")).unwrap(), "141\n");
         gone(&runtime, "readers");
         runtime.assert_clean().unwrap();
     }
 }
 
-/// Talks with a process that echoes on descriptor 3 until the end of what it reads.
+/// Talks to a process that echoes on descriptor 3 until end-of-file.
 fn conversation(mut peer: impl Read + Write, end: impl Fn()) -> String {
     peer.write_all(b"first ").unwrap();
     let mut answer = [0; 6];
@@ -137,12 +138,12 @@ fn a_socket_is_echoed_both_ways_to_the_end_of_each() {
         let said = conversation(&peer, || peer.shutdown(Shutdown::Write).unwrap());
         assert_eq!(said, "first second");
         assert_eq!(finish(child).unwrap().status.code(), Some(0));
-        // The end of the process is the end of the socket.
+        // When the process ends, the socket is closed.
         let (mut peer, end) = UnixStream::pair().unwrap();
         let child = call(end.into(), "head -c 3 <&3 >&3");
         peer.write_all(b"abcdef").unwrap();
         let mut text = Vec::new();
-        // What was not read makes it a reset.
+        // Unread data turns the end into a reset.
         let ended = peer.read_to_end(&mut text).map_err(|error| error.kind());
         assert!(matches!(ended, Ok(3) | Err(ErrorKind::ConnectionReset)), "{ended:?}");
         assert_eq!(text, b"abc");
@@ -174,7 +175,7 @@ fn a_socket_that_its_caller_keeps_serves_one_process_after_the_other() {
     }
 }
 
-/// What is in the files of a directory, by their names.
+/// The names and contents of the files in a directory.
 fn contents(directory: &Path) -> Vec<(String, String)> {
     let mut found: Vec<_> = fs::read_dir(directory)
         .unwrap()
@@ -190,7 +191,8 @@ fn contents(directory: &Path) -> Vec<(String, String)> {
 
 #[test]
 fn files_are_open_as_their_caller_has_them_open() {
-    // Read from where the caller has stopped, appended to, changed in place, and a directory.
+    // A file that is read from the caller's position, one that is appended to, one that is changed
+    // in place, and a directory.
     let redirections = "exec 3<read; read line <&3; exec 4>>log 5<>both 6<. 7</dev/zero \
                         8>/dev/null; read line <&5";
     let script = "cat <&3; echo more >&4; echo more >&4; printf XYZ >&5; \
@@ -223,7 +225,8 @@ fn files_are_open_as_their_caller_has_them_open() {
     let [theirs, ours] = outcomes;
     for (mut theirs, ours) in theirs.into_iter().zip(ours) {
         assert_eq!(ours.0.1, theirs.0.1, "{ours:?}");
-        // A directory that was opened to be read is not one to be written, also by another name.
+        // A difference from runc: a directory that was opened for reading cannot be written to
+        // through its descriptor.
         let made = theirs.1.iter().position(|(name, _)| name == "new");
         assert_eq!(made.map(|at| theirs.1.remove(at).1).as_deref(), Some("no\n"));
         assert_eq!(ours, theirs);
@@ -294,7 +297,7 @@ fn a_detached_process_keeps_what_it_was_given() {
             reader.read_exact(&mut answer).unwrap();
             assert_eq!(String::from_utf8_lossy(&answer), line);
         }
-        // Nobody else has kept an end.
+        // No other process holds an end of the pipe.
         assert_eq!(reader.read(&mut [0]).unwrap(), 0);
         runtime.wait_for_status("detached", "stopped").unwrap();
         gone(&runtime, "detached");
@@ -389,9 +392,9 @@ fn no_descriptor_is_left_in_the_processes_of_a_pod() {
         drop(finish(child).unwrap());
         drop(peer);
     };
-    // The guest remembers the programs that it has run.
+    // The guest caches files of programs that it has run: each is a descriptor of the file server.
     runtime.ok(&["exec", "left", "/bin/sh", "-c", "cat /dev/null"]).unwrap();
-    // The monitor has one for every stream that is open in the guest.
+    // The monitor holds a descriptor for every stream that is open in the guest.
     let names = ["supervise", "bulkhead-vmm", "bulkhead-fs"];
     let before = names.map(open);
     for program in ["cat <&5", "exec 3<&- 4>&-; cat <&5", "kill -9 $$", "/bin/absent"] {

@@ -1,4 +1,5 @@
-//! Rules for devices, beside runc: what a container may do with a device that it does not have by itself.
+//! Device rules, beside runc: what a container may do with a device that is not among its default
+//! devices.
 
 use std::fs;
 
@@ -7,9 +8,9 @@ use bulkhead_tests::pod::Pod;
 use bulkhead_tests::runtime::{Runtime, told};
 use serde_json::{Value, json};
 
-/// The kernel's log, which both kernels have and no container by itself.
+/// `/dev/kmsg`: both kernels have it, and no container has it by default.
 const LOG: (i64, i64) = (1, 11);
-/// Opens it in every way, and makes it once more.
+/// Opens the device in every way, and makes device nodes.
 const PROBE: &str = "try() { (eval \"$2\") > /dev/null 2>&1; echo $1 $?; }; \
     try read ': < /dev/log'; try write ': > /dev/log'; try both ': 1<> /dev/log'; \
     try make 'mknod /mnt/log c 1 11'; try disk 'mknod /mnt/disk b 7 0'; try null ': 1<> /dev/null'; \
@@ -17,7 +18,7 @@ const PROBE: &str = "try() { (eval \"$2\") > /dev/null 2>&1; echo $1 $?; }; \
 
 fn rule(allow: bool, kind: &str, (major, minor): (i64, i64), access: &str) -> Value {
     let mut rule = json!({"allow": allow, "type": kind, "access": access});
-    // -1 is as good as none.
+    // -1 means any number.
     for (name, number) in [("major", major), ("minor", minor)] {
         if number != -1 {
             rule[name] = json!(number);
@@ -67,7 +68,8 @@ fn bundle(rules: &[Value]) -> Bundle {
     bundle
 }
 
-/// Whoever has every device but a few can make the nodes of those too, `docs/COMPATIBILITY.md`.
+/// With rules that allow all devices but one, a container can still make a node of that one,
+/// `docs/COMPATIBILITY.md`.
 const MADE_ANYWAY: [&str; 2] = ["all but it", "all but it, but reading"];
 
 #[test]

@@ -1,6 +1,6 @@
-//! The same bundle under runc and under Bulkhead: what a probe reads inside, how it ends, and which
-//! files it leaves. Each accepted difference has a name here and its reason in
-//! `docs/COMPATIBILITY.md`; any other fails.
+//! Runs the same bundle under runc and under Bulkhead and compares what a probe reads inside, its
+//! exit status, and the files that it leaves. Each accepted difference has a name here and its
+//! reason in `docs/COMPATIBILITY.md`; any other difference fails.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -12,7 +12,7 @@ use bulkhead_tests::bundle::{Bundle, bind};
 use bulkhead_tests::runtime::{Runtime, told};
 use serde_json::{Value, json};
 
-/// What is read inside, by section. What a line means is compared, not what it is called inside.
+/// The probe, in sections. The meaning of its lines is compared, not the numbers in them.
 const PROBE: &str = r#"
 section() { echo "== $1"; }
 section status; grep -E '^(Uid|Gid|Groups|Cap|NoNewPrivs|Seccomp:|Umask)' /proc/self/status
@@ -52,7 +52,7 @@ const ACCEPTED: [&str; 7] = [
     "mode of a file that is made to mount on",
 ];
 
-/// What one runtime made of a bundle.
+/// The result of a bundle under one runtime.
 #[derive(Debug)]
 struct Told {
     status: Option<i32>,
@@ -78,12 +78,12 @@ fn told_by(runtime: &Runtime, bundle: &Bundle) -> Told {
     Told { status, errors, sections, left: files(&bundle.rootfs()) }
 }
 
-/// A line without what is numbered anew in every run, and without what is accepted. `host` is the
-/// number of the file system that the bundle is on.
+/// A line without the numbers that change in every run, and without accepted differences. `host` is
+/// the device number of the file system that the bundle is on.
 fn meaning(section: &str, line: &str, host: &str) -> Option<String> {
     match section {
         "mounts" => Some(mount(line, host)),
-        // The formula is another: "cpu.weight".
+        // Computed with another formula: "cpu.weight".
         "cgroup" if line.starts_with("cpu.weight") => None,
         _ => Some(line.to_owned()),
     }
@@ -119,7 +119,7 @@ fn mount(line: &str, host: &str) -> String {
     format!("{point} {} {} {about}", flags.join(","), tags.join(" "))
 }
 
-/// The number of the file system at the root.
+/// The device number of the root file system.
 fn host(output: &str) -> String {
     let root = output.lines().filter(|line| line.contains(" - ")).find_map(|line| {
         let words: Vec<&str> = line.split(' ').collect();
@@ -128,7 +128,7 @@ fn host(output: &str) -> String {
     root.unwrap_or_default()
 }
 
-/// Everything below a directory, with what is known of it but its times.
+/// Everything below a directory, with all metadata except times.
 fn files(directory: &Path) -> BTreeSet<String> {
     let mut found = BTreeSet::new();
     let mut next = vec![directory.to_owned()];
@@ -151,7 +151,7 @@ fn files(directory: &Path) -> BTreeSet<String> {
     found
 }
 
-/// Everything that the two have not in common.
+/// All lines in which the two differ.
 fn differences(ours: &Told, theirs: &Told) -> String {
     let mut words = String::new();
     if ours.status != theirs.status || ours.errors != theirs.errors {
@@ -175,7 +175,7 @@ fn differences(ours: &Told, theirs: &Told) -> String {
     words
 }
 
-/// Runs the probe under both after `change`, and fails on what differs.
+/// Runs the probe under both runtimes after `change`, and fails on any difference.
 fn same(change: impl Fn(&Bundle, &mut Value)) {
     let [ours, theirs] = [Runtime::new().unwrap(), Runtime::runc().unwrap()].map(|runtime| {
         let mut bundle = Bundle::script(PROBE).unwrap();
@@ -344,7 +344,7 @@ fn propagation_of_mounts() {
             bind(&given, "/mnt/host-slave", &["slave"]),
             bind(&given, "/mnt/host-unbindable", &["unbindable"]),
         ]);
-        // What is closed is covered by a mount, which is on a shared one here.
+        // A masked path is covered by a mount, here on top of a shared mount.
         spec["linux"]["maskedPaths"] = json!(["/mnt/host-shared/file", "/proc/kcore"]);
     });
 }
@@ -371,7 +371,7 @@ fn namespaces_that_are_left_out() {
     same(|_, spec| {
         let namespaces = spec["linux"]["namespaces"].as_array_mut().unwrap();
         namespaces.retain(|entry| entry["type"] != "cgroup");
-        // Where runc is in the cgroup's path, the container is in another.
+        // The default path has the runtime's name, so set one.
         spec["linux"]["cgroupsPath"] = json!("/probe");
     });
 }

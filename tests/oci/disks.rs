@@ -34,7 +34,7 @@ impl Loop {
         (major(number), minor(number))
     }
 
-    /// As `linux.devices` and the rules have it.
+    /// The entry of `linux.devices` and the device rule for it.
     fn given(&self, path: &str, access: &str) -> (Value, Value) {
         let (major, minor) = self.number();
         let device = json!({"path": path, "type": "b", "major": major, "minor": minor,
@@ -75,7 +75,7 @@ fn disks_are_read_and_written_as_far_as_the_rules_say() {
     let (status, out, errors) = told(&runtime.run("c", &bundle(script, &disks)).unwrap());
     let expected = "first disk\nsecond disk\nbrw-r----- 5 6\n0\n1\n1\n";
     assert_eq!((status, out.as_str()), (Some(0), expected), "{errors}");
-    // Written back, and nowhere else.
+    // The data was written to the right place.
     let at = |file: &File, offset: u64, length: usize| {
         let mut bytes = vec![0; length];
         file.read_exact_at(&mut bytes, offset).unwrap();

@@ -1,5 +1,5 @@
-//! What happens to containers whose state is damaged, whose file system is full, whose supervisor stands
-//! still, or that several callers delete at once.
+//! Containers whose state is damaged, whose file system is full, whose supervisor hangs, or that
+//! several callers delete at once.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -107,7 +107,7 @@ fn a_state_that_another_version_wrote_is_read() {
     runtime.assert_clean().unwrap();
 }
 
-/// The host has booted since: the numbers in the state are others' now.
+/// The host has booted since: the process IDs in the state belong to other processes now.
 #[test]
 fn processes_of_another_boot_are_left_alone() {
     let runtime = Runtime::new().unwrap();
@@ -131,7 +131,7 @@ fn processes_of_another_boot_are_left_alone() {
     runtime.assert_clean().unwrap();
 }
 
-/// A supervisor that is slow is not killed with the containers that it serves beside.
+/// A slow supervisor is not killed, because it serves another container too.
 #[test]
 #[ignore = "long: --suite oci_long"]
 fn a_supervisor_that_stands_still_for_a_while_keeps_its_pod() {
@@ -150,7 +150,7 @@ fn a_supervisor_that_stands_still_for_a_while_keeps_its_pod() {
     runtime.assert_clean().unwrap();
 }
 
-/// One that never answers again is ended, and all of its containers with it.
+/// A supervisor that never answers again is ended, with all of its containers.
 #[test]
 #[ignore = "long: --suite oci_long"]
 fn a_supervisor_that_stands_still_for_ever_does_not_keep_its_pod() {
@@ -163,7 +163,7 @@ fn a_supervisor_that_stands_still_for_ever_does_not_keep_its_pod() {
     runtime.assert_clean().unwrap();
 }
 
-/// A container whose poststop hook writes a line, after some time.
+/// A container whose poststop hook writes a line after some seconds.
 fn with_poststop(file: &Path, seconds: u32) -> Bundle {
     let script = format!("sleep {seconds}; echo ended >> {}", file.display());
     let hook = json!([{"path": "/bin/sh", "args": ["sh", "-c", script]}]);
@@ -190,7 +190,7 @@ fn a_container_that_several_delete_ends_once() {
         if runtime.root().join("c").exists() {
             runtime.ok(&["delete", "--force", "c"]).unwrap();
         }
-        // Runc has no lock: more than one of its processes may run the hook.
+        // runc has no lock: several of its processes may run the hook.
         let count = fs::read_to_string(&lines).unwrap().lines().count();
         let is_runc = runtime.is_runc();
         assert!(count == 1 || is_runc, "the hook ran {count} times");
@@ -220,7 +220,7 @@ fn a_slow_delete_leaves_a_later_container_of_the_same_name_alone() {
     runtime.assert_clean().unwrap();
 }
 
-/// A state directory on a file system of its own, which can be full.
+/// A state directory on a small file system of its own, which can be filled.
 struct Small<'a>(&'a Runtime);
 
 impl<'a> Small<'a> {
@@ -229,7 +229,7 @@ impl<'a> Small<'a> {
         Self(runtime)
     }
 
-    /// Fills it up but for so many bytes.
+    /// Fills the file system and leaves `but` bytes free.
     fn fill(&self, but: u64) {
         let mut file = File::create(self.0.root().join(".full")).unwrap();
         while file.write_all(&[0; 4096]).is_ok() {}
@@ -256,7 +256,7 @@ fn a_full_state_directory_is_an_error_and_never_a_hang() {
     for room in [0, 4096, 12288, 20480, 28672] {
         small.fill(room);
         let begin = Instant::now();
-        // A pipe would be open for as long as the container is.
+        // Not a pipe: the container would keep it open.
         let words = bundle.path().join("words");
         let mut create = runtime.command(&["create", "--bundle"]);
         create.arg(bundle.path()).arg("c").stdout(Stdio::null());
@@ -278,7 +278,8 @@ fn a_full_state_directory_is_an_error_and_never_a_hang() {
         assert!(runtime.processes("").unwrap().is_empty(), "room for {room}");
         small.empty();
     }
-    // Full after it was created: it starts, ends and is gone all the same.
+    // When the file system is full after `create`, the container can still be started, ended and
+    // deleted.
     runtime.create("c", &bundle).unwrap();
     small.fill(0);
     runtime.ok(&["start", "c"]).unwrap();
@@ -292,7 +293,7 @@ fn a_full_state_directory_is_an_error_and_never_a_hang() {
     runtime.assert_clean().unwrap();
 }
 
-/// A file system whose server never answers, as one of the network that is gone.
+/// A file system whose server never answers, like a network file system that is gone.
 struct Dead {
     directory: tempfile::TempDir,
     _device: File,
@@ -312,7 +313,7 @@ impl Dead {
 
 impl Drop for Dead {
     fn drop(&mut self) {
-        // Whoever waits for it is let go with its device.
+        // Closing the device releases processes that wait for the file system.
         unmount(self.directory.path(), UnmountFlags::DETACH).unwrap();
     }
 }
@@ -341,7 +342,8 @@ fn a_source_that_never_answers_keeps_nobody_else() {
     runtime.assert_clean().unwrap();
 }
 
-/// Limits that nobody sets are those of whoever creates a container, or a process in it.
+/// Resource limits that are not specified are inherited from the caller that creates a container,
+/// or a process in it.
 #[test]
 fn limits_are_those_of_the_caller_whoever_keeps_the_pod() {
     let with_limits = |command: &Command| {
@@ -362,7 +364,7 @@ fn limits_are_those_of_the_caller_whoever_keeps_the_pod() {
         let run = runtime.run_command("b", &bundle);
         let output = bulkhead_tests::runtime::output(&mut with_limits(&run)).unwrap();
         assert_eq!(told(&output), (Some(0), "555\n7\n".to_owned(), String::new()));
-        // That of open files is the container's own there.
+        // The specification of `a` sets the limit of open files.
         let exec = runtime.command(&["exec", "a", "sh", "-c", script]);
         let output = bulkhead_tests::runtime::output(&mut with_limits(&exec)).unwrap();
         assert_eq!(told(&output), (Some(0), "1024\n7\n".to_owned(), String::new()));

@@ -1,5 +1,6 @@
-//! How a process's end is told: when it ends, whoever still holds its streams and whoever does not read
-//! them, beside runc. And that a container which was killed ends, whatever its processes wait for.
+//! Reporting the end of a process, beside runc: it is reported when the process ends, even if
+//! others still hold its streams or nobody reads them. And a killed container ends, whatever its
+//! processes wait for.
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -12,10 +13,10 @@ use bulkhead_tests::bundle::{Bundle, bind, install};
 use bulkhead_tests::runtime::{Runtime, comes_true, finish, told};
 use serde_json::{Value, json};
 
-/// What tells an end that is told from one that is not, in an emulated host.
+/// An end that is not reported within this time, on an emulated host, is not reported at all.
 const SOON: Duration = Duration::from_secs(20);
 
-/// Runc first: what it does is right.
+/// Runs a check for runc first, and then for Bulkhead: what runc does is right.
 fn each(check: impl Fn(&Runtime)) {
     for runtime in [Runtime::runc().unwrap(), Runtime::new().unwrap()] {
         check(&runtime);
@@ -35,7 +36,7 @@ fn exec(runtime: &Runtime, options: &[&str], script: &str) -> Command {
     runtime.command(&words)
 }
 
-/// `run --detach` of `c`.
+/// The command `run --detach` of `c`.
 fn detached(runtime: &Runtime, bundle: &Bundle) -> Command {
     let mut command = runtime.command(&["run", "--detach", "--bundle"]);
     command.arg(bundle.path()).arg("c");
@@ -113,7 +114,7 @@ fn a_detached_process_ends_while_others_hold_its_streams() {
     });
 }
 
-/// Whether it has not ended, whoever may still have to wait for it.
+/// Whether a process runs; a zombie does not.
 fn is_running(pid: &str) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     stat.rsplit_once(") ").is_some_and(|(_, state)| !state.starts_with(['Z', 'X']))
@@ -148,14 +149,15 @@ fn a_container_that_shares_its_process_namespace_ends_alone() {
         assert!(left(), "the container that was joined is gone");
         runtime.ok(&["delete", "--force", "c"]).unwrap();
         if runtime.is_runc() {
-            // It does not always wait for the child before it removes the cgroup, which stays then.
+            // runc does not always wait for the child before it removes the cgroup, and then the
+            // cgroup stays.
             let _ = fs::remove_dir("/sys/fs/cgroup/b");
         }
         runtime.assert_clean().unwrap();
     });
 }
 
-/// Whether nobody can write any more.
+/// Whether the reader gets end-of-file: no writer is left.
 fn ends_with_reader(mut reader: &io::PipeReader) -> bool {
     rustix::io::ioctl_fionbio(reader, true).unwrap();
     matches!(reader.read(&mut [0; 64]), Ok(0))
@@ -171,7 +173,7 @@ fn a_reader_that_stands_still_does_not_hide_an_end() {
         assert!(finish(run.spawn().unwrap()).unwrap().status.success());
         drop(run);
         let pid = runtime.state("c").unwrap()["pid"].to_string();
-        // It has filled what there is between the two.
+        // By now it has filled all buffers between the two.
         thread::sleep(Duration::from_secs(2));
         runtime.ok(&["kill", "c", "KILL"]).unwrap();
         assert!(comes_true(SOON, || !is_running(&pid)), "the process that stands for it runs on");
@@ -218,7 +220,7 @@ fn streams_that_a_container_closes_are_closed() {
     });
 }
 
-/// Two processes that lock each other in a circle, in a directory of the host.
+/// Two processes in a deadlock: each waits for the other's file lock, in a directory of the host.
 const CIRCLE: &str = "cd /mnt; touch a b; \
      flock a sh -c 'echo a > /mnt/ready-a; sleep 1; flock b true' & \
      flock b sh -c 'echo b > /mnt/ready-b; sleep 1; flock a true' & \
@@ -233,7 +235,7 @@ fn circle(runtime: &Runtime) -> (Bundle, tempfile::TempDir) {
     runtime.ok(&["start", "c"]).unwrap();
     let ready = || ["ready-a", "ready-b"].iter().all(|it| directory.path().join(it).exists());
     assert!(comes_true(SOON, ready));
-    // Both wait for the other by now.
+    // By now each waits for the other.
     thread::sleep(Duration::from_secs(3));
     (bundle, directory)
 }
@@ -256,7 +258,7 @@ fn a_container_is_killed_whatever_its_processes_wait_for() {
     });
 }
 
-/// A frozen monitor: the guest answers nothing any more.
+/// With a stopped monitor, the guest does not answer any more.
 #[test]
 #[ignore = "long: --suite oci_long"]
 fn a_container_is_killed_whatever_its_guest_does() {
@@ -274,8 +276,8 @@ fn a_container_is_killed_whatever_its_guest_does() {
     runtime.assert_clean().unwrap();
 }
 
-/// Callers look for these words to tell a container that has ended from a failure: containerd's shim
-/// for "container not running", Docker for it too.
+/// Callers look for these words to distinguish a container that has ended from a failure:
+/// containerd's shim and Docker look for "container not running".
 #[test]
 fn kill_of_what_has_ended_says_so() {
     each(|runtime| {
@@ -284,7 +286,7 @@ fn kill_of_what_has_ended_says_so() {
         runtime.ok(&["start", "c"]).unwrap();
         let stopped = || runtime.state("c").unwrap()["status"] == "stopped";
         let mut words = String::new();
-        // On the way there it may be running.
+        // Until it has ended, `kill` may succeed.
         comes_true(SOON, || {
             let (code, _, error) = told(&runtime.call(&["kill", "c", "TERM"]).unwrap());
             if code != Some(0) {

@@ -1,4 +1,4 @@
-//! Every error is one line that names the thing, the reason and the way out.
+//! Every error is one line that names the object, the reason and the remedy.
 
 use std::fs;
 
@@ -6,7 +6,7 @@ use bulkhead_tests::bundle::Bundle;
 use bulkhead_tests::runtime::{Runtime, output};
 use serde_json::{Value, json};
 
-/// Runs a bundle that must be refused; every needle must be in the one line.
+/// Runs a bundle that must be refused with one line that contains every needle.
 fn refused(bundle: &Bundle, needles: &[&str]) {
     let runtime = Runtime::new().unwrap();
     let output = runtime.run("refused", bundle).unwrap();
@@ -85,7 +85,7 @@ fn a_guest_image_that_is_not_there_is_named_with_the_way_out() {
 
 #[test]
 fn a_guest_that_does_not_come_up_is_reported_with_its_console() {
-    // A kernel that boots, and an initramfs without an init.
+    // The kernel boots, but the initramfs has no init.
     let empty = tempfile::NamedTempFile::new().unwrap();
     let path = empty.path().to_str().unwrap();
     with_environment("BULKHEAD_INITRAMFS", path, &["panic"]);

@@ -56,7 +56,8 @@ fn a_process_does_what_it_does_under_runc() {
         let (expected, found) = (runc.call(&line).unwrap(), ours.call(&line).unwrap());
         assert_eq!(told(&found), told(&expected), "{line:?}");
     }
-    // Where the words are each runtime's own, the status is not, and what callers look for is there.
+    // Where the messages differ, the exit status is the same, and the words that callers look for
+    // are there.
     for (line, words) in [
         (vec!["exec", "peer", "absent"], "executable file not found in $PATH"),
         (vec!["exec", "peer", "/bin/absent"], "no such file or directory"),
@@ -124,7 +125,7 @@ fn a_detached_process_has_a_file_for_a_process_that_stands_for_it() {
     let pid: u32 = fs::read_to_string(&pid).unwrap().parse().unwrap();
     assert!(fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap().contains("stand-in"));
     wait_until(|| bundle.rootfs().join("root/up").exists(), "the process did not come up");
-    // A signal to it is one to the process, and its end is the process's.
+    // A signal to the stand-in reaches the process, and the stand-in ends with the process.
     std::process::Command::new("kill").arg(pid.to_string()).status().unwrap();
     wait_until(|| bundle.rootfs().join("root/got").exists(), "the signal did not arrive");
     wait_until(|| !fs::exists(format!("/proc/{pid}")).unwrap(), "the stand-in stayed");
@@ -144,7 +145,7 @@ fn a_process_dies_with_whoever_stands_for_it_and_with_its_container() {
     killed.kill().unwrap();
     killed.wait().unwrap();
     wait_until(|| count() == 1, "the process outlived whoever stood for it");
-    // However far it has come.
+    // The caller is killed at any point of the start.
     for delay in [50, 150, 250, 350, 450, 600] {
         let mut killed = exec();
         std::thread::sleep(Duration::from_millis(delay));
@@ -186,7 +187,7 @@ fn a_paused_container_stands_still() {
         assert_eq!(runtime.ok(&["resume", "still"]).unwrap(), "");
         assert_eq!(runtime.state("still").unwrap()["status"], "running");
         wait_until(|| length() > stood, "the container did not go on");
-        // One that is paused can be deleted by force.
+        // A paused container can be deleted with `--force`.
         runtime.ok(&["pause", "still"]).unwrap();
         runtime.ok(&["delete", "--force", "still"]).unwrap();
     }
@@ -203,7 +204,7 @@ fn a_process_that_ignores_the_pause_runs_after_it() {
         let mut child = exec_in_paused(runtime, "echo ran; exit 7");
         std::thread::sleep(Duration::from_millis(1500));
         assert!(child.try_wait().unwrap().is_none(), "it did not wait");
-        // Nobody else has to.
+        // Other commands do not have to wait.
         assert_eq!(runtime.state("later").unwrap()["status"], "paused");
         runtime.ok(&["resume", "later"]).unwrap();
         let (status, output, _) = told(&finish(child).unwrap());
@@ -230,7 +231,7 @@ fn whoever_waits_for_the_end_of_a_pause_may_go_away_or_be_sent_away() {
         assert!(!finish(waiting).unwrap().status.success());
         wait_until(|| descriptors() == before, "a process that nobody waits for is kept");
     }
-    // Who would have stood for a detached one goes with its caller.
+    // The stand-in of a detached process that waits ends with its caller.
     let count = || runtime.processes("bulkhead-stand-in").unwrap().len();
     let line = ["exec", "--detach", "--ignore-paused", "later", "/bin/touch", "/root/ran"];
     let mut detached = runtime.command(&line);
@@ -243,7 +244,7 @@ fn whoever_waits_for_the_end_of_a_pause_may_go_away_or_be_sent_away() {
     runtime.ok(&["resume", "later"]).unwrap();
     assert_eq!(processes(&runtime, "later").unwrap(), 1);
     assert!(!bundle.rootfs().join("root/ran").exists());
-    // One that waits when the container ends is told so.
+    // A caller that waits when the container ends gets an error.
     runtime.ok(&["pause", "later"]).unwrap();
     let waiting = exec_in_paused(&runtime, "true");
     wait_until(|| descriptors() > before, "nobody waits");
@@ -270,9 +271,9 @@ fn the_list_of_processes_has_those_of_the_container() {
         table.lines().map(|line| line.split_whitespace().collect()).collect();
     assert_eq!(lines[0], ["UID", "PID", "PPID", "C", "STIME", "TTY", "TIME", "CMD"]);
     assert_eq!(lines[2][7..], ["sleep", "400"], "{table}");
-    // Both are the shell's.
+    // Both are children of the shell.
     assert_eq!((lines[2][2], lines[3][2]), (lines[1][1], lines[1][1]), "{table}");
-    // Who looks on the host finds the process that stands for it.
+    // On the host, the list has the stand-in.
     let pids = runtime.ok(&["ps", "--format", "json", "listed"]).unwrap();
     assert_eq!(pids, format!("[{}]\n", runtime.state("listed").unwrap()["pid"]));
     let refusal = runtime.fails(&["ps", "listed", "-o", "pid"]).unwrap();
@@ -310,7 +311,7 @@ fn many_processes_leave_nothing_behind() {
 }
 
 fn processes(runtime: &Runtime, id: &str) -> Result<usize> {
-    // Below the heading.
+    // Without the heading.
     Ok(runtime.ok(&["ps", id])?.lines().count() - 1)
 }
 

@@ -1,4 +1,4 @@
-//! `features` says what is so: each word of it is tried.
+//! `features` tells the truth: each feature that it lists is tried.
 
 use bulkhead_tests::bundle::Bundle;
 use bulkhead_tests::runtime::Runtime;
@@ -12,7 +12,7 @@ fn words(list: &Value) -> Vec<&str> {
     list.as_array().unwrap().iter().map(|word| word.as_str().unwrap()).collect()
 }
 
-/// Runs a container that must come up and end as its script says.
+/// Runs a container that must start and exit with its script's status.
 fn runs(runtime: &Runtime, bundle: &Bundle) {
     let output = runtime.run("tried", bundle).unwrap();
     assert_eq!(output.status.code(), Some(0), "{output:?}");
@@ -27,11 +27,11 @@ fn every_mount_option_is_taken() {
     for option in words(&features["mountOptions"]) {
         let source = bundle.rootfs().to_owned();
         let mount = match option {
-            // Of what is mounted already.
+            // For existing mounts only.
             "remount" => continue,
-            // A tmpfs cannot: the kernel says so, not the runtime.
+            // The kernel refuses this for tmpfs.
             "mand" => continue,
-            // Only bind mounts can, and `mounts` shows it.
+            // For bind mounts only; `mounts.rs` tests them.
             "idmap" | "ridmap" => continue,
             "bind" | "rbind" => json!({
                 "destination": format!("/mnt/{option}"), "type": "bind", "source": source,
@@ -76,7 +76,7 @@ fn every_word_of_seccomp_is_understood() {
     let features = features(&runtime);
     let seccomp = &features["linux"]["seccomp"];
     let bundle = Bundle::script("true").unwrap();
-    // Of a system call that no shell makes.
+    // Rules for a system call that no shell makes.
     let mut rules: Vec<Value> = words(&seccomp["actions"])
         .iter()
         .zip(0..)

@@ -1,7 +1,7 @@
 //! The root file system through virtio-fs, as a workload uses it.
 //!
-//! What single requests do is tested without a virtual machine, beside the file server; here is what
-//! only shows with a guest: its page cache, many requests in flight, the relay under load.
+//! Single requests are tested in the file server's package, without a virtual machine. These tests
+//! cover what needs a guest: its page cache, many requests in flight, the relay under load.
 
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -9,7 +9,7 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use bulkhead_tests::bundle::{Bundle, bind};
 use bulkhead_tests::runtime::Runtime;
 
-/// Runs a script to success and returns what it printed.
+/// Runs a script that must succeed, and returns its output.
 fn run(bundle: &Bundle) -> String {
     let runtime = Runtime::new().unwrap();
     let output = runtime.run("files", bundle).unwrap();
@@ -76,7 +76,7 @@ fn a_tree_is_packed_unpacked_and_walked() {
 fn files_of_two_volumes_are_not_taken_for_one() {
     let (one, two) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     fs::write(one.path().join("file"), "one").unwrap();
-    // A volume on another file system, where inode numbers may be the same.
+    // Volumes on different file systems, whose inode numbers may be the same.
     let script = "set -e; cp /one/file /two/file; cat /two/file; test ! /one/file -ef /two/file";
     let bundle = Bundle::script(script).unwrap();
     let bundle = bundle.mount(bind(one.path(), "/one", &["rw"])).unwrap();

@@ -1,4 +1,4 @@
-//! A volume whose disk does not answer holds up nothing that does not need it.
+//! A volume whose disk does not answer blocks nothing that does not need it.
 
 use std::fs;
 use std::path::Path;
@@ -15,7 +15,7 @@ const FILES: usize = 50;
 /// Far longer than an `exec` takes.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// A file system of its own, which can be frozen: whoever writes to it waits.
+/// A file system of its own, which can be frozen: writers to it then wait.
 struct Disk(TempDir);
 
 impl Disk {
@@ -49,7 +49,7 @@ impl Disk {
 impl Drop for Disk {
     fn drop(&mut self) {
         let mounted = self.mounted();
-        // Fails when it is not frozen any more.
+        // Fails when the file system is not frozen any more.
         let mut thaw = Command::new("/sbin/fsfreeze");
         let _ = thaw.arg("-u").arg(&mounted).stderr(Stdio::null()).status();
         let _ = Command::new("umount").arg("-l").arg(&mounted).status();
@@ -65,8 +65,8 @@ fn run(program: &str, args: &[&str]) {
     assert_eq!(status, Some(0), "{program}: {errors}");
 }
 
-/// Has the container read and list files that its machine has not seen yet. Gives how long it took
-/// and what it said; `None` when it did not end in time.
+/// Has the container read and list files that its machine has not cached yet. Returns how long it
+/// took and its output; `None` if it did not end in time.
 fn look(runtime: &Runtime, bundle: &Bundle, name: &str) -> (Duration, Option<String>) {
     for number in 0..FILES {
         let path = bundle.rootfs().join(format!("{name}-{number}"));
@@ -83,7 +83,7 @@ fn look(runtime: &Runtime, bundle: &Bundle, name: &str) -> (Duration, Option<Str
     (took, in_time.then(|| String::from_utf8(seen.stdout).unwrap()))
 }
 
-/// What [`look`] is to see.
+/// The output that [`look`] should return.
 fn expected() -> String {
     let mut numbers: Vec<_> = (0..FILES).map(|number| number.to_string()).collect();
     numbers.sort();

@@ -1,4 +1,4 @@
-//! `update` to more than the machine was started with: the machine grows.
+//! `update` to higher limits than the machine was started with: the machine grows.
 
 use std::fs;
 use std::time::Duration;
@@ -7,7 +7,7 @@ use bulkhead_tests::bundle::Bundle;
 use bulkhead_tests::runtime::{Runtime, comes_true};
 use serde_json::{Value, json};
 
-/// A container that runs, called `c`.
+/// Starts a container called `c`.
 fn start(resources: Value) -> (Runtime, Bundle) {
     let runtime = Runtime::new().unwrap();
     let bundle = Bundle::script("exec sleep 1000").unwrap();
@@ -22,21 +22,21 @@ fn limit(runtime: &Runtime, file: &str) -> String {
     runtime.ok(&["exec", "c", "cat", &path]).unwrap().trim().to_owned()
 }
 
-/// What the guest's kernel has, in MiB.
+/// The memory of the guest's kernel, in MiB.
 fn total(runtime: &Runtime) -> u64 {
     let meminfo = runtime.ok(&["exec", "c", "cat", "/proc/meminfo"]).unwrap();
     let line = meminfo.lines().find_map(|line| line.strip_prefix("MemTotal:")).unwrap();
     line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() / 1024
 }
 
-/// Has a program of the container hold so much memory; its exit status.
+/// Has a program in the container use this much memory; returns its exit status.
 fn use_memory(runtime: &Runtime, mib: u64) -> Option<i32> {
     let size = format!("bs={mib}M");
     let dd = ["exec", "c", "dd", "if=/dev/zero", "of=/dev/null", &size, "count=1"];
     runtime.call(&dd).unwrap().status.code()
 }
 
-/// Memory of the host that the machine takes, in MiB.
+/// The host memory that the monitor uses, in MiB.
 fn resident(runtime: &Runtime) -> u64 {
     let [monitor] = runtime.processes("bulkhead-vmm").unwrap()[..] else { panic!("one monitor") };
     let rollup = fs::read_to_string(format!("/proc/{monitor}/smaps_rollup")).unwrap();
@@ -56,14 +56,14 @@ fn memory_is_there_when_the_limit_is_raised_and_comes_back_when_it_is_free() {
     let idle = resident(&runtime);
     assert!(idle < 150, "memory that nobody has touched takes {idle} MiB");
     assert_eq!(use_memory(&runtime, 360), Some(0));
-    // The guest's kernel reports what is free after two seconds.
+    // The guest's kernel reports free pages after two seconds.
     assert!(
         comes_true(Duration::from_secs(60), || resident(&runtime) < idle + 60),
         "{} MiB are not given back, {idle} MiB were taken before",
         resident(&runtime)
     );
 
-    // While it stands still, and again.
+    // The machine grows a second time, while the container is paused.
     runtime.ok(&["pause", "c"]).unwrap();
     update("600m");
     runtime.ok(&["resume", "c"]).unwrap();
@@ -95,7 +95,7 @@ fn what_the_host_does_not_have_is_left_out_as_at_the_start() {
     assert!(grown > host * 9 / 10 && grown < host + 256, "{before}, {grown} of {host} MiB");
     let online = runtime.ok(&["exec", "c", "cat", "/sys/devices/system/cpu/online"]).unwrap();
     assert_eq!(online, processors);
-    // One that was given back for nothing is taken again.
+    // Limits can be removed again.
     runtime.ok(&["update", "--memory", "-1", "--cpu-quota", "-1", "c"]).unwrap();
     assert_eq!(limit(&runtime, "memory.max"), "max");
     runtime.ok(&["delete", "--force", "c"]).unwrap();
@@ -118,13 +118,13 @@ fn limits_stay_when_the_guest_does_not_take_the_memory() {
     runtime.create("c", &bundle).unwrap();
     runtime.ok(&["start", "c"]).unwrap();
     runtime.ok(&["update", "--memory", "80m", "c"]).unwrap();
-    // As a hostile guest would: its driver is gone.
+    // The driver is unbound, as a hostile guest might do.
     let script = "cd /sys/bus/virtio/drivers/virtio_mem; basename virtio? > unbind";
     runtime.ok(&["exec", "c", "sh", "-c", script]).unwrap();
     let errors = runtime.fails(&["update", "--memory", "600m", "c"]).unwrap();
     assert!(errors.contains("the guest plugged 128 of"), "{errors}");
     assert_eq!(limit(&runtime, "memory.max"), (80 << 20).to_string());
-    // What it has is enough for this.
+    // The memory that the machine has is enough for this limit.
     runtime.ok(&["update", "--memory", "100m", "c"]).unwrap();
     assert_eq!(limit(&runtime, "memory.max"), (100 << 20).to_string());
     runtime.ok(&["delete", "--force", "c"]).unwrap();

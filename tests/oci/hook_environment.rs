@@ -1,4 +1,4 @@
-//! The environment of hooks, beside runc: their own, or none, or that of who runs them.
+//! The environment of hooks, beside runc: their own, an empty one, or the inherited one.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -8,10 +8,10 @@ use bulkhead_tests::runtime::{Runtime, told};
 use serde_json::{Value, json};
 
 const ON_HOST: [&str; 4] = ["prestart", "createRuntime", "poststart", "poststop"];
-/// These leave their word in the container's root, in which both runtimes start them.
+/// These write to the container's root, where both runtimes start them.
 const IN_CONTAINER: [&str; 2] = ["createContainer", "startContainer"];
 
-/// Runs a container whose hooks have this environment, and gives what each of them found.
+/// Runs a container whose hooks have this environment; returns what each of them found.
 fn found(runtime: &Runtime, environment: &Value) -> BTreeMap<&'static str, String> {
     let mut bundle = Bundle::script("true").unwrap();
     let place = |kind: &str| match ON_HOST.contains(&kind) {

@@ -8,8 +8,8 @@ use bulkhead_tests::bundle::Bundle;
 use bulkhead_tests::runtime::{Runtime, told};
 use serde_json::{Value, json};
 
-/// A hook that writes its kind, the container's status, and whether the container's process has the
-/// host's network.
+/// A hook that logs its kind, the container's status, and whether the container's process is in the
+/// host's network namespace.
 fn hook(kind: &str, log: &Path, status: u8) -> Value {
     let script = format!(
         "state=$(cat); pid=$(echo \"$state\" | sed -n 's/.*\"pid\": *\\([0-9]*\\).*/\\1/p'); \
@@ -47,7 +47,7 @@ fn hooks_run_in_their_order_and_see_what_they_see_under_runc() {
         runtime.ok(&["delete", "hooked"]).unwrap();
         logs.push(fs::read_to_string(&log).unwrap());
     }
-    // By the specification the program runs by then; runc 1.1 still calls it created.
+    // By the specification the container is running by then; runc 1.1 still reports it as created.
     assert_eq!(logs[0], logs[1].replace("poststart created", "poststart running"));
     let early = "prestart creating not\ncreateRuntime creating not\n";
     assert!(logs[0].starts_with(early), "{}", logs[0]);
@@ -73,7 +73,7 @@ fn a_hook_that_fails_early_is_the_end_and_those_at_the_end_run() {
     ours.assert_clean().unwrap();
 }
 
-/// A script of the host, which no container has.
+/// A hook with a script of the host that the container does not have.
 fn script(directory: &Path, text: &str) -> Value {
     let path = directory.join("hook");
     fs::write(&path, format!("#!/bin/sh\n{text}")).unwrap();
@@ -81,7 +81,7 @@ fn script(directory: &Path, text: &str) -> Value {
     json!([{"path": path, "args": ["hook", "argument"], "env": ["X=1", "PATH=/bin"], "timeout": 30}])
 }
 
-/// A shell that both the host and the container have.
+/// A hook with a shell that both the host and the container have.
 fn shell(text: &str) -> Value {
     json!([{"path": "/bin/sh", "args": ["sh", "-c", text]}])
 }
@@ -89,7 +89,8 @@ fn shell(text: &str) -> Value {
 #[test]
 fn hooks_in_the_container_run_as_under_runc() {
     let directory = tempfile::tempdir().unwrap();
-    // runc starts them in the container's root, which is their whole file system here.
+    // runc starts createContainer hooks in the container's root directory; under Bulkhead it is
+    // also their root file system.
     let create =
         "{ cat; echo; echo $X $1; } > state; mount -t tmpfs made mnt && echo kept > mnt/file";
     let mut hooks = json!({

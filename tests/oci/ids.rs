@@ -1,4 +1,5 @@
-//! Names of containers: what runc takes is taken, through a whole life, and what it refuses is not.
+//! Container IDs: every ID that runc accepts works for all commands, and IDs that it refuses are
+//! refused.
 
 use bulkhead_tests::bundle::Bundle;
 use bulkhead_tests::runtime::Runtime;

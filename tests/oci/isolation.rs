@@ -1,4 +1,4 @@
-//! The wall: a container has a kernel of its own and sees no other pod.
+//! Isolation: a container has a kernel of its own and sees no other pod.
 
 use std::fs;
 use std::process::{Command, Stdio};
@@ -47,7 +47,7 @@ fn no_mount_of_a_running_container_is_in_the_host_s_namespace() {
     runtime.assert_clean().unwrap();
 }
 
-/// The number that Docker tells of a container, or a pid file, is that of a process of the host.
+/// The process ID that Docker or a pid file shows for a container is that of a host process.
 #[test]
 fn whoever_enters_the_namespaces_of_a_stand_in_finds_nothing() {
     let runtime = Runtime::new().unwrap();
@@ -56,7 +56,7 @@ fn whoever_enters_the_namespaces_of_a_stand_in_finds_nothing() {
     runtime.ok(&["start", "behind"]).unwrap();
     let file = bundle.path().join("pid");
     let options = ["exec", "-d", "--pid-file", file.to_str().unwrap(), "behind", "sleep", "1000"];
-    // It would keep a pipe of this test open.
+    // The process that stays would keep a pipe of this test open.
     let mut further = runtime.command(&options);
     assert!(further.stdout(Stdio::null()).stderr(Stdio::null()).status().unwrap().success());
     let other = Bundle::script("echo up; exec sleep 1000").unwrap();

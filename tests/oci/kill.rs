@@ -1,4 +1,5 @@
-//! Killed with -9, whichever it is: nothing is left after `delete --force`, and nobody else is hurt.
+//! Any process of a pod may be killed with -9: nothing is left after `delete --force`, and nothing
+//! else is affected.
 
 use std::time::Duration;
 
@@ -11,7 +12,7 @@ fn killing(program: &str) {
     let other = Bundle::new(&["/bin/sleep", "1000"]).unwrap();
     neighbours.create("neighbour", &other).unwrap();
     neighbours.ok(&["start", "neighbour"]).unwrap();
-    // What was there before it is none of its own.
+    // Cgroups that exist before this are not counted as left behind.
     let runtime = Runtime::new().unwrap();
     runtime.create("victim", &bundle).unwrap();
     runtime.ok(&["start", "victim"]).unwrap();
@@ -44,8 +45,8 @@ fn the_supervisor_killed_leaves_nothing() {
     killing(" supervise");
 }
 
-/// A frozen monitor is a guest, and with it an agent, that never answers again. The agent itself
-/// cannot be killed from inside: the guest's kernel protects its PID 1.
+/// With a stopped monitor, the guest and its agent never answer again. The agent itself cannot be
+/// killed from inside: the guest's kernel protects its PID 1.
 #[test]
 fn a_guest_that_never_answers_again_does_not_hang_delete() {
     let runtime = Runtime::new().unwrap();

@@ -1,4 +1,4 @@
-//! The verbs, in the order in which Docker and containerd use them.
+//! The commands, in the order in which Docker and containerd use them.
 
 use std::fs;
 

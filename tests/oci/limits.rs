@@ -1,5 +1,5 @@
-//! Limits by whatever name they come: what they do to the container, to its machine and to the cgroup on
-//! the host, beside runc.
+//! Limits, both as fields and as `linux.resources.unified`: their effect on the container, on its
+//! machine and on the cgroup of the host, beside runc.
 
 use std::fs;
 use std::path::Path;
@@ -9,14 +9,15 @@ use bulkhead_tests::runtime::{Runtime, message};
 use serde_json::{Value, json};
 
 const PARENT: &str = "/sys/fs/cgroup/bulkhead-limits";
-/// What a machine takes besides, in bytes.
+/// What a machine may use in addition to the container's limit, in bytes.
 const OVERHEAD: u64 = 192 << 20;
 
-/// The cgroup of the host that a container is to have; gone with this, and its parent.
+/// The path of a container's cgroup on the host; the cgroup and its parent are removed when this is
+/// dropped.
 struct Place;
 
 impl Place {
-    /// With the parent, which containers leave behind.
+    /// Makes the parent, which containers leave behind.
     fn new() -> Self {
         fs::create_dir(PARENT).unwrap();
         Self
@@ -30,7 +31,7 @@ impl Place {
 
 impl Drop for Place {
     fn drop(&mut self) {
-        // They are there when a container had them.
+        // Fails if no container has created it.
         let _ = fs::remove_dir(Path::new(PARENT).join("pod"));
         let _ = fs::remove_dir(PARENT);
     }
@@ -133,7 +134,7 @@ fn zeros_are_no_limits() {
 fn every_controller_of_the_host_is_there() {
     let [ours, runc] = both();
     let [here, there] = [&ours, &runc].map(|runtime| {
-        // It makes the parent itself.
+        // The container makes the parent cgroup.
         let _place = Place;
         runtime.create("all", &idle(&json!({}))).unwrap();
         let enabled = Place::read("cgroup.controllers");
@@ -150,7 +151,8 @@ fn every_controller_of_the_host_is_there() {
 fn a_boot_is_not_slowed_down_by_the_containers_limits() {
     let _place = Place::new();
     let runtime = Runtime::new().unwrap();
-    // As fast as without: a tenth of a processor is far too little for a boot in this time.
+    // The limit must not slow the boot down: with a tenth of a processor it would not end in this
+    // time.
     let runtime = runtime.with("BULKHEAD_BOOT_TIMEOUT", "30");
     let resources = json!({"unified": {"cpu.max": "10000 100000", "cpu.weight": "1"}});
     let bundle = idle(&resources);

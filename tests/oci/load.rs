@@ -1,4 +1,4 @@
-//! Too much of everything: many pods at once, one after another, and disks that are full.
+//! Load: many pods at once, many in sequence, and full disks.
 
 use std::fs::{self, File};
 use std::path::Path;
@@ -11,7 +11,7 @@ use bulkhead_tests::runtime::{Runtime, comes_true, finish};
 use bulkhead_tests::soak;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
-/// A file system of 256 KiB on a directory, as long as this lives.
+/// A file system of 256 KiB on a directory; it is unmounted when this is dropped.
 struct SmallDisk<'a>(&'a Path);
 
 impl<'a> SmallDisk<'a> {
@@ -27,7 +27,7 @@ impl<'a> SmallDisk<'a> {
 
 impl Drop for SmallDisk<'_> {
     fn drop(&mut self) {
-        // It fails only when it is gone already.
+        // Fails only when it is already unmounted.
         let _ = unmount(self.0, UnmountFlags::DETACH);
     }
 }
@@ -39,7 +39,7 @@ fn ten_at_once_come_back_each_with_its_own() {
     let start = |number: usize| {
         let bundle = Bundle::script(&format!("echo pod {number}; exit {number}")).unwrap();
         let mut command = runtime.run_command(&format!("pod-{number}"), &bundle);
-        // Ten share one emulated processor.
+        // Ten pods share one emulated processor.
         command.env("BULKHEAD_BOOT_TIMEOUT", "110");
         let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
         (number, child, bundle)
@@ -54,7 +54,7 @@ fn ten_at_once_come_back_each_with_its_own() {
     runtime.assert_clean().unwrap();
 }
 
-/// `cargo xtask bench --only soak` does it as often as it takes to notice a little.
+/// `cargo xtask bench --only soak` repeats this often enough to notice small leaks.
 #[test]
 #[ignore = "long: --suite oci_long"]
 fn lives_and_processes_leave_nothing_behind() {
@@ -70,7 +70,7 @@ fn whoever_stands_for_a_container_takes_little_memory() {
     let bundle = Bundle::script("echo up; sleep 1000").unwrap();
     let mut create = runtime.command(&["create", "--bundle"]);
     create.arg(bundle.path()).arg("small");
-    // One that has something to copy, each by a thread.
+    // A stand-in with two streams to copy, each with a thread.
     create.stdout(File::create(&path).unwrap()).stderr(File::create(&path).unwrap());
     assert!(create.status().unwrap().success());
     runtime.ok(&["start", "small"]).unwrap();

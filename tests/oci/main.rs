@@ -1,4 +1,4 @@
-//! The OCI command line, end to end: the real kernel, the real guest, as its users call it. Runs in
+//! End-to-end tests of the OCI command line, with the real kernel and the real guest. They run in
 //! the test host.
 
 #[cfg(test)]

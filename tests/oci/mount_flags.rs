@@ -1,5 +1,4 @@
-//! Flags of mounts, beside runc: of every file system that a container has by itself, and of those in
-//! memory.
+//! Mount flags, beside runc: of every default mount of a container, of tmpfs and of bind mounts.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -11,13 +10,13 @@ use serde_json::{Value, json};
 
 use super::mounts::Mounted;
 
-/// What is mounted, and where something can be made or changed.
+/// Prints the mounts, and tries to create and change files.
 const PROBE: &str = "cat /proc/self/mountinfo; \
     for at in /mnt/* /dev /dev/shm /dev/mqueue; do touch $at/file 2>&1; echo made $at $?; done; \
     for at in /dev/null /dev/tty; do (echo > $at) 2>&1; echo written $at $?; done; \
     stat -c '%n %a %u %g' /dev /dev/shm /dev/mqueue /dev/pts /mnt/* 2>&1; exit 0";
 
-/// A mount as it is seen inside: what is compared.
+/// The part of a line of mountinfo that is compared.
 fn mount(line: &str) -> Option<String> {
     let (own, file_system) = line.split_once(" - ")?;
     let own: Vec<&str> = own.split(' ').collect();
@@ -25,20 +24,21 @@ fn mount(line: &str) -> Option<String> {
     let words: Vec<&str> = file_system.splitn(3, ' ').collect();
     let [kind, source, superblock] = words[..] else { return None };
     let superblock = match kind {
-        // Of the machine's: COMPATIBILITY.md.
+        // These differ in a machine: docs/COMPATIBILITY.md.
         "sysfs" | "cgroup2" => "",
         _ => superblock,
     };
     let seen = point.starts_with("/mnt") || point.starts_with("/dev");
     let seen = seen || ["/proc", "/sys", "/sys/fs/cgroup"].contains(point);
-    // runc 1.1 sets modes afterwards, later ones as here. Modes are compared by themselves.
+    // runc 1.1 sets the mode after mounting, later versions while mounting, as here. Modes are
+    // compared separately.
     let about = superblock.split(',').filter(|option| !option.starts_with("mode="));
     let mut about: Vec<&str> = about.collect();
     about.sort_unstable();
     seen.then(|| format!("{point} {options} {kind} {source} {}", about.join(",")))
 }
 
-/// Everything that is compared, one of a line.
+/// Everything that is compared, one item for each line.
 fn seen(output: &str) -> BTreeSet<String> {
     let lines = output.lines().map(|line| match line.contains(" - ") {
         true => mount(line),
@@ -47,7 +47,7 @@ fn seen(output: &str) -> BTreeSet<String> {
     lines.flatten().collect()
 }
 
-/// Runs the probe under both runtimes after `change`, and fails on what differs.
+/// Runs the probe under both runtimes after `change`, and fails on any difference.
 fn same(change: impl Fn(&mut Value)) -> BTreeSet<String> {
     let runtimes = [Runtime::new().unwrap(), Runtime::runc().unwrap()];
     let [ours, theirs] = runtimes.map(|runtime| {
@@ -63,7 +63,7 @@ fn same(change: impl Fn(&mut Value)) -> BTreeSet<String> {
     ours
 }
 
-/// Changes the options of what is mounted somewhere.
+/// Changes the options of the mount at `at`.
 fn set(spec: &mut Value, at: &str, change: impl Fn(&mut Vec<Value>)) {
     let mounts = spec["mounts"].as_array_mut().unwrap();
     let mount = mounts.iter_mut().find(|mount| mount["destination"] == at).unwrap();
@@ -153,9 +153,9 @@ fn a_file_system_in_memory_has_the_mode_of_what_it_covers() {
     assert!(ours.1.contains("/mnt/new 1777 0\n"), "{ours:?}");
 }
 
-/// A directory of the host with a file, and something mounted in it that has a file too.
+/// A directory of the host with a file, and a mount below it that has a file too.
 struct Nested {
-    // The first to go.
+    // Dropped first.
     _mounted: Mounted,
     directory: tempfile::TempDir,
 }
@@ -163,7 +163,7 @@ struct Nested {
 impl Nested {
     fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
-        // Tables of mounts have other characters for a space.
+        // Mount tables escape a space.
         let below = directory.path().join("a b/below");
         fs::create_dir_all(&below).unwrap();
         let mounted = Mounted::on(&below, "tmpfs");
@@ -173,13 +173,14 @@ impl Nested {
         Self { _mounted: mounted, directory }
     }
 
-    /// Mounts it at `/mnt`.
+    /// The mount of this directory at `/mnt`.
     fn bind(&self, options: &[&str]) -> Value {
         bind(&self.directory.path().join("a b"), "/mnt", &[&["rbind"], options].concat())
     }
 }
 
-/// Each way to ask for it, and whether the mount itself and what is below it can be written to.
+/// Each way to request a read-only mount, and whether the mount itself and the mount below it are
+/// writable.
 const READ_ONLY: [(&[&str], bool, bool); 9] = [
     (&[], true, true),
     (&["ro"], false, true),
@@ -215,7 +216,7 @@ fn a_read_only_mount_has_writable_ones_below_it_unless_it_is_asked_for_recursive
     }
 }
 
-/// Whatever becomes of the guest.
+/// The host enforces this even if the guest is taken over.
 #[test]
 fn what_is_read_only_is_so_for_the_file_server_too() {
     let runtime = Runtime::new().unwrap();

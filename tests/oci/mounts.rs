@@ -1,5 +1,5 @@
-//! Mounts that show other owners than their files have, beside crun (Debian's runc leaves such
-//! mappings out without a word), and the propagation of the root.
+//! ID-mapped mounts, beside crun (Debian's runc silently ignores such mappings), and the
+//! propagation of the root.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
@@ -10,17 +10,17 @@ use bulkhead_tests::runtime::{Runtime, told};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use serde_json::{Value, json};
 
-/// What is seen of the files in `/mnt`, and what can be done with them.
+/// Shows the owners of the files in `/mnt`, and tries to create and change files.
 const PROBE: &str = r#"
 stat -c '%n %u %g' /mnt/* /mnt/*/*
 try() { "$@" 2> /dev/null; echo "$* $?"; }
 try touch /mnt/m/new; try mkdir /mnt/m/dir; try chown 3:4 /mnt/m/mine; try chmod 600 /mnt/m/mine
 try mv /mnt/m/new /mnt/m/moved; try sh -c 'echo more >> /mnt/m/mine'
 "#;
-/// The first of the users that a container's are mapped to.
+/// The first host user that users of a container are mapped to.
 const FIRST: u32 = 100_000;
 
-/// Users 0 to 999 are these ones outside.
+/// Maps users 0 to 999 of the container to host users from [`FIRST`].
 fn mapping() -> Value {
     json!([{"containerID": 0, "hostID": FIRST, "size": 1000}])
 }
@@ -46,12 +46,12 @@ pub(crate) fn mapped(mut bundle: Bundle) -> Bundle {
     bundle
 }
 
-/// Gives a container a user namespace, and its root file system to its root.
+/// Gives a container a user namespace, and makes its root user own its root file system.
 fn with_user_namespace(bundle: &Bundle, spec: &mut Value) {
     spec["linux"]["namespaces"].as_array_mut().unwrap().push(json!({"type": "user"}));
     spec["linux"]["uidMappings"] = mapping();
     spec["linux"]["gidMappings"] = mapping();
-    // One of a user namespace without a network of its own cannot mount it.
+    // A user namespace that does not own the network namespace cannot mount sysfs.
     spec["mounts"].as_array_mut().unwrap().retain(|mount| mount["type"] != "sysfs");
     spec["mounts"].as_array_mut().unwrap().retain(|mount| mount["type"] != "cgroup");
     chown(bundle.path(), Some(FIRST), Some(FIRST)).unwrap();
@@ -64,7 +64,7 @@ fn with_user_namespace(bundle: &Bundle, spec: &mut Value) {
     }
 }
 
-/// Everything in a directory, with its owners on the host.
+/// Everything in a directory, with the owners on the host.
 fn owners(directory: &Path) -> Vec<String> {
     let mut found: Vec<String> = fs::read_dir(directory)
         .unwrap()
@@ -78,8 +78,8 @@ fn owners(directory: &Path) -> Vec<String> {
     found
 }
 
-/// Runs the probe under both after `change`; what it says and what is left must be the same, and
-/// have `seen` and `left` among it.
+/// Runs the probe under both runtimes after `change`. Its output and the files that it leaves must
+/// be the same, and contain `seen` and `left`.
 fn same(change: impl Fn(&Bundle, &mut Value), seen: &[&str], left: &[&str]) {
     let runtimes = [Runtime::new().unwrap(), Runtime::crun().unwrap()];
     let [ours, theirs] = runtimes.map(|runtime| {
@@ -146,7 +146,7 @@ fn without_a_mapping_owners_are_as_they_are() {
     same(change, &["/mnt/m/outside 3 3", "/mnt/m/mine 65534 65534"], &["moved 100000 100000"]);
 }
 
-/// A file system on a directory, as long as this lives.
+/// A file system on a directory; it is unmounted when this is dropped.
 pub(crate) struct Mounted(PathBuf);
 
 impl Mounted {
@@ -158,7 +158,7 @@ impl Mounted {
 
 impl Drop for Mounted {
     fn drop(&mut self) {
-        // It fails only when it is gone already.
+        // Fails only when it is already unmounted.
         let _ = unmount(&self.0, UnmountFlags::DETACH);
     }
 }

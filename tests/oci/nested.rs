@@ -1,12 +1,12 @@
-//! Docker inside of a container: Debian's daemon, its bridge, and containers of its own, as on a host.
+//! Docker inside a container: Debian's daemon, its bridge, and its containers, as on a host.
 
 use bulkhead_tests::netns::Wired;
 use bulkhead_tests::runtime::{Runtime, told};
 use bulkhead_tests::tools;
 use serde_json::json;
 
-/// Brings a daemon up, as Docker's own image does: processes leave the cgroup in which groups are to
-/// be made, and mounts are passed on.
+/// Starts a daemon as Docker's own image does: moves processes out of the cgroup in which further
+/// cgroups will be made, and makes mounts shared.
 const DAEMON: &str = r#"
 exec 2>&1
 set -e
@@ -42,7 +42,7 @@ for name in sh echo cat ping wget httpd hostname ls; do ln -s busybox /run/box/b
 tar -C /run/box -c . | timeout 60 docker import - box > /dev/null || fails import
 "#;
 
-/// What is done with it.
+/// Runs containers with the daemon.
 const CONTAINERS: &str = r#"
 timeout 60 docker info --format '{{.Driver}} {{.CgroupVersion}}'
 timeout 90 docker run --rm box echo nested || fails run

@@ -1,4 +1,4 @@
-//! The network that a caller has prepared is the container's, as under runc.
+//! The container has the network that its caller has prepared, as under runc.
 
 use std::fs;
 use std::process::Command;
@@ -10,7 +10,8 @@ use bulkhead_tests::ping::ping;
 use bulkhead_tests::runtime::{Runtime, comes_true, kill_9, told};
 use serde_json::{Value, json};
 
-/// A network namespace with an interface whose other end is here; both are gone with it.
+/// A network namespace with an interface whose other end is on the host; both are removed when this
+/// is dropped.
 struct Prepared;
 
 const NAMESPACE: &str = "pod";
@@ -28,7 +29,7 @@ fn in_pod(line: &str) -> String {
     ip(&format!("-netns {NAMESPACE} {line}"))
 }
 
-/// What the caller of a container sees of its interfaces, and who redirects their frames.
+/// The interfaces and the ingress queueing disciplines as the container's caller sees them.
 fn seen() -> [String; 3] {
     let tc = ["-netns", NAMESPACE, "qdisc", "show", "ingress"];
     let tc = told(&Command::new("tc").args(tc).output().unwrap());
@@ -54,7 +55,7 @@ impl Prepared {
         in_pod("route add blackhole 10.66.0.0/16");
         in_pod("route add default via fd09::1");
         in_pod("neighbour add 10.9.0.9 lladdr 02:00:00:00:00:99 dev eth0");
-        // Until the kernel has found out that nobody else has its link-local address.
+        // Wait for duplicate address detection of the link-local address.
         let settled = || in_pod("-6 address show tentative").is_empty();
         assert!(comes_true(Duration::from_secs(30), settled), "an address stays tentative");
         prepared
@@ -142,7 +143,7 @@ fn streams_go_both_ways_and_the_container_is_reached() {
     runtime.assert_clean().unwrap();
 }
 
-/// Whether the container sends back what it is sent.
+/// Whether the container echoes this data.
 fn echoed(data: &[u8]) -> bool {
     use std::io::{Read, Write};
     use std::net::{Shutdown, TcpStream};
@@ -159,7 +160,7 @@ fn echoed(data: &[u8]) -> bool {
     })
 }
 
-/// What interfaces are and have, without the numbers by which they are known.
+/// Prints interfaces and their settings, without interface indexes.
 const LOOK: &str = "for i in $(ls /sys/class/net | grep -v -e ^lo$ -e ^bulkhead -e gre -e erspan -e tunl -e sit); do \
      echo $i $(cat /sys/class/net/$i/address /sys/class/net/$i/mtu /sys/class/net/$i/carrier 2>&1 | sed 's/.*carrier.*/down/'); \
      ip -o address show dev $i | sed 's/^[0-9]*: //;s/@[^ ]*//'; done; ip -o address show dev lo; ip route; ip -6 route | sort";
@@ -177,7 +178,8 @@ fn a_container_follows_what_becomes_of_its_network() {
     };
     assert_eq!(inside(), outside());
     for steps in [
-        // Before it is started, and then while it runs: from here on each has to be there at once.
+        // The first steps are made before the container is started, the others while it runs. Each
+        // change must be visible at once.
         "link add eth1 type dummy;link set eth1 address 02:00:00:00:00:11 up;\
          address add 10.11.0.1/24 dev eth1;route add 10.12.0.0/16 via 10.11.0.9 dev eth1",
         "link set eth0 mtu 1300;link set eth1 mtu 9000",
@@ -198,7 +200,7 @@ fn a_container_follows_what_becomes_of_its_network() {
         let settled = || in_pod("-6 address show tentative").is_empty();
         assert!(comes_true(Duration::from_secs(30), settled), "an address stays tentative");
         assert_eq!(inside(), outside(), "after {steps}");
-        // Only the first is in a container that is created and not running.
+        // Started after the first steps; later calls fail, because it runs already.
         runtime.call(&["start", "follows"]).unwrap();
     }
     let off = "echo 1 > /proc/sys/net/ipv6/conf/lo/disable_ipv6";
@@ -343,7 +345,7 @@ fn the_kernel_moves_the_frames_unless_it_is_told_not_to() {
     }
 }
 
-/// A frame for everybody that asks who has an address, RFC 826, behind the header of a tap.
+/// A broadcast ARP request for an address, RFC 826, after the header of a tap.
 fn asks_who_has(address: [u8; 4]) -> Vec<u8> {
     let (own, everybody) = ([2, 0, 0, 0, 8, 1], [0xff; 6]);
     let kind: [u8; 10] = [8, 6, 0, 1, 8, 0, 6, 4, 0, 1];
@@ -386,7 +388,7 @@ fn a_tap_that_somebody_reads_and_a_dummy_are_the_container_s_too() {
         rustix::io::write(queue, &asks_who_has([10, 8, 0, 2])).unwrap();
         while let Ok(count) = rustix::io::read(queue, &mut frame) {
             let frame = &frame[12..count];
-            // It says that it has it, and what it is called.
+            // An ARP reply with the address and the MAC address.
             if frame[12..14] == [8, 6] && frame[20..22] == [0, 2] {
                 assert_eq!(frame[22..32], [2, 0, 0, 0, 8, 2, 10, 8, 0, 2]);
                 return true;

@@ -1,4 +1,5 @@
-//! A network under load: whoever is killed, it is as it was, and a flood keeps nobody from working.
+//! A network under load: whichever process is killed, the network is restored, and a flood does not
+//! keep others from working.
 
 use std::fs;
 use std::path::Path;
@@ -12,9 +13,9 @@ use bulkhead_tests::runtime::{Runtime, comes_true, kill_9};
 
 /// Sends small datagrams as fast as it can.
 const DATAGRAMS: &str = env!("CARGO_BIN_EXE_datagrams");
-/// A bound on hangs under emulation, not a measure.
+/// A timeout for hangs; generous because of emulation.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// So many frames are a flow.
+/// The number of frames that shows that traffic flows.
 const FLOW: u64 = 200;
 
 /// A container that floods the host.
@@ -24,14 +25,14 @@ fn flooding(wired: &Wired) -> Bundle {
     wired.pod.of(bundle.unwrap().mount(program).unwrap()).unwrap()
 }
 
-/// The host floods the container.
+/// Starts a flood from the host to the container.
 fn flooded() -> Serving {
     let mut command = Command::new(DATAGRAMS);
     command.args(["flood", THERE, "9"]);
     Serving::start(command).unwrap()
 }
 
-/// Frames that have come from the container and that have gone to it.
+/// How many frames have come from the container, and how many have gone to it.
 fn passed() -> [u64; 2] {
     ["rx_packets", "tx_packets"].map(|count| {
         let path = format!("/sys/class/net/here/statistics/{count}");
@@ -39,7 +40,7 @@ fn passed() -> [u64; 2] {
     })
 }
 
-/// Waits until frames pass both ways.
+/// Waits until frames pass in both directions.
 fn wait_for_flow() {
     let before = passed();
     let flows = || (0..2).all(|way| passed()[way] >= before[way] + FLOW);
@@ -59,7 +60,7 @@ fn whoever_is_killed_under_load_the_network_is_as_it_was_and_good_for_the_next()
         wait_for_flow();
         let [process] = runtime.processes(victim).unwrap()[..] else { panic!("one {victim}") };
         kill_9(process).unwrap();
-        // Whoever is left gives the interface back without being asked.
+        // The remaining process restores the interface by itself.
         let given_back = || wired.pod.seen().unwrap() == before;
         assert!(comes_true(PATIENCE, given_back), "{victim}: {}", wired.pod.seen().unwrap());
         drop(flood);
@@ -72,7 +73,7 @@ fn whoever_is_killed_under_load_the_network_is_as_it_was_and_good_for_the_next()
 #[test]
 #[ignore = "long: --suite oci_long"]
 fn a_flood_from_both_sides_lets_others_work_and_takes_no_memory() {
-    // The kernel moves the frames, and the monitor.
+    // First the kernel moves the frames, then the monitor.
     for switch in ["1", "0"] {
         works_in_a_flood(&Runtime::new().unwrap().with("BULKHEAD_VHOST_NET", switch));
     }

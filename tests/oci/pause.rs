@@ -28,7 +28,7 @@ fn a_created_container_is_paused_and_created_again() {
         runtime.ok(&["start", "early"]).unwrap();
         assert_eq!(status(), "running");
         runtime.ok(&["delete", "--force", "early"]).unwrap();
-        // And one that is given up meanwhile.
+        // The same with a container that is deleted instead.
         runtime.create("early", &bundle).unwrap();
         runtime.ok(&["pause", "early"]).unwrap();
         runtime.ok(&["delete", "--force", "early"]).unwrap();

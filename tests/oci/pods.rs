@@ -1,5 +1,5 @@
-//! Containers that join another one's network and so share its machine: they come, go and die in any
-//! order.
+//! Containers that join another container's network and so share its machine: they join, end and
+//! are killed in any order.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -13,12 +13,12 @@ use bulkhead_tests::bundle::Bundle;
 use bulkhead_tests::runtime::{Runtime, comes_true, expect_output, finish, kill_9, told};
 use serde_json::{Value, json};
 
-/// The number of the process that stands for a container.
+/// The process ID of a container's stand-in.
 fn stand_in(runtime: &Runtime, id: &str) -> u64 {
     runtime.state(id).unwrap()["pid"].as_u64().unwrap()
 }
 
-/// A bundle whose container joins these namespaces of another one's.
+/// A bundle whose container joins these namespaces of another container.
 fn joining(script: &str, kinds: &[(&str, &str)], pid: u64) -> Bundle {
     let change = |spec: &mut Value| {
         let list = spec["linux"]["namespaces"].as_array_mut().unwrap();
@@ -70,9 +70,9 @@ fn containers_that_join_share_one_machine_and_what_they_join() {
     let listening = "nc -l -p 7000 -e echo heard < /dev/null > /dev/null 2>&1 & sleep 0.3";
     inside(&runtime, "a", listening);
     assert_eq!(inside(&runtime, "b", "nc 127.0.0.1 7000 < /dev/null"), "heard");
-    // The process namespace is shared: each sees the other's.
+    // The PID namespace is shared: each sees the other's processes.
     assert_eq!(inside(&runtime, "b", "ps | grep -c '[s]leep 1000'"), "2");
-    // What the one may use is not the other's: files and cgroups are apart.
+    // Files and cgroups are separate.
     inside(&runtime, "a", "echo mine > /mnt/file");
     assert_eq!(inside(&runtime, "b", "test -e /mnt/file || echo none"), "none");
     for id in ["b", "a"] {
@@ -103,14 +103,15 @@ fn the_pod_outlives_its_first_container() {
     assert_eq!(fs::read_to_string(a.rootfs().join("mnt/file")).unwrap(), "kept\n");
     assert!(comes_true(Duration::from_secs(10), || files() == 0), "{} are open", files());
     assert!(!runtime.root().join("a").exists());
-    // All that is the pod's has moved to the other's cgroup, which has the limits for it.
+    // All processes of the pod have moved to the other container's cgroup, which has the pod's
+    // limits.
     let dir = Path::new("/sys/fs/cgroup/bulkhead-pods/b");
     let there = fs::read_to_string(dir.join("cgroup.procs")).unwrap();
     assert_eq!(there.lines().count(), 4, "{there}");
     let limit = fs::read_to_string(dir.join("memory.max")).unwrap();
     assert_eq!(limit.trim(), ((64 + 192) << 20).to_string());
     assert_eq!(inside(&runtime, "b", "echo still here"), "still here");
-    // A name that is free again joins what is left.
+    // A container with the freed ID can join the remaining one.
     let again = joining("exec sleep 1000", NETWORK, stand_in(&runtime, "b"));
     runtime.create("a", &again).unwrap();
     runtime.ok(&["start", "a"]).unwrap();
@@ -169,7 +170,7 @@ fn the_machine_grows_for_each_that_joins() {
     runtime.assert_clean().unwrap();
 }
 
-/// How many files of a process are open that are in a directory or below.
+/// How many files below a directory a process has open.
 fn open_files(pid: u32, directory: &Path) -> usize {
     fn numbers(path: &Path, found: &mut BTreeSet<(u64, u64)>) {
         let Ok(metadata) = fs::symlink_metadata(path) else { return };
@@ -197,10 +198,10 @@ fn one_that_fails_leaves_the_others_alone() {
     assert_eq!(status, Some(1), "{words}");
     assert!(words.contains("/no/such"), "{words}");
     assert!(!runtime.root().join("b").exists());
-    // In the foreground: the status is its own, and the pod does not wait for it.
+    // In the foreground, `run` returns this container's status and does not wait for the pod.
     let seven = joining("echo out; exit 7", NETWORK, pid);
     assert_eq!(told(&runtime.run("b", &seven).unwrap()), (Some(7), "out\n".into(), String::new()));
-    // One whose creator is killed on the way.
+    // A container whose creator is killed while it creates it.
     let sleeper = joining("exec sleep 1000", NETWORK, pid);
     for wait in [20, 200, 500] {
         let mut create = runtime.command(&["create", "--bundle"]);
@@ -253,7 +254,7 @@ fn when_the_machine_dies_all_of_them_do() {
             runtime.create("a", &bundle).unwrap();
             let joined = joining("exec sleep 1000", NETWORK, stand_in(&runtime, "a"));
             runtime.create("b", &joined).unwrap();
-            // The bundles are only read while a container is created.
+            // Bundles are only needed while a container is created.
         }
     }
 }

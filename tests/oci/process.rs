@@ -1,4 +1,4 @@
-//! The process is the one that the specification describes, and ends as under runc.
+//! The process has the settings of the specification, and ends as under runc.
 
 use bulkhead_tests::bundle::Bundle;
 use bulkhead_tests::runtime::Runtime;

@@ -1,12 +1,12 @@
-//! What else a specification says of a process and its kernel: each is kept, for a container's first
-//! process and for those that join it, or refused by its name. Debian's runc knows few of them.
+//! Further settings of processes and of the kernel: each is applied, to a container's first process
+//! and to further processes, or refused by name. Debian's runc knows few of them.
 
 use bulkhead_tests::bundle::Bundle;
 use bulkhead_tests::runtime::Runtime;
 use serde_json::{Value, json};
 
-/// What the container's first process says once it has these fields, and what a further one says that
-/// has them too.
+/// The output of a container's first process with these settings, and that of a further process
+/// with the same settings.
 fn said(script: &str, change: impl Fn(&mut Value)) -> [String; 2] {
     let runtime = Runtime::new().unwrap();
     let first = format!("({script}) > /mnt/said; touch /mnt/done; exec sleep 1000");
@@ -25,7 +25,7 @@ fn said(script: &str, change: impl Fn(&mut Value)) -> [String; 2] {
     [first, further]
 }
 
-/// Why a container with these fields is not created.
+/// The error of `create` with these settings.
 fn refused(change: impl Fn(&mut Value)) -> String {
     let runtime = Runtime::new().unwrap();
     let bundle = Bundle::script("true").unwrap().with(|spec| change(spec)).unwrap();
@@ -38,7 +38,7 @@ fn refused(change: impl Fn(&mut Value)) -> String {
 #[test]
 #[ignore = "long: --suite oci_long"]
 fn a_scheduler_is_kept() {
-    // Of proc_pid_stat(5): nice, rt_priority, policy.
+    // Fields of proc_pid_stat(5): nice, rt_priority, policy.
     let script = "set -- $(cat /proc/self/stat); shift 18; echo $1 ${22} ${23}";
     for (scheduler, expected) in [
         (json!({"policy": "SCHED_BATCH", "nice": 7}), "7 0 3\n"),

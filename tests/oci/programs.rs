@@ -1,5 +1,5 @@
-//! Programs that cannot be run, beside runc: how `run`, `create`, `start` and `exec` end, and what is
-//! said.
+//! Programs that cannot be run, beside runc: the exit statuses and messages of `run`, `create`,
+//! `start` and `exec`.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -8,15 +8,15 @@ use bulkhead_tests::bundle::Bundle;
 use bulkhead_tests::runtime::{Runtime, told};
 use serde_json::json;
 
-/// A file in the container, its content and its mode.
+/// A file in the container: its path, content and mode.
 type Program = (&'static str, &'static [u8], u32);
 
-/// What the kernel, or the look at the file, refuses.
+/// Files that the kernel, or the check before execve(2), refuses.
 const PROGRAMS: [Program; 8] = [
     ("/bin/garbage", b"garbage\n", 0o755),
     ("/bin/empty", b"", 0o755),
     ("/bin/no-interpreter", b"#!/nowhere\n", 0o755),
-    // The header of a program of 32 bits, and of another processor.
+    // The headers of a 32-bit program and of a program for another processor.
     ("/bin/small", b"\x7fELF\x01\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\x03\0\x01\0\0\0", 0o755),
     ("/bin/foreign", b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0\x02\0\xb7\0\x01\0\0\0", 0o755),
     ("/bin/plain", b"#!/bin/sh\n", 0o644),
@@ -36,12 +36,12 @@ fn bundle(args: &[&str]) -> Bundle {
     bundle
 }
 
-/// The status, what is written to standard output, and what the program would say: an error of the
-/// runtime has its own words around the kernel's.
+/// Status, standard output, and the kernel's error without the words that the runtime puts around
+/// it.
 fn words((status, output, errors): (Option<i32>, String, String)) -> (Option<i32>, String, String) {
     let cause = errors.find("exec").map_or(&*errors, |at| &errors[at..]);
     let cause = cause.rsplit("container process: ").next().unwrap_or_default();
-    // Of a directory runc says the one or the other by the version of Go.
+    // For a directory, runc's message depends on the version of Go.
     let cause = cause.replace("is a directory", "permission denied");
     (status, output, cause.trim().replace("\\\"", "\"").trim_end_matches('"').to_owned())
 }

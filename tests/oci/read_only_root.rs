@@ -1,5 +1,5 @@
-//! A root that is read-only, inside beside runc and on the host: a guest that has been taken over cannot
-//! write to it either.
+//! A read-only root: in the container, beside runc, and on the host, where a guest that was taken
+//! over cannot write to it either.
 
 use std::fs;
 
@@ -7,7 +7,8 @@ use bulkhead_tests::bundle::{Bundle, bind};
 use bulkhead_tests::runtime::{Runtime, told};
 use serde_json::json;
 
-/// Mount points, directories on the way to them and a working directory that the root does not have.
+/// A bundle with mount points, their parent directories and a working directory that the root does
+/// not have.
 fn bundle(file: &std::path::Path) -> Bundle {
     let script = "pwd; ls /made; cat /made/file; for at in / /made /made/here; do \
                   touch $at/new 2> /dev/null; echo $at $?; done; readlink /dev/fd; echo > /dev/null";
@@ -43,7 +44,7 @@ fn it_has_what_runc_makes_in_it() {
     assert_eq!(seen[0].1, ["cwd", "file", "here"]);
 }
 
-/// How the root of a container is mounted where its file server sees it.
+/// The options with which a container's root is mounted in its file server.
 fn on_the_host(readonly: bool) -> Vec<String> {
     let runtime = Runtime::new().unwrap();
     let bundle = Bundle::new(&["/bin/true"]).unwrap();

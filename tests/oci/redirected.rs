@@ -1,5 +1,5 @@
-//! A terminal for the container where the caller's streams are not all one, beside runc: what it shows
-//! goes to standard output, what is typed comes from standard input.
+//! A container with a terminal whose caller has redirected streams, beside runc: the terminal's
+//! output goes to standard output, and its input comes from standard input.
 
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
@@ -11,15 +11,15 @@ use bulkhead_tests::runtime::{Runtime, finish};
 
 use crate::terminal::{own_terminal, with_terminal};
 
-/// Says what its terminal is like, and what is typed into it.
+/// Prints the name and size of its terminal, and a line that it reads from it.
 const ASK: &str = "busybox tty; busybox stty size; read line; echo \"got $line\"";
 
 fn both() -> [Runtime; 2] {
     [Runtime::new().unwrap(), Runtime::runc().unwrap()]
 }
 
-/// The lines that a command writes whose standard output is a pipe, and its other streams a terminal; in
-/// no order, because what is typed may be echoed before the program has begun.
+/// The output lines of a command whose standard output is a pipe and whose other streams are a
+/// terminal. They are sorted, because input may be echoed before the program has begun.
 fn into_a_pipe(mut command: Command) -> Vec<String> {
     let (mut screen, slave) = own_terminal().unwrap();
     screen.resize(33, 77).unwrap();
@@ -38,7 +38,7 @@ fn lines(text: &str) -> Vec<String> {
     lines
 }
 
-/// Whether a talk with [`ASK`] was whole.
+/// Whether the output of [`ASK`] is complete.
 fn is_whole(lines: &[String]) -> bool {
     ["33 77\n", "got word\n", "word\n"].iter().all(|line| lines.iter().any(|it| it == line))
 }
@@ -71,8 +71,8 @@ fn what_the_terminal_of_a_further_process_shows_goes_into_a_pipe() {
     ours.assert_clean().unwrap();
 }
 
-/// A command in a session of its own, all of its streams redirected, and its controlling terminal, if
-/// it is to have one.
+/// A command in a session of its own with all streams redirected, and optionally with a controlling
+/// terminal.
 fn redirected(command: &Command, terminal: Option<&OwnedFd>, directory: &Path) -> Command {
     let mut setsid = Command::new("setsid");
     if let Some(terminal) = terminal {

@@ -1,4 +1,4 @@
-//! Limits hold.
+//! Limits are enforced.
 
 use bulkhead_tests::bundle::Bundle;
 use bulkhead_tests::runtime::Runtime;
@@ -7,7 +7,7 @@ use serde_json::json;
 #[test]
 fn a_container_over_its_memory_limit_is_killed() {
     let runtime = Runtime::new().unwrap();
-    // tail holds its whole input, which has no end of line.
+    // tail keeps its whole input in memory, because it has no line ends.
     let bundle = Bundle::script("exec tail -c 100000000 /dev/zero").unwrap();
     let bundle = bundle
         .with(|spec| spec["linux"]["resources"]["memory"] = json!({"limit": 32 << 20}))

@@ -1,5 +1,6 @@
-//! System call filters: every action, operator, architecture and flag of a profile, by making the calls.
-//! The same bundle under runc and under Bulkhead, the answers compared call by call.
+//! Seccomp filters: makes system calls for every action, operator, architecture and flag of a
+//! profile. The same bundle runs under runc and under Bulkhead, and the results are compared call
+//! by call.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -8,16 +9,17 @@ use bulkhead_tests::bundle::Bundle;
 use bulkhead_tests::runtime::{Runtime, told};
 use serde_json::{Value, json};
 
-/// The program that makes calls (`tests/syscalls`).
+/// The program that makes system calls (`tests/syscalls`).
 const PROGRAM: &str = env!("CARGO_BIN_EXE_syscalls");
-/// Podman's profile, by whose list of names Docker's is made too.
+/// Podman's profile; Docker's is made from the same list of names.
 const PROFILE: &str = "/usr/share/containers/seccomp.json";
-/// What a rule of these tests answers, so that it is the filter's answer and nobody else's.
+/// The error number that rules of these tests return, so that it cannot come from the kernel.
 const MARK: u64 = 90;
 /// The flags of clone(2) that make namespaces, which Docker's profile masks.
 const NAMESPACES: u64 = 0x7e02_0000;
 
-/// Calls without arguments that no C library makes: what a filter compares is what is passed to them.
+/// System calls that no C library makes by itself: tests pass arguments to them for the filter to
+/// compare.
 const QUIET: [(&str, u64); 14] = [
     ("getpgrp", 111),
     ("getegid", 108),
@@ -35,7 +37,7 @@ const QUIET: [(&str, u64); 14] = [
     ("timer_delete", 226),
 ];
 
-/// An operator, and whether it holds of an argument and a value.
+/// An operator, and the function that computes it for an argument and a value.
 type Operator = (&'static str, fn(u64, u64) -> bool);
 
 const OPERATORS: [Operator; 6] = [
@@ -47,7 +49,7 @@ const OPERATORS: [Operator; 6] = [
     ("GT", |argument, value| argument > value),
 ];
 
-/// What the program that makes calls needs to be let do, once it has been started.
+/// The system calls that the test program itself needs after it has started.
 const NEEDED: [&str; 29] = [
     "execve",
     "arch_prctl",
@@ -80,10 +82,10 @@ const NEEDED: [&str; 29] = [
     "fstat",
 ];
 
-/// What one runtime made of a bundle: status, standard output, standard error.
+/// The result of a bundle under one runtime: status, standard output, standard error.
 type Told = (Option<i32>, String, String);
 
-/// A bundle whose program makes calls under a profile.
+/// A bundle whose program makes system calls under a profile.
 fn bundle(profile: &Value, no_new_privileges: bool, calls: &[String]) -> Bundle {
     let mut bundle = Bundle::new(&[]).unwrap();
     fs::copy(PROGRAM, bundle.rootfs().join("bin/syscalls")).unwrap();
@@ -92,7 +94,7 @@ fn bundle(profile: &Value, no_new_privileges: bool, calls: &[String]) -> Bundle 
     bundle.spec["process"]["args"] = json!(words);
     bundle.spec["process"]["noNewPrivileges"] = json!(no_new_privileges);
     bundle.spec["linux"]["seccomp"] = profile.clone();
-    // What a filter lets pass is not to fail for want of a capability.
+    // Calls that the filter allows must not fail because a capability is missing.
     for set in ["bounding", "effective", "permitted"] {
         let set = bundle.spec["process"]["capabilities"][set].as_array_mut().unwrap();
         set.extend(["CAP_SYS_ADMIN", "CAP_SYS_PTRACE"].map(|name| json!(name)));
@@ -101,7 +103,7 @@ fn bundle(profile: &Value, no_new_privileges: bool, calls: &[String]) -> Bundle 
     bundle
 }
 
-/// What a runtime makes of calls under a profile.
+/// The result of system calls under a profile and a runtime.
 fn under(runtime: &Runtime, profile: &Value, no_new_privileges: bool, calls: &[String]) -> Told {
     let bundle = bundle(profile, no_new_privileges, calls);
     let told = told(&runtime.run("filtered", &bundle).unwrap());
@@ -109,8 +111,8 @@ fn under(runtime: &Runtime, profile: &Value, no_new_privileges: bool, calls: &[S
     told
 }
 
-/// Makes calls under both runtimes, with and without the right to gain privileges; gives the answers,
-/// one a line, which must be the same.
+/// Makes system calls under both runtimes, with and without no_new_privs. The results must be the
+/// same; returns them, one for each line.
 fn answers(profile: &Value, calls: &[String]) -> Vec<String> {
     let (ours, runc) = (Runtime::new().unwrap(), Runtime::runc().unwrap());
     let expected = under(&runc, profile, true, calls);
@@ -151,8 +153,9 @@ fn is_marked(answer: &str) -> bool {
     answer == format!("errno {MARK}")
 }
 
-/// What Docker's profile is made of: every name that Podman's lets pass without capabilities, `EPERM`
-/// for the rest, and clone(2) by its flags. Without `left_out`.
+/// A profile built like Docker's: it allows every system call that Podman's allows without
+/// capabilities, returns `EPERM` for the others, and checks the flags of clone(2). The names in
+/// `left_out` are not allowed.
 fn ordinary(left_out: &[&str]) -> Value {
     let profile: Value = serde_json::from_slice(&fs::read(PROFILE).unwrap()).unwrap();
     let mut rules = Vec::new();
@@ -253,7 +256,7 @@ fn a_masked_comparison_masks_the_argument_by_the_first_value() {
 #[test]
 fn comparisons_of_several_arguments_all_hold_and_of_one_argument_are_alternatives() {
     let rules = [
-        // All of one rule.
+        // All conditions of one rule must hold.
         marked(
             "getpgrp",
             &[compare(0, "EQ", 1, 0), compare(1, "GT", 5, 0), compare(5, "NE", 9, 0)],
@@ -261,7 +264,7 @@ fn comparisons_of_several_arguments_all_hold_and_of_one_argument_are_alternative
         // Several rules for one call.
         marked("getegid", &[compare(0, "EQ", 1, 0)]),
         marked("getegid", &[compare(1, "EQ", 2, 0), compare(2, "EQ", 3, 0)]),
-        // One argument twice.
+        // Two conditions for the same argument.
         marked("munlockall", &[compare(0, "EQ", 1, 0), compare(0, "EQ", 2, 0)]),
     ];
     let cases: [(u64, &[u64], bool); 10] = [
@@ -301,14 +304,14 @@ fn every_action_is_what_becomes_of_a_call() {
         ("x86_64:111", "did not return, signal 31"),
         ("x86_64:108", "did not return, signal 31"),
         ("x86_64:152", "did not return, signal 31"),
-        // Only one of two threads dies, or both.
+        // Kills one of two threads, or both.
         ("thread/x86_64:111", "did not return"),
         ("thread/x86_64:108", "did not return"),
         ("thread/x86_64:152", "did not return, signal 31"),
         ("x86_64:253", "did not return, signal 31"),
         ("caught/x86_64:253", "was trapped"),
         ("caught/x86_64:152", "did not return, signal 31"),
-        // Nobody traces.
+        // Without a tracer, the call returns ENOSYS.
         ("x86_64:146:0", "errno 38"),
         ("x86_64:121", "errno 38"),
         ("x86_64:147:0", "ok"),
@@ -376,7 +379,7 @@ fn a_call_that_is_newer_is_not_there_whatever_the_default_kills() {
         let expected = ["errno 38", "did not return, signal 31"];
         assert_eq!(answers(&profile, &calls), expected, "{action}");
     }
-    // runc 1.1 does not look at the machine's own architecture where a profile names none; 1.2 does.
+    // If a profile names no architecture, runc 1.1 does not filter the native one; runc 1.2 does.
     profile["defaultAction"] = json!("SCMP_ACT_ERRNO");
     profile["architectures"] = json!([]);
     let told = under(&Runtime::new().unwrap(), &profile, true, &calls);
@@ -398,7 +401,7 @@ fn calls_of_other_architectures_are_killed_unless_the_profile_has_them() {
         let x32 =
             if list.contains(&"SCMP_ARCH_X32") { "errno 90" } else { "did not return, signal 31" };
         assert_eq!(answers[1], x32, "{list:?}");
-        // The guest's kernel, like the test host's, has no gate for 32-bit programs.
+        // The guest's kernel, like the test host's, has no entry for 32-bit system calls.
         assert_eq!(answers[3..5], ["did not return, signal 11"; 2], "{list:?}");
     }
 }
@@ -406,7 +409,7 @@ fn calls_of_other_architectures_are_killed_unless_the_profile_has_them() {
 #[test]
 #[ignore = "long: --suite oci_long"]
 fn flags_are_taken_as_by_crun() {
-    // Debian's runc takes none yet.
+    // Debian's runc does not support this yet, so crun is used.
     let (ours, crun) = (Runtime::new().unwrap(), Runtime::crun().unwrap());
     let calls = ["x86_64:111".to_owned(), "x86_64:39".to_owned()];
     let known = ["LOG", "SPEC_ALLOW", "TSYNC"].map(|flag| format!("SECCOMP_FILTER_FLAG_{flag}"));
@@ -420,7 +423,7 @@ fn flags_are_taken_as_by_crun() {
             assert_eq!(told, [expected.clone(), expected], "{flags:?}");
         }
     }
-    // Only a listener, which cannot be, could be waited for. runc does not know the flag.
+    // The flag needs a listener, which is not supported. runc does not know the flag.
     let flag = "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV";
     profile["flags"] = json!([flag]);
     let (status, output, errors) = under(&ours, &profile, true, &calls);
@@ -458,7 +461,7 @@ fn a_rule_that_says_the_same_as_the_default_changes_nothing() {
 
 #[test]
 fn a_profile_need_not_allow_what_the_runtime_does() {
-    // What runc does without.
+    // System calls that runc does not need.
     let left_out = [
         "faccessat",
         "faccessat2",

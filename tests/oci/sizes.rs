@@ -1,4 +1,4 @@
-//! Specifications as large as Linux takes them, beside runc.
+//! Specifications with as many arguments and variables as Linux accepts, beside runc.
 
 use std::fs;
 
@@ -10,7 +10,7 @@ fn both() -> [Runtime; 2] {
     [Runtime::new().unwrap(), Runtime::runc().unwrap()]
 }
 
-/// Variables with so many bytes in all, a thousand each.
+/// Environment variables with this many bytes in total, a thousand each.
 fn variables(bytes: usize) -> Vec<Value> {
     let long = "x".repeat(990);
     (0..bytes / 1000).map(|number| json!(format!("V{number:07}={long}"))).collect()
@@ -34,7 +34,7 @@ fn a_configuration_of_many_megabytes_is_read() {
 #[test]
 fn arguments_and_variables_fill_what_linux_has_for_them() {
     let [ours, runc] = both();
-    // A string of 128 KiB, and with the rest nearly 2 MiB in all.
+    // One string of 128 KiB; all together nearly 2 MiB.
     let longest = "y".repeat((128 << 10) - 1);
     let script = "echo ${#1} $#; env | wc -c";
     let bundle = Bundle::new(&["/bin/sh", "-c", script, "x", &longest]).unwrap();

@@ -47,7 +47,7 @@ fn the_streams_can_be_reopened_by_name() {
     assert_eq!(String::from_utf8_lossy(&output.stderr), "bad\n");
 }
 
-/// As under `create` by a caller that gives no streams.
+/// As under `create` with a caller whose streams are the null device.
 #[test]
 fn output_that_nobody_wants_can_be_written() {
     let runtime = Runtime::new().unwrap();

@@ -1,4 +1,4 @@
-//! A supervisor that ends while somebody waits for it: the caller is told how.
+//! A supervisor that ends while a caller waits for it: the error says how it ended.
 
 use std::process::Stdio;
 use std::time::Duration;
@@ -8,7 +8,7 @@ use bulkhead_tests::runtime::{Runtime, comes_true, finish, message, signal};
 use rustix::process::Signal;
 use serde_json::json;
 
-/// Kills the supervisor with this signal while it waits for a hook; gives what `run` says.
+/// Kills the supervisor with this signal while it waits for a hook; returns the output of `run`.
 fn killed(by: Signal) -> String {
     let runtime = Runtime::new().unwrap();
     let directory = tempfile::tempdir().unwrap();
@@ -34,7 +34,7 @@ fn a_signal_that_kills_it_is_named() {
     assert_eq!(killed(Signal::TERM), "the pod's supervisor was killed by signal 15");
 }
 
-/// Callers of runc know what that means; they do not know a supervisor.
+/// Callers of runc know this message; they do not know a supervisor.
 #[test]
 fn a_signal_for_a_container_that_ends_with_its_supervisor_meets_nobody() {
     let runtime = Runtime::new().unwrap();

@@ -1,4 +1,4 @@
-//! Terminals, beside runc: a console socket, a terminal of the caller's own, sizes, keys and the end.
+//! Terminals, beside runc: a console socket, the caller's own terminal, sizes, keys and hang-up.
 
 use std::fs::File;
 use std::io::{Read, Write};
@@ -17,15 +17,15 @@ use rustix::pty::{OpenptFlags, grantpt, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{LocalModes, Winsize, tcgetattr, tcgetwinsize, tcsetwinsize};
 use serde_json::json;
 
-/// How long a terminal may be silent.
+/// How long a terminal may have no output.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// Waits for a size, asks for a line, tells a new size, and ends at Ctrl-C.
+/// Waits for a size, reads a line, prints a new size, and ends on Ctrl-C.
 const TALK: &str = "until [ \"$(busybox stty size)\" = '33 77' ]; do sleep 0.1; done; \
     busybox tty; read line; echo \"got $line\"; \
     trap 'busybox stty size' WINCH; trap 'echo stopped; exit 3' INT; echo ready; \
     while :; do sleep 0.1; done";
 
-/// The master of a terminal, and all that was seen on it.
+/// The master of a terminal, and all output that was read from it.
 pub(crate) struct Screen {
     master: File,
     pub(crate) seen: String,
@@ -45,7 +45,7 @@ impl Screen {
         Ok(self.master.write_all(keys.as_bytes())?)
     }
 
-    /// Reads until these words have come.
+    /// Reads until the output contains these words.
     fn wait_for(&mut self, words: &str) -> Result<()> {
         let from = self.seen.len();
         while !self.seen[from..].contains(words) {
@@ -71,14 +71,14 @@ impl Screen {
                 self.seen.push_str(&String::from_utf8_lossy(&buffer[..count]));
                 Ok(true)
             }
-            // So a master says that nobody has the slave any more.
+            // The master returns EIO when no process has the slave open any more.
             Err(error) if error.raw_os_error() == Some(libc::EIO) => Ok(false),
             Err(error) => Err(error.into()),
         }
     }
 }
 
-/// Takes the master that is sent to a console socket.
+/// Receives the master that is sent to a console socket.
 fn receive(listener: &UnixListener) -> Result<Screen> {
     let limit = Timespec::try_from(PATIENCE)?;
     ensure!(poll(&mut [PollFd::new(listener, PollFlags::IN)], Some(&limit))? > 0, "nobody came");
@@ -88,7 +88,7 @@ fn receive(listener: &UnixListener) -> Result<Screen> {
     Ok(Screen::new(master))
 }
 
-/// A terminal whose slave a program is started on.
+/// A new terminal, with the slave for a program.
 pub(crate) fn own_terminal() -> Result<(Screen, OwnedFd)> {
     let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
     let master = openpt(flags)?;
@@ -102,7 +102,7 @@ pub(crate) fn with_terminal(script: &str) -> Result<Bundle> {
     Bundle::script(script)?.with(|spec| spec["process"]["terminal"] = json!(true))
 }
 
-/// Starts a command whose terminal's master goes to a socket; gives the terminal.
+/// Starts a command with a console socket; returns the terminal that it sends there.
 pub(crate) fn detached(runtime: &Runtime, directory: &Path, words: &[&str]) -> Result<Screen> {
     let socket = directory.join("console.sock");
     let listener = UnixListener::bind(&socket)?;
@@ -120,7 +120,7 @@ pub(crate) fn detached(runtime: &Runtime, directory: &Path, words: &[&str]) -> R
     Ok(screen)
 }
 
-/// The whole talk with [`TALK`].
+/// Does the whole dialogue with [`TALK`].
 fn talk(screen: &mut Screen) -> Result<()> {
     screen.wait_for("/dev/pts/")?;
     screen.type_in("a wordx\x7f\r")?;
@@ -186,7 +186,7 @@ fn the_callers_own_terminal_is_raw_meanwhile_and_as_before_afterwards() {
     assert!(!tcgetattr(&slave).unwrap().local_modes.contains(LocalModes::ECHO), "not raw");
     screen.type_in("word\r").unwrap();
     screen.wait_for("ready").unwrap();
-    // Nobody sends the signal here that a terminal sends its foreground processes.
+    // The kernel sends SIGWINCH only to a terminal's foreground processes, and `run` is none here.
     screen.resize(44, 99).unwrap();
     std::process::Command::new("kill").args(["-WINCH", &child.id().to_string()]).status().unwrap();
     screen.wait_for("44 99").unwrap();
@@ -255,7 +255,7 @@ fn a_terminal_without_anybody_at_its_end_is_refused_in_runcs_words() {
         ])
         .unwrap();
     assert!(error.contains("console socket /nowhere: No such file or directory"), "{error}");
-    // Standard input is the null device here.
+    // Standard input is the null device, not a terminal.
     let error = ours.fails(&["run", "--bundle", with.path().to_str().unwrap(), "x"]).unwrap();
     assert!(error.contains("no standard stream is one"), "{error}");
     ours.assert_clean().unwrap();

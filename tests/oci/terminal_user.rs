@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::mounts::mapped;
 use super::terminal::detached;
 
-/// Writes to every name that a terminal has, and says whose it is.
+/// Writes to every path of the terminal, and prints its owner.
 const PROBE: &str = "id -u; for name in /dev/stdin /dev/stdout /dev/stderr /dev/tty $(busybox tty) \
     /proc/self/fd/1; do echo to $name 2>&1 > $name; done; stat -c '%u %g %a' $(busybox tty); \
     stat -L -c '%u %g %a' /dev/fd/0 /dev/fd/1 /dev/fd/2";
@@ -21,7 +21,7 @@ fn with_terminal(script: &[&str], user: u32) -> Bundle {
     bundle.with(change).unwrap()
 }
 
-/// What is seen on the terminal of a container's first process.
+/// The terminal output of a container's first process.
 fn first(runtime: &Runtime, bundle: &Bundle) -> String {
     let directory = tempfile::tempdir().unwrap();
     let create = ["create", "--bundle", bundle.path().to_str().unwrap(), "owned"];
@@ -33,7 +33,7 @@ fn first(runtime: &Runtime, bundle: &Bundle) -> String {
     screen.seen
 }
 
-/// What is seen on the terminal of a process that joins a container.
+/// The terminal output of a further process.
 fn further(runtime: &Runtime, bundle: &Bundle, user: &str) -> String {
     runtime.create("owned", bundle).unwrap();
     runtime.ok(&["start", "owned"]).unwrap();
@@ -45,7 +45,7 @@ fn further(runtime: &Runtime, bundle: &Bundle, user: &str) -> String {
     screen.seen
 }
 
-/// Runs the probe under both runtimes; what is seen must be the same, and without a refusal.
+/// Runs the probe under both runtimes; the output must be the same, and nothing may be refused.
 fn same(user: u32, probe: impl Fn(&Runtime) -> String) {
     let runtimes = [Runtime::new().unwrap(), Runtime::runc().unwrap()];
     let [ours, theirs] = runtimes.map(|runtime| {

@@ -4,7 +4,7 @@ use bulkhead_tests::bundle::Bundle;
 use bulkhead_tests::runtime::{Runtime, told};
 use serde_json::{Value, json};
 
-/// The same bundle with these files under both runtimes.
+/// Runs the same bundle with these `unified` entries under both runtimes.
 fn both(script: &str, unified: &Value) -> [(Option<i32>, String, String); 2] {
     [Runtime::new().unwrap(), Runtime::runc().unwrap()].map(|runtime| {
         let bundle = Bundle::script(script).unwrap();

@@ -1,4 +1,4 @@
-//! A process that joins a container in a user namespace is in that namespace, beside runc.
+//! A further process of a container with a user namespace joins that namespace, beside runc.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -8,7 +8,8 @@ use bulkhead_tests::runtime::{Runtime, told};
 
 use super::mounts::mapped;
 
-/// What a process is in its namespace, and whether it is that of the container's init.
+/// Prints a process's IDs and capabilities, compares its namespaces with init's, and tries what
+/// needs capabilities.
 const PROBE: &str = "id -u; id -g; id -G; cat /proc/self/uid_map; \
     for name in user pid mnt ipc uts; do \
         test $(readlink /proc/self/ns/$name) = $(readlink /proc/1/ns/$name); echo $name $?; done; \
@@ -31,7 +32,7 @@ fn bundle() -> Bundle {
     bundle
 }
 
-/// The owners outside of what was made in `/mnt`.
+/// The owners, on the host, of the files that were made in `/mnt`.
 fn owners(bundle: &Bundle) -> Vec<(String, u32, u32)> {
     let entries = fs::read_dir(bundle.rootfs().join("mnt")).unwrap();
     let mut owners: Vec<_> = entries

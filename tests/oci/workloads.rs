@@ -1,5 +1,5 @@
-//! What programs do to and with a network inside: the same words as under runc, and traffic that gets
-//! through.
+//! Programs that use and configure a container's network: the output is the same as under runc, and
+//! traffic passes.
 
 use std::net::{Ipv4Addr, UdpSocket};
 use std::process::{Command, Output};
@@ -12,10 +12,11 @@ use bulkhead_tests::netns::{Namespace, Wired};
 use bulkhead_tests::runtime::{Runtime, comes_true, told};
 use bulkhead_tests::tools;
 
-/// The group that the test sends to, and listens to.
+/// The multicast group that the test sends to and listens to.
 const GROUP: Ipv4Addr = Ipv4Addr::new(239, 1, 2, 3);
 
-/// Runs a bundle in a network under runc and here; both must do the same. Gives what was written.
+/// Runs a bundle in a network under runc and under Bulkhead; both must do the same. Returns the
+/// output.
 fn alike(wired: &Wired, bundle: Bundle) -> String {
     let bundle = wired.pod.of(bundle).unwrap();
     let (runc, ours) = (Runtime::runc().unwrap(), Runtime::new().unwrap());
@@ -47,7 +48,7 @@ fn raw_sockets_need_the_capability_and_tcpdump_sees_what_passes() {
     alike(&wired, bare.unwrap());
 }
 
-/// Speaks to a group until it has heard somebody else, and says what it heard.
+/// Sends to a multicast group until it has received a message of another host, and prints it.
 const GROUPED: &str = r#"
 import socket, struct
 group = "239.1.2.3"
@@ -94,7 +95,7 @@ fn a_group_is_heard_inside_and_outside() {
     });
 }
 
-/// A router for a network of its own: masquerading, filters of both kinds, a bridge.
+/// A router for a network of its own: masquerading, packet filters of both kinds, a bridge.
 const ROUTER: &str = r#"
 set -e
 echo 1 > /proc/sys/net/ipv4/ip_forward
@@ -135,7 +136,7 @@ busybox ping -c 1 -W 20 10.9.0.1 >/dev/null && echo reached again
 fn a_container_filters_translates_and_bridges_for_networks_of_its_own() {
     let ours = Runtime::new().unwrap();
     let [theirs, our] = [&Runtime::runc().unwrap(), &ours].map(|runtime| {
-        // What it makes stays in the network, and in the files.
+        // Changes to the network and to the files stay, so each runtime gets new ones.
         let wired = Wired::new().unwrap();
         let bundle = wired.pod.of(tools::bundle(ROUTER).unwrap()).unwrap();
         told(&runtime.run("one", &bundle).unwrap())

@@ -1,8 +1,8 @@
-//! The first process of a guest that tests devices: it does over vsock what it is told.
+//! The first process of a guest that tests devices: it carries out requests over vsock.
 //!
-//! A port is a behaviour: 1 echoes, 2 sends as many bytes as it is asked for, 3 counts bytes until
-//! their end, 4 carries out a task given in words, 5 closes at once. Streams carry [`pattern`], so
-//! that bytes that were lost, doubled or moved are noticed at either end.
+//! Each port has a behaviour: 1 echoes, 2 sends as many bytes as requested, 3 counts bytes until
+//! end-of-file, 4 carries out a task given in words, 5 closes at once. Streams carry [`pattern`],
+//! so that lost, duplicated or reordered bytes are noticed at either end.
 
 use std::arch::x86_64::__cpuid_count;
 use std::fs::{self, File};
@@ -18,11 +18,11 @@ use rustix::thread::{CpuSet, sched_setaffinity};
 use vsock::{VMADDR_CID_ANY, VsockListener, VsockStream};
 
 mod network;
-// The harness as a whole would not fit into the guest's first memory.
+// The whole harness would not fit into the guest's memory.
 #[path = "../harness/ping.rs"]
 pub mod ping;
 
-/// What is done with a stream.
+/// What to do with a stream.
 type Behaviour = fn(VsockStream) -> Result<()>;
 
 fn main() -> Result<()> {
@@ -35,7 +35,7 @@ fn main() -> Result<()> {
         let listener = VsockListener::bind_with_cid_port(VMADDR_CID_ANY, port)?;
         thread::spawn(move || {
             for stream in listener.incoming().flatten() {
-                // A host that goes away is part of the tests.
+                // Errors are ignored: that the host disconnects is part of the tests.
                 thread::spawn(move || behaviour(stream));
             }
         });
@@ -78,7 +78,7 @@ fn count(mut stream: VsockStream) -> Result<()> {
     Ok(stream.write_all(&counted.to_le_bytes())?)
 }
 
-/// Reads to the end and says how many bytes came.
+/// Reads to the end and returns how many bytes came.
 fn expect_pattern(source: &mut impl Read) -> Result<u64> {
     let mut bytes = vec![0; 0x1_0000];
     let mut at = 0;
@@ -118,7 +118,7 @@ fn carry_out(words: &[&str]) -> Result<String> {
             Ok(format!("{bytes:x?}"))
         }
         ["use", mib] => {
-            // Touched, so that it is memory of the host's too.
+            // Written, so that it takes memory of the host too.
             std::hint::black_box(vec![1_u8; mib.parse::<usize>()? << 20]);
             Ok("done".into())
         }
@@ -136,7 +136,7 @@ fn carry_out(words: &[&str]) -> Result<String> {
     }
 }
 
-/// What a processor says of itself: EAX, EBX, ECX, EDX.
+/// The result of `cpuid` on a processor: EAX, EBX, ECX, EDX.
 fn cpuid(processor: usize, leaf: u32, subleaf: u32) -> Result<String> {
     let mut set = CpuSet::new();
     set.set(processor);

@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use super::ping::ping;
 
-/// Does what the words say; those that take long have seconds among them.
+/// Carries out a task; the words of long tasks include a number of seconds.
 pub(crate) fn carry_out(words: &[&str]) -> Result<String> {
     match words {
         ["up", name, address, mask] => up(name, address.parse()?, mask.parse()?),
@@ -75,7 +75,7 @@ fn change(
     Ok("done".into())
 }
 
-/// Sends back what comes over TCP, from now on.
+/// Starts an echo server on a TCP port.
 fn echo(port: u16) -> Result<String> {
     let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, port))?;
     thread::spawn(move || {
@@ -89,7 +89,7 @@ fn echo(port: u16) -> Result<String> {
     Ok("done".into())
 }
 
-/// How many datagrams come.
+/// Counts the datagrams that arrive.
 fn count(port: u16, seconds: u64) -> Result<String> {
     let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, port))?;
     let end = Instant::now() + Duration::from_secs(seconds);
@@ -115,7 +115,7 @@ fn flood(address: SocketAddrV4, seconds: u64) -> Result<String> {
     let mut sent = 0;
     while Instant::now() < end {
         for _ in 0..100 {
-            // A full queue refuses some, which is the point.
+            // The purpose is to fill the queue, so sends may fail.
             sent += u64::from(socket.send_to(&[0x5a; 1000], address).is_ok());
         }
     }

@@ -1,8 +1,8 @@
-//! Machines of several processors: `update` to more than one was started with, and queues of an interface
-//! for each. Runs in a test host that has two.
+//! Machines with several processors: `update` to more processors than a machine was started with,
+//! and a pair of queues for each. Runs in a test host with two processors.
 //!
-//! All of this stays on the first one: an emulated host of two is not to be trusted with a nested
-//! machine that moves between them (`docs/decisions/0005-test-host.md`).
+//! Everything here stays on the first processor: on an emulated host, a nested machine that moves
+//! between two processors is not reliable (`docs/decisions/0005-test-host.md`).
 
 #![cfg(test)]
 
@@ -15,7 +15,7 @@ use bulkhead_tests::runtime::{Runtime, told};
 use rustix::thread::{CpuSet, sched_setaffinity};
 use serde_json::json;
 
-/// Two processes that take turns with the processor, or have one each.
+/// Two busy processes, which share one processor or have one each.
 const TWO_AT_WORK: &str =
     "count() { n=0; while [ $n -lt 3000 ]; do n=$((n + 1)); done; }; count & count; wait";
 
@@ -55,7 +55,7 @@ fn processors_are_there_when_the_quota_is_raised_and_do_work() {
         before.iter().zip(&after).all(|(before, after)| after > before),
         "{before:?} {after:?}"
     );
-    // The host has no more.
+    // The host has no more processors.
     runtime.ok(&["update", "--cpu-quota", "400000", "--cpu-period", "100000", "c"]).unwrap();
     assert_eq!(ticks(&runtime).len(), 2);
     runtime.ok(&["delete", "--force", "c"]).unwrap();

@@ -1,11 +1,11 @@
-//! What containers of the tests do to see a system call filter work: `syscalls CALL…` makes each call in
-//! a child of its own and prints what came of it.
+//! Makes system calls in a container, to test its seccomp filter: `syscalls CALL…` makes each call
+//! in a child process and prints the result.
 //!
 //! A CALL is `[HOW/]ABI:NUMBER[:ARGUMENT,…]`. The ABI is `x86_64`, `x32` or `i386` (by `int 0x80`). HOW is
 //! `caught`, to catch the signal of a trap, or `thread`, to make the call in a second thread. Numbers
 //! are decimal, or hexadecimal after `0x`.
 
-// UNSAFETY: raw system calls with any numbers are what this program is for.
+// UNSAFETY: the purpose of this program is to make raw system calls with any numbers.
 #![expect(unsafe_code, reason = "raw system calls, fork(2), a signal handler")]
 
 use std::arch::asm;
@@ -19,18 +19,18 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 
-/// Marks a number of x86-64 as one of x32.
+/// The bit that marks a system call number as one of x32.
 const X32: u64 = 0x4000_0000;
-/// No call returns these: what a child has to say beside.
+/// Values that no system call returns: the other results of a child.
 const NOTHING: i64 = i64::MAX;
 const TRAPPED: i64 = i64::MAX - 1;
-/// How long a thread that was killed may take to be gone, or to end its process.
+/// How long a killed thread may take to end, or to end its process.
 const PATIENCE: Duration = Duration::from_millis(300);
 
-/// Where a child says what its call returned.
+/// Where a child stores what its call returned.
 static SAID: OnceLock<&AtomicI64> = OnceLock::new();
 
-/// One call, as it is asked for.
+/// One requested call.
 #[derive(Clone, Copy, Debug)]
 struct Call {
     how: How,
@@ -94,10 +94,10 @@ fn number(word: &str) -> Result<u64> {
     }
 }
 
-/// Makes a call in a child and says in words what came of it.
+/// Makes a call in a child process and describes the result.
 fn attempt(call: Call, said: &AtomicI64) -> Result<String> {
     said.store(NOTHING, Ordering::SeqCst);
-    // SAFETY: this process has one thread, so that the child may do whatever it likes.
+    // SAFETY: this process has one thread, so the child may do anything.
     let child = unsafe { libc::fork() };
     ensure!(child >= 0, "fork: {}", io::Error::last_os_error());
     if child == 0 {
@@ -120,7 +120,7 @@ fn attempt(call: Call, said: &AtomicI64) -> Result<String> {
     Ok(returned + &ended)
 }
 
-/// The child: makes the call and says what it returned.
+/// The child: makes the call and stores its result.
 fn make(call: Call) -> ! {
     if call.how == How::Caught {
         let handler = caught as extern "C" fn(libc::c_int);
@@ -163,7 +163,7 @@ fn raw(call: Call) -> i64 {
 fn syscall(number: u64, arguments: [u64; 6]) -> i64 {
     let [rdi, rsi, rdx, r10, r8, r9] = arguments;
     let returned: i64;
-    // SAFETY: whatever the kernel does is done to a child that ends right after it.
+    // SAFETY: whatever the kernel does affects only a child that ends right afterwards.
     unsafe {
         asm!("syscall", inlateout("rax") number.cast_signed() => returned, in("rdi") rdi,
              in("rsi") rsi, in("rdx") rdx, in("r10") r10, in("r8") r8, in("r9") r9,
@@ -172,7 +172,8 @@ fn syscall(number: u64, arguments: [u64; 6]) -> i64 {
     returned
 }
 
-/// As 32-bit programs call the kernel. Only four arguments: the compiler keeps one register to itself.
+/// Makes a system call as 32-bit programs do, with only four arguments: the compiler reserves one
+/// register.
 fn interrupt(number: u64, arguments: [u64; 6]) -> i64 {
     let [rbx, rcx, rdx, rsi, ..] = arguments;
     let returned: i64;
@@ -182,17 +183,17 @@ fn interrupt(number: u64, arguments: [u64; 6]) -> i64 {
              inlateout("rax") number.cast_signed() => returned, in("rcx") rcx, in("rdx") rdx,
              in("rsi") rsi, lateout("r8") _, lateout("r9") _, lateout("r10") _, lateout("r11") _);
     }
-    // What comes back has 32 bits.
+    // The result has 32 bits.
     i64::from(u32::try_from(returned & 0xffff_ffff).unwrap_or_default().cast_signed())
 }
 
-/// Memory that children share with this process: a number.
+/// A number in memory that children share with this process.
 fn shared() -> Result<&'static AtomicI64> {
     let access = libc::PROT_READ | libc::PROT_WRITE;
     let kind = libc::MAP_SHARED | libc::MAP_ANONYMOUS;
-    // SAFETY: new memory, which nobody else has.
+    // SAFETY: maps new memory.
     let page = unsafe { libc::mmap(ptr::null_mut(), 4096, access, kind, -1, 0) };
     ensure!(page != libc::MAP_FAILED, "mmap: {}", io::Error::last_os_error());
-    // SAFETY: it stays mapped, is aligned to a page, and its zeroes are a number.
+    // SAFETY: the memory stays mapped, is aligned to a page, and zeroes are a valid number.
     Ok(unsafe { &*page.cast() })
 }

@@ -41,7 +41,7 @@ fn limited() -> Value {
     })
 }
 
-/// `create` with its streams the null device.
+/// Runs `create` without pipes, which the container would keep open.
 fn create(runtime: &Runtime, bundle: &Bundle) {
     let mut command = runtime.command(&[SYSTEMD, "create", "--bundle"]);
     let errors = tempfile::NamedTempFile::new().unwrap();
@@ -50,7 +50,7 @@ fn create(runtime: &Runtime, bundle: &Bundle) {
     assert!(ended.status.success(), "{}", fs::read_to_string(errors.path()).unwrap());
 }
 
-/// What systemd says of a unit.
+/// The properties of a unit, as systemd shows them.
 fn shown(unit: &str, properties: &[&str]) -> Vec<String> {
     let mut command = Command::new("systemctl");
     command.args(["show", unit, "--property", &properties.join(",")]);
@@ -86,8 +86,8 @@ fn the_scope_has_the_pod_and_its_limits_and_they_change() {
     let members: BTreeSet<u32> =
         read("cgroup.procs").lines().map(|pid| pid.parse().unwrap()).collect();
     assert_eq!(members, all);
-    // Beside the container's: 128 MiB for the machine, 64 and 256 tasks for its processes, and as much
-    // more that is kept for it.
+    // On top of the container's limits: 128 MiB for the machine, 64 MiB and 256 tasks for the pod's
+    // processes. `MemoryLow` is raised by the same amount of memory.
     let properties =
         ["CPUQuotaPerSecUSec", "MemoryLow", "MemoryMax", "MemorySwapMax", "Slice", "TasksMax"];
     let expected = |memory: u64, tasks: u64, quota: &str| {
@@ -122,7 +122,7 @@ fn the_scope_has_the_pod_and_its_limits_and_they_change() {
     assert_eq!(shown(SCOPE, &properties), expected(48, 30, "500ms"));
     let no_more = comes_true(Duration::from_secs(5), || descriptors() <= before);
     assert!(no_more, "{} descriptors, {before} before", descriptors());
-    // A further process that stays is one of the pod's.
+    // The stand-in of a further process is in the pod's scope.
     let mut detached = runtime.command(&["exec", "--detach", "c", "sleep", "1000"]);
     assert!(detached.stdout(Stdio::null()).stderr(Stdio::null()).status().unwrap().success());
     assert_eq!(read("cgroup.procs").lines().count(), 5);
@@ -162,7 +162,7 @@ fn the_scope_goes_whoever_was_killed() {
     let root = runtime.root().to_string_lossy().into_owned();
     create(&runtime, &bundle(Some(PATH), &limited()));
     for pid in runtime.processes(&root).unwrap() {
-        // One may have taken the next with it.
+        // It may have ended together with the one before.
         if Path::new("/proc").join(pid.to_string()).exists() {
             let _ = kill_9(pid);
         }

@@ -1,5 +1,5 @@
-//! The agent as what it is for: PID 1 of a machine, called over the monitor's vsock. What needs no
-//! machine is tested in the agent's own package.
+//! The agent as PID 1 of a machine, called over the monitor's vsock. Tests that need no machine are
+//! in the agent's own package.
 
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -16,10 +16,11 @@ use hyper_util::rt::TokioIo;
 use tonic::transport::{Channel, Endpoint};
 
 pub(crate) const BOOT: Duration = Duration::from_secs(60);
-/// The slot of the disk that is attached late; Linux numbers its platform devices likewise.
+/// The slot of the disk that is attached late; Linux gives its platform device the same number.
 const DISK_SLOT: u8 = 9;
 
-/// A client on a stream that the monitor opened. The stream can be used once, like its channel.
+/// A client on a stream that the monitor opened. The stream, and so the channel, can be used only
+/// once.
 pub(crate) async fn client(stream: UnixStream) -> AgentClient<Channel> {
     stream.set_nonblocking(true).unwrap();
     let mut stream = Some(tokio::net::UnixStream::from_std(stream).unwrap());
@@ -73,11 +74,11 @@ fn processors_that_were_declared_exist_and_start_when_they_are_wanted() {
     runtime.block_on(async {
         let mut agent = client(stream).await;
         agent.hello(hello()).await.unwrap();
-        // The guest's kernel refuses when the processor does not answer.
+        // Both processors must answer, or the guest's kernel refuses.
         agent.start_processors(StartProcessorsRequest { count: 2 }).await.unwrap();
         for (count, threads) in [(1, 2), (2, 2), (4, 4), (3, 4)] {
             vm.call(Request::Processors { count }, &[]).unwrap();
-            // A thread gives itself its name, some time after it was started.
+            // A thread sets its name some time after it has started.
             comes_true(BOOT, || processors(&vm) >= threads);
             assert_eq!(processors(&vm), threads);
         }

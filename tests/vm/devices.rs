@@ -21,7 +21,7 @@ const SEND: u32 = 2;
 const COUNT: u32 = 3;
 pub(crate) const TASK: u32 = 4;
 const CLOSE: u32 = 5;
-/// The slot of the disk that is attached late; Linux numbers its platform devices likewise.
+/// The slot of the disk that is attached late; Linux gives its platform device the same number.
 const DISK_SLOT: u8 = 7;
 const DISK: u64 = 1 << 20;
 
@@ -68,7 +68,7 @@ impl Probe {
         statistics
     }
 
-    /// Memory of the monitor that is in use, kilobytes.
+    /// The resident memory of the monitor, in kilobytes.
     pub(crate) fn resident(&self) -> u64 {
         let rollup = self.vm.proc("smaps_rollup").unwrap();
         let line = rollup.lines().find_map(|line| line.strip_prefix("Rss:")).unwrap();
@@ -80,7 +80,7 @@ fn pattern(len: usize) -> Vec<u8> {
     (0..len).map(|at| u8::try_from(at % 251).unwrap()).collect()
 }
 
-/// Sends and receives at once, as neither side could hold it all.
+/// Sends and receives at the same time, because neither side can buffer everything.
 pub(crate) fn echo(stream: UnixStream, len: usize) {
     let mut sender = stream.try_clone().unwrap();
     let sending = thread::spawn(move || {
@@ -177,7 +177,7 @@ fn random_numbers_come_from_the_host() {
 #[test]
 fn the_balloon_takes_memory_and_gives_it_back() {
     let mut probe = Probe::boot();
-    // Nearly all of its memory has been the host's once.
+    // The guest writes to nearly all of its memory, so that it takes memory of the host.
     assert_eq!(probe.task("use 56"), "done");
     probe.vm.call(Request::Balloon { target_mib: 48 }, &[]).unwrap();
     wait_for("inflating", || probe.statistics().balloon_mib == Some(48));
@@ -192,7 +192,7 @@ fn the_balloon_takes_memory_and_gives_it_back() {
 fn an_idle_machine_uses_no_processor_time() {
     let mut probe = Probe::boot();
     let mut idle = probe.open(ECHO);
-    // A stream with unread bytes on either side must not keep anybody awake either.
+    // A stream with unread bytes on either side must not cause wake-ups either.
     let mut stalled = probe.open(SEND);
     stalled.write_all(&u64::MAX.to_le_bytes()).unwrap();
     idle.write_all(b"x").unwrap();

@@ -1,4 +1,4 @@
-//! An agent that faults leaves enough on the guest's console to tell why, and so does one that panics.
+//! An agent that crashes or panics writes enough to the guest's console to find the reason.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -14,11 +14,11 @@ use tonic::transport::Channel;
 
 use super::agent::{BOOT, client, hello};
 
-/// What is beside the agent in the guest: a root for containers.
+/// The root directory for containers, beside the agent in the initramfs.
 const ROOT: &str = "/root";
 const FILES: [&str; 6] = ["fault", "root", "root/bin", "root/bin/sleep", "root/dev", "root/proc"];
 
-/// The agent's initramfs with the program that makes it fault beside it, at `/fault`.
+/// The agent's initramfs with `/fault`, the program that makes the agent crash, in addition.
 fn initramfs(directory: &Path) -> PathBuf {
     for made in ["root/bin", "root/dev", "root/proc"] {
         fs::create_dir_all(directory.join(made)).unwrap();
@@ -35,7 +35,7 @@ fn initramfs(directory: &Path) -> PathBuf {
     cpio.args(["cpio", "-o", "-H", "newc"]).current_dir(directory);
     cpio.stdin(File::open(&list).unwrap()).stdout(File::create(&archive).unwrap());
     assert!(cpio.stderr(Stdio::null()).status().unwrap().success());
-    // The kernel unpacks one archive after the other.
+    // The kernel unpacks both archives in order.
     let mut both = fs::read(dist().join("share/bulkhead/initramfs.cpio")).unwrap();
     both.resize(both.len().next_multiple_of(4), 0);
     both.extend(fs::read(&archive).unwrap());
@@ -44,7 +44,7 @@ fn initramfs(directory: &Path) -> PathBuf {
     path
 }
 
-/// A machine whose agent comes to harm; the kernel hands on what is behind the dashes.
+/// A machine whose agent crashes; the kernel passes the words after the dashes to `/fault`.
 fn boot(harm: &str) -> TestVm {
     let directory = tempfile::tempdir().unwrap();
     let options = Options {
@@ -55,14 +55,14 @@ fn boot(harm: &str) -> TestVm {
     TestVm::boot(&options).unwrap()
 }
 
-/// How a machine ends whose first process comes to harm, and its console.
+/// How a machine ends whose first process crashes, and its console.
 fn end(harm: &str) -> (Event, String) {
     let vm = boot(harm);
     let event = vm.ending().unwrap();
     (event, vm.console_text())
 }
 
-/// That a console has the trace of a process that was sent nowhere.
+/// Checks that a console has the trace of a process that jumped to an unmapped address.
 fn assert_trace(console: &str, life: &str) {
     for words in [
         &format!("bulkhead-agent: {life} ["),
@@ -86,7 +86,7 @@ fn a_fault_of_the_agent_is_on_the_console_with_registers_code_and_maps() {
     assert_trace(&console, "init");
     let died = "Kernel panic - not syncing: Attempted to kill init! exitcode=0x0000000b";
     assert!(console.contains(died), "{console}");
-    // What becomes part of the supervisor's error has it too.
+    // The lines that become part of the supervisor's error have it too.
     let tail = event.console_tail.join("\n");
     assert!(tail.contains("faults: SIGSEGV") && tail.contains("rip 0xbad0"), "{tail}");
 }
@@ -113,7 +113,8 @@ fn sleeper(id: &str) -> CreateRequest {
     CreateRequest { container_id: id.to_owned(), spec_json, ..CreateRequest::default() }
 }
 
-/// Calls the agent of a machine in which another life of it comes to harm, and gives the console.
+/// Calls the agent of a machine in which one of its re-executed processes crashes; returns the
+/// console.
 fn call(life: &str, calls: impl AsyncFnOnce(&mut AgentClient<Channel>)) -> String {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let mut vm = boot(life);

@@ -1,15 +1,16 @@
-//! A machine that gets more while it runs.
+//! A machine that gets more memory while it runs, and the cost of processors that it may get.
 
 use bulkhead_vmm::config::DeviceConfig;
 use bulkhead_vmm::control::Request;
 
 use crate::devices::{ECHO, Probe, echo, wait_for};
 
-/// The slot of the memory device, which is attached late; Linux numbers its platform devices likewise.
+/// The slot of the memory device, which is attached late; Linux gives its platform device the same
+/// number.
 const SLOT: u8 = 15;
 const BIND: &str = "write /sys/bus/platform/drivers/virtio-mmio/bind virtio-mmio.15";
 
-/// Memory that the guest's kernel has, in MiB.
+/// The memory of the guest's kernel, in MiB.
 fn total(probe: &mut Probe) -> u64 {
     total_kb(probe) / 1024
 }
@@ -28,7 +29,7 @@ fn plug(probe: &mut Probe, target_mib: u32, plugged: u32) {
 #[test]
 fn memory_is_plugged_in_steps_and_comes_back_when_it_is_free() {
     let mut probe = Probe::boot();
-    // Late is when the guest has looked at all slots.
+    // The probe answers, so the guest has already probed all slots.
     let before = total(&mut probe);
     let device = || DeviceConfig::Mem { region_mib: 1000 };
     let refused = probe.vm.call(Request::Plug { target_mib: 1 }, &[]).unwrap_err();
@@ -39,19 +40,19 @@ fn memory_is_plugged_in_steps_and_comes_back_when_it_is_free() {
     assert_eq!(probe.statistics().plugged_mib, Some(0));
 
     let resident = probe.resident();
-    // Rounded up to what the guest's kernel takes at once.
+    // Rounded up to the step that the guest's kernel plugs.
     plug(&mut probe, 1, 128);
     wait_for("onlining", || total(&mut probe) == before + 128);
     plug(&mut probe, 384, 384);
     wait_for("onlining", || total(&mut probe) == before + 384);
-    // A guest gives back what it has not used.
+    // When the requested size is lowered, the guest gives back memory that it has not used.
     plug(&mut probe, 256, 256);
     plug(&mut probe, 384, 384);
     wait_for("onlining", || total(&mut probe) == before + 384);
     let plugged = probe.resident() - resident;
     assert!(plugged < 40_000, "384 MiB that nobody uses cost {plugged} kB");
 
-    // More than it has booted with, and its devices reach it.
+    // More memory than it has booted with is usable, also for devices.
     assert_eq!(probe.task("use 360"), "done");
     let used = probe.resident() - resident;
     assert!(used > 300_000, "{used} kB");

@@ -1,4 +1,4 @@
-//! What the monitor is while a guest runs, as the host's kernel sees it.
+//! The monitor's jail while a guest runs, as the host's `/proc` shows it.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -9,7 +9,7 @@ use bulkhead_protocol::AGENT_PORT;
 use bulkhead_tests::runtime::comes_true;
 use bulkhead_tests::vm::{JAIL_ID, Options, TestVm};
 
-/// A machine whose guest runs, and the stream that showed it.
+/// A machine whose guest runs, and a stream to its agent.
 fn running() -> (TestVm, UnixStream) {
     let mut vm = TestVm::boot(&Options::default()).unwrap();
     let stream = vm.open_stream(AGENT_PORT, Duration::from_secs(30)).unwrap();
@@ -52,14 +52,14 @@ fn the_monitor_sees_an_empty_root() {
     assert_eq!(fs::read_dir(root).unwrap().count(), 0);
     let mounts = vm.proc("mountinfo").unwrap();
     let [root] = mounts.lines().collect::<Vec<_>>()[..] else { panic!("{mounts}") };
-    // proc_pid_mountinfo(5): the fifth field is where, the sixth how.
+    // proc_pid_mountinfo(5): the fifth field is the mount point, the sixth the options.
     let fields: Vec<_> = root.split(' ').collect();
     assert_eq!(fields[4], "/");
     let options: Vec<_> = fields[5].split(',').collect();
     assert!(["ro", "nosuid", "nodev", "noexec"].iter().all(|it| options.contains(it)), "{root}");
 }
 
-/// How many descriptors of each kind a machine's monitor has, standard streams aside.
+/// How many descriptors of each kind a machine's monitor has, without the standard streams.
 fn held(vm: &TestVm) -> BTreeMap<String, usize> {
     let mut held = BTreeMap::new();
     for entry in fs::read_dir(format!("/proc/{}/fd", vm.pid())).unwrap() {
@@ -67,10 +67,10 @@ fn held(vm: &TestVm) -> BTreeMap<String, usize> {
         if matches!(entry.file_name().to_str(), Some("0" | "1" | "2")) {
             continue;
         }
-        // One that is closed meanwhile is not held.
+        // The descriptor may be closed meanwhile.
         let Ok(target) = fs::read_link(entry.path()) else { continue };
         let target = target.to_string_lossy().into_owned();
-        // A socket has a number; a file without a name has had one.
+        // Leave out the numbers of sockets and the former names of deleted files.
         let kind = match target.split_once(':') {
             Some(("socket", _)) => "socket",
             None if target.ends_with(" (deleted)") => "file without a name",
@@ -85,26 +85,26 @@ fn held(vm: &TestVm) -> BTreeMap<String, usize> {
 fn the_monitor_holds_only_what_it_was_handed() {
     let (vm, _stream) = running();
     let expected = [
-        // The machine and its processor. /dev/kvm itself is not among them.
+        // The VM and its vCPU, but not /dev/kvm itself.
         ("anon_inode:kvm-vm", 1),
         ("anon_inode:kvm-vcpu:0", 1),
-        // Its own loop and those of two devices; the timer of one.
+        // The event loops of the monitor and of two devices, and the timer of one.
         ("anon_inode:[eventpoll]", 3),
         ("anon_inode:[timerfd]", 1),
         // The control socket, and the stream that was opened.
         ("socket", 2),
-        // The console's log. Kernel and initramfs are let go of.
+        // The console's log. Kernel and initramfs are closed.
         ("file without a name", 1),
         ("/dev/urandom", 1),
     ];
     let expected = BTreeMap::from(expected.map(|(kind, count)| (kind.to_owned(), count)));
     let without_events = || {
         let mut held = held(&vm);
-        // As many as it likes, which nobody else can reach.
+        // Any number of eventfds: no other process can use them.
         assert!(held.remove("anon_inode:[eventfd]").is_some_and(|count| count > 0));
         held
     };
-    // What it needed for the boot is let go of soon after.
+    // Descriptors that the boot needed are closed soon afterwards.
     comes_true(Duration::from_secs(10), || without_events() == expected);
     assert_eq!(without_events(), expected);
 }

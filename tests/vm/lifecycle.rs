@@ -122,14 +122,14 @@ fn an_attach_that_fails_changes_nothing() {
         let words = format!("{error:#}");
         assert!(words.contains(expected), "{words}");
     };
-    // Where a device sits already, and where there is nothing for one.
+    // A slot that holds a device already, and one that does not exist.
     for slot in [0, 16] {
         let reason = if slot == 0 { "holds a device" } else { "no such slot" };
         refused(&mut vm, slot, DeviceConfig::Vsock { guest_cid: 4 }, reason);
         refused(&mut vm, slot, DeviceConfig::Balloon, reason);
         refused(&mut vm, slot, DeviceConfig::Mem { region_mib: 128 }, reason);
     }
-    // Of these a machine has one.
+    // A machine has only one vsock device.
     refused(&mut vm, FREE, DeviceConfig::Vsock { guest_cid: 4 }, "has a vsock device");
     vm.open_stream(AGENT_PORT, BOOT).unwrap();
     let (reply, _) = vm.call(Request::Statistics, &[]).unwrap();
@@ -138,7 +138,7 @@ fn an_attach_that_fails_changes_nothing() {
     assert_eq!((statistics.balloon_mib, statistics.plugged_mib), (None, None));
     vm.call(Request::Plug { target_mib: 128 }, &[]).unwrap_err();
     vm.call(Request::Balloon { target_mib: 1 }, &[]).unwrap_err();
-    // A slot in which one could not be made takes the next.
+    // A slot in which a device could not be made can be used again.
     let disk = |fd| DeviceConfig::Blk { disk: Fd(fd), read_only: false, serial: "late".into() };
     let directory = std::fs::File::open("/").unwrap();
     let attach = Request::Attach { slot: FREE, device: disk(0) };

@@ -1,5 +1,5 @@
-//! The monitor and the guest image, without a supervisor: needs /dev/kvm, root, and what
-//! `cargo xtask image` builds. Runs in the test host.
+//! The monitor and the guest image without a supervisor. Needs /dev/kvm, root, and the output of
+//! `cargo xtask image`. Runs in the test host.
 
 #[cfg(test)]
 mod agent;

@@ -15,12 +15,14 @@ use bulkhead_vmm::control::Request;
 
 use crate::devices::{ECHO, Probe, echo, wait_for};
 
-/// The slot of the network, which is attached late; Linux numbers its platform devices likewise.
+/// The slot of the network device, which is attached late; Linux gives its platform device the same
+/// number.
 const SLOT: u8 = 12;
 const DRIVER: &str = "/sys/bus/platform/drivers/virtio-mmio";
 const HOST: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
 const GUEST: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
-/// What the guest makes of the address of [`network`]'s with one queue, RFC 4291.
+/// The link-local address that the guest derives from the MAC address of [`network`] with one pair
+/// of queues, RFC 4291.
 const GUEST_LINK_LOCAL: Ipv6Addr = Ipv6Addr::new(0xfe80, 0, 0, 0, 0x42, 0x0aff, 0xfe4d, 1);
 const PATIENCE: Duration = Duration::from_secs(20);
 const ECHO_PORT: u16 = 7;
@@ -30,11 +32,11 @@ const COUNT_PORT: u16 = 9;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Mover {
     Monitor,
-    /// The host's, by vhost-net.
+    /// The host's kernel, by vhost-net.
     Kernel,
 }
 
-/// A network that nothing limits.
+/// A network without rate limits.
 fn network(queues: u8, mtu: u16) -> NetConfig {
     NetConfig {
         taps: (0..queues).map(Fd).collect(),
@@ -46,9 +48,9 @@ fn network(queues: u8, mtu: u16) -> NetConfig {
     }
 }
 
-/// Attaches a network, and has the guest use it.
+/// Attaches a network and has the guest configure it.
 fn attach(probe: &mut Probe, mut network: NetConfig, mover: Mover) -> Tap {
-    // Late is when the guest has looked at all slots.
+    // The probe answers, so the guest has already probed all slots.
     assert!(!has_interface(probe));
     let tap = Tap::new("bulkhead-test", network.taps.len()).unwrap();
     tap.up(&format!("{HOST}/24"), network.mtu).unwrap();
@@ -96,7 +98,7 @@ fn connect() -> TcpStream {
     stream
 }
 
-/// Sends and receives at once, as neither side could hold it all.
+/// Sends and receives at the same time, because neither side can buffer everything.
 fn echo_over(stream: &TcpStream, len: usize) {
     let bytes: Vec<u8> = (0_u8..251).cycle().take(len).collect();
     let mut back = Vec::new();
@@ -131,7 +133,8 @@ fn an_interface_is_bound_late_and_another_takes_its_slot() {
         let answer = probe.task(&format!("network ping {HOST} {size}"));
         assert!(answer.ends_with(" us"), "{size}: {answer}");
     }
-    // What the guest listens to follows it, and the host has to ask anew.
+    // The device's filter follows the guest's new MAC address, and the host has to resolve it
+    // again.
     assert_eq!(probe.task("network address eth0 02:42:0a:4d:00:77"), "done");
     tap.forget_neighbours().unwrap();
     assert_alive(&mut probe);
@@ -194,7 +197,7 @@ fn the_kernel_reaches_memory_that_is_plugged() {
     assert_eq!(probe.task(&bind), "done");
     probe.vm.call(Request::Plug { target_mib: 512 }, &[]).unwrap();
     wait_for("plugging", || probe.statistics().plugged_mib == Some(512));
-    // Memory that is high up is what the guest's kernel takes first.
+    // The guest's kernel allocates from the new, high memory first.
     echo_over(&connect(), 8 << 20);
     assert_alive(&mut probe);
 }
@@ -219,7 +222,7 @@ fn carries_streams(probe: &mut Probe, tap: &Tap) {
         assert!(received < 4000, "the host segments: {received} packets");
     };
     in_few_packets(probe, &connect());
-    // Neighbours ask a group for each other, so this needs the guest's list of groups too.
+    // IPv6 neighbour discovery uses multicast, so this needs the guest's multicast filter too.
     let address = SocketAddrV6::new(GUEST_LINK_LOCAL, ECHO_PORT, 0, tap.index().unwrap());
     let mut stream = None;
     wait_for("an address without a duplicate", || {
@@ -258,7 +261,7 @@ fn carries_streams_at_once(probe: &mut Probe) {
     assert_alive(probe);
 }
 
-/// Sends datagrams to the guest as fast as the host can; says how many.
+/// Sends datagrams to the guest as fast as the host can; returns how many.
 fn flood(time: Duration) -> u64 {
     let socket = UdpSocket::bind((HOST, 0)).unwrap();
     let end = Instant::now() + time;
@@ -291,7 +294,7 @@ fn passes_floods(mover: Mover) {
     println!("{} datagrams were sent to the guest", outside.join().unwrap());
     assert_alive(&mut probe);
 
-    // What a guest does not take stays in the tap and wakes nobody.
+    // Frames that a guest does not receive stay in the tap and cause no wake-ups.
     probe.vm.call(Request::Pause, &[]).unwrap();
     let ticks = probe.vm.ticks().unwrap();
     flood(Duration::from_secs(2));

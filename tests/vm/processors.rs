@@ -1,4 +1,4 @@
-//! What a guest is told of its processors.
+//! What `cpuid` reports to a guest.
 
 use bulkhead_vmm::config::VCPUS_MAX;
 
@@ -66,7 +66,8 @@ fn every_leaf_tells_the_same_of_a_processor() {
     for id in 0..2 {
         let [_, ebx, ..] = cpuid(&mut probe, id, FEATURES, 0);
         assert_eq!((ebx >> 24, ebx >> 16 & 0xff), (id, 5), "identity, and logical processors");
-        // One thread a core, five cores, whose number takes three bits; then nothing.
+        // One thread for each core; five cores, whose number takes three bits; then no further
+        // level.
         let levels = [[0, 1, 0x100, id], [3, 5, 0x201, id], [0, 0, 2, id]];
         for (level, expected) in (0..).zip(levels) {
             assert_eq!(cpuid(&mut probe, id, TOPOLOGY, level), expected, "level {level}");
@@ -98,7 +99,7 @@ fn no_counters_of_performance_and_no_machines_in_the_machine() {
     let [.., ecx, _] = cpuid(&mut probe, 0, EXTENDED_FEATURES, 0);
     let (svm, ibs, counters) = (1 << 2, 1 << 10, 1 << 23 | 1 << 24 | 1 << 28);
     assert_eq!(ecx & (svm | ibs | counters), 0, "{ecx:#x}");
-    // What its kernel found by itself.
+    // What the guest's kernel has found.
     let devices = probe.task("list /sys/bus/event_source/devices");
     assert!(devices.split(' ').all(|device| !device.starts_with("cpu")), "{devices}");
 }

@@ -1,6 +1,6 @@
-//! Takes a guest's accesses to the device that is there.
+//! Passes a guest's accesses to the devices at their addresses.
 //!
-//! What nobody answers reads as all ones, as on a PC, and swallows writes.
+//! Where there is no device, reads return all ones, as on a PC, and writes are ignored.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -15,7 +15,7 @@ use crate::memory::Memory;
 const I8042_COMMAND: u16 = 0x64;
 const I8042_RESET: u8 = 0xfe;
 
-/// Whether the machine goes on after an access.
+/// Whether the machine keeps running after an access.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Effect {
     /// It does.
@@ -40,7 +40,7 @@ impl Bus {
         Self { console: Mutex::new(console), slots, exits: AtomicU64::new(0), memory }
     }
 
-    /// What the devices reach.
+    /// Guest memory, as the devices see it.
     pub(crate) fn memory(&self) -> &Memory {
         &self.memory
     }
@@ -54,7 +54,7 @@ impl Bus {
         Some(slot.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// How often a vCPU came out of the guest.
+    /// How often a vCPU left the guest.
     pub(crate) fn exits(&self) -> u64 {
         self.exits.load(Ordering::Relaxed)
     }
@@ -184,7 +184,7 @@ mod tests {
                 assert_eq!(bus.port_write(port, &data[..width]), Effect::None);
             }
         }
-        // Only single bytes are for the console.
+        // The console takes only single bytes.
         assert_eq!(bus.console().bytes(), 0);
         bus.port_write(console::PORT_BASE, b"x");
         assert_eq!(bus.console().bytes(), 1);

@@ -1,4 +1,4 @@
-//! The configuration of one virtual machine: the only shape there is.
+//! The configuration of one virtual machine, in its only form.
 //!
 //! The supervisor sends it as JSON in the first message on the control socket, with every
 //! descriptor that the monitor will ever use beside it. A [`Fd`] is the index of a descriptor in
@@ -35,7 +35,7 @@ pub struct Fd(pub u8);
 pub struct VmConfig {
     /// Must be [`VERSION`].
     pub version: u32,
-    /// Who the monitor becomes before it looks at the guest.
+    /// The identity that the monitor takes before it handles anything from the guest.
     pub jail: JailConfig,
     /// `/dev/kvm`.
     pub kvm: Fd,
@@ -43,14 +43,14 @@ pub struct VmConfig {
     pub kernel: Fd,
     /// The initial root file system: a cpio archive.
     pub initramfs: Fd,
-    /// What the guest writes to its serial console goes here.
+    /// Receives what the guest writes to its serial console.
     pub console: Fd,
     /// Added to the command line that the monitor builds itself.
     pub cmdline: String,
     /// vCPUs that exist from the start. The guest boots with the first and may bring the others
     /// online.
     pub vcpus: u8,
-    /// vCPUs that the guest is told of; those above [`VmConfig::vcpus`] can be made to exist later.
+    /// vCPUs that the guest is told about; those above [`VmConfig::vcpus`] can be created later.
     pub vcpus_max: u8,
     /// Guest memory.
     pub memory_mib: u32,
@@ -58,7 +58,7 @@ pub struct VmConfig {
     pub devices: Vec<SlotDevice>,
 }
 
-/// An unprivileged identity, its own for each pod.
+/// An unprivileged identity, different for each pod.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct JailConfig {
@@ -112,9 +112,9 @@ pub enum DeviceConfig {
     Net(NetConfig),
     /// Gives guest memory back to the host.
     Balloon,
-    /// Memory that is plugged while the machine runs; at most one, and it stays.
+    /// Memory that is plugged while the machine runs; at most one, which cannot be removed.
     Mem {
-        /// The most that can be plugged; rounded up to whole steps. It costs nothing before.
+        /// The most that can be plugged; rounded up to whole steps. It costs nothing until then.
         region_mib: u32,
     },
 }

@@ -1,9 +1,10 @@
 //! The control socket: what the supervisor can ask of the monitor, and the client that asks.
 //!
-//! Messages are JSON packets ([`crate::seqpacket`]). The first goes to the monitor and is the
-//! [`VmConfig`]; its answer is an [`Answer`] with number 0 once the guest runs. Then come
-//! [`Call`]s, each answered under its own number and not always in the order asked: a stream opens
-//! when the guest accepts it. An [`Event`] has no number and comes at most once: the machine ended.
+//! Messages are JSON packets ([`crate::seqpacket`]). The first one is the [`VmConfig`] for the
+//! monitor, which sends an [`Answer`] with number 0 once the guest runs. [`Call`]s follow, each
+//! answered under its own number. The answers can come in another order: a stream opens when the
+//! guest accepts it. An [`Event`] has no number and is sent at most once, when the machine has
+//! ended.
 //!
 //! When the supervisor closes the socket the monitor exits; when the monitor dies the supervisor
 //! reads end of file.
@@ -20,7 +21,7 @@ use crate::seqpacket;
 /// The version of these calls.
 pub const VERSION: u32 = 1;
 
-/// A numbered request; descriptors that it names ride along.
+/// A numbered request; the descriptors that it names are sent with it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Call {
     /// Chosen by the caller, above 0; the answer carries it.
@@ -42,48 +43,48 @@ pub enum Request {
     Resume,
     /// Ends the machine at once; answered before the monitor exits.
     Stop,
-    /// Connects to a vsock port of the guest. Tries again while nothing listens there, until the
-    /// time is up. The connected socket rides along with [`Reply::Stream`].
+    /// Connects to a vsock port of the guest. While nothing listens there it tries again, until the
+    /// time is up. The connected socket comes with [`Reply::Stream`].
     OpenStream {
         /// The guest's port.
         port: u32,
         /// How long to try.
         timeout_ms: u32,
     },
-    /// Gives a placeholder slot its device.
+    /// Attaches a device to a placeholder slot.
     Attach {
         /// Below [`crate::config::SLOT_COUNT`], and empty.
         slot: u8,
-        /// Its descriptors count within this message.
+        /// Its descriptors are indexes into those of this message.
         device: DeviceConfig,
     },
-    /// Takes the device out of a slot; the guest must have unbound it.
+    /// Removes the device from a slot; the guest must have unbound it.
     Detach {
         /// A slot that holds a device.
         slot: u8,
     },
-    /// Tells the guest whether the cable of a network device is plugged. Plugged is what it is at
-    /// first.
+    /// Sets the link state of a network device, which is up at first, and tells the guest.
     Link {
-        /// A slot that holds one.
+        /// A slot that holds a network device.
         slot: u8,
-        /// Plugged.
+        /// Whether the link is up.
         up: bool,
     },
-    /// Asks the guest to keep its hands off so much of its memory, in all. It gives what it can;
+    /// Asks the guest to give up this much of its memory, in total. It gives what it can;
     /// [`Statistics::balloon_mib`] says how much that is.
     Balloon {
         /// 0 gives everything back to the guest.
         target_mib: u32,
     },
-    /// Lets the guest plug so much memory, in all, beside what it has booted with; rounded up to the
-    /// steps in which a guest can. [`Statistics::plugged_mib`] says how far it got.
+    /// Lets the guest plug this much memory, in total, in addition to what it has booted with;
+    /// rounded up to the steps in which a guest can. [`Statistics::plugged_mib`] says how much it
+    /// has plugged.
     Plug {
         /// Less than before asks for memory back.
         target_mib: u32,
     },
-    /// Makes vCPUs exist, so many in all; the guest may then bring them online. Those that exist
-    /// stay.
+    /// Creates vCPUs until there are this many in total; the guest may then bring them online.
+    /// Existing ones are not removed.
     Processors {
         /// At most [`VmConfig::vcpus_max`].
         count: u8,
@@ -92,11 +93,11 @@ pub enum Request {
     Statistics,
 }
 
-/// What the monitor says without being asked or in return.
+/// A message of the monitor.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(untagged)]
 pub enum FromMonitor {
-    /// To one call.
+    /// The answer to one call.
     Answer(Answer),
     /// The machine ended.
     Event(Event),
@@ -105,26 +106,26 @@ pub enum FromMonitor {
 /// The answer to the call of the same number.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Answer {
-    /// The call's; 0 answers the configuration.
+    /// The number of the call; 0 answers the configuration.
     pub number: u64,
-    /// What came of it.
+    /// The result of the call.
     pub result: Result<Reply, Refusal>,
 }
 
-/// What a call gives.
+/// What a successful call returns.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "reply", rename_all = "snake_case")]
 pub enum Reply {
-    /// Done; nothing to say.
+    /// Done, without data.
     Done,
     /// Which monitor this is.
     Version {
         /// [`VERSION`].
         control: u32,
-        /// The monitor's own.
+        /// The version of the monitor.
         monitor: String,
     },
-    /// The stream rides along as the only descriptor.
+    /// The stream is the only descriptor of the message.
     Stream,
     /// Counters since the start.
     Statistics(Statistics),
@@ -160,11 +161,11 @@ pub struct DeviceStatistics {
     pub dropped: u64,
 }
 
-/// Why a call was not done.
+/// Why a call failed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, Error)]
 #[error("{message}")]
 pub struct Refusal {
-    /// With what was named in the call, and the causes.
+    /// The error with its causes and the values from the call.
     pub message: String,
 }
 
@@ -185,7 +186,7 @@ pub enum Ending {
     Reset,
     /// The guest kernel panicked: the console says so.
     Panic,
-    /// KVM cannot go on.
+    /// KVM cannot run the guest any more.
     Fault {
         /// The exit reason and its details.
         reason: String,
@@ -201,13 +202,13 @@ pub enum ClientError {
     /// The monitor closed the socket.
     #[error("the monitor is gone")]
     Gone,
-    /// The monitor said something that is not in this file.
+    /// The monitor sent a message that this file does not define.
     #[error("cannot read the monitor's message")]
     Garbled(#[source] serde_json::Error),
 }
 
-/// The supervisor's end of the control socket. Plain system calls: where and when to block is the
-/// caller's choice.
+/// The supervisor's end of the control socket. Its methods are plain system calls: the caller
+/// decides where and when to block.
 #[derive(Debug)]
 pub struct Client {
     socket: OwnedFd,
@@ -242,7 +243,7 @@ impl Client {
         Ok(seqpacket::send(&self.socket, &json, descriptors)?)
     }
 
-    /// Waits for the next answer or event, and what rides along.
+    /// Waits for the next answer or event, and returns it with its descriptors.
     ///
     /// # Errors
     /// [`ClientError::Gone`] at end of file.

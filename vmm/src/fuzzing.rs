@@ -1,5 +1,6 @@
-//! What a fuzzer calls: each takes bytes for what a hostile guest does, and panics where the monitor
-//! does not stand it. Built with `--cfg fuzzing` only; the programs are in `tests/fuzz`.
+//! Entry points for fuzzers: each takes bytes that say what a hostile guest does, and panics if the
+//! monitor does not withstand it. Built with `--cfg fuzzing` only; the programs are in
+//! `tests/fuzz`.
 
 use crate::devices::virtio;
 
@@ -8,7 +9,7 @@ pub fn network(bytes: &[u8]) {
     virtio::net::guided::drive(bytes);
 }
 
-/// Both sides of a queue: the chains of a driver, and what a device takes of them.
+/// Both sides of a queue: the chains of a driver, and how a device consumes them.
 pub fn queue(bytes: &[u8]) {
     virtio::guided::drive(bytes);
 }

@@ -1,8 +1,8 @@
-//! The jail that a process of the pod puts itself in before it meets the guest.
+//! The jail that a process of the pod enters before it handles anything from the guest.
 //!
 //! The supervisor has already given it a pid namespace of its own. What remains is done here, in an
 //! order in which each step still has the rights that it needs: namespaces, an empty root, limits,
-//! the bounding set, the identity, and last that nothing can ever be gained again.
+//! the bounding set, the identity, and last `no_new_privs`.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -46,7 +46,7 @@ fn step<T, E: Into<io::Error>>(step: &'static str, result: Result<T, E>) -> Resu
     result.map_err(|error| JailError { step, source: error.into() })
 }
 
-/// Locks the monitor up: after this it owns its descriptors and nothing else.
+/// Jails the monitor: after this it has its descriptors and nothing else.
 ///
 /// # Errors
 /// Names the step that failed.
@@ -63,9 +63,10 @@ pub fn enter(identity: JailConfig) -> Result<(), JailError> {
     seal()
 }
 
-/// Takes the calling thread, and those that it starts later, away from the host's files, IPC and names:
-/// for a process that needs its rights and its network, but nothing that has a path. If it is the main
-/// thread, whoever enters the namespaces of the process finds an empty read-only root.
+/// Moves the calling thread, and those that it starts later, out of the host's mount, IPC and UTS
+/// namespaces. This is for a process that needs its rights and its network, but nothing that has a
+/// path. If the caller is the main thread, a process that enters its namespaces finds an empty
+/// read-only root.
 ///
 /// # Errors
 /// Names the step that failed.
@@ -75,7 +76,7 @@ pub fn hide() -> Result<(), JailError> {
     enter_empty_root()
 }
 
-/// Own mount, network, IPC, UTS and cgroup namespaces.
+/// Enters new mount, network, IPC, UTS and cgroup namespaces.
 pub(crate) fn unshare_all() -> Result<(), JailError> {
     let flags = UnshareFlags::NEWNS
         | UnshareFlags::NEWNET
@@ -94,12 +95,12 @@ fn privatize_mounts() -> Result<(), JailError> {
 // UNSAFETY: unsharing is unsafe in rustix because other threads may rely on what is shared.
 #[expect(unsafe_code, reason = "unshare(2)")]
 fn unshare(flags: UnshareFlags) -> Result<(), JailError> {
-    // SAFETY: CLONE_FILES is not asked for, so that descriptors stay shared by all threads; other threads
-    // keep the root and the namespaces that they have.
+    // SAFETY: CLONE_FILES is not asked for, so that descriptors stay shared by all threads; other
+    // threads keep the root and the namespaces that they have.
     step("namespaces", unsafe { rustix::thread::unshare_unsafe(flags) })
 }
 
-/// Makes an empty read-only tmpfs the root, and lets go of everything else.
+/// Makes an empty read-only tmpfs the root, and detaches everything else.
 pub(crate) fn enter_empty_root() -> Result<(), JailError> {
     let context = step("empty root: fsopen", fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC))?;
     for (key, value) in [("size", "4k"), ("nr_inodes", "2"), ("mode", "0555")] {
@@ -119,7 +120,7 @@ pub(crate) fn pivot_into(root: BorrowedFd<'_>) -> Result<(), JailError> {
     let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH;
     step("new root: attach", move_mount(root, "", CWD, "/", flags))?;
     step("new root: enter", fchdir(root))?;
-    // Both at once: the old root lands on top of the new one, and is taken off.
+    // This stacks the old root on top of the new one; the next step detaches it.
     step("new root: pivot", pivot_root(".", "."))?;
     step("old root: detach", unmount(".", UnmountFlags::DETACH))?;
     step("new root: working directory", rustix::process::chdir("/"))
@@ -141,9 +142,9 @@ pub(crate) fn limit(descriptors: u64, threads: u64) -> Result<(), JailError> {
     Ok(())
 }
 
-/// No program could get more than `keep`, if one could be run.
+/// Limits what a program could get, if the process executed one, to `keep`.
 pub(crate) fn clear_bounding_set(keep: CapabilitySet) -> Result<(), JailError> {
-    // Bits that this kernel does not know are refused, which is as good as removed.
+    // The kernel refuses a capability that it does not know; there is nothing to remove then.
     for bit in 0..64 {
         let capability = CapabilitySet::from_bits_retain(1 << bit);
         if keep.contains(capability) {
@@ -158,7 +159,7 @@ pub(crate) fn clear_bounding_set(keep: CapabilitySet) -> Result<(), JailError> {
     Ok(())
 }
 
-/// The last step: no way to gain anything, and nobody can look in.
+/// The last step: the process can gain no privileges, and no unprivileged one can trace it.
 pub(crate) fn seal() -> Result<(), JailError> {
     step("no_new_privs", set_no_new_privs(true))?;
     step("dumpable", set_dumpable_behavior(DumpableBehavior::NotDumpable))

@@ -26,9 +26,9 @@ pub const LOOPS_PER_SECOND_MIN: u64 = 10_000_000;
 /// Long enough to outweigh entering the guest (some microseconds), short enough to end within
 /// 50 ms where it is emulated.
 const LOOPS: u16 = 20_000;
-/// Whoever takes the processor away meanwhile makes it look slow, so the best of so many counts.
+/// A measurement that is preempted looks slow, so the best of this many counts.
 const ATTEMPTS: u32 = 5;
-/// Where the loop lies.
+/// The address of the loop.
 const CODE: u64 = 0x1000;
 /// `mov cx, LOOPS; loop $; hlt` in 16-bit code.
 const PROGRAM: [u8; 6] = {
@@ -41,7 +41,7 @@ const PROGRAM: [u8; 6] = {
 pub enum Speed {
     /// As fast as a guest should be.
     Hardware,
-    /// Interpreted.
+    /// Emulated in software.
     Emulated {
         /// Turns of the loop per second.
         loops_per_second: u64,
@@ -124,7 +124,7 @@ fn time_loop(vm: &kvm_ioctls::VmFd) -> Result<Speed, ProbeError> {
 }
 
 impl Speed {
-    /// Of [`LOOPS`] turns in so much time.
+    /// The speed of [`LOOPS`] turns that took this time.
     fn of_loops_in(time: Duration) -> Self {
         let rate = u128::from(LOOPS) * 1_000_000 / time.as_micros().max(1);
         let loops_per_second = u64::try_from(rate).unwrap_or(u64::MAX);

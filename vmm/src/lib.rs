@@ -1,8 +1,8 @@
 //! The two jailed processes of a pod: the monitor and the file server.
 //!
 //! [`config`] and [`control`] are what the supervisor needs to talk to the monitor; [`monitor`] is
-//! the process itself. It opens nothing: every descriptor arrives over the control socket, after
-//! which it is locked up ([`jail`]) before the guest runs its first instruction.
+//! the process itself. It opens nothing: every descriptor arrives over the control socket. Then it
+//! enters the [`jail`], before the guest runs its first instruction.
 
 mod arch;
 mod bus;

@@ -1,13 +1,13 @@
-//! How much the processes of a pod log: a guest has all the time in the world to cause lines.
+//! Limits how much the processes of a pod log, because a guest can cause log lines without end.
 //!
-//! When a part of the log is full, only errors are written any more, which are the host's, so that the
-//! reason of an end is in it whatever a guest did before. When all of it is, nothing is.
+//! When half of the log is full, only errors are written, which come from the host. So the log has
+//! the reason of an end, whatever the guest did before. When all of it is full, nothing is written.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// The most that a process logs, in bytes.
 pub const BYTES_MAX: u64 = 1 << 20;
-/// The part of it that is not for errors.
+/// The part of it that lines other than errors can use.
 pub const OTHER_BYTES_MAX: u64 = BYTES_MAX / 2;
 
 /// What a process may still log.
@@ -17,20 +17,20 @@ pub struct Allowance {
 }
 
 impl Allowance {
-    /// That of a process that has logged nothing.
+    /// The allowance of a process that has logged nothing.
     #[must_use]
     pub const fn new() -> Self {
         Self { written: AtomicU64::new(0) }
     }
 
-    /// Whether there is room for another error, or another line that is none.
+    /// Whether there is room for another error, or for another line that is not an error.
     #[must_use]
     pub fn has_room(&self, error: bool) -> bool {
         self.written.load(Ordering::Relaxed) < max(error)
     }
 
-    /// Takes so many bytes for a line, if there is room for its kind; gives what is to be said behind
-    /// it: that the log is full with it.
+    /// Takes this many bytes for a line, if there is room for its kind; returns the notices that
+    /// follow the line if it fills the log, or the part for its kind.
     #[must_use]
     pub fn take(&self, error: bool, bytes: u64) -> Option<impl Iterator<Item = &'static str>> {
         let room = |written: u64| (written < max(error)).then(|| written.saturating_add(bytes));

@@ -35,7 +35,7 @@ pub(crate) fn report(error: &dyn Error) -> String {
     line
 }
 
-/// An error with its causes, for somebody who cannot see this process.
+/// An error with its causes, in one line, for another process.
 pub(crate) fn chain(error: &dyn Error) -> String {
     let mut line = error.to_string();
     let mut cause = error.source();
@@ -64,8 +64,8 @@ impl Log for Lines {
 }
 
 impl Lines {
-    /// Writes a line while there is room for its kind, and once that there is none any more. A disk
-    /// that is full does not stop the machine.
+    /// Writes a line if there is room for its kind, and a notice when that room is used up. A full
+    /// disk does not stop the machine.
     fn write(&self, file: &mut impl Write, record: &Record<'_>) {
         let level = record.level();
         let error = level == Level::Error;
@@ -122,7 +122,7 @@ mod tests {
         );
         let text = String::from_utf8(file.clone()).unwrap();
         assert_eq!(text.matches("half full").count(), 1);
-        // Why it ended is told all the same.
+        // The reason of the end is still logged.
         write(&lines, &mut file, Level::Error, "the reason");
         assert!(String::from_utf8_lossy(&file).contains("the reason"));
         for _ in 0..100_000 {

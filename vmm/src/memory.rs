@@ -1,16 +1,16 @@
 //! Guest memory: mapped here, told to KVM, and shown to the devices. A machine can get more of it
 //! while it runs, and never less.
 //!
-//! Devices look at memory through a snapshot, which a worker takes for each time that it serves.
-//! Memory that is new is in the snapshots taken from then on; before a guest may be told of it,
-//! [`Memory::settle`] waits until no older one is in use, or an honest driver could hand a buffer to
-//! a device that does not know it yet.
+//! Devices access memory through a snapshot, which a worker takes each time that it serves. New
+//! memory is in the snapshots taken from then on. Before the guest may be told of it,
+//! [`Memory::settle`] waits until no older snapshot is in use: otherwise an honest driver could
+//! hand a buffer to a device that does not know it yet.
 //!
-//! Whoever else reads and writes memory, such as the host's kernel, is shown it beforehand
+//! Any other user of guest memory, such as the host's kernel, is shown new memory beforehand
 //! ([`Onlooker`]).
 
-// UNSAFETY: KVM lets the guest touch the memory that it is told about, and advice on memory can
-// destroy what is in it.
+// UNSAFETY: KVM lets the guest access the memory that it is told about, and `madvise` can destroy
+// what is in memory.
 #![expect(unsafe_code, reason = "KVM_SET_USER_MEMORY_REGION and madvise(2)")]
 
 use std::fmt;
@@ -32,15 +32,15 @@ use vm_memory::{
 use crate::arch::layout;
 use crate::devices::virtio::queue::GuestMemory;
 
-/// How long a device may serve with a snapshot that is out of date: as long as a slow disk takes.
+/// How long a device may serve with an outdated snapshot: as long as a slow disk takes.
 const SETTLING: Duration = Duration::from_secs(10);
-/// How often that is looked at.
+/// How often [`Memory::settle`] checks that.
 const SETTLING_STEP: Duration = Duration::from_millis(1);
 
-/// The machine does not have memory, or more of it.
+/// Guest memory cannot be mapped or extended.
 #[derive(Debug, Error)]
 pub enum MemoryError {
-    /// The host has not enough address space.
+    /// The host cannot map this much memory.
     #[error("cannot map {mib} MiB of guest memory")]
     Map {
         /// The size asked for.
@@ -48,13 +48,13 @@ pub enum MemoryError {
         /// Why not.
         source: FromRangesError,
     },
-    /// KVM does not take it.
+    /// KVM refuses the memory.
     #[error("KVM: map guest memory")]
     Kvm(#[source] kvm_ioctls::Error),
-    /// A bug: the addresses are ours.
+    /// A bug, since the addresses are fixed in `layout`.
     #[error("guest memory overlaps")]
     Overlap(#[source] GuestRegionCollectionError),
-    /// Somebody who serves a device does not take it.
+    /// Another server of a device refuses the memory.
     #[error("cannot share guest memory with the server of a device")]
     Show(#[source] io::Error),
     /// A device serves a request that takes long.
@@ -62,8 +62,8 @@ pub enum MemoryError {
     Busy(Duration),
 }
 
-/// Somebody outside of this program who reads and writes guest memory, at the addresses that it was
-/// shown. It may do so until it is shown others, or is gone.
+/// A user of guest memory outside of this program, such as vhost-net. It may read and write the
+/// memory that it was shown, until it is shown other memory or is dropped.
 pub(crate) trait Onlooker: fmt::Debug + Send + Sync {
     /// Shows it all of the memory.
     fn show(&self, memory: &GuestMemory) -> io::Result<()>;
@@ -84,7 +84,7 @@ struct State {
 }
 
 impl Memory {
-    /// Shares memory that KVM knows, or that no KVM is for.
+    /// Shares memory that KVM knows already, or that is used without KVM.
     pub(crate) fn new(memory: GuestMemory) -> Arc<Self> {
         let current = Arc::new(memory);
         let state = State { current, outdated: Vec::new(), onlookers: Vec::new() };
@@ -101,12 +101,12 @@ impl Memory {
         Ok(Self::new(memory))
     }
 
-    /// Memory as it is now. Nobody keeps one for longer than it serves.
+    /// A snapshot of the memory as it is now. Users keep it only while they serve.
     pub(crate) fn snapshot(&self) -> Arc<GuestMemory> {
         Arc::clone(&self.lock().current)
     }
 
-    /// Shows the memory to somebody, now and whenever there is more of it.
+    /// Shows the memory to an onlooker, now and whenever it grows.
     ///
     /// # Errors
     /// When it does not take what there is now.
@@ -118,15 +118,14 @@ impl Memory {
         Ok(())
     }
 
-    /// Maps what is missing of the range from `start` on, whose beginning may have been mapped by
-    /// earlier calls.
+    /// Maps what is missing of the range from `start` on; its beginning may be mapped already.
     pub(crate) fn extend(
         &self,
         vm: &VmFd,
         start: GuestAddress,
         bytes: u64,
     ) -> Result<(), MemoryError> {
-        // Nobody is introduced meanwhile.
+        // Locked until the end, so that no onlooker is introduced meanwhile.
         let mut state = self.lock();
         let now = &state.current;
         let mapped = GuestAddress((now.last_addr().0 + 1).max(start.0));
@@ -142,7 +141,7 @@ impl Memory {
         let region = Arc::new(region);
         let then = now.insert_region(Arc::clone(&region)).map_err(MemoryError::Overlap)?;
         if let Err(error) = state.show(&then).and_then(|()| register(vm, slot, &region)) {
-            // Whoever was shown it may use it already: it must not go away.
+            // An onlooker may use the region already, so it must not be unmapped.
             std::mem::forget(region);
             return Err(error);
         }
@@ -180,7 +179,7 @@ impl Memory {
 }
 
 impl State {
-    /// Lets everybody outside know what memory will be.
+    /// Shows all onlookers the memory as it will be.
     fn show(&self, memory: &GuestMemory) -> Result<(), MemoryError> {
         let mut onlookers = self.onlookers.iter().filter_map(Weak::upgrade);
         onlookers.try_for_each(|onlooker| onlooker.show(memory)).map_err(MemoryError::Show)
@@ -256,7 +255,7 @@ mod tests {
         assert!(shared.lock().outdated.is_empty());
     }
 
-    /// Takes memory up to a size.
+    /// An onlooker that accepts memory up to a size.
     #[derive(Debug)]
     struct Watcher {
         most: u64,

@@ -114,8 +114,8 @@ impl Monitor {
         }
     }
 
-    /// Refuses streams whose time is up while no driver serves them; gives the milliseconds until
-    /// the next one's is, -1 for none.
+    /// Fails requests for streams that are past their deadline while no driver serves them. Returns
+    /// the milliseconds until the next deadline, -1 for none.
     fn expire_opens(&self) -> i32 {
         let now = Instant::now();
         let next = self.machine.opener().and_then(|opener| opener.expire(now));

@@ -1,8 +1,8 @@
 //! A virtual processor: the loop around KVM_RUN, and stopping it from outside.
 //!
-//! A processor in the guest or asleep in the kernel is brought out by a signal. The signal can
-//! arrive between the look at the gate and KVM_RUN, so whoever pauses repeats it until every
-//! processor has said that it stands.
+//! A signal interrupts a processor that runs the guest or sleeps in the kernel. The signal can
+//! arrive between the check of the gate and KVM_RUN, so a pause repeats it until every processor
+//! waits at the gate.
 
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -21,7 +21,7 @@ const KICK_INTERVAL: Duration = Duration::from_millis(1);
 /// Virtual size of the stack; only touched pages cost memory.
 const STACK_BYTES: usize = 256 << 10;
 
-/// What to do after the guest was left.
+/// What to do after an exit from the guest.
 #[derive(Debug, PartialEq, Eq)]
 enum Action {
     Continue,
@@ -51,7 +51,7 @@ fn dispatch(exit: VcpuExit<'_>, bus: &Bus) -> Action {
     Action::Continue
 }
 
-/// Where processors wait while the machine is paused, and where they leave the ending.
+/// The gate, where processors wait while the machine is paused, and record why it ended.
 #[derive(Debug)]
 pub(crate) struct Gate {
     state: Mutex<GateState>,
@@ -102,7 +102,7 @@ impl Gate {
         state.ending.is_none()
     }
 
-    /// The first ending counts.
+    /// Records why the machine ended; the first reason counts.
     fn end(&self, ending: Ending) {
         let mut state = self.lock();
         if state.ending.is_none() {
@@ -123,7 +123,7 @@ pub(crate) struct Vcpus {
 }
 
 impl Vcpus {
-    /// None yet.
+    /// No processors yet.
     pub(crate) fn new(gate: &Arc<Gate>) -> io::Result<Self> {
         register_signal_handler(SIGRTMIN(), on_kick)?;
         Ok(Self { gate: Arc::clone(gate), threads: Vec::new() })
@@ -134,7 +134,7 @@ impl Vcpus {
         u8::try_from(self.threads.len()).unwrap_or(u8::MAX)
     }
 
-    /// Starts the thread of the next processor. It stands at the gate while the machine is paused;
+    /// Starts the thread of the next processor. It waits at the gate while the machine is paused;
     /// otherwise it waits in KVM until the guest starts it.
     pub(crate) fn add(&mut self, mut vcpu: VcpuFd, bus: &Arc<Bus>) -> io::Result<()> {
         let (bus, gate) = (Arc::clone(bus), Arc::clone(&self.gate));
@@ -146,7 +146,7 @@ impl Vcpus {
         Ok(())
     }
 
-    /// Stops every processor; returns when all stand.
+    /// Stops every processor; returns when all wait at the gate.
     pub(crate) fn pause(&self) {
         let mut state = self.gate.lock();
         state.paused = true;
@@ -168,7 +168,7 @@ impl Vcpus {
     }
 }
 
-/// Exists to interrupt KVM_RUN; an ignored signal would not.
+/// Exists to interrupt KVM_RUN, which an ignored signal would not do.
 extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
 
 fn run(vcpu: &mut VcpuFd, bus: &Bus, gate: &Gate) {

@@ -39,10 +39,10 @@ pub enum VmError {
         /// What KVM said.
         source: kvm_ioctls::Error,
     },
-    /// Mapping it, or more of it.
+    /// Guest memory cannot be mapped or extended.
     #[error(transparent)]
     Memory(#[from] MemoryError),
-    /// More processors than the guest can know.
+    /// More processors than were declared to the guest.
     #[error("{wanted} processors cannot exist: the machine was started for {declared} at most")]
     Processors {
         /// The number asked for.
@@ -50,7 +50,7 @@ pub enum VmError {
         /// The number declared at boot.
         declared: u8,
     },
-    /// Plugging more of it.
+    /// Memory cannot be plugged.
     #[error("cannot plug {mib} MiB of memory")]
     Plug {
         /// The size asked for.
@@ -64,9 +64,9 @@ pub enum VmError {
     /// A device cannot be made or attached.
     #[error("slot {slot}")]
     Device {
-        /// Where it was to sit.
+        /// Its slot.
         slot: u8,
-        /// Why it does not.
+        /// Why it failed.
         source: io::Error,
     },
     /// Threads and descriptors of the monitor itself.
@@ -100,7 +100,7 @@ impl Descriptors {
         self.0.len()
     }
 
-    /// Takes the one that `field` names.
+    /// Takes the descriptor that `field` names.
     pub(crate) fn take(&mut self, field: &str, fd: Fd) -> Result<OwnedFd, ConfigError> {
         let taken = self.0.get_mut(usize::from(fd.0)).and_then(Option::take);
         taken.ok_or_else(|| ConfigError {
@@ -110,16 +110,16 @@ impl Descriptors {
     }
 }
 
-/// A machine whose processors stand at the gate until [`Machine::resume`].
+/// A machine whose processors wait at the gate until [`Machine::resume`].
 #[derive(Debug)]
 pub(crate) struct Machine {
     vm: VmFd,
     bus: Arc<Bus>,
     gate: Arc<Gate>,
     vcpus: Vcpus,
-    /// As many as the guest has been told of.
+    /// How many processors the guest was told about.
     vcpus_max: u8,
-    /// What KVM can give a processor.
+    /// The CPUID entries that KVM supports.
     supported: CpuId,
     handles: Handles,
 }
@@ -160,7 +160,7 @@ impl Machine {
         Ok(machine)
     }
 
-    /// Makes processors exist until there are `count`; one that does stays.
+    /// Creates processors until there are `count`; existing ones are not removed.
     pub(crate) fn add_processors(&mut self, count: u8) -> Result<(), VmError> {
         if count > self.vcpus_max {
             return Err(VmError::Processors { wanted: count, declared: self.vcpus_max });
@@ -189,12 +189,12 @@ impl Machine {
         self.vcpus.resume();
     }
 
-    /// Stops the processors; returns when all stand.
+    /// Stops the processors; returns when all wait at the gate.
     pub(crate) fn pause(&self) {
         self.vcpus.pause();
     }
 
-    /// Where the processors leave the ending.
+    /// The gate, where the processors record why the machine ended.
     pub(crate) fn gate(&self) -> &Gate {
         &self.gate
     }
@@ -203,17 +203,17 @@ impl Machine {
         &self.bus
     }
 
-    /// The way to open streams, if the machine has a vsock device.
+    /// The handle that opens streams, if the machine has a vsock device.
     pub(crate) fn opener(&self) -> Option<&Opener> {
         self.handles.opener.as_ref()
     }
 
-    /// The way to set the balloon's size, if the machine has one.
+    /// The handle that sets the balloon's size, if the machine has one.
     pub(crate) fn balloon(&self) -> Option<&BalloonHandle> {
         self.handles.balloon.as_ref()
     }
 
-    /// Lets the guest plug so much memory.
+    /// Lets the guest plug `mib` MiB of memory, in total.
     pub(crate) fn plug(&self, mib: u32) -> Result<(), VmError> {
         let failed = |source| VmError::Plug { mib, source };
         let missing =
@@ -225,7 +225,7 @@ impl Machine {
         mem.request(bytes).map_err(failed)
     }
 
-    /// Gives a placeholder slot its device.
+    /// Attaches a device to a placeholder slot.
     pub(crate) fn attach(
         &mut self,
         slot: u8,
@@ -251,7 +251,7 @@ impl Machine {
         unwired
     }
 
-    /// Plugs the cable of a network device, or unplugs it.
+    /// Sets the link state of a network device and tells the driver.
     pub(crate) fn set_link(&self, slot: u8, up: bool) -> Result<(), VmError> {
         let failed = |source| VmError::Device { slot, source };
         let transport = self.bus.slot(slot).filter(|it| it.device_id() == Some(net::DEVICE_ID));
@@ -305,8 +305,9 @@ fn create_vm(kvm_device: &Kvm) -> Result<VmFd, VmError> {
     Ok(vm)
 }
 
-/// Takes the performance counters away before there is a processor. AMD's first four are there
-/// whatever `cpuid` says, so hiding is not enough; a KVM older than Linux 5.18 can do no more.
+/// Disables the performance counters; to be called before there is a processor. AMD's first four
+/// exist whatever `cpuid` says, so hiding them is not enough. A KVM older than Linux 5.18 cannot
+/// disable them.
 fn disable_counters(vm: &VmFd) -> Result<(), VmError> {
     let known = vm.check_extension_raw(KVM_CAP_PMU_CAPABILITY.into());
     if u32::try_from(known).unwrap_or(0) & KVM_PMU_CAP_DISABLE == 0 {
@@ -317,7 +318,7 @@ fn disable_counters(vm: &VmFd) -> Result<(), VmError> {
     vm.enable_cap(&capability).map_err(kvm("disable performance counters"))
 }
 
-/// Creates a processor of which nothing runs yet.
+/// Creates a processor that does not run yet.
 fn create_vcpu(vm: &VmFd, cpuid: &CpuId, index: u8) -> Result<VcpuFd, VmError> {
     let vcpu = vm.create_vcpu(u64::from(index)).map_err(kvm("create processor"))?;
     vcpu.set_cpuid2(cpuid).map_err(kvm("set processor features"))?;
@@ -325,7 +326,7 @@ fn create_vcpu(vm: &VmFd, cpuid: &CpuId, index: u8) -> Result<VcpuFd, VmError> {
     Ok(vcpu)
 }
 
-/// Puts a device into a free slot; one that cannot be put there changes nothing.
+/// Attaches a device to a free slot; if that fails, nothing has changed.
 fn attach(
     vm: &VmFd,
     bus: &Bus,
@@ -336,12 +337,12 @@ fn attach(
     let failed = |source| VmError::Device { slot, source };
     let missing = || io::Error::new(io::ErrorKind::NotFound, "no such slot");
     let mut transport = bus.slot(slot).ok_or_else(missing).map_err(failed)?;
-    // Before the device is made, which may change what it is made of, such as a tap.
+    // Checked before the device is made, which may change what it uses, such as a tap.
     transport.check_free().and_then(|()| handles.check(config)).map_err(failed)?;
     let (device, brought) = devices::build(config, fds, bus.memory()).map_err(failed)?;
     transport.attach(device).map_err(failed)?;
     if let Err(error) = wire(vm, slot, &transport) {
-        // Of what was not wired this fails, which is nothing to tell.
+        // This fails for what was not wired, which is not worth reporting.
         let _ = unwire(vm, slot, &transport);
         drop(transport.detach());
         return Err(error);
@@ -350,7 +351,7 @@ fn attach(
     Ok(())
 }
 
-/// Tells KVM of a device's interrupt, and of where the driver kicks its queues.
+/// Registers with KVM a device's interrupt, and the addresses at which its queues are kicked.
 fn wire(vm: &VmFd, slot: u8, transport: &Transport) -> Result<(), VmError> {
     let Some((line, kicks)) = transport.wiring() else { return Ok(()) };
     vm.register_irqfd(line.irq(), layout::slot_irq(slot)).map_err(kvm("device interrupt"))?;
@@ -361,7 +362,7 @@ fn wire(vm: &VmFd, slot: u8, transport: &Transport) -> Result<(), VmError> {
     Ok(())
 }
 
-/// Undoes [`wire`], as far as it can; the first error is that of the whole.
+/// Undoes [`wire`] as far as it can; returns the first error.
 fn unwire(vm: &VmFd, slot: u8, transport: &Transport) -> Result<(), VmError> {
     let Some((line, kicks)) = transport.wiring() else { return Ok(()) };
     let notify = IoEventAddress::Mmio(layout::slot_address(slot).0 + QUEUE_NOTIFY);

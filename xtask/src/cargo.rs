@@ -1,4 +1,4 @@
-//! Calls of cargo, and of programs in general, with their failures in words.
+//! Runs cargo and other programs, and describes their failures.
 
 use std::env;
 use std::path::{Path, PathBuf};
@@ -16,7 +16,7 @@ pub(crate) struct Artifact {
     /// The directory of the package, where cargo would run it.
     pub(crate) directory: PathBuf,
     pub(crate) executable: PathBuf,
-    /// Built to run the tests of its target.
+    /// Whether it was built to run the tests of its target.
     pub(crate) is_test: bool,
 }
 
@@ -26,7 +26,7 @@ pub(crate) fn root() -> &'static Path {
     directory.parent().unwrap_or(directory)
 }
 
-/// A cargo to add arguments to, in the root of the checkout.
+/// A cargo command without arguments, in the root of the checkout.
 pub(crate) fn cargo() -> Command {
     let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     command.current_dir(root());
@@ -51,12 +51,12 @@ pub(crate) fn output(command: &mut Command) -> Result<String> {
     String::from_utf8(output.stdout).with_context(|| format!("output of {program}"))
 }
 
-/// Builds with these arguments and lists the executables that came out.
+/// Builds with these arguments and lists the resulting executables.
 pub(crate) fn build(arguments: &[&str]) -> Result<Vec<Artifact>> {
     artifacts(cargo().args(arguments))
 }
 
-/// Runs a cargo that builds and lists the executables that came out.
+/// Runs a cargo command that builds, and lists the resulting executables.
 pub(crate) fn artifacts(cargo: &mut Command) -> Result<Vec<Artifact>> {
     let text = output(cargo.args(["--message-format", "json-render-diagnostics"]))?;
     let mut artifacts = Vec::new();
@@ -71,7 +71,7 @@ fn artifact(message: &Value) -> Option<Artifact> {
     let executable = message["executable"].as_str()?.into();
     let directory = Path::new(message["manifest_path"].as_str()?).parent()?.to_owned();
     let target = message["target"]["name"].as_str()?.to_owned();
-    // …/path#name@version, or …/name#version where directory and name are the same.
+    // A package ID is …/path#name@version, or …/name#version if directory and name are the same.
     let (path, fragment) = message["package_id"].as_str()?.rsplit_once('#')?;
     let package = match fragment.split_once('@') {
         Some((name, _)) => name,

@@ -1,4 +1,4 @@
-//! `cargo xtask check`: what a change must pass before anybody reads it.
+//! `cargo xtask check`: the checks that a change must pass before review.
 
 use std::process::ExitCode;
 
@@ -10,13 +10,13 @@ use crate::clock::Clock;
 use crate::fuzz;
 use crate::tidy;
 
-/// A name and what it does.
+/// A check's name and its function.
 type Check = (&'static str, fn() -> Result<()>);
 
 const CHECKS: [Check; 4] =
     [("format", format), ("clippy", clippy), ("documentation", documentation), ("rules", rules)];
 
-/// Runs the named checks, or all, to the last one; fails if any did.
+/// Runs the named checks, or all of them. Runs all even if one fails, and fails if any did.
 pub(crate) fn run(names: &[String], clock: &Clock) -> Result<ExitCode> {
     let known = |name: &String| CHECKS.iter().any(|(check, _)| check == name);
     if let Some(unknown) = names.iter().find(|name| !known(name)) {

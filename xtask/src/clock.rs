@@ -1,4 +1,4 @@
-//! Where the time went: every long step of a verb with what it took, told at the end.
+//! Measures each step of a verb, and reports the long ones at the end.
 
 use std::sync::{Mutex, PoisonError};
 use std::thread;
@@ -10,7 +10,7 @@ use guest_image::progress::say;
 /// Shorter steps are not worth a line.
 const NOTEWORTHY: Duration = Duration::from_millis(100);
 
-/// The steps so far, some of which run beside each other.
+/// The steps so far; some may run in parallel.
 #[derive(Debug)]
 pub(crate) struct Clock {
     started: Instant,
@@ -22,7 +22,7 @@ impl Clock {
         Self { started: Instant::now(), steps: Mutex::default() }
     }
 
-    /// Announces a step, runs it and remembers how long it took, failed or not.
+    /// Announces a step, runs it and records how long it took, even if it failed.
     pub(crate) fn step<T>(&self, name: &str, work: impl FnOnce() -> Result<T>) -> Result<T> {
         say(&format!("==> {name}"));
         let started = Instant::now();
@@ -32,7 +32,7 @@ impl Clock {
         result
     }
 
-    /// The table, longest first; nothing if no step took long since the last report.
+    /// Prints the table, longest first; prints nothing if no step since the last report took long.
     pub(crate) fn report(&self) {
         let mut steps = self.steps.lock().unwrap_or_else(PoisonError::into_inner);
         let mut steps = std::mem::take(&mut *steps);
@@ -49,7 +49,7 @@ impl Clock {
     }
 }
 
-/// Runs two things beside each other, each to its end, though the other fails.
+/// Runs two functions in parallel, each to its end, even if the other fails.
 pub(crate) fn both<A: Send, B>(
     first: impl FnOnce() -> Result<A> + Send,
     second: impl FnOnce() -> Result<B>,

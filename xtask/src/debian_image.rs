@@ -1,9 +1,10 @@
-//! `cargo xtask debian`: the image that the suites give to callers beside busybox, a minimal Debian of this
-//! machine's release, made by debootstrap from the archive that apt is configured for.
+//! `cargo xtask debian`: makes an image that the suites use in addition to busybox: a minimal
+//! Debian of this machine's release, made by debootstrap from the archive that apt is configured
+//! for.
 //!
-//! The test host has no network, so it is made before the suites run: once, in the cache, by root. The
-//! suites look for the copy in `target`. debootstrap mounts and starts processes; both are in namespaces
-//! that end with it, and it ends with this process.
+//! The test host has no network, so the image is made before the suites run: once, in the cache, by
+//! root. The suites use a copy in `target`. debootstrap mounts file systems and starts processes;
+//! both are in namespaces that end with it, and it ends with this process.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -17,13 +18,13 @@ use crate::cargo::{output, root, succeed};
 use crate::image::install;
 use crate::packages;
 
-/// Raised when this file makes something else from the same inputs.
+/// Increased when this file makes a different image from the same inputs.
 const RECIPE: &str = "1";
 const VARIANT: &str = "--variant=minbase";
-/// Something to run that is larger than a shell.
+/// A program to run that is larger than a shell.
 const INCLUDED: &str = "--include=python3-minimal";
-/// What is not archived, as patterns of tar: what differs from machine to machine, and what nobody reads
-/// there. Directories that belong to a package stay.
+/// Files that are not archived, as patterns of tar: those that differ between machines, and those
+/// that no test reads. Directories that belong to a package stay.
 const LEFT_OUT: [&str; 12] = [
     "./dev/*",
     "./etc/hostname",
@@ -38,7 +39,7 @@ const LEFT_OUT: [&str; 12] = [
     "./var/log/*.log",
     "./var/log/apt/*",
 ];
-/// Whatever ends this program ends debootstrap, and its mounts with it.
+/// However this program ends, debootstrap and its mounts end with it.
 const CONFINED: [&str; 8] =
     ["--pdeathsig", "KILL", "--", "unshare", "--mount", "--pid", "--fork", "--kill-child"];
 /// How much of debootstrap's messages an error shows.
@@ -114,7 +115,7 @@ fn mirror(suite: &str) -> Result<String> {
     if let Some(mirror) = known()? {
         return Ok(mirror);
     }
-    // It knows only what it has the lists of.
+    // apt knows only archives whose package lists it has.
     succeed(Command::new("apt-get").arg("update"))?;
     match known()? {
         Some(mirror) => Ok(mirror),
@@ -122,7 +123,7 @@ fn mirror(suite: &str) -> Result<String> {
     }
 }
 
-/// The one that apt goes through.
+/// The HTTP proxy that apt uses.
 fn proxy() -> Result<Option<String>> {
     let mut config = Command::new("apt-config");
     config.args(["dump", "--no-empty", "--format", "%v%n", "Acquire::http::Proxy"]);

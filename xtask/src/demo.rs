@@ -1,5 +1,6 @@
-//! `cargo xtask demo`: one container in its own machine, and side by side what the host and the
-//! container see of it. It runs on this machine where KVM has hardware under it, else in the test host.
+//! `cargo xtask demo`: runs one container in its own machine and shows side by side what the host
+//! and the container see. It runs on this machine if KVM has hardware support, else in the test
+//! host.
 
 use std::env;
 use std::fs;
@@ -15,12 +16,12 @@ use crate::cargo::output;
 use crate::clock::{Clock, both};
 use crate::{host, image, packages};
 
-/// The verb that the demo calls itself with where the machine is to run.
+/// The verb with which the demo calls itself, here or in the test host.
 pub(crate) const INSIDE: &str = "demo-inside";
 
 const BUSYBOX: &str = "/bin/busybox";
 const APPLETS: [&str; 8] = ["cat", "dmesg", "grep", "head", "ls", "sh", "tr", "uname"];
-/// What both sides are asked: a name, and a line of shell that answers it.
+/// The rows of the table: a name, and a line of shell that is run on both sides.
 const QUESTIONS: [(&str, &str); 5] = [
     ("kernel release", "uname -r"),
     ("kernel command line", "cat /proc/cmdline"),
@@ -30,10 +31,10 @@ const QUESTIONS: [(&str, &str); 5] = [
 ];
 /// The test host's kernel: Debian's, which need not be built.
 const KERNEL: [&str; 2] = ["--kernel", "debian"];
-/// Columns of one side of the table, and of the questions before it.
+/// The width of one side of the table, and of the names before it.
 const COLUMN: usize = 52;
 const NAMES: usize = 20;
-/// An answer's lines in its column; the rest of a long one says nothing new.
+/// The most lines of an answer; the rest of a longer one adds nothing.
 const LINES: usize = 3;
 
 /// Builds everything, then shows the comparison.
@@ -55,7 +56,8 @@ pub(crate) fn run(clock: &Clock) -> Result<ExitCode> {
     Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Software that stands in for the processor's virtualization opens `/dev/kvm` too, but lacks the flag.
+/// A KVM that emulates virtualization in software has `/dev/kvm` too, but the processor lacks the
+/// flag.
 fn hardware_kvm() -> bool {
     let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let flags = cpuinfo.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
@@ -83,12 +85,12 @@ pub(crate) fn inside() -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// A directory that goes when it is dropped.
+/// A directory that is removed when this is dropped.
 struct Bundle(PathBuf);
 
 impl Drop for Bundle {
     fn drop(&mut self) {
-        // What cannot be removed is in the temporary directory.
+        // If this fails, the rest stays in the temporary directory.
         _ = fs::remove_dir_all(&self.0);
     }
 }
@@ -141,7 +143,7 @@ fn answers(text: &str) -> Result<Vec<String>> {
     Ok(answers)
 }
 
-/// Long answers go on in the next line of their column.
+/// Wraps long answers within their column.
 fn table(host: &[String], container: &[String]) -> Vec<String> {
     let mut lines = vec![row("", "the host sees", "the container sees")];
     for (index, (name, _)) in QUESTIONS.iter().enumerate() {

@@ -1,5 +1,6 @@
-//! `cargo xtask fuzz`: programs that take bytes for what a hostile guest does, and that libFuzzer feeds with
-//! whatever makes them reach more of the code. `docs/decisions/0019-fuzzing.md` says why it is built so.
+//! `cargo xtask fuzz`: programs that act as a hostile guest, as their input bytes say. libFuzzer
+//! searches for inputs that reach more of the code. `docs/decisions/0019-fuzzing.md` says why it is
+//! built this way.
 
 use std::fs;
 use std::io::{BufRead, BufReader};
@@ -13,22 +14,22 @@ use guest_image::progress::say;
 use crate::cargo::{self, Artifact, cargo, root, succeed};
 use crate::clock::Clock;
 
-/// Names the workspace of the targets to cargo.
+/// Cargo's option for the workspace of the targets.
 pub(crate) const MANIFEST: [&str; 2] = ["--manifest-path", "tests/fuzz/Cargo.toml"];
-/// What is built here has nothing in common with what is built elsewhere.
+/// A target directory of its own: the other builds cannot use these artifacts.
 const DIRECTORY: [&str; 2] = ["--target-dir", "target/fuzz"];
-/// Lets the targets into the crates that they are for.
+/// Compiles the entry points for the targets into the crates under test.
 const FUZZING: &str = "--cfg fuzzing";
-/// Counts which branches are taken, and tells what is compared with what.
+/// Counts taken branches, and reports the operands of comparisons to libFuzzer.
 const COVERAGE: &str = "-Cpasses=sancov-module \
      -Cllvm-args=-sanitizer-coverage-level=4 \
      -Cllvm-args=-sanitizer-coverage-inline-8bit-counters \
      -Cllvm-args=-sanitizer-coverage-pc-table \
      -Cllvm-args=-sanitizer-coverage-trace-compares";
-/// Each target, where nobody says how long.
+/// How long each target runs if no time is given.
 const SHORTLY: Duration = Duration::from_secs(60);
-/// One input takes a tenth of a millisecond and some megabytes. A short one has done all that a long one
-/// does.
+/// One input normally takes a tenth of a millisecond and some megabytes. Longer inputs reach no
+/// further code.
 const BOUNDS: [&str; 3] = ["-timeout=10", "-rss_limit_mb=1024", "-max_len=1024"];
 
 /// What a target is to do.
@@ -36,7 +37,7 @@ const BOUNDS: [&str; 3] = ["-timeout=10", "-rss_limit_mb=1024", "-max_len=1024"]
 enum Work {
     /// Look for inputs that break something.
     Search(Duration),
-    /// Take one that did.
+    /// Run an input that did.
     Repeat(PathBuf),
 }
 
@@ -63,7 +64,7 @@ pub(crate) fn run(arguments: &[String], clock: &Clock) -> Result<ExitCode> {
     Ok(status)
 }
 
-/// A target, or all, and for how long or with what.
+/// The target, or `None` for all, and how long to search or which input to run.
 fn understood(arguments: &[String]) -> Result<(Option<&str>, Work)> {
     Ok(match arguments {
         [] => (None, Work::Search(SHORTLY)),
@@ -76,23 +77,23 @@ fn understood(arguments: &[String]) -> Result<(Option<&str>, Work)> {
     })
 }
 
-/// Builds the targets. In place of the flags of the configuration they have their own: libFuzzer does not
-/// start in a static program.
+/// Builds the targets with their own flags instead of those in cargo's configuration: libFuzzer
+/// does not start in a static program.
 pub(crate) fn build() -> Result<Vec<Artifact>> {
     let mut build = cargo();
     build.args(["build", "--release"]).args(MANIFEST).args(DIRECTORY);
     cargo::artifacts(build.env("RUSTFLAGS", format!("{FUZZING} {COVERAGE}")))
 }
 
-/// What is built for the targets only, nobody else looks at.
+/// Runs clippy on code that is compiled for the targets only.
 pub(crate) fn lint() -> Result<()> {
     let mut lint = cargo();
     lint.args(["clippy", "-p", "bulkhead-vmm", "--lib", "--quiet"]).args(DIRECTORY);
     succeed(lint.args(["--", "-D", "warnings"]).env("RUSTFLAGS", FUZZING))
 }
 
-/// Lets a target look for so long, from where it was the last time; says what it found, and how to see it
-/// again.
+/// Runs a target for `time`, beginning with the corpus of the last run; returns what it found, and
+/// how to reproduce it.
 pub(crate) fn fuzz(target: &Artifact, time: Duration) -> Result<Option<String>> {
     let name = &target.target;
     let (corpus, found) = (place("corpus", name)?, place("found", name)?);
@@ -133,14 +134,14 @@ fn program(target: &Artifact) -> Command {
     command
 }
 
-/// A directory that lasts from run to run, and is no part of the repository.
+/// A directory that is kept between runs and is not part of the repository.
 fn place(what: &str, target: &str) -> Result<PathBuf> {
     let place = root().join("target/fuzz").join(what).join(target);
     fs::create_dir_all(&place).with_context(|| place.display().to_string())?;
     Ok(place)
 }
 
-/// Shows what a target says, and returns the file that it kept what broke it in.
+/// Shows a target's output, and returns the file in which it saved the input that broke it.
 fn follow(name: &str, child: &mut Child) -> Result<Option<PathBuf>> {
     let output = child.stderr.take().context("no output")?;
     let mut kept = None;
@@ -155,7 +156,8 @@ fn follow(name: &str, child: &mut Child) -> Result<Option<PathBuf>> {
     Ok(kept)
 }
 
-/// One of thousands: an input that reached something new, or a word that is worth trying.
+/// Whether this is one of thousands of progress lines: an input that reached new code, or a
+/// suggested word for the dictionary.
 fn is_step(line: &str) -> bool {
     let mut words = line.split_whitespace();
     match (words.next().unwrap_or_default(), words.next()) {
@@ -164,7 +166,7 @@ fn is_step(line: &str) -> bool {
     }
 }
 
-/// The file that libFuzzer says it has kept an input in.
+/// The file in which libFuzzer has saved an input, if this line names one.
 fn input(line: &str) -> Option<PathBuf> {
     let (_, path) = line.split_once("Test unit written to ")?;
     Some(path.trim().into())

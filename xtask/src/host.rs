@@ -1,4 +1,4 @@
-//! `cargo xtask host` and what else runs a command in the test host.
+//! `cargo xtask host`, and the other verbs that run a command in the test host.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -13,21 +13,21 @@ use crate::cargo::{self, root};
 use crate::clock::Clock;
 use crate::{image, packages};
 
-/// The built `test-host`.
+/// Builds `test-host` and returns its path.
 pub(crate) fn program() -> Result<PathBuf> {
     let artifacts = cargo::build(&["build", "--quiet", "-p", "test-host"])?;
     let host = artifacts.into_iter().find(|artifact| artifact.target == "test-host");
     Ok(host.context("cargo built no test-host")?.executable)
 }
 
-/// The built `test-host`, whose kernel is there too, the one that these options choose.
+/// Builds `test-host` and the kernel that these options choose; returns the path of `test-host`.
 pub(crate) fn prepare(options: &[&str]) -> Result<PathBuf> {
     let host = program()?;
     cargo::succeed(Command::new(&host).args(options).arg("--build-only"))?;
     Ok(host)
 }
 
-/// A command in the test host, to be run.
+/// A command in the test host, not started yet.
 pub(crate) fn command<S: AsRef<OsStr>>(
     options: &[&str],
     command: impl IntoIterator<Item = S>,
@@ -37,19 +37,20 @@ pub(crate) fn command<S: AsRef<OsStr>>(
     Ok(host)
 }
 
-/// Becomes the test host with these arguments.
+/// Replaces this process by the test host with these arguments.
 pub(crate) fn run(arguments: &[String]) -> Result<ExitCode> {
     packages::ensure()?;
     Err(Command::new(program()?).args(arguments).exec()).context("run test-host")
 }
 
-/// What is measured twice: once in the time that the emulation takes, once by what is executed.
+/// The parts that are measured twice: once in the time that the emulation takes, and once with
+/// instructions counted.
 const COUNTED: &str = "start,verbs,files";
-/// How long one pass may take, in seconds. The emulator has been seen to stand still while it counts.
+/// How long one pass may take, in seconds. QEMU sometimes hangs while it counts instructions.
 const PASS_SECONDS: &str = "1800";
-/// The part that is run by itself, and once: how often it does what it does is its point.
+/// The part that is run alone and only once: it repeats its work by itself.
 const SOAK: &str = "soak";
-/// How long that may take, in seconds.
+/// How long [`SOAK`] may take, in seconds.
 const SOAK_SECONDS: &str = "7200";
 
 /// Runs the benchmark in the test host, then what [`COUNTED`] names in one that counts instructions,
@@ -68,7 +69,7 @@ pub(crate) fn bench(arguments: &[String], clock: &Clock) -> Result<ExitCode> {
     let seconds = if soaks { SOAK_SECONDS } else { PASS_SECONDS };
     let run = |options: &[&str], json: &str, parts: &[&str]| {
         let json = format!("/run/share-out/{json}");
-        // The parts come first, so that the caller's own choice counts.
+        // The parts come first, so that the caller's own choice overrides them.
         let line = parts.iter().copied().chain(arguments.iter().map(String::as_str));
         let line = line.chain(["--json", &json]).map(OsStr::new);
         let mut options = options.to_vec();

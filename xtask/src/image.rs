@@ -22,7 +22,7 @@ pub(crate) fn dist() -> PathBuf {
     root().join("target/dist")
 }
 
-/// Builds what is out of date: the programs and the kernel beside each other, which together keep every
+/// Builds whatever is out of date. Programs and kernel are built in parallel, which keeps every
 /// processor busy to the end.
 pub(crate) fn build(clock: &Clock) -> Result<()> {
     clock.step("Debian packages", packages::ensure)?;
@@ -51,7 +51,7 @@ pub(crate) fn build(clock: &Clock) -> Result<()> {
     Ok(())
 }
 
-/// A copy under a new name, renamed, so that a running program is left as it is.
+/// Copies to a new name and renames it, so that a running program is not overwritten.
 pub(crate) fn install(from: &Path, to: &Path) -> Result<()> {
     let partial = to.with_extension("partial");
     fs::copy(from, &partial).with_context(|| format!("copy {}", from.display()))?;

@@ -1,4 +1,4 @@
-//! Reads what a libtest binary prints, as a person would: one line per test and one result line.
+//! Parses the human-readable output of a libtest binary: one line per test and one result line.
 
 use std::io::{BufRead, BufReader, Read};
 use std::time::{Duration, Instant};
@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use guest_image::progress::say;
 
-/// What one or several test binaries came to.
+/// The results of one or several test binaries.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Tally {
     pub(crate) passed: usize,
@@ -14,16 +14,16 @@ pub(crate) struct Tally {
     pub(crate) failed: Vec<String>,
     /// The tests that were not run, each with its reason.
     pub(crate) skipped: Vec<(String, String)>,
-    /// The tests that ran, each with the time since the verdict before: where they run one after the
-    /// other, what it took. libtest tells that only on nightly.
+    /// The tests that ran, each with the time since the previous result. If tests run one after the
+    /// other, this is the test's duration, which libtest reports only on nightly.
     pub(crate) times: Vec<(String, Duration)>,
-    /// Whether a result line was seen: a binary that dies has none.
+    /// Whether a result line was seen: a binary that crashes prints none.
     pub(crate) finished: bool,
 }
 
 impl Tally {
-    /// Reads the output of one binary, showing every line as it comes, with the name of
-    /// its suite: another may run beside it.
+    /// Reads the output of one binary, and shows each line as it comes, with the name of its suite,
+    /// because another suite may run at the same time.
     pub(crate) fn read(suite: &str, output: impl Read) -> Result<Self> {
         let mut tally = Self::default();
         let mut last = Instant::now();
@@ -36,7 +36,7 @@ impl Tally {
         Ok(tally)
     }
 
-    /// `last` is when the verdict before came, or the first test started.
+    /// `last` is the time of the previous result, or of the start of the first test.
     fn line(&mut self, suite: &str, line: &str, last: &mut Instant) {
         if line.starts_with("running ") {
             *last = Instant::now();
@@ -62,8 +62,8 @@ impl Tally {
         *last = Instant::now();
     }
 
-    /// The counts are those of the result line: a process that a test started may have written into the
-    /// line of its verdict.
+    /// Takes the counts from the result line: the lines of single tests may be garbled by processes
+    /// that the tests started.
     fn conclude(&mut self, suite: &str, result: &str) {
         let count = |what: &str| {
             let words = result.split([' ', ';']).collect::<Vec<_>>();
@@ -78,7 +78,7 @@ impl Tally {
         }
     }
 
-    /// Takes over the counts of another binary.
+    /// Adds the counts of another binary.
     pub(crate) fn add(&mut self, other: Self) {
         self.passed += other.passed;
         self.failed.extend(other.failed);
@@ -91,7 +91,7 @@ impl Tally {
         format!("{} passed, {failed} failed, {skipped} skipped", self.passed)
     }
 
-    /// A run in which nothing ran has shown nothing.
+    /// Whether nothing failed. A run without any test counts as a failure.
     pub(crate) fn succeeded(&self) -> bool {
         self.failed.is_empty() && self.passed > 0
     }
@@ -129,7 +129,7 @@ test result: FAILED. 2 passed; 1 failed; 2 ignored; 0 measured; 0 filtered out; 
         assert_eq!(tally.skipped[0], reason);
         assert_eq!(tally.summary(), "2 passed, 1 failed, 2 skipped");
         assert!(tally.finished && !tally.succeeded());
-        // Those that were not run took no time.
+        // Ignored tests have no times.
         let timed: Vec<&str> = tally.times.iter().map(|(name, _)| name.as_str()).collect();
         let ran = ["exit::zero_is_zero", "exit::panics", "streams::stdin_reaches_eof"];
         assert_eq!(timed, ran);

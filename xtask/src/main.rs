@@ -1,4 +1,5 @@
-//! The developer's one entry: `cargo xtask VERB`. Each verb is a file; this one only chooses.
+//! The entry point for developers: `cargo xtask VERB`. Each verb has its own file; this one only
+//! dispatches.
 
 mod cargo;
 mod check;

@@ -1,4 +1,4 @@
-//! The Debian packages that the repository needs beside Rust, installed when root may.
+//! The Debian packages that the repository needs besides Rust; installed if this process is root.
 
 use std::collections::BTreeSet;
 use std::process::Command;
@@ -47,7 +47,7 @@ const NEEDED: [&str; 37] = [
     "zlib1g-dev",
 ];
 
-/// Installs what is missing, or says what to install.
+/// Installs missing packages, or fails with the list of what to install.
 pub(crate) fn ensure() -> Result<()> {
     let missing = missing()?;
     if missing.is_empty() {
@@ -66,7 +66,7 @@ pub(crate) fn ensure() -> Result<()> {
     succeed(&mut install)
 }
 
-/// Whether this process may do what only root may.
+/// Whether this process is root.
 pub(crate) fn is_root() -> Result<bool> {
     let user = Command::new("id").arg("-u").output().context("run id")?;
     Ok(user.stdout == b"0\n")

@@ -1,11 +1,11 @@
-//! What the suites came to, as a table: which took how long, and which of their tests did.
+//! The table of results: how long each suite took, and its slowest tests.
 
 use std::cmp::Reverse;
 use std::time::Duration;
 
 use crate::libtest::Tally;
 
-/// How many tests of a suite are named.
+/// The most tests of a suite that are listed.
 const SLOWEST: usize = 5;
 /// Faster tests are not worth a line.
 const NOTEWORTHY: Duration = Duration::from_secs(2);
@@ -16,7 +16,8 @@ pub(crate) struct Outcome {
     pub(crate) name: String,
     pub(crate) took: Duration,
     pub(crate) tally: Tally,
-    /// Its tests ran one after the other, so that the times between their results are theirs.
+    /// Whether its tests ran one after the other, so that the times between results are their
+    /// durations.
     pub(crate) serial: bool,
 }
 

@@ -1,4 +1,4 @@
-//! Which suites there are, what is special about each, and which of all test programs are wanted.
+//! The list of suites with the special needs of each, and the choice of the test programs to run.
 
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
@@ -13,19 +13,19 @@ pub(crate) const PACKAGE: &str = "bulkhead-tests";
 pub(crate) struct Suite {
     /// Its target in [`PACKAGE`].
     pub(crate) name: &'static str,
-    /// Options of its host, which count before those of every host.
+    /// Further options of its test host.
     pub(crate) host: &'static [&'static str],
-    /// Its tests that take long use the image of `cargo xtask debian`.
+    /// Whether its long tests use the image of `cargo xtask debian`.
     pub(crate) debian: bool,
 }
 
 const PLAIN: Suite = Suite { name: "", host: &[], debian: false };
 
-/// What makes the name of a suite that of its tests which take too long for every run: those that are
-/// ignored.
+/// The suffix of a suite's name that selects its ignored tests, which take too long for every run.
 const LONG: &str = "_long";
 
-/// All of them, in the order in which they start: the longest first, so that none is left over at the end.
+/// All suites in the order in which they start: the longest first, so that it does not run alone at
+/// the end.
 const ALL: [Suite; 6] = [
     Suite { name: "callers", debian: true, ..PLAIN },
     Suite { name: "oci", ..PLAIN },
@@ -39,8 +39,8 @@ const ALL: [Suite; 6] = [
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Wanted<'a> {
     Everything,
-    /// A suite, or a package for its unit tests, and what its test program is called with: the names of
-    /// tests, or parts of them, and options of libtest.
+    /// A suite, or a package for its unit tests. `words` are the arguments of its test program:
+    /// names of tests or parts of them, and options of libtest.
     One {
         name: &'a str,
         long: bool,
@@ -54,7 +54,8 @@ impl<'a> Wanted<'a> {
         match arguments {
             [] => Ok(Self::Everything),
             [option, name, words @ ..] if option == "--suite" => {
-                // A package has no such name, and is refused by its whole name.
+                // Only a suite has this suffix; any other name is kept whole, so that the error
+                // shows it.
                 let suite = name.strip_suffix(LONG).filter(|name| suite(name).is_some());
                 Ok(Self::One { name: suite.unwrap_or(name), long: suite.is_some(), words })
             }
@@ -70,12 +71,12 @@ impl<'a> Wanted<'a> {
         }
     }
 
-    /// Whether only those of its tests are wanted that take too long for every run.
+    /// Whether only the long tests of a suite are wanted.
     pub(crate) fn is_long(&self) -> bool {
         matches!(self, Self::One { long: true, .. })
     }
 
-    /// Whether a suite is among it.
+    /// Whether a suite is to run.
     pub(crate) fn has_suites(&self) -> bool {
         match self {
             Self::Everything => true,
@@ -83,7 +84,7 @@ impl<'a> Wanted<'a> {
         }
     }
 
-    /// Whether a suite that needs the Debian image is among it.
+    /// Whether tests are to run that need the Debian image.
     pub(crate) fn needs_debian(&self) -> bool {
         match self {
             Self::One { name, long: true, .. } => suite(name).is_some_and(|suite| suite.debian),
@@ -91,12 +92,12 @@ impl<'a> Wanted<'a> {
         }
     }
 
-    /// Builds its test programs, and no others: the suites in the order in which they start, and those of
-    /// the other packages.
+    /// Builds only the test programs that are wanted; returns the suites, in the order in which
+    /// they start, and the programs of the other packages.
     pub(crate) fn build(&self) -> Result<(Vec<Artifact>, Vec<Artifact>)> {
         let selection = match self {
             Self::Everything => vec!["--workspace"],
-            // Of the whole workspace, whose features are then the same as when everything is built.
+            // With `--workspace`, features are unified as when everything is built.
             Self::One { name, .. } if suite(name).is_some() => vec!["--workspace", "--test", name],
             Self::One { name, .. } => {
                 let metadata = ["metadata", "--no-deps", "--format-version", "1"];
@@ -123,7 +124,7 @@ fn suite(name: &str) -> Option<&'static Suite> {
     ALL.iter().find(|suite| suite.name == name)
 }
 
-/// Refuses what is no package with unit tests.
+/// Refuses a name that is not a package with unit tests.
 fn check(name: &str, metadata: &Value) -> Result<()> {
     let packages = metadata["packages"].as_array().into_iter().flatten();
     let packages: Vec<&str> = packages
@@ -174,7 +175,7 @@ mod tests {
         assert!(Wanted::parse(&words[..1]).is_err());
     }
 
-    /// One that the table lacks would get the plain host in silence.
+    /// A suite that the table lacks would silently run in the plain host.
     #[test]
     fn the_table_has_the_suites_that_there_are() {
         let manifest = fs::read_to_string(cargo::root().join("tests/Cargo.toml")).unwrap();

@@ -1,6 +1,6 @@
-//! `cargo xtask test`: unit and device tests on this machine, the suites of `tests/` and every test that
-//! says so in the test host, a table of what took how long, and one line that counts them all. With
-//! `--suite`, one of these.
+//! `cargo xtask test`: runs unit and device tests on this machine, and in the test host the suites
+//! of `tests/` and all other tests that need it. It prints a table of durations, and then one line
+//! that counts all tests. With `--suite` it runs one suite or package.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
@@ -21,14 +21,14 @@ use crate::report::{Outcome, table};
 use crate::suites::{self, Wanted};
 use crate::{debian_image, host, image, packages};
 
-/// The reason to ignore that sends a test of another package to the test host.
+/// Tests of other packages that are ignored with this reason run in the test host.
 const NEEDS_HOST: &str = "needs the test host";
-/// What runs at once: an emulated host keeps one processor busy.
+/// How many jobs run at once: an emulated host keeps one processor busy.
 const AT_ONCE: usize = 2;
-/// Options of every run in the test host; the time is a bound on hangs.
+/// Options of every run in the test host; the timeout is only for hangs.
 const HOST: [&str; 4] = ["--memory", "8192", "--timeout", "3000"];
 
-/// How long each fuzz target looks for what nobody has thought of.
+/// How long each fuzz target runs.
 const FUZZING: Duration = Duration::from_secs(20);
 
 /// Runs what is wanted and prints the final line last, on standard output.
@@ -44,7 +44,8 @@ pub(crate) fn run(arguments: &[String], clock: &Clock) -> Result<ExitCode> {
     let words = wanted.words();
     let ignored = wanted.is_long();
     let mut suites = programs.suites.iter().map(|test| Job::Inside { test, ignored, words });
-    // The first suite is the longest. The rest has time beside it, and tells early of mistakes.
+    // The first suite takes the longest. The unit tests and fuzz targets run beside it, before the
+    // other suites, because they find mistakes early.
     let jobs = suites.next().into_iter();
     let jobs = jobs.chain(programs.units.iter().map(|test| Job::Here { test, words }));
     let jobs = jobs.chain(programs.targets.iter().map(Job::Fuzz)).chain(suites);
@@ -53,7 +54,7 @@ pub(crate) fn run(arguments: &[String], clock: &Clock) -> Result<ExitCode> {
     conclude(outcomes)
 }
 
-/// Everything that is built to be run.
+/// The test programs that were built.
 struct Programs {
     suites: Vec<Artifact>,
     units: Vec<Artifact>,
@@ -71,13 +72,14 @@ fn build(wanted: &Wanted<'_>, clock: &Clock) -> Result<Programs> {
     Ok(Programs { suites, units, targets })
 }
 
-/// A program without tests is not worth a start of the test host; one that cannot list them fails later.
+/// A program without tests is not worth a start of the test host. A program that cannot list its
+/// tests is kept and fails later.
 fn has_tests(artifact: &Artifact) -> bool {
     let listing = Command::new(&artifact.executable).arg("--list").output();
     !listing.is_ok_and(|listing| listing.stdout == b"0 tests, 0 benchmarks\n")
 }
 
-/// The test host, with all that runs in it, which is built when somebody asks for it.
+/// The test host and everything that runs in it, built when it is first needed.
 struct Host<'a> {
     wanted: &'a Wanted<'a>,
     clock: &'a Clock,
@@ -99,13 +101,12 @@ impl Host<'_> {
     }
 }
 
-/// What runs by itself and is then counted.
+/// One program to run, whose tests are then counted.
 #[derive(Clone, Copy, Debug)]
 enum Job<'a> {
     /// A test program on this machine, with further arguments.
     Here { test: &'a Artifact, words: &'a [String] },
-    /// One in a test host of its own; of another package than the suites', only those of its tests that
-    /// say so.
+    /// A test program in a test host of its own; with `ignored`, only its ignored tests.
     Inside { test: &'a Artifact, ignored: bool, words: &'a [String] },
     /// A fuzz target.
     Fuzz(&'a Artifact),
@@ -137,7 +138,8 @@ fn run_all(jobs: VecDeque<Job<'_>>, host: &Host<'_>) -> Result<Vec<Outcome>> {
 }
 
 impl<'a> Job<'a> {
-    /// Runs it; says what it came to, and which job follows from that.
+    /// Runs the job; returns its outcome, and the job that must follow: tests that need the test
+    /// host.
     fn run(self, host: &Host<'_>) -> Result<(Outcome, Option<Self>)> {
         let name = self.name();
         say(&format!("==> {name}"));
@@ -192,7 +194,7 @@ fn inside(host: &Path, test: &Artifact, ignored: bool, words: &[String]) -> Resu
     tally(test, command.current_dir(&test.directory))
 }
 
-/// A fuzz target that finds nothing is a test that passed.
+/// A fuzz target that finds nothing counts as one passed test.
 fn fuzzed(target: &Artifact) -> Result<Tally> {
     let mut tally = Tally { finished: true, ..Tally::default() };
     match fuzz::fuzz(target, FUZZING)? {
@@ -220,7 +222,8 @@ fn tally(test: &Artifact, command: &mut Command) -> Result<Tally> {
     Ok(tally)
 }
 
-/// Tells what took how long, what was not run and what failed; the counts are the last line.
+/// Prints how long everything took, which tests were ignored and which failed; the last line has
+/// the counts.
 fn conclude(outcomes: Vec<Outcome>) -> Result<ExitCode> {
     table(&outcomes).iter().for_each(|line| say(line));
     let mut total = Tally::default();

@@ -1,6 +1,7 @@
-//! The rules of the repository that a machine can judge, over what git tracks.
+//! Checks the rules of the repository that a program can check, on the files that git tracks.
 //!
-//! Each rule is a function over text, so that it is tested on text; only [`broken`] reads files.
+//! Each rule is a function of text, so that it can be tested with text; only [`broken`] reads
+//! files.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -11,7 +12,7 @@ use serde_json::Value;
 
 use crate::cargo::{cargo, output, root};
 
-/// Who may depend on whom among the members. Tests may use all.
+/// The workspace members that each member may depend on. Tests may use all.
 const DIRECTION: [(&str, &[&str]); 9] = [
     ("bulkhead", &["bulkhead-hooks", "bulkhead-netlink", "bulkhead-protocol", "bulkhead-vmm"]),
     ("bulkhead-agent", &["bulkhead-hooks", "bulkhead-netlink", "bulkhead-protocol"]),
@@ -32,7 +33,7 @@ pub(crate) fn broken() -> Result<Vec<String>> {
     let files: BTreeSet<&str> = listing.lines().collect();
     let mut broken = Vec::new();
     for file in &files {
-        // A file that is tracked and deleted is about to be untracked.
+        // A tracked file that does not exist is being deleted.
         let Ok(bytes) = fs::read(root().join(file)) else { continue };
         let Ok(text) = String::from_utf8(bytes) else { continue };
         let mut report = |what: Vec<String>| {
@@ -52,7 +53,7 @@ pub(crate) fn broken() -> Result<Vec<String>> {
     Ok(broken)
 }
 
-/// A path that git tracks, a directory of tracked files, or what a build leaves in `target`.
+/// Whether a path is a tracked file, a directory of tracked files, or below `target`.
 fn exists(files: &BTreeSet<&str>, path: &str) -> bool {
     let path = path.trim_end_matches('/');
     let below = format!("{path}/");
@@ -78,8 +79,8 @@ fn unsafe_reason(text: &str) -> Vec<String> {
     broken
 }
 
-/// Paths of one machine: this checkout's, and the usual place of development checkouts. The word is put
-/// together so that this file passes.
+/// Finds absolute paths that exist on one machine only: this checkout's, and the usual place of
+/// development checkouts. The latter is concatenated here so that this file passes.
 fn machine_paths(text: &str) -> Vec<String> {
     let places = [["/wo", "rk/"].concat(), root().display().to_string()];
     let mut broken = Vec::new();
@@ -98,7 +99,7 @@ fn machine_paths(text: &str) -> Vec<String> {
     broken
 }
 
-/// Back-ticked words that look like a path into the repository must be one.
+/// Finds back-ticked words that look like a path into the repository but are not one.
 fn dead_paths(text: &str, exists: impl Fn(&str) -> bool) -> Vec<String> {
     let roots = tops();
     let mut broken = Vec::new();

@@ -1,7 +1,7 @@
-//! Further processes in a container: each is added by a tenant (`tenant`), awaited by the reaper and
-//! forgotten once its end has been told.
+//! Further processes in a container: each is added by a tenant (`tenant`), awaited by the reaper
+//! and forgotten once its end has been reported.
 //!
-//! None outlives its container: most die with the container's process namespace, the rest with its
+//! None outlives its container: most die with the container's PID namespace, the rest with its
 //! cgroup.
 
 use std::collections::HashMap;
@@ -48,12 +48,12 @@ enum Entry {
 struct Exec {
     made: Made,
     connected: Connected,
-    /// It was given files of the host, which are to be let go of after its end.
+    /// It was given files of the host, which have to be dropped from the caches after its end.
     files: bool,
 }
 
 impl Execs {
-    /// Takes the id for a process that is about to be started.
+    /// Reserves the id for a process that is about to be started.
     fn reserve(&self, exec_id: &str) -> Result<(), ContainerError> {
         spec::check_id(exec_id)?;
         let mut table = self.table();
@@ -122,7 +122,7 @@ impl Containers {
     ) -> Result<(), ContainerError> {
         let exec = self.created(id)?.execs.running(exec_id)?;
         let number = signal_number(signal)?;
-        // The pid is not used again before the reaper has collected it, and then this is known.
+        // The kernel does not reuse the pid until the reaper has collected it, which shows here.
         if exec.made.end.ended().is_some() {
             return Err(not_now(exec_id, "has ended"));
         }
@@ -170,7 +170,7 @@ impl Containers {
         if of.init.ended().is_some() {
             return Err(state(&id, "has ended"));
         }
-        // It would be frozen on its way in.
+        // The new process would freeze on its way in.
         if Cgroup::of(&id).is_frozen().map_err(failed("look whether it is frozen"))? {
             return Err(state(&id, "is frozen"));
         }
@@ -215,7 +215,7 @@ impl Containers {
     }
 }
 
-/// Lets the host have back what nobody uses any more, while others go on.
+/// Drops cached files that nobody uses any more, without waiting for that.
 fn forget() {
     drop(spawn_blocking(|| {
         if let Err(error) = share::forget() {

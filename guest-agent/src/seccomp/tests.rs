@@ -1,5 +1,5 @@
-//! What compiled profiles answer to calls, by an interpreter of their own. `tests/oci/seccomp.rs` has
-//! the kernel answer.
+//! What compiled profiles answer to system calls, by an interpreter in this file. In
+//! `tests/oci/seccomp.rs` the kernel answers.
 
 use serde_json::{Value, json};
 
@@ -84,7 +84,7 @@ fn what_is_newer_than_a_profile_is_not_there() {
     assert_eq!(answers("SCMP_ACT_ERRNO", GETPGRP + 1), ENOSYS);
     assert_eq!(answers("SCMP_ACT_KILL", GETPGRP - 1), KILL_THREAD);
     assert_eq!(answers("SCMP_ACT_KILL", GETPGRP + 1), ENOSYS);
-    // What ptrace(2) uses to skip a call is no new one.
+    // ptrace(2) uses this number to skip a call; it is not that of a new one.
     assert_eq!(answers("SCMP_ACT_ERRNO", u32::MAX), EPERM);
     for permissive in ["SCMP_ACT_LOG", "SCMP_ACT_TRACE"] {
         assert_ne!(answers(permissive, GETPGRP + 1), ENOSYS, "{permissive}");

@@ -36,7 +36,7 @@ fn a_program_that_is_missing_and_one_that_is_none_have_their_codes() {
             ("/etc", Code::PermissionDenied, "exec: \"/etc\": is a directory"),
         ];
         for (program, code, words) in table {
-            // The same id each time: nothing is left of the one before.
+            // The same id each time: nothing is left of the previous container.
             let spec = guest.program(&[program]);
             let status = guest.create("one", &spec).await.unwrap_err();
             assert_eq!((status.code(), status.message()), (code, words));
@@ -126,7 +126,7 @@ fn a_container_that_was_not_started_can_be_deleted() {
 fn processes_that_outlive_their_init_are_deleted_with_it() {
     Guest::run(async |mut guest| {
         let mut spec = guest.shell("sleep 1000 & exit 5");
-        // Without a process namespace the init does not take the others with it.
+        // Without a PID namespace the init does not take the others with it.
         spec["linux"]["namespaces"] = json!([{"type": "mount"}, {"type": "ipc"}, {"type": "uts"}]);
         spec["linux"]["readonlyPaths"] = json!([]);
         guest.create("one", &spec).await.unwrap();

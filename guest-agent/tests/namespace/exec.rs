@@ -39,7 +39,7 @@ async fn wait(guest: &mut Guest, exec_id: &str) -> Result<WaitReply, Status> {
     guest.agent.wait(request).await.map(tonic::Response::into_inner)
 }
 
-/// Runs a process to its end; gives its status and what it wrote.
+/// Runs a process to its end; returns its status and what it wrote.
 async fn output(guest: &mut Guest, process: &Value) -> (u32, String) {
     let mut stdout = open(2).await;
     exec(guest, "process", process, 2).await.unwrap();
@@ -69,7 +69,7 @@ fn a_process_joins_the_container_with_its_status_and_its_output() {
         let line = "readlink /proc/1/exe; cat /proc/1/comm; cat /proc/self/cgroup";
         let (status, text) = output(&mut guest, &shell(&spec, line)).await;
         assert_eq!((status, text.as_str()), (0, "/bin/busybox\nsleep\n0::/\n"));
-        // Told once, it is forgotten, and its id may be used again.
+        // It is forgotten once its end was reported, and its id may be used again.
         let error = wait(&mut guest, "process").await.unwrap_err();
         assert_eq!(
             (error.code(), error.message()),
@@ -88,7 +88,7 @@ fn a_joining_process_has_the_containers_filter_and_its_own_capabilities() {
             "defaultAction": "SCMP_ACT_ALLOW",
             "syscalls": [{"names": ["mkdir", "mkdirat"], "action": "SCMP_ACT_ERRNO", "errnoRet": 1}]
         });
-        // Without this a filter takes a capability, with it the filter comes last.
+        // Without this, loading a filter needs a capability; with it, the filter comes last.
         for no_new_privileges in [false, true] {
             spec["process"]["noNewPrivileges"] = json!(no_new_privileges);
             start(&mut guest, &spec).await;

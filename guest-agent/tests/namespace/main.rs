@@ -1,4 +1,4 @@
-//! The agent as PID 1 of a process namespace, with a host that dials it over the vsock loopback.
+//! The agent as PID 1 of a PID namespace, with a host that dials it over the vsock loopback.
 //!
 //! Needs root, cgroup v2 with its controllers free, and a kernel with vsock loopback: all of which
 //! the test host has. Only what a virtual machine alone can show is left to the end-to-end suite.

@@ -86,7 +86,7 @@ fn streams_end_with_the_last_process_that_holds_them() {
         stderr.read_to_string(&mut text).await.unwrap();
         stdout.read_to_string(&mut text).await.unwrap();
         assert_eq!(text, "first\n");
-        // The process lives on and holds its input; its end is what ends that.
+        // The process lives on and holds its input, which ends only with the process.
         let held = tokio::time::timeout(Duration::from_millis(300), stdin.read_u8()).await;
         assert!(held.is_err(), "stdin ended early: {held:?}");
         let kill = bulkhead_protocol::agent::KillRequest {
@@ -110,8 +110,8 @@ fn a_host_that_closes_the_output_breaks_the_pipe() {
         guest.start_container("one").await.unwrap();
         stdout.shutdown(Shutdown::Both).unwrap();
         drop(stdout);
-        // The init of a process namespace ignores the signal unless it handles it, so the program
-        // sees the error; it must not have inherited that the signal is ignored.
+        // The init of a PID namespace ignores the signal unless it handles it, so the program sees
+        // the error; it must not have inherited that the signal is ignored.
         assert_eq!(guest.wait("one").await.exit_status, 1);
     });
 }
@@ -121,7 +121,7 @@ fn a_host_that_closes_the_output_breaks_the_pipe() {
 fn silent_and_unknown_connections_are_few_and_are_closed() {
     Guest::run(async |mut guest| {
         let mut idle = Vec::new();
-        // Those of four processes that have all that one can have.
+        // The streams of four processes that have as many as one can have.
         for number in 0..4 * (DESCRIPTORS_MAX as u128 + 3) {
             let mut stream = dial(STREAM_PORT).await.unwrap();
             if number % 2 == 0 {

@@ -1,4 +1,4 @@
-//! `bulkhead-stand-in`: the process of the host that stands for one of a container.
+//! `bulkhead-stand-in`: the host process that stands for a process of a container.
 
 use std::process::ExitCode;
 

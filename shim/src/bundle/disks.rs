@@ -1,5 +1,6 @@
-//! Block devices of the host that a container is given: `linux.devices` of type `b`. Each becomes a
-//! virtio-blk device of the machine, bound late, and is found inside by its serial number.
+//! Block devices of the host that a container gets: `linux.devices` of type `b`. Each becomes a
+//! virtio-blk device of the machine, to which the guest binds a driver after it has booted. The
+//! agent finds it by its serial number.
 
 use std::fs::{self, File};
 use std::io;
@@ -11,32 +12,32 @@ use rustix::fs::{major, minor};
 
 use super::{BundleError, refuse};
 
-/// The most that a machine has slots for.
+/// The most disks that a machine has slots for.
 pub const DISKS_MAX: usize = 8;
 
 /// A block device of the host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Disk {
-    /// Where the container has it.
+    /// Its path in the container.
     pub path: PathBuf,
-    /// Where the host has it.
+    /// Its path on the host.
     pub source: PathBuf,
-    /// The container may not write, so the guest cannot.
+    /// The container may not write to it, so it is read-only for the whole guest.
     pub read_only: bool,
 }
 
 impl Disk {
-    /// Opens it, as far as the container may use it.
+    /// Opens the device with the access that the container has.
     ///
     /// # Errors
-    /// When the host does not let it.
+    /// When the host does not allow it.
     pub fn open(&self) -> io::Result<File> {
         File::options().read(true).write(!self.read_only).open(&self.source)
     }
 }
 
-/// Those that a specification names. A container that may use every device is given none: its caller
-/// lists what the host has without asking for any.
+/// The disks that a specification names. A container that may use every device gets none: its
+/// caller lists all devices of the host, and asks for none in particular.
 pub(super) fn of(linux: Option<&Linux>) -> Result<Vec<Disk>, BundleError> {
     let Some(linux) = linux.filter(|linux| !refuse::every_device_allowed(linux)) else {
         return Ok(Vec::new());
@@ -56,7 +57,7 @@ pub(super) fn of(linux: Option<&Linux>) -> Result<Vec<Disk>, BundleError> {
         .collect()
 }
 
-/// The node of a block device, by the name that the kernel has for its number.
+/// The device node of a block device, found by the kernel's name for its number.
 fn find(number: (i64, i64), sys: &Path, dev: &Path) -> io::Result<PathBuf> {
     let about = sys.join(format!("{}:{}", number.0, number.1)).join("uevent");
     let about = fs::read_to_string(about)?;
@@ -70,7 +71,8 @@ fn find(number: (i64, i64), sys: &Path, dev: &Path) -> io::Result<PathBuf> {
     }
 }
 
-/// Whether the rules let a container write: the last one that fits counts, and without one it may not.
+/// Whether device rules let a container write: the last rule that matches counts, and without one
+/// the container may not.
 fn may_write(rules: &[LinuxDeviceCgroup], number: (i64, i64)) -> bool {
     let fits = |rule: &&LinuxDeviceCgroup| {
         let kind =

@@ -1,6 +1,6 @@
-//! The specification as the guest gets it: paths of the host become paths of the share.
+//! Rewrites the specification for the guest: paths of the host become paths of the share.
 //!
-//! Only what has to change is changed; the agent and libcontainer keep the rest.
+//! Only what has to change is changed; the agent and libcontainer implement the rest.
 
 use std::fs;
 use std::io;
@@ -16,10 +16,10 @@ use super::{
 };
 use crate::state::id::ContainerId;
 
-/// Where a container has the socket for sd_notify(3), as under runc.
+/// The directory of the sd_notify(3) socket in a container, as in runc.
 const NOTIFY_MOUNT: &str = "/run/notify";
 
-/// What a mount point in the share is, because it is made before it is covered.
+/// The type of a mount point in the share, which is made before the file is mounted on it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FileKind {
     /// A directory.
@@ -31,27 +31,27 @@ pub enum FileKind {
 /// A file or directory of the host that the guest sees.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Shared {
-    /// On the host.
+    /// Its path on the host.
     pub source: PathBuf,
-    /// Relative to the container's directory in the share.
+    /// Its path relative to the container's directory in the share.
     pub target: PathBuf,
-    /// What it is.
+    /// Its type.
     pub kind: FileKind,
-    /// It cannot be written to from the guest, whatever the guest does.
+    /// The host makes it read-only, whatever the guest does.
     pub read_only: bool,
-    /// Nor can what is mounted below it.
+    /// The host makes the mounts below it read-only too.
     pub read_only_below: bool,
-    /// With what is mounted below it.
+    /// The mounts below it are shared too.
     pub recursive: bool,
     /// How its owners are mapped.
     pub id_map: Option<IdMap>,
-    /// What is made in it before the guest sees it, if it is read-only. Where that fails, it stays
-    /// writable, and the guest's to keep.
+    /// Mount points that are made in it before the guest sees it, if it is read-only. If that
+    /// fails, it stays writable on the host, and only the guest makes it read-only.
     pub mount_points: Vec<(PathBuf, FileKind)>,
 }
 
 impl Shared {
-    /// Something that can be written to, as it is and without what is mounted below it.
+    /// A writable file or directory, without mapped owners and without the mounts below it.
     #[must_use]
     pub const fn new(source: PathBuf, target: PathBuf, kind: FileKind) -> Self {
         Self {
@@ -114,7 +114,7 @@ pub(super) fn rewrite(
         shared.extend(programs);
     }
     if !has_hooks(&spec) {
-        // Only they are told of them, and callers keep there whatever they like.
+        // Only hooks get the annotations, in which callers may store any amount of data.
         spec.set_annotations(None);
     }
     add(&mut spec, id, &surroundings.additions);
@@ -127,7 +127,7 @@ pub(super) fn rewrite(
     Ok(Guest { spec, shared, dropped })
 }
 
-/// Adds what is not in the bundle.
+/// Adds what the creator adds to the bundle.
 fn add(spec: &mut Spec, id: &ContainerId, additions: &Additions) {
     let mut environment = additions.environment.clone();
     if additions.notify {
@@ -165,7 +165,7 @@ fn has_option(mount: &Mount, names: &[&str]) -> bool {
     mount.options().iter().flatten().any(|option| names.contains(&option.as_str()))
 }
 
-/// What is shared for a bind mount of `source`.
+/// The shared file or directory for a bind mount of `source`.
 fn share(
     mount: &Mount,
     source: &Path,
@@ -189,7 +189,7 @@ fn unusable(source: &Path, error: io::Error) -> BundleError {
     BundleError::Source { what: "source of a bind mount", path: source.to_owned(), source: error }
 }
 
-/// Takes out what belongs to the host; gives the names of what a caller may miss.
+/// Removes what belongs to the host; returns the names of fields that a caller may miss.
 fn adapt(spec: &mut Spec, id: &ContainerId, surroundings: &Surroundings) -> Vec<&'static str> {
     let mut dropped = Vec::new();
     if let Some(process) = spec.process_mut() {
@@ -205,7 +205,7 @@ fn adapt(spec: &mut Spec, id: &ContainerId, surroundings: &Surroundings) -> Vec<
         if surroundings.brings_up_the_pod
             && let Some(settings) = linux.sysctl_mut()
         {
-            // They are the pod's.
+            // The pod has set them already.
             settings.retain(|name, _| !pod::is_of_the_pod(name));
         }
         drop_host_devices(linux, &mut dropped);
@@ -216,7 +216,7 @@ fn adapt(spec: &mut Spec, id: &ContainerId, surroundings: &Surroundings) -> Vec<
 
 /// Leaves out devices of the host that the guest does not have.
 fn drop_host_devices(linux: &mut Linux, dropped: &mut Vec<&'static str>) {
-    // Elsewhere each was asked for, and what cannot be had was refused.
+    // Otherwise each device was asked for, and `refuse` has refused those that are not supported.
     if !refuse::every_device_allowed(linux) {
         return;
     }
@@ -233,7 +233,7 @@ fn adapt_linux(
     dropped: &mut Vec<&'static str>,
 ) {
     let mut namespaces = linux.namespaces_mut().take().unwrap_or_default();
-    // The machine is the pod's network namespace.
+    // The containers use the machine's own network namespace.
     namespaces.retain(|entry| entry.typ() != LinuxNamespaceType::Network);
     for entry in &mut namespaces {
         let joined = surroundings.namespaces.iter().find(|(kind, _)| *kind == entry.typ());

@@ -1,9 +1,9 @@
 //! The programs of createContainer hooks: files of the host that run in the container's namespaces,
 //! which are in the guest.
 //!
-//! A script, or a program that is linked statically, goes along as a file that is shared. One that is
-//! linked dynamically would need the host's loader and libraries: then the container's own file at the
-//! same path runs.
+//! A script or a statically linked program is shared with the guest as a file. A dynamically linked
+//! program would need the host's loader and libraries, so the container's own file at the same path
+//! runs instead.
 
 use std::fs::File;
 use std::io;
@@ -18,8 +18,8 @@ use oci_spec::runtime::{Hook, Hooks};
 use super::refuse::refuse;
 use super::{BundleError, FileKind, Shared};
 
-/// The hooks that run in the guest, with their programs' paths there as `in_guest` gives them, and what
-/// is shared for them.
+/// Returns the hooks that run in the guest, with the paths of their programs there, and the files
+/// that are shared for them. `in_guest` converts a path in the share to a path in the guest.
 pub(super) fn of_guest(
     hooks: &Hooks,
     in_guest: impl Fn(&Path) -> PathBuf,
@@ -29,7 +29,7 @@ pub(super) fn of_guest(
     for (number, hook) in create_container.iter_mut().flatten().enumerate() {
         let target = Path::new("hooks").join(number.to_string());
         let Some(program) = share(hook, target)? else { continue };
-        // Called by its own name all the same.
+        // `argv[0]` stays the original path.
         let own_name = || vec![hook.path().to_string_lossy().into_owned()];
         hook.set_args(Some(hook.args().clone().unwrap_or_else(own_name)));
         hook.set_path(in_guest(&program.target));
@@ -41,7 +41,7 @@ pub(super) fn of_guest(
     Ok((of_guest, shared))
 }
 
-/// What is shared at `target` for a hook; nothing if its program is the container's.
+/// The file that is shared at `target` for a hook; `None` if the container's own file runs.
 fn share(hook: &Hook, target: PathBuf) -> Result<Option<Shared>, BundleError> {
     let path = hook.path();
     if !path.is_absolute() {
@@ -71,7 +71,7 @@ fn needs_loader(path: &Path) -> io::Result<bool> {
         Err(ParseError::IOError(error)) if error.kind() != io::ErrorKind::UnexpectedEof => {
             Err(error)
         }
-        // A script, or what the guest's kernel will not run either.
+        // A script, or a file that the guest's kernel cannot run either.
         Err(_) => Ok(false),
     }
 }

@@ -1,9 +1,8 @@
-//! Mounts that show other owners than their files have, OCI runtime-spec `mounts[].uidMappings` and
-//! the options `idmap` and `ridmap`.
+//! Idmapped mounts: OCI runtime-spec `mounts[].uidMappings` and the options `idmap` and `ridmap`.
 //!
-//! The file server's clone of the mount has the mapping, so the guest is told mapped owners: a file
-//! of `containerID` on disk belongs to `hostID` in the guest, as on the host under runc. Where the
-//! container has a user namespace, the guest's kernel takes it from there.
+//! The file server's clone of the mount has the mapping, so the guest sees mapped owners: a file of
+//! `containerID` on disk belongs to `hostID` in the guest, as on the host with runc. If the
+//! container has a user namespace, the guest's kernel maps these owners into it.
 
 use oci_spec::runtime::{LinuxIdMapping, LinuxNamespaceType, Mount, Spec};
 
@@ -11,24 +10,24 @@ use super::guest::is_bind;
 use super::namespaces;
 use super::refuse::{Refusal, refuse};
 
-/// The option that maps the mount itself, and the one that also maps those below it.
+/// The option that maps only the mount itself, and the one that also maps the mounts below it.
 const OPTIONS: [&str; 2] = ["idmap", "ridmap"];
 
 /// How the owners of a mount's files are mapped.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct IdMap {
-    /// Of users.
+    /// The mappings of users.
     pub uids: Vec<LinuxIdMapping>,
-    /// Of groups.
+    /// The mappings of groups.
     pub gids: Vec<LinuxIdMapping>,
-    /// Mounts below this one too.
+    /// Whether the mounts below this one are mapped too.
     pub recursive: bool,
 }
 
-/// What a mount asks for.
+/// The mapping that a mount asks for, if any.
 ///
 /// # Errors
-/// When it asks for what cannot be.
+/// When the mapping is not supported or not complete.
 pub(super) fn of(mount: &Mount, spec: &Spec) -> Result<Option<IdMap>, Refusal> {
     let name = || mount.destination().display();
     let options = mount.options().iter().flatten();
@@ -66,7 +65,7 @@ pub(super) fn of(mount: &Mount, spec: &Spec) -> Result<Option<IdMap>, Refusal> {
     Ok(Some(IdMap { uids, gids, recursive }))
 }
 
-/// Leaves nothing of it for the guest, where it would be done a second time.
+/// Removes the mapping from the mount, so that the guest does not apply it a second time.
 pub(super) fn take_out(mount: &mut Mount) {
     mount.set_uid_mappings(None).set_gid_mappings(None);
     if let Some(options) = mount.options_mut() {
@@ -74,7 +73,7 @@ pub(super) fn take_out(mount: &mut Mount) {
     }
 }
 
-/// Mappings in the option itself, as crun has them, are in no specification.
+/// Whether an option has mappings in itself: a form that crun accepts, but no specification has.
 fn is_foreign(option: &str) -> bool {
     option.split_once('=').is_some_and(|(name, _)| OPTIONS.contains(&name))
 }
@@ -119,7 +118,7 @@ mod tests {
             (inherited.uids[0].host_id(), inherited.gids[0].host_id(), inherited.recursive),
             (7, 8, false)
         );
-        // The mapping is enough, and is not recursive then.
+        // Mappings without an option are valid, and not recursive.
         let plain = asked(json!({"uidMappings": map(1), "gidMappings": map(2)}), false).unwrap();
         assert!(!plain.unwrap().recursive);
     }

@@ -1,5 +1,5 @@
-//! Specifications that runc takes although the specification's types do not: fields that are left out,
-//! and capabilities that nobody knows.
+//! Reads specifications that runc accepts and `oci_spec`'s types do not: with missing fields and
+//! unknown capabilities.
 
 use oci_spec::runtime::{Capability, Process, Spec};
 use serde::de::DeserializeOwned;
@@ -7,13 +7,13 @@ use serde_json::{Map, Value, json};
 
 const CAPABILITY_SETS: [&str; 5] = ["bounding", "effective", "permitted", "inheritable", "ambient"];
 
-/// Capabilities that nobody knows, each once.
+/// The names of unknown capabilities, each once.
 pub(super) type Unknown = Vec<String>;
 
-/// Reads a specification; gives the capabilities that are left out of it.
+/// Reads a specification; returns the unknown capabilities, which are removed from it.
 ///
 /// # Errors
-/// It is none, with the line and column if those are known.
+/// When it is not a specification; with the line and column if they are known.
 pub(super) fn spec(json: &[u8]) -> Result<(Spec, Unknown), serde_json::Error> {
     let mut unknown = Unknown::new();
     let mend = |spec: &mut Value| {
@@ -48,12 +48,12 @@ where
     let mut value: Value = serde_json::from_slice(json)?;
     mend(&mut value);
     serde_json::from_value(value).map_err(|error| {
-        // Read as it is, it fails with the place where it does.
+        // Parses the original text, so that the error has a line and a column.
         serde_json::from_slice::<T>(json).err().unwrap_or(error)
     })
 }
 
-/// Fields without which Go takes what is empty, and the capabilities.
+/// Gives missing fields the zero values that Go would give them, and removes unknown capabilities.
 fn mend_process(process: &mut Map<String, Value>) -> Unknown {
     fill(process, "user", json!({}));
     fill(process, "cwd", json!(""));
@@ -71,20 +71,20 @@ fn mend_process(process: &mut Map<String, Value>) -> Unknown {
             {
                 unknown.push(name.to_owned());
             }
-            // What is no name at all is an error.
+            // Keeps a value that is not a string: parsing reports it as an error.
             known || !name.is_string()
         });
     }
     unknown
 }
 
-/// The capability of a name that is written as runc knows it: the types know more ways.
+/// The capability of a name in runc's spelling; the type alone would accept other spellings too.
 pub(super) fn capability(name: &Value) -> Option<Capability> {
     let capability = serde_json::from_value::<Capability>(name.clone()).ok()?;
     (json!(capability) == *name).then_some(capability)
 }
 
-/// Leaves out a filter that says nothing, and has comparisons compare with 0.
+/// Removes an empty seccomp filter, and sets a missing index or value of an argument to 0.
 fn mend_seccomp(linux: &mut Map<String, Value>) {
     let Some(seccomp) = linux.get_mut("seccomp").and_then(Value::as_object_mut) else { return };
     let nothing = [Value::Null, json!(""), json!([])];

@@ -1,10 +1,12 @@
-//! The limits of a caller's process, which a container's process inherits as it would on the host.
+//! The resource limits (rlimits) of a caller's process, which a container's process inherits as it
+//! would on the host.
 
 use oci_spec::runtime::{PosixRlimit, PosixRlimitBuilder, PosixRlimitType, Process};
 use rustix::process::{Resource, Rlimit, getrlimit};
 use serde::{Deserialize, Serialize};
 
-/// The limits that a process inherits. Of locked memory the guest has its own (`guest-agent`).
+/// The limits that a process inherits. The guest has its own limit of locked memory
+/// (`guest-agent`).
 const INHERITED: [(PosixRlimitType, Resource); 15] = [
     (PosixRlimitType::RlimitAs, Resource::As),
     (PosixRlimitType::RlimitCore, Resource::Core),
@@ -22,7 +24,7 @@ const INHERITED: [(PosixRlimitType, Resource); 15] = [
     (PosixRlimitType::RlimitSigpending, Resource::Sigpending),
     (PosixRlimitType::RlimitStack, Resource::Stack),
 ];
-/// What `fs.nr_open` is in the guest: no limit of open files can be higher there.
+/// The value of `fs.nr_open` in the guest: a limit of open files cannot be higher there.
 const OPEN_FILES_MAX: u64 = 1 << 20;
 
 /// Limits of a process.
@@ -30,7 +32,7 @@ const OPEN_FILES_MAX: u64 = 1 << 20;
 pub struct ProcessLimits(Vec<PosixRlimit>);
 
 impl ProcessLimits {
-    /// Those of this process.
+    /// The limits of this process.
     #[must_use]
     pub fn own() -> Self {
         let limit = |(kind, resource)| {
@@ -41,13 +43,13 @@ impl ProcessLimits {
             };
             let number = |limit: Option<u64>| limit.unwrap_or(u64::MAX).min(most);
             let builder = PosixRlimitBuilder::default().typ(kind);
-            // Complete, so that it is one.
+            // All fields are set, so this does not fail.
             builder.soft(number(current)).hard(number(maximum)).build().ok()
         };
         Self(INHERITED.into_iter().filter_map(limit).collect())
     }
 
-    /// Gives a process these limits where its specification has none.
+    /// Adds these limits to a process, except those that its specification sets itself.
     pub fn fill(&self, process: &mut Process) {
         let mut limits = process.rlimits().clone().unwrap_or_default();
         for limit in &self.0 {

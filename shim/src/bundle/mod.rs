@@ -1,8 +1,9 @@
-//! An OCI bundle: read once, refused early or turned into what the pod needs.
+//! An OCI bundle: it is read once, and either refused early or turned into a plan for the pod.
 //!
-//! OCI runtime-spec, "Bundle" and "Configuration". [`read`] reads `config.json`, [`refuse`] holds
-//! what cannot be kept, [`PodPlan`] is what the pod is, and [`ContainerPlan`] the rest: the specification
-//! as the guest gets it and the files that are shared with it. Mounts nothing and starts nothing.
+//! OCI runtime-spec, "Bundle" and "Configuration". [`read`] reads `config.json`, [`refuse`] finds
+//! what is not supported, [`PodPlan`] describes the pod, and [`ContainerPlan`] the container: the
+//! specification for the guest and the files that are shared with it. This module mounts nothing
+//! and starts nothing.
 
 mod disks;
 mod guest;
@@ -49,13 +50,14 @@ use crate::supervisor::neighbours::{Joined, Neighbours};
 const CONFIG: &str = "config.json";
 /// The largest `config.json` that is read, in bytes.
 const CONFIG_BYTES_MAX: u64 = 64 << 20;
-/// The largest specification that the guest is given: beside it there are names in the same message.
+/// The largest specification that is sent to the guest, in bytes: the same message also contains
+/// names.
 const GUEST_BYTES_MAX: usize = MAX_REQUEST_BYTES - (64 << 10);
 
 /// Why a bundle cannot be used.
 #[derive(Debug, Error)]
 pub enum BundleError {
-    /// The directory is not there.
+    /// The directory cannot be used.
     #[error("cannot use bundle directory {}; name one with --bundle", .path.display())]
     NoBundle {
         /// The directory.
@@ -63,7 +65,7 @@ pub enum BundleError {
         /// Why.
         source: io::Error,
     },
-    /// Not a bundle.
+    /// The directory has no `config.json`.
     #[error(
         "JSON specification file config.json not found in {}; \"bulkhead spec\" writes one",
         .path.display()
@@ -72,7 +74,7 @@ pub enum BundleError {
         /// The directory.
         path: PathBuf,
     },
-    /// There, but not to be read.
+    /// `config.json` cannot be read.
     #[error("{} cannot be read", .path.display())]
     Unreadable {
         /// The file.
@@ -80,7 +82,7 @@ pub enum BundleError {
         /// Why.
         source: io::Error,
     },
-    /// Larger than a specification can be.
+    /// `config.json` is too large.
     #[error("{} has {bytes} bytes; at most {CONFIG_BYTES_MAX} are read", .path.display())]
     TooLarge {
         /// The file.
@@ -88,13 +90,13 @@ pub enum BundleError {
         /// Its size.
         bytes: u64,
     },
-    /// Larger than the guest takes.
+    /// The specification is too large for the guest.
     #[error(
         "the container's specification has {0} bytes without its annotations; at most \
          {GUEST_BYTES_MAX} are supported"
     )]
     TooLargeForGuest(usize),
-    /// Not JSON, or not a specification; the source has line and column.
+    /// `config.json` is not JSON, or not a specification; the source has line and column.
     #[error("{} is not an OCI specification", .path.display())]
     Json {
         /// The file.
@@ -102,7 +104,7 @@ pub enum BundleError {
         /// Where and why.
         source: serde_json::Error,
     },
-    /// A directory or file that the specification names.
+    /// A directory or file that the specification names cannot be used.
     #[error("cannot use {what} {}", .path.display())]
     Source {
         /// What it is for.
@@ -112,26 +114,26 @@ pub enum BundleError {
         /// Why.
         source: io::Error,
     },
-    /// A block device that the specification names.
+    /// A block device that the specification names does not exist on the host.
     #[error(
         "linux.devices has {} ({}:{}), which the host does not have", .path.display(), .number.0,
         .number.1
     )]
     Device {
-        /// Where the container would have it.
+        /// Its path in the container.
         path: PathBuf,
         /// Its major and minor number.
         number: (i64, i64),
         /// Why.
         source: io::Error,
     },
-    /// Containers beside it.
+    /// The states of other containers cannot be read.
     #[error(transparent)]
     Neighbours(#[from] StateError),
-    /// The specification asks for what cannot be kept.
+    /// The specification asks for something that is not supported.
     #[error(transparent)]
     Refused(#[from] Refusal),
-    /// The specification cannot be written again.
+    /// The specification for the guest cannot be serialized.
     #[error("cannot build the guest's specification")]
     Rewrite(#[source] serde_json::Error),
 }
@@ -143,11 +145,11 @@ pub struct Bundle {
     pub dir: PathBuf,
     /// Its specification.
     pub spec: Spec,
-    /// Capabilities that it names and nobody knows, which are left out of `spec`.
+    /// Unknown capabilities that it names, which are removed from `spec`.
     pub unknown_capabilities: Vec<String>,
 }
 
-/// What a pod needs to run one container, beyond what the pod is itself ([`PodPlan`]).
+/// What a pod needs to run one container, in addition to [`PodPlan`].
 #[derive(Clone, Debug)]
 pub struct ContainerPlan {
     /// The specification for the guest, JSON.
@@ -160,17 +162,17 @@ pub struct ContainerPlan {
     pub shared: Vec<Shared>,
     /// Block devices of the host, by [`Disk::path`] in `spec_json`.
     pub disks: Vec<Disk>,
-    /// How the kernel of the host weighs the pod when memory is short; none leaves the caller's.
+    /// The OOM score adjustment of the pod's processes on the host; `None` keeps the caller's.
     pub oom_score_adj: Option<i32>,
-    /// For the state.
+    /// The annotations, for the container's state.
     pub annotations: HashMap<String, String>,
-    /// Hooks as the bundle has them.
+    /// The bundle's hooks.
     pub hooks: Hooks,
-    /// What is left out for the guest because it cannot mean anything there.
+    /// The fields that are removed because they mean nothing in the guest.
     pub dropped: Vec<&'static str>,
 }
 
-/// What a creator adds to a bundle, because of the environment in which it was called: systemd's.
+/// What a creator adds to a bundle because of its own environment, which systemd sets.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Additions {
     /// Variables for the container's program.
@@ -179,14 +181,14 @@ pub struct Additions {
     pub notify: bool,
 }
 
-/// Where a container will be: what its plan depends on beside its specification.
+/// What a container's plan depends on besides its specification.
 #[derive(Clone, Debug, Default)]
 pub struct Surroundings {
     /// Its directory in the share, relative to the share's root.
     pub directory: PathBuf,
-    /// Namespaces that it joins, as the guest names them.
+    /// Namespaces that it joins, with their paths in the guest.
     pub namespaces: Vec<(LinuxNamespaceType, PathBuf)>,
-    /// It is the one that the pod is brought up for.
+    /// Whether the pod is started for this container.
     pub brings_up_the_pod: bool,
     /// The limits of its creator.
     pub limits: ProcessLimits,
@@ -197,7 +199,7 @@ pub struct Surroundings {
 /// Reads a bundle.
 ///
 /// # Errors
-/// Names the file, and the line and column where it is about JSON.
+/// Names the file, and for JSON errors the line and column.
 pub fn read(dir: &Path) -> Result<Bundle, BundleError> {
     let dir = fs::canonicalize(dir)
         .map_err(|source| BundleError::NoBundle { path: dir.to_owned(), source })?;
@@ -208,10 +210,10 @@ pub fn read(dir: &Path) -> Result<Bundle, BundleError> {
     Ok(Bundle { dir, spec, unknown_capabilities })
 }
 
-/// Reads a process of its own, as `exec` has it.
+/// Reads the `process` object of an `exec`.
 ///
 /// # Errors
-/// It is none.
+/// When it is not such an object.
 pub fn read_process(json: &[u8]) -> Result<Process, serde_json::Error> {
     let (process, unknown) = lenient::process(json)?;
     warn_of_unknown(&unknown);
@@ -224,7 +226,7 @@ pub fn capability(name: &str) -> Option<Capability> {
     lenient::capability(&name.into())
 }
 
-/// Says in the words of runc that capabilities are left out.
+/// Warns with runc's message that capabilities are ignored.
 pub fn warn_of_unknown(capabilities: &[String]) {
     if !capabilities.is_empty() {
         let names = capabilities.join(" ");
@@ -244,10 +246,10 @@ fn read_config(dir: &Path, path: &Path) -> Result<Vec<u8>, BundleError> {
     fs::read(path).map_err(unreadable)
 }
 
-/// What of a container's resources the guest keeps, JSON.
+/// The part of a container's resources that the guest enforces, as JSON.
 ///
 /// # Errors
-/// When they cannot be written.
+/// When they cannot be serialized.
 pub fn resources_for_guest(resources: &LinuxResources) -> Result<Vec<u8>, BundleError> {
     let mut resources = resources.clone();
     resources::for_guest(&mut resources);
@@ -261,14 +263,14 @@ fn namespaces(spec: &Spec) -> &[LinuxNamespace] {
 }
 
 impl Bundle {
-    /// Checks that the specification can be kept; gives the namespaces of other containers of this
-    /// root that it joins.
+    /// Checks that the specification is supported; returns the namespaces of other containers of
+    /// this root that it joins.
     ///
     /// # Errors
-    /// Names the first thing that cannot be kept.
+    /// Names the first thing that is not supported.
     pub fn check(&self, root: &Path) -> Result<Joined, BundleError> {
         let mut namespaces = namespaces(&self.spec).iter();
-        // Most join nobody, and then nobody has to be looked at.
+        // Most containers join no namespace; then other containers need not be listed.
         let neighbours = match namespaces.any(|entry| entry.path().is_some()) {
             true => Neighbours::of(root)?,
             false => Neighbours::default(),
@@ -279,7 +281,8 @@ impl Bundle {
     /// Turns the specification into what the pod needs for the container.
     ///
     /// # Errors
-    /// When the root file system or the source of a bind mount is not there.
+    /// When the root file system, the source of a bind mount or a device cannot be used, or the
+    /// specification is too large.
     pub fn plan(
         &self,
         id: &ContainerId,
@@ -310,7 +313,7 @@ impl Bundle {
         self.spec.process().as_ref().and_then(Process::terminal) == Some(true)
     }
 
-    /// The network namespace of the host that is the container's.
+    /// The container's network namespace on the host.
     #[must_use]
     pub fn network(&self) -> Network {
         let mut namespaces = namespaces(&self.spec).iter();
@@ -318,7 +321,7 @@ impl Bundle {
         entry.and_then(|entry| entry.path().clone()).map_or(Network::New, Network::Join)
     }
 
-    /// The file of the host that is the container's resolv.conf(5).
+    /// The file of the host that is mounted as the container's resolv.conf(5).
     #[must_use]
     pub fn resolv_conf(&self) -> Option<PathBuf> {
         let mounts = self.spec.mounts().iter().flatten();
@@ -326,13 +329,13 @@ impl Bundle {
         mounts.next_back()?.source().clone()
     }
 
-    /// The cgroup of the host that is the pod's.
+    /// The path of the pod's cgroup on the host, if the specification has one.
     #[must_use]
     pub fn cgroups_path(&self) -> Option<&Path> {
         self.spec.linux().as_ref().and_then(|linux| linux.cgroups_path().as_deref())
     }
 
-    /// What the container may use.
+    /// The container's limits.
     #[must_use]
     pub fn resources(&self) -> LinuxResources {
         let linux = self.spec.linux().as_ref();
@@ -341,7 +344,7 @@ impl Bundle {
         resources
     }
 
-    /// Whether hooks look at the container before its program runs.
+    /// Whether there are prestart or createRuntime hooks.
     #[must_use]
     pub fn has_early_hooks(&self) -> bool {
         self.spec.hooks().as_ref().is_some_and(|hooks| {

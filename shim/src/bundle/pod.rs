@@ -1,5 +1,5 @@
-//! What is the pod's, whichever containers come into it: planned from the specification of whoever brings
-//! it up, a first container as well as a sandbox without one.
+//! The plan of a pod, whichever containers it has later. It is made from the specification that
+//! starts the pod: of a first container, or of a sandbox without one.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -9,26 +9,26 @@ use oci_spec::runtime::{LinuxNamespaceType, Spec};
 use super::{Bundle, HostSize, MachineSize, namespaces};
 use crate::network::namespace::Network;
 
-/// What a pod is.
+/// The properties of a pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PodPlan {
     /// The host name of the machine itself.
     pub hostname: String,
     /// vCPUs and memory at the start.
     pub size: MachineSize,
-    /// What they can become.
+    /// The largest size that the machine can grow to.
     pub most: MachineSize,
-    /// Settings of the machine's network, which all containers of the pod share, by their names in
+    /// Sysctls of the machine's network, which all containers of the pod share, by their names in
     /// sysctl(8).
     pub sysctls: BTreeMap<String, String>,
-    /// The network namespace of the host whose interfaces are the machine's.
+    /// The network namespace of the host whose interfaces the machine gets.
     pub network: Network,
     /// The resolv.conf(5) of the host that may name servers in that namespace.
     pub resolv_conf: Option<PathBuf>,
 }
 
 impl PodPlan {
-    /// The pod that a bundle's container brings up.
+    /// The plan of the pod that is started for a bundle's container.
     #[must_use]
     pub fn of(bundle: &Bundle, host: HostSize) -> Self {
         let size = MachineSize::of(&[&bundle.resources()], host);
@@ -43,13 +43,13 @@ impl PodPlan {
     }
 }
 
-/// Whether a setting is one of the machine's network.
+/// Whether a sysctl belongs to the machine's network.
 pub(super) fn is_of_the_pod(name: &str) -> bool {
     name.starts_with("net.")
 }
 
-/// The container's host name, or the host's for one that asks for no UTS namespace and so shows the
-/// machine's.
+/// The container's host name. It is the host's if none is given, or if the container has no UTS
+/// namespace and so sees the machine's.
 fn hostname(spec: &Spec) -> String {
     let own = namespaces(spec).iter().any(|entry| entry.typ() == LinuxNamespaceType::Uts);
     match spec.hostname() {

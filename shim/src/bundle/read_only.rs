@@ -1,9 +1,9 @@
-//! How far a bind mount is read-only: `ro` is about the mount itself, `rro` about what is mounted below it
-//! too.
+//! How far a bind mount is read-only: `ro` applies to the mount itself, `rro` also to the mounts
+//! below it.
 //!
 //! The guest sees a mount and everything below it as one file system, and could only make all of it
-//! read-only. So where something is mounted below one that is `ro`, the option stays on the host, whose
-//! mounts refuse to be written to one by one.
+//! read-only. So if there are mounts below a mount that is `ro`, only the host applies the option,
+//! because it can do so for a single mount.
 
 use std::fs;
 use std::io;
@@ -12,20 +12,20 @@ use std::path::Path;
 
 use oci_spec::runtime::Mount;
 
-/// What the kernel writes as an octal number in a table of mounts.
+/// The bytes that the kernel escapes as octal numbers in a table of mounts.
 const ESCAPED: &[u8] = b" \t\n\\";
 
-/// What of a bind mount cannot be written to.
+/// Which mounts of a bind mount are read-only.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct ReadOnly {
     /// The mount itself.
     pub(super) itself: bool,
-    /// What is mounted below it.
+    /// The mounts below it.
     pub(super) below: bool,
 }
 
-/// What the options of a mount ask for: recursive ones hold for the mount itself too, wherever they are
-/// in the list.
+/// Reads a mount's options. Recursive options apply to the mount itself too, wherever they are in
+/// the list.
 pub(super) fn of(mount: &Mount) -> ReadOnly {
     let mut options = mount.options().iter().flatten().rev().map(String::as_str);
     let has = |name: &str| options.clone().any(|option| option == name);
@@ -39,11 +39,11 @@ pub(super) fn of(mount: &Mount) -> ReadOnly {
     }
 }
 
-/// Leaves it to the host to keep a mount read-only, if the guest could not do so without what is mounted
-/// below its source.
+/// Removes `ro` from the guest's options if there are mounts below the source, which the guest
+/// would make read-only too. The host still enforces it.
 ///
 /// # Errors
-/// There is no table of mounts.
+/// When the source or the table of mounts cannot be read.
 pub(super) fn leave_to_host(
     mount: &mut Mount,
     source: &Path,
@@ -59,8 +59,8 @@ pub(super) fn leave_to_host(
     Ok(())
 }
 
-/// What is mounted on the host, once somebody has asked: the table can be long, and so can the list of
-/// a container's mounts.
+/// The host's table of mounts, which is read once and only if needed: the table can be long, and so
+/// can the list of a container's mounts.
 #[derive(Debug, Default)]
 pub(super) struct HostMounts(Option<Vec<u8>>);
 
@@ -75,7 +75,7 @@ impl HostMounts {
     }
 }
 
-/// Whether a table of mounts, proc_pid_mountinfo(5), has one below a directory.
+/// Returns whether a table of mounts, proc_pid_mountinfo(5), has a mount below a directory.
 fn lists_below(table: &[u8], directory: &Path) -> bool {
     let mut prefix = Vec::new();
     for byte in directory.as_os_str().as_bytes() {

@@ -1,8 +1,8 @@
-//! A root that is read-only, `root.readonly`, on the host's side too: a guest that has been taken over
-//! cannot write to it either.
+//! A read-only root (`root.readonly`) that the host enforces too: even a compromised guest cannot
+//! write to it.
 //!
-//! Nobody can make mount points in it then but the host, before the guest sees it. Where something else
-//! has to be written in it before the container's program runs, it stays the guest's to keep.
+//! Only the host can then make mount points in it, before the guest sees it. If anything else has
+//! to be written in it before the container's program runs, only the guest makes it read-only.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -11,14 +11,15 @@ use oci_spec::runtime::Spec;
 
 use super::{FileKind, id_map};
 
-/// Whether the root is read-only, and nobody in the guest has to write to it first.
+/// Whether the root is read-only, and nothing in the guest has to write to it first.
 pub(super) fn is_hosts_to_keep(spec: &Spec) -> bool {
     let root = spec.root().as_ref();
     root.is_some_and(|root| root.readonly() == Some(true)) && !is_written_to(spec)
 }
 
-/// What is to be made in such a root, in this order: mount points, then the working directory. `kinds`
-/// has what is mounted from somewhere in the guest; the rest is mounted on directories.
+/// What the host makes in such a root, in this order: mount points, then the working directory.
+/// `kinds` has the types of bind mounts by their source in the guest; all other mounts are mounted
+/// on directories.
 pub(super) fn mount_points(
     spec: &Spec,
     kinds: &HashMap<PathBuf, FileKind>,
@@ -31,8 +32,8 @@ pub(super) fn mount_points(
     mounts.chain(cwd).collect()
 }
 
-/// Whether the guest writes to the root before the container's program runs: nodes of devices, hooks, and
-/// mount points whose owner is not the host's root.
+/// Whether the guest writes to the root before the container's program runs: device nodes, hooks,
+/// and mount points whose owner is not the host's root.
 fn is_written_to(spec: &Spec) -> bool {
     let mut mounts = spec.mounts().iter().flatten();
     let linux = spec.linux().as_ref();

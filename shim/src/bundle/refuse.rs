@@ -1,8 +1,8 @@
-//! What a specification may not ask for, because a pod behind its own wall cannot keep it.
+//! Refuses specifications that ask for something that a pod with a machine of its own cannot do.
 //!
-//! Refused before anything is started, with what to do instead. What the guest keeps (pid, ipc,
-//! uts, mount, cgroup, user and time namespaces of its own, seccomp, capabilities, resources,
-//! mounts) passes and is not looked at here.
+//! A refusal comes before anything is started, and says what to do instead. What the guest
+//! implements (its own pid, ipc, uts, mount, cgroup, user and time namespaces, seccomp,
+//! capabilities, resources, mounts) is accepted and not checked here.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -18,13 +18,13 @@ use super::disks::DISKS_MAX;
 use super::{id_map, unified};
 use crate::supervisor::neighbours::{Joined, Neighbours};
 
-/// Something that is asked for and cannot be kept.
+/// A part of a specification that is not supported.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[error("{what}; {instead}")]
 pub struct Refusal {
-    /// The field and why not.
+    /// The field and the reason.
     pub what: String,
-    /// The way out.
+    /// What to do instead.
     pub instead: &'static str,
 }
 
@@ -35,17 +35,17 @@ pub(crate) fn refuse(what: impl Into<String>, instead: &'static str) -> Refusal 
 /// The network namespace that this process is in.
 const OWN_NETWORK: &str = "/proc/self/ns/net";
 
-/// How crun is asked to leave a process the groups of its caller (`--group-add keep-groups` of Podman).
+/// The annotation that makes crun keep the caller's groups (`--group-add keep-groups` of Podman).
 const KEEP_GROUPS: &str = "run.oci.keep_original_groups";
 
-/// Character devices that the guest has itself, by major and minor number.
+/// Character devices that exist in the guest, by major and minor number.
 const GUEST_DEVICES: [(i64, i64); 11] =
     [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (1, 11), (5, 0), (5, 1), (5, 2), (10, 200), (10, 229)];
 
-/// Looks through the whole specification; gives the namespaces of neighbours that it joins.
+/// Checks the whole specification; returns the namespaces of neighbours that it joins.
 ///
 /// # Errors
-/// The first thing that cannot be kept.
+/// The first thing that is not supported.
 pub fn check(spec: &Spec, neighbours: &Neighbours) -> Result<Joined, Refusal> {
     process(spec)?;
     if spec.root().is_none() {
@@ -58,7 +58,8 @@ pub fn check(spec: &Spec, neighbours: &Neighbours) -> Result<Joined, Refusal> {
     };
     let list = linux.namespaces().as_deref().unwrap_or_default();
     let joined = namespaces(list, neighbours)?;
-    // A caller that allows every device lists those of the host without asking for any.
+    // A caller that allows every device lists all devices of the host, and asks for none in
+    // particular.
     if !every_device_allowed(linux) {
         let (disks, others): (Vec<_>, Vec<_>) =
             linux.devices().iter().flatten().partition(|device| device.typ() == LinuxDeviceType::B);
@@ -163,8 +164,8 @@ fn namespaces(namespaces: &[LinuxNamespace], neighbours: &Neighbours) -> Result<
     joined.check()
 }
 
-/// Checks that a network namespace is there and not the one that this process is in: its interfaces
-/// become the guest's.
+/// Checks that a network namespace exists and is not this process's own: the machine takes over its
+/// interfaces.
 fn network(path: &Path) -> Result<(), Refusal> {
     let number = |path| fs::metadata(path).map(|found| (found.dev(), found.ino()));
     match number(path) {
@@ -180,7 +181,7 @@ fn network(path: &Path) -> Result<(), Refusal> {
     }
 }
 
-/// Whether the container may use any device there is, which is what a privileged one is given.
+/// Whether the container may use every device, as a privileged container may.
 pub(super) fn every_device_allowed(linux: &Linux) -> bool {
     let resources = linux.resources().as_ref();
     let rules = resources.and_then(|resources| resources.devices().as_deref()).unwrap_or_default();
@@ -289,7 +290,7 @@ mod tests {
     #[test]
     fn new_namespaces_and_a_network_that_is_not_the_hosts_are_taken() {
         assert_eq!(refused(&with(json!({"type": "network"}))), None);
-        // Of another file, as every other namespace is.
+        // Any file but the network namespace of this process is accepted here.
         let other = with(json!({"type": "network", "path": "/proc/self/ns/uts"}));
         assert_eq!(refused(&other), None);
     }

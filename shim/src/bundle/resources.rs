@@ -1,17 +1,16 @@
-//! `linux.resources` while a container lives: what changes, and what of it is the guest's.
+//! `linux.resources` of a container: how an update changes it, and which part the guest enforces.
 //!
-//! The host keeps all of it, and hands on what the machine can keep.
+//! The host's cgroup has all limits, and the guest those that can apply inside the machine.
 
 use oci_spec::runtime::{LinuxMemory, LinuxResources};
 
 use super::size::PERIOD_DEFAULT_US;
 use super::unified;
 
-/// The files of `unified` that are the container's own cgroup's, in the guest.
+/// The prefixes of files in `unified` that apply to the container's own cgroup in the guest.
 const GUEST_FILES: [&str; 5] = ["cgroup.", "cpu.", "hugetlb.", "memory.", "pids."];
 
-/// Takes over what an update sets. As under runc, 0 and an empty list leave a limit as it is, and -1
-/// takes it away.
+/// Applies an update. As in runc, 0 and an empty list leave a limit as it is, and -1 removes it.
 pub fn merge(current: &mut LinuxResources, update: &LinuxResources) {
     let mut update = update.clone();
     unified::fold(&mut update);
@@ -53,8 +52,8 @@ pub fn merge(current: &mut LinuxResources, update: &LinuxResources) {
     }
 }
 
-/// Gives limits the one form that the rest of this program knows: as under runc, a number that is 0
-/// and a list that is empty are none, and files are fields where there is one ([`unified`]).
+/// Brings limits to the one form that the rest of this program knows. As in runc, the number 0 and
+/// an empty list mean that there is no limit. Files become fields where there is one (`unified`).
 pub fn normalize(resources: &mut LinuxResources) {
     unified::fold(resources);
     if let Some(memory) = resources.memory_mut() {
@@ -79,12 +78,13 @@ pub fn normalize(resources: &mut LinuxResources) {
     }
 }
 
-/// What the guest keeps, of limits in the form that [`normalize`] gives. Processors, memory nodes and
-/// disks are numbered by the host, whose cgroup keeps them; so are files of other controllers.
+/// Reduces limits, in the form that [`normalize`] gives, to those that the guest enforces.
+/// Processors, memory nodes and disks have the host's numbers, so the host's cgroup enforces their
+/// limits, and also files of other controllers.
 pub(super) fn for_guest(resources: &mut LinuxResources) {
     resources.set_block_io(None);
     if let Some(cpu) = resources.cpu_mut() {
-        // Realtime is of cgroup v1, which the guest does not have.
+        // Realtime limits need cgroup v1, which the guest does not have.
         cpu.set_cpus(None).set_mems(None).set_realtime_runtime(None).set_realtime_period(None);
     }
     if let Some(files) = resources.unified_mut() {
@@ -93,8 +93,9 @@ pub(super) fn for_guest(resources: &mut LinuxResources) {
     say_no_swap(resources);
 }
 
-/// Names the file that says "no swap" where memory and swap together are the limit: libcgroups takes
-/// a swap of 0 for none given, and leaves `memory.swap.max` of cgroup v2 as it is.
+/// Sets the file `memory.swap.max` of cgroup v2 to 0 if the limit of memory and swap together
+/// equals the memory limit. libcgroups takes a swap of 0 as not given, and leaves the file as it
+/// is.
 pub fn say_no_swap(resources: &mut LinuxResources) {
     let Some(memory) = resources.memory() else { return };
     if memory.limit().is_some_and(|limit| limit > 0) && memory.swap() == memory.limit() {
@@ -104,8 +105,8 @@ pub fn say_no_swap(resources: &mut LinuxResources) {
     }
 }
 
-/// What the containers of one pod may use together. What one of them may use without limit, the pod
-/// may; whatever cannot be added up is the first one's.
+/// The limits of all containers of a pod together. If one container has no limit, neither has the
+/// pod. Limits that cannot be added up are those of the first container.
 #[must_use]
 pub fn total(all: &[&LinuxResources]) -> LinuxResources {
     let Some((first, others)) = all.split_first() else { return LinuxResources::default() };
@@ -133,7 +134,7 @@ pub fn total(all: &[&LinuxResources]) -> LinuxResources {
     total
 }
 
-/// A quota as it would be in another period.
+/// Converts a quota to another period.
 fn quota_of(resources: &LinuxResources, period: u64) -> Option<i64> {
     let cpu = resources.cpu().as_ref()?;
     let own = cpu.period().filter(|own| *own > 0).unwrap_or(PERIOD_DEFAULT_US);

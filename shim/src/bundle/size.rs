@@ -1,4 +1,4 @@
-//! How large a pod's machine is, from what its container may use.
+//! The size of a pod's machine, computed from the limits of its containers.
 
 use std::fs;
 
@@ -9,18 +9,18 @@ use oci_spec::runtime::LinuxResources;
 const MEMORY_DEFAULT_MIB: u64 = 128;
 /// The least memory of a machine, in MiB.
 const MEMORY_MIN_MIB: u64 = 128;
-/// What the guest kernel and the agent use themselves, in MiB: it is added to the container's limit
-/// so that the limit, not the machine, is what the container runs into.
+/// What the guest kernel and the agent use themselves, in MiB. It is added to the container's
+/// limit, so that the container reaches its limit before the machine is out of memory.
 pub const MACHINE_OVERHEAD_MIB: u64 = 128;
-/// The most processors that a machine is told of without having them, because each costs memory:
+/// The most processors that are declared to a guest for later growth. Each costs memory:
 /// docs/decisions/0014-growing-machines.md.
 const DECLARED_MAX: u8 = 8;
-/// The processors of the host as a list.
+/// The list of the host's online processors.
 const PROCESSORS_ONLINE: &str = "/sys/devices/system/cpu/online";
-/// The kernel's own period when none is given, in microseconds.
+/// The kernel's default CFS period, in microseconds.
 pub(super) const PERIOD_DEFAULT_US: u64 = 100_000;
 
-/// What the host has.
+/// The size of the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HostSize {
     /// Processors online.
@@ -29,7 +29,7 @@ pub struct HostSize {
     pub memory_mib: u64,
 }
 
-/// What a machine gets.
+/// The size of a machine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MachineSize {
     /// vCPUs.
@@ -39,8 +39,8 @@ pub struct MachineSize {
 }
 
 impl HostSize {
-    /// This host's, whatever the caller itself may use of it: the pod has a cgroup of its own, and
-    /// the processors of a machine may become more than those of now.
+    /// Measures this host, whatever part of it the caller itself may use: the pod has a cgroup of
+    /// its own, and its machine may get more processors later.
     #[must_use]
     pub fn measure() -> Self {
         let online = fs::read_to_string(PROCESSORS_ONLINE).unwrap_or_default();
@@ -54,7 +54,7 @@ impl HostSize {
 }
 
 impl MachineSize {
-    /// That of a machine for these containers.
+    /// The size of a machine for these containers.
     #[must_use]
     pub fn of(all: &[&LinuxResources], host: HostSize) -> Self {
         let memory = all.iter().map(|it| limit_mib(it).unwrap_or(MEMORY_DEFAULT_MIB));
@@ -68,7 +68,7 @@ impl MachineSize {
         }
     }
 
-    /// The most that a machine which starts with this size can become.
+    /// The largest size that a machine of this initial size can grow to.
     #[must_use]
     pub fn most(self, host: HostSize) -> Self {
         let vcpus = u8::try_from(host.cpus.min(DECLARED_MAX.into())).unwrap_or(DECLARED_MAX);
@@ -77,13 +77,13 @@ impl MachineSize {
     }
 }
 
-/// The memory limit, rounded up.
+/// The memory limit in MiB, rounded up.
 fn limit_mib(resources: &LinuxResources) -> Option<u64> {
     let limit = u64::try_from(resources.memory().as_ref()?.limit()?).ok()?;
     (limit > 0).then(|| limit.div_ceil(1 << 20))
 }
 
-/// Whole processors that a quota amounts to.
+/// The number of processors that a quota needs, rounded up.
 fn quota(resources: &LinuxResources) -> Option<u64> {
     let cpu = resources.cpu().as_ref()?;
     let period = cpu.period().filter(|period| *period > 0).unwrap_or(PERIOD_DEFAULT_US);
@@ -91,13 +91,13 @@ fn quota(resources: &LinuxResources) -> Option<u64> {
     (quota > 0).then(|| quota.div_ceil(period))
 }
 
-/// Those of the quota; without one, those of the cpuset; 0 when nothing is said.
+/// The number of processors by the quota; without one, by the cpuset; 0 without either.
 fn processors(resources: &LinuxResources) -> u64 {
     let cpuset = resources.cpu().as_ref().and_then(|cpu| cpu.cpus().as_deref());
     quota(resources).unwrap_or_else(|| cpuset.map_or(0, listed))
 }
 
-/// How many processors a list such as `0-3,8` names; 0 when it cannot be read.
+/// How many processors a list such as `0-3,8` names; parts that cannot be parsed count as 0.
 fn listed(list: &str) -> u64 {
     let count = |range: &str| -> Option<u64> {
         let (first, last) = range.split_once('-').unwrap_or((range, range));

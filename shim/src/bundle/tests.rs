@@ -231,7 +231,8 @@ fn what_is_the_pods_is_planned_apart() {
         pod.sysctls.into_iter().collect::<Vec<_>>(),
         [("net.ipv4.ip_forward".into(), "1".into())]
     );
-    // Whoever brings it up does not ask for it again; whoever joins asks for what is its own.
+    // The container that starts the pod leaves net sysctls to the pod; one that joins keeps its
+    // own.
     assert_eq!(bundle.guest_spec()["linux"]["sysctl"], json!({"kernel.shmmax": "5"}));
     let joined = Surroundings::default();
     let plan = read(bundle.path()).unwrap().plan(&"c2".parse().unwrap(), &joined).unwrap();

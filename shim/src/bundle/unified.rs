@@ -1,9 +1,9 @@
 //! `linux.resources.unified`: limits by the names of cgroup v2's files
 //! (Documentation/admin-guide/cgroup-v2.rst).
 //!
-//! A limit that the specification has a field for becomes that field, so that whatever sizes a machine,
-//! adds limits up or sets them on a host with cgroup v1 has to look in one place only. As under runc a
-//! file counts more than a field.
+//! If the specification has a field for the same limit, the value moves to that field. Code that
+//! sizes a machine, adds limits up or sets them on a host with cgroup v1 then has to look in one
+//! place only. As in runc, a file takes precedence over a field.
 
 use std::collections::HashMap;
 
@@ -11,14 +11,14 @@ use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxPids, LinuxResources};
 
 use super::refuse::{Refusal, refuse};
 
-/// How a file says that there is no limit, and a field.
+/// The value that means "no limit" in a file, and in a field.
 const MAX: &str = "max";
 const NO_LIMIT: i64 = -1;
 
 /// Checks that only files of the container's own cgroup are named.
 ///
 /// # Errors
-/// Names one that is not.
+/// Names a file that is not.
 pub fn check(resources: &LinuxResources) -> Result<(), Refusal> {
     let mut names = resources.unified().iter().flat_map(HashMap::keys);
     match names.find(|name| name.is_empty() || name.contains('/')) {
@@ -30,12 +30,13 @@ pub fn check(resources: &LinuxResources) -> Result<(), Refusal> {
     }
 }
 
-/// Makes fields of what files say. What cannot be read stays, for the kernel to refuse.
+/// Moves values from files to fields. A value that cannot be parsed stays, and the kernel refuses
+/// it.
 pub(super) fn fold(resources: &mut LinuxResources) {
     let Some(mut files) = resources.unified().clone() else { return };
     fold_memory(resources, &mut files);
     fold_cpu(resources, &mut files);
-    // None at all is more than a field can say.
+    // A limit of 0 stays in the file: in the field it would mean that there is no limit.
     if let Some(limit) = take(&mut files, "pids.max", |text| limit(text).filter(|n| *n != 0)) {
         let mut pids = LinuxPids::default();
         pids.set_limit(limit);
@@ -48,7 +49,7 @@ fn fold_memory(resources: &mut LinuxResources, files: &mut HashMap<String, Strin
     let mut memory = resources.memory().unwrap_or_default();
     let before = memory;
     if let Some(limit) = take(files, "memory.max", |text| bytes(text).filter(|n| *n != 0)) {
-        // The field is of memory and swap together.
+        // The field `swap` limits memory and swap together.
         let swap = match (before.swap(), before.limit()) {
             (Some(swap), Some(old)) if swap > 0 && old > 0 && limit > 0 => {
                 Some(limit.saturating_add(swap.saturating_sub(old)))
@@ -92,7 +93,7 @@ fn fold_cpu(resources: &mut LinuxResources, files: &mut HashMap<String, String>)
         cpu.set_mems(Some(list));
     }
     if cpu.idle() == Some(1) {
-        // The kernel then refuses any weight.
+        // The kernel refuses any weight for an idle cgroup.
         files.remove("cpu.weight");
         files.remove("cpu.weight.nice");
         cpu.set_shares(None);
@@ -102,7 +103,7 @@ fn fold_cpu(resources: &mut LinuxResources, files: &mut HashMap<String, String>)
     }
 }
 
-/// Takes a file out whose value can be read.
+/// Removes a file and returns its value, if the value can be parsed.
 fn take<T>(
     files: &mut HashMap<String, String>,
     name: &str,
@@ -137,7 +138,7 @@ pub(crate) fn bytes(text: &str) -> Option<i64> {
     number.parse::<i64>().ok().filter(|number| *number >= 0)?.checked_mul(1 << shift)
 }
 
-/// What `cpu.max` has: a quota, and a period if one is given.
+/// Parses `cpu.max`: a quota, and a period if one is given.
 fn bandwidth(text: &str) -> Option<(i64, Option<u64>)> {
     let mut words = text.split_whitespace();
     let quota = limit(words.next()?).filter(|quota| *quota != 0)?;

@@ -6,8 +6,8 @@ use std::path::Path;
 
 use libcgroups::common::DEFAULT_CGROUP_ROOT;
 
-/// Enables every controller that the host has for a cgroup, as runc does: libcgroups and systemd enable
-/// only those that they know themselves.
+/// Enables every controller of the host for a cgroup, as runc does: libcgroups and systemd enable
+/// only those that they know.
 pub(super) fn enable(directory: &Path) {
     enable_below(Path::new(DEFAULT_CGROUP_ROOT), directory);
 }
@@ -20,7 +20,7 @@ fn enable_below(root: &Path, directory: &Path) {
         let (available, enabled) = (read("cgroup.controllers"), read("cgroup.subtree_control"));
         let missing = |name: &&str| !enabled.split_whitespace().any(|other| other == *name);
         for controller in available.split_whitespace().filter(missing) {
-            // One that cannot be enabled here is missed by a limit that needs it, if there is any.
+            // If a controller cannot be enabled, setting a limit that needs it fails later.
             let _ = fs::write(parent.join("cgroup.subtree_control"), format!("+{controller}"));
         }
         parent.push(name);
@@ -45,7 +45,7 @@ mod tests {
             fs::read_to_string(directory.join("cgroup.subtree_control")).unwrap()
         };
         assert_eq!(asked(root.path()), "+misc");
-        // A file of a real cgroup takes one after the other; here the last one is left.
+        // A real cgroup adds one controller with each write; this plain file keeps only the last.
         assert_eq!(asked(&root.path().join("a")), "+memory");
         assert!(!leaf.join("cgroup.subtree_control").exists());
     }

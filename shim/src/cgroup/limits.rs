@@ -1,5 +1,5 @@
-//! What a pod's cgroup on the host may use: its container's limits, and on top what a machine takes
-//! that a plain container does not. The container itself runs into its own limits, inside.
+//! The limits of a pod's cgroup on the host: its container's limits, plus what a machine needs and
+//! a plain container does not. The container's own limits apply in the guest.
 
 use std::collections::HashMap;
 
@@ -10,9 +10,9 @@ use oci_spec::runtime::{
 use crate::bundle::{self, MACHINE_OVERHEAD_MIB};
 
 /// Memory of monitor, file server, supervisor and stand-ins with page tables and sockets, in MiB;
-/// several times what they have at rest.
+/// several times what they use when idle.
 const PROCESSES_MIB: u64 = 64;
-/// Threads of the host: one for each vCPU and each device, and the supervisor's.
+/// Threads on the host: one for each vCPU and each device, and the supervisor's.
 const TASKS: i64 = 256;
 
 /// The limits of a pod's cgroup.
@@ -20,12 +20,13 @@ const TASKS: i64 = 256;
 pub struct Limits(LinuxResources);
 
 impl Limits {
-    /// From those of its container.
+    /// The limits for a pod whose containers have the limits `container`.
     #[must_use]
     pub fn of(container: &LinuxResources) -> Self {
         let mut host = container.clone();
-        // Who opens devices is the supervisor, and what it hands on is decided elsewhere
-        // (`crate::bundle::refuse`). Said aloud: without any rule libcgroups has some of its own.
+        // The supervisor opens devices, and which ones it passes to the machine is decided
+        // elsewhere (`crate::bundle::refuse`). The rule is explicit because libcgroups adds its own
+        // if there is none.
         let everything =
             LinuxDeviceCgroupBuilder::default().allow(true).typ(LinuxDeviceType::A).access("rwm");
         host.set_devices(everything.build().ok().map(|rule| vec![rule]));
@@ -40,20 +41,21 @@ impl Limits {
         Self(host)
     }
 
-    /// All of them.
+    /// All limits.
     #[must_use]
     pub const fn whole(&self) -> &LinuxResources {
         &self.0
     }
 
-    /// That of memory, in bytes.
+    /// The memory limit, in bytes.
     #[must_use]
     pub fn memory(&self) -> Option<u64> {
         let limit = self.0.memory().as_ref()?.limit()?;
         u64::try_from(limit).ok().filter(|limit| *limit > 0)
     }
 
-    /// With another one of memory; as much is added to that of memory and swap together.
+    /// The limits with another memory limit. The limit of memory and swap together changes by the
+    /// same amount.
     #[must_use]
     pub fn with_memory(&self, bytes: u64) -> LinuxResources {
         let mut resources = self.0.clone();
@@ -67,7 +69,7 @@ impl Limits {
         resources
     }
 
-    /// What counts while the machine boots: nothing that would only slow it down.
+    /// The limits while the machine boots, without those that would only slow it down.
     #[must_use]
     pub fn while_it_boots(&self) -> LinuxResources {
         let mut resources = self.0.clone();
@@ -81,7 +83,7 @@ impl Limits {
         resources
     }
 
-    /// What [`Limits::while_it_boots`] leaves out, if anything.
+    /// The limits that [`Limits::while_it_boots`] leaves out, if any.
     #[must_use]
     pub fn held_back(&self) -> Option<LinuxResources> {
         let mut resources = LinuxResources::default();
@@ -100,37 +102,38 @@ impl Limits {
     }
 }
 
-/// Where something may run, without how much.
+/// The processors and memory nodes of a limit, without quota and weight.
 fn only_places(cpu: &LinuxCpu) -> LinuxCpu {
     let mut places = LinuxCpu::default();
     places.set_cpus(cpu.cpus().clone()).set_mems(cpu.mems().clone());
     places
 }
 
-/// Whether a file of cgroup v2 limits how fast something runs, not what it may have.
+/// Whether a file of cgroup v2 limits speed rather than an amount.
 fn slows_down(file: &str) -> bool {
     file.starts_with("cpu.") || file.starts_with("io.")
 }
 
 fn with_the_machine(mut memory: LinuxMemory) -> LinuxMemory {
     let raised = |amount: Option<i64>| amount.map(with_overhead);
-    // Memory and swap together, so it grows by as much.
+    // `swap` is memory and swap together, so it grows by the same amount.
     let (limit, swap) = (raised(memory.limit()), raised(memory.swap()));
     let reservation = raised(memory.reservation());
     memory.set_limit(limit).set_swap(swap).set_reservation(reservation);
-    // Of cgroup v1: what the kernel keeps for the container is in the guest.
+    // These are limits of cgroup v1 for kernel memory, and the container's kernel memory is in the
+    // guest.
     memory.set_kernel(None).set_kernel_tcp(None);
     memory
 }
 
-/// An amount of memory and what a machine takes besides; no limit stays none.
+/// Adds what a machine needs to an amount of memory; no limit stays no limit.
 fn with_overhead(amount: i64) -> i64 {
     let more = i64::try_from((MACHINE_OVERHEAD_MIB + PROCESSES_MIB) << 20).unwrap_or(i64::MAX);
     if amount > 0 { amount.saturating_add(more) } else { amount }
 }
 
-/// A file of cgroup v2 as the host's cgroup gets it; nothing for what is only the container's own, whose
-/// cgroup is in the guest.
+/// Converts a file of cgroup v2 for the host's cgroup; returns `None` for files that only apply to
+/// the container's own cgroup in the guest.
 fn of_host((file, value): (String, String)) -> Option<(String, String)> {
     let inside = ["cgroup.", "pids.", "memory.oom.group", "memory.reclaim"];
     if inside.iter().any(|name| file.starts_with(name)) {

@@ -1,24 +1,26 @@
-//! Lowering the host's limit of memory while the machine runs.
+//! Lowers the host's memory limit while the machine runs.
 //!
-//! Inside, the container has its new limit already; what it has lost is free in the guest, which says
-//! so after two seconds and in stretches of 2 MiB (free page reporting). A limit below what the
-//! machine still holds would have the host's kernel kill it, so the host waits. What does not come
-//! back, because a guest has free pages here and there only or does not say what it has, stays
-//! within the limit: it is then what is held, and never more than it was.
+//! In the guest, the container has its new limit already. The memory that it had to give up is free
+//! there, and the guest reports it after two seconds, in blocks of 2 MiB (free page reporting). If
+//! the host's limit were below what the machine still holds, the host's kernel would kill it, so
+//! the supervisor waits. Memory may not come back, because the guest's free pages are scattered or
+//! it does not report them. The limit is then what the machine still holds, and never more than the
+//! limit before.
 
 use std::time::{Duration, Instant};
 
 use super::{Cgroup, CgroupError, Limits};
 
-/// How long memory may take to come back.
+/// How long the guest may take to give memory back.
 const PATIENCE: Duration = Duration::from_secs(6);
-/// How often that is looked at.
+/// How often the usage is checked.
 const STEP: Duration = Duration::from_millis(50);
-/// What the pod may need beside it meanwhile, in bytes.
+/// How much more than it holds the pod may need meanwhile, in bytes.
 const MARGIN: u64 = 8 << 20;
 
 impl Cgroup {
-    /// Sets limits once the pod is below that of memory, or in time one that it is below.
+    /// Sets limits once the pod uses less memory than the limit. If that takes too long, sets a
+    /// memory limit that the pod is below.
     ///
     /// # Errors
     /// When the host has no such limit, or refuses the value.
@@ -41,11 +43,11 @@ impl Cgroup {
         }
     }
 
-    /// Memory that the kernel cannot take back by itself, and the limit of now, in bytes; 0 where it
-    /// does not tell.
+    /// Returns the memory that the kernel cannot reclaim by itself and the current limit, in bytes;
+    /// 0 if they cannot be read.
     fn held(&self) -> (u64, u64) {
         let Ok(memory) = self.stats().map(|stats| stats.memory) else { return (0, 0) };
-        // Of cgroup v2, or v1.
+        // The names of cgroup v2 and v1.
         let cached = memory.stats.get("file").or_else(|| memory.stats.get("cache"));
         let held = memory.memory.usage.saturating_sub(cached.copied().unwrap_or(0));
         (held, memory.memory.limit)

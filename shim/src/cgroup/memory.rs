@@ -1,5 +1,6 @@
-//! The memory controller of a process's cgroup: of version 2 (Documentation/admin-guide/cgroup-v2.rst,
-//! "Memory"), or of version 1 (Documentation/admin-guide/cgroup-v1/memory.rst).
+//! The memory controller of a process's cgroup: of version 2
+//! (Documentation/admin-guide/cgroup-v2.rst, "Memory"), or of version 1
+//! (Documentation/admin-guide/cgroup-v1/memory.rst).
 
 use std::fs::{self, File};
 use std::io;
@@ -13,15 +14,15 @@ use rustix::fs::inotify::{self, CreateFlags, WatchFlags};
 
 use super::{flat, paths_of};
 
-/// The controller's files.
+/// The controller's files in one cgroup version.
 #[derive(Debug)]
 struct Files {
     used: &'static str,
     limit: &'static str,
-    /// What keeps memory from being swapped out, and the file with the value that does it now; 0
-    /// without one.
+    /// The file that limits swapping, and the file whose value, written there, stops further
+    /// swapping; without the second file, the value is 0.
     swap: (&'static str, Option<&'static str>),
-    /// Where kills are counted.
+    /// The file that counts OOM kills.
     kills: &'static str,
 }
 
@@ -38,7 +39,7 @@ const V2: Files = Files {
     kills: "memory.events",
 };
 
-/// What a cgroup may use and has used of memory.
+/// The memory limit and usage of a cgroup.
 #[derive(Debug)]
 pub struct Memory {
     directory: PathBuf,
@@ -53,10 +54,10 @@ pub struct Held {
 }
 
 impl Memory {
-    /// That of a process's cgroup.
+    /// The memory controller of a process's cgroup.
     ///
     /// # Errors
-    /// When there is no such process, or the controller is nowhere.
+    /// When there is no such process, or it is in no hierarchy with the controller.
     pub fn of(pid: u32) -> io::Result<Self> {
         let root = Path::new(DEFAULT_CGROUP_ROOT);
         let mut unified = None;
@@ -71,24 +72,25 @@ impl Memory {
         unified.ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 
-    /// How often a process in it was killed for want of memory.
+    /// How many processes in the cgroup the OOM killer has killed.
     ///
     /// # Errors
-    /// When it is gone.
+    /// When the cgroup does not exist any more.
     pub fn kills(&self) -> io::Result<u64> {
         Ok(flat(&self.read(self.files.kills)?, "oom_kill"))
     }
 
-    /// Whether a kill is counted only after [`Memory::watch`] has told of it.
+    /// Whether the counter increases only after [`Memory::watch`] has reported a kill.
     #[must_use]
     pub fn counts_late(&self) -> bool {
         std::ptr::eq(self.files, &V1)
     }
 
-    /// What becomes readable when there may be one more kill; reading from it does not block.
+    /// Returns a non-blocking descriptor that becomes readable when there may have been another
+    /// kill.
     ///
     /// # Errors
-    /// When it is gone.
+    /// When the cgroup does not exist any more.
     pub fn watch(&self) -> io::Result<OwnedFd> {
         let file = self.directory.join(self.files.kills);
         if !self.counts_late() {
@@ -103,10 +105,11 @@ impl Memory {
         Ok(changes)
     }
 
-    /// Limits the cgroup to what cannot be taken from it and `more` bytes.
+    /// Stops swapping, and limits the cgroup to the memory that cannot be reclaimed plus `more`
+    /// bytes.
     ///
     /// # Errors
-    /// When the kernel does not let it; all is as before then.
+    /// When the kernel refuses; a limit that it refuses leaves all as before.
     pub fn hold(&self, more: u64) -> io::Result<Held> {
         let stat = self.read("memory.stat")?;
         let files = flat(&stat, "active_file") + flat(&stat, "inactive_file");
@@ -114,7 +117,7 @@ impl Memory {
         let (swap, now) = self.files.swap;
         let held = Held {
             limit: self.read(self.files.limit)?,
-            // A kernel without swap has no such file.
+            // A kernel without swap does not have this file.
             swap: self.read(swap).ok(),
         };
         if held.swap.is_some() {
@@ -129,10 +132,10 @@ impl Memory {
         }
     }
 
-    /// Takes back what [`Memory::hold`] did.
+    /// Undoes [`Memory::hold`].
     ///
     /// # Errors
-    /// When it is gone.
+    /// When the cgroup does not exist any more.
     pub fn restore(&self, held: &Held) -> io::Result<()> {
         if let Some(swap) = &held.swap {
             self.write(self.files.swap.0, swap.trim())?;
@@ -149,9 +152,9 @@ impl Memory {
     }
 }
 
-/// Takes everything from what [`Memory::watch`] gave.
+/// Reads everything from the descriptor of [`Memory::watch`].
 pub fn drain(changes: &OwnedFd) {
     let mut space = [MaybeUninit::uninit(); 1024];
-    // Which change it was the counter itself says.
+    // The events are discarded: the counter shows what has changed.
     while rustix::io::read(changes, &mut space).is_ok_and(|(read, _)| !read.is_empty()) {}
 }

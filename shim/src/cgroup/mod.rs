@@ -1,9 +1,10 @@
 //! A pod's cgroup on the host: the one that the specification names (OCI runtime-spec, "Control
-//! groups"), with every process of the pod in it. So what the host counts is what the pod costs,
-//! guest memory, monitor and supervisor included.
+//! groups"). Every process of the pod is in it, so the host accounts for everything that the pod
+//! uses, including guest memory, monitor and supervisor.
 //!
-//! libcgroups speaks to cgroup v1, v2 and systemd. What is ours is where the cgroup is, who is in it
-//! when, and that nobody else's cgroup is ever taken over: removing one kills what is in it.
+//! libcgroups handles cgroup v1, v2 and systemd. This module decides where the cgroup is and which
+//! processes enter it when. It never takes over a cgroup that is in use, because removing a cgroup
+//! kills the processes in it.
 
 mod controllers;
 mod limits;
@@ -38,92 +39,94 @@ pub use self::memory::{Memory, drain};
 use crate::bundle;
 use crate::state::id::ContainerId;
 
-/// Nanoseconds of a microsecond.
+/// Nanoseconds in a microsecond.
 const NANOSECONDS: u64 = 1000;
-/// Microseconds of one of the hundredths of a second in which the kernel tells programs times.
+/// Microseconds in a tick of `USER_HZ` (1/100 s), in which the kernel reports times to programs.
 const TICK: u64 = 10_000;
-/// How long what is in a cgroup that is removed may take to die.
+/// How long the processes in a cgroup that is being removed may take to die.
 const DYING: Duration = Duration::from_secs(10);
-/// How long systemd is left alone before it is asked again.
+/// How long to wait before systemd is asked again.
 const ASKED: Duration = Duration::from_millis(10);
 
-/// Why a cgroup is not as it should be.
+/// Why an operation on a cgroup failed.
 #[derive(Debug, Error)]
 pub enum CgroupError {
-    /// The host's hierarchies.
+    /// The host's cgroup hierarchies cannot be used.
     #[error("cannot use the host's cgroups in /sys/fs/cgroup: {0}")]
     Host(#[from] GetCgroupSetupError),
-    /// A path in systemd's form was not given.
+    /// The path does not have systemd's form.
     #[error(
         "expected cgroupsPath to be of format \"slice:prefix:name\" for systemd cgroups, got \
          {0:?} instead; leave --systemd-cgroup out for a path"
     )]
     NotAUnit(PathBuf),
-    /// systemd with old cgroups.
+    /// systemd cgroups were asked for on a host with cgroup v1.
     #[error("--systemd-cgroup needs a host with cgroup v2; leave it out")]
     UnitOnV1,
-    /// It cannot be opened. (The crate's errors repeat their causes, so the chain ends here.)
+    /// The cgroup cannot be opened. (The crate's errors repeat their causes, so the chain ends
+    /// here.)
     #[error("cgroup {}: {reason}", .path.display())]
     Open {
-        /// Which.
+        /// The cgroup.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         reason: Box<CreateCgroupSetupError>,
     },
-    /// It cannot be made, entered, limited, read or removed.
+    /// The cgroup cannot be made, entered, limited, read or removed.
     #[error("cgroup {}: {reason}", .path.display())]
     Use {
-        /// Which.
+        /// The cgroup.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         reason: Box<AnyManagerError>,
     },
-    /// Somebody else's.
+    /// The cgroup has processes already.
     #[error(
         "container's cgroup is not empty: {count} process(es) found in {}; name another with \
          linux.cgroupsPath", .path.display()
     )]
     Taken {
-        /// Which.
+        /// The cgroup.
         path: PathBuf,
-        /// Who is there.
+        /// The number of processes.
         count: usize,
     },
-    /// What it uses cannot be read.
+    /// Its usage cannot be read.
     #[error("cannot read the usage of cgroup {}", .path.display())]
     Stats {
-        /// Which.
+        /// The cgroup.
         path: PathBuf,
-        /// Why.
+        /// The cause.
         source: io::Error,
     },
-    /// systemd does not remove it.
+    /// systemd did not remove the cgroup in time.
     #[error("unit {} is still there {} s after systemd was asked to stop it", .0.display(), DYING.as_secs())]
     Stays(PathBuf),
-    /// It cannot be done apart.
+    /// A thread failed.
     #[error("the thread that sets cgroups")]
     Thread(#[source] io::Error),
-    /// Where this process is cannot be read.
+    /// The cgroup of this process cannot be read.
     #[error("/proc/self/cgroup")]
     Own(#[source] io::Error),
 }
 
-/// The name of a pod's cgroup; it need not exist.
+/// A pod's cgroup, which need not exist yet.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cgroup {
-    /// From the root of the hierarchies, or `slice:prefix:name`.
+    /// The path from the root of the hierarchies, or `slice:prefix:name`.
     path: PathBuf,
-    /// It is a unit of systemd.
+    /// The cgroup is a unit of systemd.
     systemd: bool,
     container: ContainerId,
 }
 
 impl Cgroup {
-    /// The cgroup that a container's `linux.cgroupsPath` names. As under runc, a relative one is
-    /// beside the caller's own, and one that is not given has the container's name.
+    /// The cgroup that a container's `linux.cgroupsPath` names. As in runc, a relative path starts
+    /// at the parent of the caller's own cgroup, and the default is the container's id.
     ///
     /// # Errors
-    /// [`CgroupError::NotAUnit`] for a path where systemd is asked; when the host has no cgroups.
+    /// [`CgroupError::NotAUnit`] for a plain path if `systemd` is set; when the host has no
+    /// cgroups, or cgroup v1 and `systemd` is set.
     pub fn of(
         container: &ContainerId,
         path: Option<&Path>,
@@ -144,8 +147,8 @@ impl Cgroup {
         Ok(Self { path, systemd, container: container.clone() })
     }
 
-    /// The cgroup of cgroup v2 that a process is in, if it is one of the container's own: it has the
-    /// container's name in its own.
+    /// The cgroup v2 that a process is in, if the container's id is part of its name; `None`
+    /// otherwise.
     #[must_use]
     pub fn of_process(pid: u32, container: &ContainerId) -> Option<Self> {
         let unified = paths_of(pid).ok()?.into_iter().find(|(kind, _)| kind.is_empty())?.1;
@@ -154,12 +157,12 @@ impl Cgroup {
         named.then(|| Self { path, systemd: false, container: container.clone() })
     }
 
-    /// Checks that nobody is in it. Only then is it the container's, to be removed with it.
+    /// Checks that no process is in the cgroup. Only then may it be removed with the container.
     ///
     /// # Errors
     /// [`CgroupError::Taken`].
     pub fn check_free(&self) -> Result<(), CgroupError> {
-        // One that does not exist cannot be listed.
+        // Listing fails if the cgroup does not exist.
         let count = self.kept(|cgroup| Ok(cgroup.get_all_pids().map_or(0, |pids| pids.len())))?;
         match count {
             0 => Ok(()),
@@ -167,10 +170,10 @@ impl Cgroup {
         }
     }
 
-    /// Makes it if need be and moves a process into it.
+    /// Makes the cgroup if it does not exist, and moves a process into it.
     ///
     /// # Errors
-    /// When the host does not let it.
+    /// When the host does not allow it.
     pub fn add(&self, pid: u32) -> Result<(), CgroupError> {
         let pid = Pid::from_raw(pid.cast_signed());
         self.kept(|cgroup| cgroup.add_task(pid))?;
@@ -183,14 +186,15 @@ impl Cgroup {
         Ok(())
     }
 
-    /// Sets limits; what they leave out stays as it is.
+    /// Sets limits; limits that are not given stay as they are.
     ///
     /// # Errors
     /// When the host has no such limit, or refuses the value.
     pub fn limit(&self, resources: &LinuxResources) -> Result<(), CgroupError> {
         let mut resources = resources.clone();
         if self.systemd {
-            // So that it keeps them; what it does not know is only in the files.
+            // So that systemd keeps the limits. Limits that it does not know are only written to
+            // the files.
             self.kept(|cgroup| cgroup.apply(&options(&resources)))?;
         }
         bundle::say_no_swap(&mut resources);
@@ -218,10 +222,10 @@ impl Cgroup {
         in_a_thread(move || pids.into_iter().try_for_each(|pid| cgroup.add(pid))).await
     }
 
-    /// What is used.
+    /// Reads the usage.
     ///
     /// # Errors
-    /// When it is not there.
+    /// When the cgroup does not exist.
     pub fn stats(&self) -> Result<Stats, CgroupError> {
         if self.systemd {
             return stats::of_scope(&self.directory())
@@ -232,21 +236,22 @@ impl Cgroup {
         Ok(if matches!(cgroup, AnyCgroupManager::V1(_)) { in_units_of_v2(stats) } else { stats })
     }
 
-    /// Removes it, and kills what is still in it; one that is gone already is no error.
+    /// Removes the cgroup, and kills the processes that are still in it. A cgroup that does not
+    /// exist is no error.
     ///
     /// # Errors
-    /// When the host does not let it, or what is in it does not die.
+    /// When the host does not allow it, or a process in the cgroup does not die.
     pub fn remove(&self) -> Result<(), CgroupError> {
         let deadline = Instant::now() + DYING;
         let gone = self.kept(|cgroup| {
-            // One try of libcgroups is over in a tenth of a second.
+            // One attempt of libcgroups takes at most a tenth of a second.
             loop {
                 if self.systemd {
                     kill(cgroup);
                 }
                 match cgroup.remove() {
                     Err(_) if Instant::now() < deadline => {}
-                    // systemd has only been asked.
+                    // systemd removes the cgroup later.
                     Ok(()) if self.systemd && cgroup.get_all_pids().is_ok() => {
                         if Instant::now() >= deadline {
                             return Ok(false);
@@ -260,7 +265,7 @@ impl Cgroup {
         if gone { Ok(()) } else { Err(CgroupError::Stays(self.path.clone())) }
     }
 
-    /// Does something with the cgroup by whoever keeps it.
+    /// Acts on the cgroup through systemd if it is a unit, otherwise through its files.
     fn kept<T: Send>(
         &self,
         act: impl FnOnce(&AnyCgroupManager) -> Result<T, AnyManagerError> + Send,
@@ -269,9 +274,9 @@ impl Cgroup {
         if self.systemd { Self::apart(act) } else { act() }
     }
 
-    /// Does something in a thread that has a table of descriptors of its own, which goes with it.
-    /// libcgroups neither closes its connection to systemd nor the programs for devices that it loads,
-    /// and lets programs that are started meanwhile inherit the connection.
+    /// Runs `act` in a thread with a descriptor table of its own, which is closed when the thread
+    /// ends. libcgroups closes neither its connection to systemd nor the device programs (BPF) that
+    /// it loads, and programs that are started meanwhile would inherit the connection.
     fn apart<T: Send>(
         act: impl FnOnce() -> Result<T, CgroupError> + Send,
     ) -> Result<T, CgroupError> {
@@ -283,7 +288,7 @@ impl Cgroup {
         ended.unwrap_or_else(|_| Err(CgroupError::Thread(io::Error::other("it panicked"))))
     }
 
-    /// The cgroup by its files, also where systemd keeps it.
+    /// Opens the cgroup through its files, even if it is a unit of systemd.
     fn files(&self) -> Result<AnyCgroupManager, CgroupError> {
         self.by(self.in_hierarchy(), false)
     }
@@ -315,7 +320,7 @@ impl Cgroup {
     }
 }
 
-/// Does something that may block where it blocks nobody.
+/// Runs blocking work in a separate thread.
 async fn in_a_thread<T: Send + 'static>(
     act: impl FnOnce() -> Result<T, CgroupError> + Send + 'static,
 ) -> Result<T, CgroupError> {
@@ -327,21 +332,21 @@ fn options(resources: &LinuxResources) -> ControllerOpt<'_> {
     ControllerOpt { resources, disable_oom_killer: false, oom_score_adj: None, freezer_state: None }
 }
 
-/// Kills who is in it; systemd would ask them to end, and wait.
+/// Kills all processes of the cgroup; systemd would send SIGTERM first, and wait.
 fn kill(cgroup: &AnyCgroupManager) {
     for pid in cgroup.get_all_pids().unwrap_or_default() {
         if let Some(pid) = rustix::process::Pid::from_raw(pid.as_raw()) {
-            // It may have ended meanwhile.
+            // The process may have ended meanwhile.
             let _ = kill_process(pid, Signal::KILL);
         }
     }
 }
 
-/// Moves this process to the root of the hierarchies, where it does not keep a cgroup from being
-/// removed. Takes the kernel some milliseconds, in which it waits for a grace period.
+/// Moves this process to the root of the hierarchies, so that its cgroup can be removed. This takes
+/// some milliseconds, because the kernel waits for an RCU grace period.
 ///
 /// # Errors
-/// When the host does not let it.
+/// When the host does not allow it.
 pub fn leave(container: &ContainerId) -> Result<(), CgroupError> {
     let own = paths_of(std::process::id()).unwrap_or_default();
     if !own.is_empty() && own.iter().all(|(_, path)| path.as_os_str().is_empty()) {
@@ -351,8 +356,8 @@ pub fn leave(container: &ContainerId) -> Result<(), CgroupError> {
     root.add(std::process::id())
 }
 
-/// The cgroups of a process: the controllers of each hierarchy, none for version 2, and the path from
-/// its root, empty for the root itself.
+/// The cgroups of a process: for each hierarchy the names of its controllers, which are empty for
+/// version 2, and the path from its root, which is empty for the root itself.
 fn paths_of(pid: u32) -> io::Result<Vec<(String, PathBuf)>> {
     let listed = fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
     let paths = listed.lines().filter_map(|line| {
@@ -362,7 +367,7 @@ fn paths_of(pid: u32) -> io::Result<Vec<(String, PathBuf)>> {
     Ok(paths.collect())
 }
 
-/// Numbers of version 1 as version 2 has them: times in microseconds, swap without memory.
+/// Converts numbers of version 1 to those of version 2: times in microseconds, swap without memory.
 fn in_units_of_v2(mut stats: Stats) -> Stats {
     let usage = &mut stats.cpu.usage;
     usage.usage_total /= NANOSECONDS;
@@ -375,15 +380,15 @@ fn in_units_of_v2(mut stats: Stats) -> Stats {
     stats
 }
 
-/// The number behind a name in a file such as `memory.events`; 0 when it is not there.
+/// The number after a name in a file such as `memory.events`; 0 if the name is missing.
 #[must_use]
 fn flat(text: &str, name: &str) -> u64 {
     let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
     value.and_then(|value| value.trim().parse().ok()).unwrap_or(0)
 }
 
-/// Where a relative path of cgroup v2 begins: the parent of this process's own cgroup, as processes
-/// in it keep it from having limited ones below.
+/// Where a relative path of cgroup v2 starts: at the parent of this process's own cgroup. The own
+/// cgroup contains processes, so it cannot have limited cgroups below it.
 fn beside_own() -> Result<PathBuf, CgroupError> {
     let listed = paths_of(std::process::id()).map_err(CgroupError::Own)?;
     let own = listed.into_iter().find(|(controllers, _)| controllers.is_empty());
@@ -391,7 +396,7 @@ fn beside_own() -> Result<PathBuf, CgroupError> {
     Ok(Path::new("/").join(own.parent().unwrap_or(Path::new(""))))
 }
 
-/// An absolute path without `.` and `..`, never above the root.
+/// Resolves `.` and `..` to an absolute path that is never above the root.
 fn clean(path: &Path) -> PathBuf {
     let mut clean = PathBuf::from("/");
     for component in path.components() {

@@ -1,5 +1,5 @@
-//! Settings that a specification has in the form of cgroup v1, where the host has v2. What v2 does not
-//! have is left out, as by runc: weights of leaves, realtime.
+//! Converts settings that a specification has in the form of cgroup v1 for a host with v2. As in
+//! runc, settings that v2 does not have are left out: leaf weights, realtime.
 //!
 //! Weights of block I/O are 10 to 1000 in v1. Which file takes them depends on the scheduler:
 //! `io.bfq.weight` has nearly that scale, `io.weight` has 1 to 10000
@@ -10,12 +10,12 @@ use std::path::Path;
 
 use oci_spec::runtime::LinuxResources;
 
-/// The weights of the BFQ scheduler.
+/// The weight file of the BFQ scheduler.
 const BFQ: &str = "io.bfq.weight";
-/// Those of every other one.
+/// The weight file of all other schedulers.
 const PLAIN: &str = "io.weight";
 
-/// Gives them the form of v2, for the cgroup of this directory.
+/// Converts settings to the form of v2, for the cgroup of this directory.
 pub(super) fn settings(resources: &mut LinuxResources, directory: &Path) {
     if let Some(cpu) = resources.cpu_mut() {
         cpu.set_realtime_runtime(None).set_realtime_period(None);
@@ -23,7 +23,8 @@ pub(super) fn settings(resources: &mut LinuxResources, directory: &Path) {
     weights(resources, directory);
 }
 
-/// Makes a weight the setting of a file. (libcgroups converts it too, but most values overflow there.)
+/// Converts a weight to the value of a file. (libcgroups converts it too, but most values overflow
+/// there.)
 fn weights(resources: &mut LinuxResources, directory: &Path) {
     let Some(mut block_io) = resources.block_io().clone() else { return };
     let bfq = fs::read_to_string(directory.join(BFQ)).ok();
@@ -44,7 +45,7 @@ fn weights(resources: &mut LinuxResources, directory: &Path) {
     resources.set_block_io(Some(block_io));
 }
 
-/// A weight of 10 to 1000 as one of 1 to 10000.
+/// Converts a weight from the range 10 to 1000 to the range 1 to 10000.
 fn converted(weight: u16) -> u32 {
     1 + u32::from(weight.saturating_sub(10)) * 9999 / 990
 }

@@ -1,5 +1,5 @@
-//! What a scope of systemd uses: libcgroups reads every controller or none, and systemd enables those
-//! only that it knows itself. Huge pages are not among them.
+//! The usage of a systemd scope. libcgroups fails if the files of any controller are missing, and
+//! systemd enables only the controllers that it knows, which hugetlb is not.
 
 use std::collections::HashMap;
 use std::fs;
@@ -16,7 +16,7 @@ pub(super) fn of_scope(directory: &Path) -> io::Result<Stats> {
     let mut stats = Stats::default();
     let flat = |file: &str| fs::read_to_string(directory.join(file)).map(|text| table(&text));
     let cpu = flat("cpu.stat")?;
-    // Those of a quota are there only with the controller.
+    // The numbers of a quota exist only if the cpu controller is enabled.
     let number = |name| cpu.get(name).copied().unwrap_or_default();
     stats.cpu.usage.usage_total = number("usage_usec");
     stats.cpu.usage.usage_user = number("user_usec");
@@ -33,7 +33,7 @@ pub(super) fn of_scope(directory: &Path) -> io::Result<Stats> {
         let failures = flat(&format!("{prefix}.events"))?.get(failure).copied();
         Ok::<_, io::Error>(MemoryData {
             usage: single("current")?,
-            // Not in older kernels.
+            // Older kernels do not have this file.
             max_usage: single("peak").unwrap_or(0),
             limit: single("max")?,
             fail_count: failures.unwrap_or_default(),
@@ -66,7 +66,7 @@ pub(super) fn of_scope(directory: &Path) -> io::Result<Stats> {
     Ok(stats)
 }
 
-/// The lines of a file with a name and a number each.
+/// Parses a file with a name and a number in each line.
 fn table(text: &str) -> HashMap<String, u64> {
     let pairs = text.lines().filter_map(|line| line.split_once(' '));
     pairs.filter_map(|(name, value)| Some((name.to_owned(), value.trim().parse().ok()?))).collect()

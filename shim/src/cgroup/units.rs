@@ -1,11 +1,11 @@
-//! Units of systemd: `slice:prefix:name` in `linux.cgroupsPath`, as runc has them.
+//! Units of systemd: `slice:prefix:name` in `linux.cgroupsPath`, as in runc.
 
 use std::path::{Path, PathBuf};
 
 use super::CgroupError;
 use crate::state::id::ContainerId;
 
-/// What a scope is called before the container's name, when nobody says it.
+/// The default prefix of a scope's name.
 const SCOPE_PREFIX: &str = "bulkhead";
 
 /// The unit that a container's `linux.cgroupsPath` names.

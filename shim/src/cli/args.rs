@@ -13,7 +13,7 @@ use crate::state::id::ContainerId;
 /// Where containers are kept unless `--root` says otherwise.
 pub const ROOT: &str = "/run/bulkhead";
 
-/// What callers read who ask for the version: runc's lines.
+/// The answer to `--version`, in runc's layout.
 const VERSION: &str = concat!("version ", env!("CARGO_PKG_VERSION"), "\nspec: ", "1.0.2");
 /// Help, in runc's layout.
 const HELP: &str = "NAME:\n   {name} - {about}\n\nUSAGE:\n   bulkhead [global options] command \
@@ -166,7 +166,7 @@ pub enum Verb {
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         line: Vec<String>,
     },
-    /// What is no verb.
+    /// A word that is no verb.
     #[command(external_subcommand)]
     Other(Vec<String>),
 }

@@ -26,20 +26,20 @@ pub(super) fn runtime() -> anyhow::Result<Runtime> {
     Ok(Builder::new_current_thread().enable_all().build()?)
 }
 
-/// A client of a container's supervisor; inside a runtime.
+/// Connects to a container's supervisor. To be called inside a runtime.
 pub(super) fn connect(home: &Home) -> anyhow::Result<TaskClient> {
     let path = SocketPath::task(home)?;
     let stream = UnixStream::connect(path.path()).map_err(|_| anyhow!("container not running"))?;
     Ok(TaskClient::new(Client::new(Socket::try_from(stream)?)))
 }
 
-/// For calls that the supervisor bounds.
+/// The context of calls whose time the supervisor limits.
 pub(super) fn unbounded() -> CallContext {
-    // So the crate has no time limit.
+    // With zero the crate sets no time limit.
     context::with_duration(Duration::ZERO)
 }
 
-/// The words of a failed call: those of the container's supervisor, or how it ended.
+/// The error message of a failed call: that of the container's supervisor, or how it ended.
 pub(super) fn words(home: &Home) -> impl FnOnce(ttrpc::Error) -> anyhow::Error {
     |error| match home.read() {
         Ok(state) => obituary::words(home, state.keeper, error),
@@ -48,8 +48,8 @@ pub(super) fn words(home: &Home) -> impl FnOnce(ttrpc::Error) -> anyhow::Error {
     }
 }
 
-/// Lets a created container's program run, or one that was named to join it; `exec` is empty for the
-/// first.
+/// Starts the program of a created container, or the further process that was prepared under the
+/// name `exec`, which is empty for the first.
 pub(super) async fn start(client: &TaskClient, home: &Home, exec: &str) -> anyhow::Result<()> {
     let (id, exec_id) = (home.id().to_string(), exec.to_owned());
     let request = StartRequest { id, exec_id, ..Default::default() };
@@ -69,7 +69,7 @@ pub(super) async fn kill(
     Ok(())
 }
 
-/// Writes a process's number for the caller, whole or not at all, as runc does.
+/// Writes a pid file for the caller, atomically, as runc does.
 pub(super) fn write_pid_file(path: &Path, pid: u32) -> anyhow::Result<()> {
     let name = path.file_name().context("--pid-file names no file")?;
     let new = path.with_file_name(format!(".{}", name.to_string_lossy()));

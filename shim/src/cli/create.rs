@@ -1,4 +1,4 @@
-//! `bulkhead create`: the container waits for `start`; a process stays behind that stands for it.
+//! `bulkhead create`: creates a container, which waits for `start`, and leaves its stand-in behind.
 
 use std::path::Path;
 
@@ -43,8 +43,10 @@ pub(super) fn detached(
     })
 }
 
-/// It has this process's standard streams, or a new terminal whose master goes to the console socket,
-/// and what was passed beside them, and becomes a child of whoever adopts orphans here.
+/// Starts a stand-in, which outlives this process, and returns its pid. It gets this process's
+/// standard streams, or a new terminal whose master is sent to the console socket, and what was
+/// passed beside them. When this process ends, the stand-in becomes a child of the process that
+/// adopts orphans here.
 ///
 /// `exec` and `network` are as in [`Options`].
 pub(super) fn spawn_stand_in(

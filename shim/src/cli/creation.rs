@@ -1,5 +1,5 @@
-//! Bringing a container up: its id is claimed, and a supervisor serves it from then on, one of its own or
-//! that of the pod that it joins.
+//! Brings a container up: claims its id and has a supervisor serve it from then on, one of its own
+//! or that of the pod that it joins.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixListener;
@@ -32,8 +32,7 @@ use crate::trace::Phase;
 /// How long a process that was killed may take to go.
 pub(super) const KILLED: Duration = Duration::from_secs(10);
 
-/// A claimed id and its supervisor. Dropping it before the container is created takes everything
-/// back.
+/// A claimed id and its supervisor. Dropping it before [`Creation::done`] takes everything back.
 pub(super) struct Creation {
     pub(super) home: Home,
     /// Whether the container's program gets a terminal.
@@ -42,7 +41,8 @@ pub(super) struct Creation {
     pub(super) network: Option<Network>,
     /// The pod's supervisor, unless the container joins one that runs.
     supervisor: Option<Child>,
-    /// Open until the creator is done; the supervisor's end is, until it is done.
+    /// The link to the supervisor. Each side keeps its end open until it is done with the
+    /// container.
     link: Option<OwnedFd>,
 }
 
@@ -77,7 +77,7 @@ impl Creation {
                 return Err(error);
             }
         };
-        // In the foreground only hooks ever look at it.
+        // In the foreground only hooks look at the namespace.
         let network = (!foreground || bundle.has_early_hooks()).then(|| bundle.network());
         Ok(Self { home, terminal, network, supervisor, link: Some(link) })
     }
@@ -91,7 +91,8 @@ impl Creation {
         Ok(client)
     }
 
-    /// The words of a failed call. The state names the supervisor only once it has read that.
+    /// The error message of a failed call. The state may not name the supervisor yet, so its own
+    /// child counts first.
     fn words(&self, error: ttrpc::Error) -> anyhow::Error {
         let child = self.supervisor.as_ref().and_then(|child| Process::find(child.id()).ok());
         match child {
@@ -100,7 +101,7 @@ impl Creation {
         }
     }
 
-    /// Whether its supervisor serves others too.
+    /// Whether it has joined a pod, whose supervisor serves others too.
     pub(super) fn joined(&self) -> bool {
         self.supervisor.is_none()
     }
@@ -115,14 +116,14 @@ impl Creation {
         match self.home.lock(KILLED) {
             Ok(lock) if self.joined() => remains::end_without_pod(lock),
             Ok(lock) => remains::end(lock),
-            // The supervisor, or somebody else, was first.
+            // The supervisor or another process has removed it, or does so now.
             Err(StateError::NoSuchContainer { .. } | StateError::Locked(_)) => Ok(()),
             Err(error) => Err(error.into()),
         }
     }
 
-    /// Waits until the supervisor is done with the container; false if it had to be killed, or serves
-    /// others too and is not done.
+    /// Waits until the supervisor is done with the container; returns false if it had to be killed,
+    /// or serves others too and is not done in time.
     pub(super) fn wait(&mut self, patience: Duration) -> bool {
         let farewell = self.link.as_ref().map_or(Farewell::Over, |link| hear(link, patience));
         match (farewell, &mut self.supervisor) {
@@ -168,8 +169,8 @@ fn hear(link: &OwnedFd, patience: Duration) -> Farewell {
 impl Drop for Creation {
     fn drop(&mut self) {
         if let Some(link) = &self.link {
-            // It takes everything down when it reads the end of the link; after the container has
-            // been created, when nobody stands for it any more.
+            // The supervisor takes everything down when it reads the end of the link or, once the
+            // container is created, when the container's stand-in is gone.
             let _ = shutdown(link, Shutdown::Write);
             let stand_in = self.home.read().ok().and_then(|state| state.stand_in);
             if let Some(process) = stand_in.filter(|process| process.pid != std::process::id()) {
@@ -184,7 +185,7 @@ impl Drop for Creation {
     }
 }
 
-/// Checks that a terminal has somebody at the other end: this process's own in the foreground, a
+/// Checks that a terminal has another end: the terminal of this process in the foreground, a
 /// console socket otherwise.
 pub(super) fn check_console(
     terminal: bool,
@@ -211,7 +212,7 @@ struct Supervision<'a> {
 }
 
 impl Supervision<'_> {
-    /// Starts a supervisor for it; gives it and the link to it.
+    /// Starts a supervisor for it; returns the supervisor and the link to it.
     fn start_supervisor(&self) -> anyhow::Result<(Child, OwnedFd)> {
         let spawned = Phase::begin("supervisor up");
         let (link, theirs) = seqpacket::pair()?;
@@ -229,7 +230,7 @@ impl Supervision<'_> {
         Ok((supervisor, link))
     }
 
-    /// Has the supervisor of a neighbour serve it too; gives the link.
+    /// Makes the supervisor of another container serve it too; returns the link.
     fn join(&self, neighbour: &ContainerId) -> anyhow::Result<OwnedFd> {
         let spawned = Phase::begin("pod joined");
         let pod = Home::open(self.home.root(), neighbour)?;

@@ -1,5 +1,5 @@
-//! `bulkhead delete`: removes a container that does not run; with `--force`, any, in any state of
-//! disrepair.
+//! `bulkhead delete`: removes a container that does not run; with `--force`, any container, even
+//! one that is damaged.
 
 use std::time::{Duration, Instant};
 
@@ -24,7 +24,7 @@ const FORCE_PATIENCE: Duration = Duration::from_secs(15);
 /// How long a supervisor that serves others too may answer nothing at all; then it is killed with all of
 /// them.
 const SILENCE: Duration = Duration::from_secs(60);
-/// How long one that answers may take.
+/// How long such a supervisor may take if it answers.
 const LONGEST: Duration = Duration::from_secs(120);
 /// How often a supervisor that takes its time is asked whether it lives, and how long it may take to say.
 const PING: Duration = Duration::from_secs(5);
@@ -76,7 +76,7 @@ pub(super) fn delete(global: &Global, delete: &Delete) -> anyhow::Result<()> {
         End::Done if shared => remains::end_without_pod(lock),
         End::Done => {
             if let Some(keeper) = keeper {
-                // One that does not end is killed.
+                // A supervisor that does not end is killed below.
                 let _ = keeper.wait(patience);
             }
             remains::end(lock)
@@ -96,7 +96,7 @@ enum End {
     Silence,
 }
 
-/// The supervisor that serves a container, by its own word; nothing if it does not answer.
+/// Asks the supervisor of a container which process it is; `None` if it does not answer.
 async fn keeper(home: &Home) -> Option<Process> {
     let client = client::connect(home).ok()?;
     let request = ConnectRequest { id: home.id().to_string(), ..Default::default() };
@@ -110,7 +110,7 @@ fn serves_others(home: &Home, keeper: Process) -> bool {
     neighbours.of_keeper(keeper).any(|id| id != home.id())
 }
 
-/// Has the supervisor end the container and, if it is the last, its pod.
+/// Tells the supervisor to end the container and, if it is the last, its pod.
 async fn end(home: &Home, force: bool) -> End {
     let Ok(client) = client::connect(home) else { return End::Nobody };
     let mut context = client::unbounded();
@@ -127,8 +127,8 @@ async fn end(home: &Home, force: bool) -> End {
     }
 }
 
-/// The same where others would be killed with a supervisor that is: it is given the time that it needs
-/// as long as it answers.
+/// The same for a supervisor that serves other containers, which would be killed with it: it gets
+/// the time that it needs as long as it answers, up to [`LONGEST`].
 async fn end_in_shared_pod(home: &Home, force: bool) -> anyhow::Result<End> {
     let (begun, mut heard) = (Instant::now(), Instant::now());
     let ended = end(home, force);

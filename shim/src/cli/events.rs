@@ -1,5 +1,5 @@
-//! `bulkhead events`: what a container uses, now or again and again, and when it was short of memory;
-//! a line of JSON for each, as runc writes them.
+//! `bulkhead events`: shows what a container uses, once or periodically, and when the kernel killed
+//! a process because memory ran out; a line of JSON for each, as runc writes them.
 //!
 //! The numbers are those of the pod's cgroup on the host: what the pod costs, its machine included.
 
@@ -18,7 +18,7 @@ use crate::cgroup::{self, Memory};
 use crate::state::Home;
 use crate::supervisor::lifecycle::Status;
 
-/// How often it is looked whether the container has ended.
+/// How often to check whether the container has ended.
 const LOOK: Duration = Duration::from_millis(500);
 
 /// How long a kill may take to be counted.
@@ -54,7 +54,7 @@ pub(super) fn events(global: &Global, events: &Events) -> anyhow::Result<()> {
             return Ok(());
         }
         if Instant::now() >= next {
-            // It may just be going.
+            // The cgroup may be gone already.
             if let Ok(stats) = cgroup.stats() {
                 tell("stats", Some(shown(&stats)))?;
             }
@@ -63,7 +63,7 @@ pub(super) fn events(global: &Global, events: &Events) -> anyhow::Result<()> {
     }
 }
 
-/// The kills for want of memory that a cgroup counts.
+/// The OOM kills that a cgroup counts.
 struct Kills {
     memory: Memory,
     changes: OwnedFd,
@@ -71,7 +71,7 @@ struct Kills {
 }
 
 impl Kills {
-    /// Those in a process's cgroup from now on.
+    /// Counts the kills in a process's cgroup from now on.
     fn watch(pid: u32) -> io::Result<Self> {
         let memory = Memory::of(pid)?;
         let changes = memory.watch()?;
@@ -80,7 +80,7 @@ impl Kills {
         Ok(kills)
     }
 
-    /// Waits for a change; gives the kills since the last call.
+    /// Waits for a change; returns the number of kills since the last call.
     fn wait(&mut self, patience: Duration) -> anyhow::Result<u64> {
         let mut ready = [PollFd::new(&self.changes, PollFlags::IN)];
         match poll(&mut ready, Some(&Timespec::try_from(patience)?)) {
@@ -134,7 +134,7 @@ fn shown(stats: &Stats) -> Value {
             ]),
         },
         "memory": {
-            // Of cgroup v2, of v1.
+            // The name in cgroup v2, the name in v1.
             "cache": raw_value("file").or(raw_value("cache")).unwrap_or(&0),
             "usage": amount(memory),
             "swap": amount(&with_swap),

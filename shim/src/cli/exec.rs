@@ -1,5 +1,5 @@
-//! `bulkhead exec`: a further process in a container. In the foreground this process stands for it;
-//! detached, one stays behind that does.
+//! `bulkhead exec`: runs a further process in a container. In the foreground this process stands
+//! for it; with `--detach` a stand-in stays behind.
 
 use std::fs;
 use std::path::Path;
@@ -29,13 +29,13 @@ use crate::streams::terminal::Terminal;
 use crate::supervisor::lifecycle::Status;
 use crate::supervisor::pod;
 
-/// What an error is called, as callers of runc know it.
+/// The beginning of an error message, as callers of runc know it.
 const FAILED: &str = "exec failed: unable to start container process";
 /// How containerd calls the `process` object of a specification.
 const PROCESS_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/Process";
 /// The largest process file that is read, in bytes.
 const PROCESS_BYTES_MAX: u64 = 16 << 20;
-/// The largest process that a call carries; beside it there are names in the same message.
+/// The largest process that a call carries, in bytes; the message also holds names.
 const CALL_BYTES_MAX: usize = MESSAGE_LENGTH_MAX - (64 << 10);
 
 pub(super) fn exec(global: &Global, exec: &Exec, preserved: Preserved) -> anyhow::Result<ExitCode> {
@@ -86,7 +86,7 @@ pub(super) fn exec(global: &Global, exec: &Exec, preserved: Preserved) -> anyhow
         return Ok(ExitCode::from(128 + u8::try_from(signal).unwrap_or(0)));
     }
     let relay = relay.context("no stand-in")?;
-    // This process is what the pid file names.
+    // The pid file names this process.
     relay.hide().context("empty root")?;
     let ended = relay.serve(&signals)?;
     if let Some(reason) = ended.reason {
@@ -103,14 +103,14 @@ fn detached(
 ) -> anyhow::Result<ExitCode> {
     client::runtime()?.block_on(async {
         let client = prepare(home, name, process, exec.ignore_paused).await?;
-        // It ends by itself when the process is not started.
+        // The stand-in ends by itself when the process is not started.
         let console_socket = exec.console_socket.as_deref();
         let pid = create::spawn_stand_in(home, name, None, (console_socket, preserved))?;
         client::start(&client, home, name).await.context(FAILED)?;
         if let Some(path) = &exec.pid_file
             && let Err(error) = client::write_pid_file(path, pid)
         {
-            // The process that it stands for is killed with it.
+            // This also kills the process that it stands for.
             let _ = StandIn::find(pid).is_ok_and(|it| it.kill_and_wait(creation::KILLED));
             return Err(error);
         }
@@ -150,7 +150,8 @@ fn name() -> anyhow::Result<String> {
     Ok(format!("{:016x}", u64::from_ne_bytes(random)))
 }
 
-/// The process that is asked for: a file's, or the container's own with what the options change.
+/// The process that is asked for: that of a file, or the container's own with the changes of the
+/// options.
 fn process(exec: &Exec, state: &State) -> anyhow::Result<Process> {
     let mut process = match &exec.process {
         Some(path) => {
@@ -244,7 +245,7 @@ fn merged(mut environment: Vec<String>, more: &[String]) -> Vec<String> {
     environment
 }
 
-/// Adds to what the process may do; what it can pass on only where it could pass on something.
+/// Adds capabilities to a process: to its ambient set only if it has an inheritable set.
 fn with_more(capabilities: Option<LinuxCapabilities>, names: &[String]) -> LinuxCapabilities {
     let (mut more, mut unknown) = (Capabilities::new(), Vec::new());
     for name in names {

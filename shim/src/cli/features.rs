@@ -10,7 +10,7 @@ use crate::network::vhost;
 /// createContainer and startContainer run in the guest.
 const HOOKS: &[&str] =
     &["prestart", "createRuntime", "createContainer", "startContainer", "poststart", "poststop"];
-/// Of mounts; what is not here goes to the file system as it is.
+/// Options of mounts; any other option is passed to the file system as it is.
 const MOUNT_OPTIONS: &[&str] = &[
     "async",
     "atime",

@@ -27,7 +27,7 @@ pub(super) fn kill(global: &Global, kill: &Kill) -> anyhow::Result<()> {
     let sent = client::runtime()?
         .block_on(async { client::kill(&client::connect(&home)?, &home, signal, kill.all).await });
     match sent {
-        // It has ended meanwhile, with whoever was to answer.
+        // The container has ended meanwhile, and its supervisor with it.
         Err(error) if home.read().map_or(true, |state| state.observed() == Status::Stopped) => {
             tracing::debug!("{error:#}");
             not_running(kill)
@@ -36,9 +36,9 @@ pub(super) fn kill(global: &Global, kill: &Kill) -> anyhow::Result<()> {
     }
 }
 
-/// What callers of runc look for.
+/// The error that callers of runc look for.
 fn not_running(kill: &Kill) -> anyhow::Result<()> {
-    // Nobody is left to get a signal for all, which is what callers that clean up want.
+    // With --all no process is left to signal, which is what callers that clean up want.
     if kill.all { Ok(()) } else { bail!("container not running") }
 }
 

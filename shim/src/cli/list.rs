@@ -7,7 +7,7 @@ use crate::state::{Home, View};
 
 /// The least width of a column.
 const COLUMN_MIN: usize = 12;
-/// Between columns.
+/// The space between columns.
 const PADDING: usize = 3;
 
 pub(super) fn list(global: &Global, list: &List) -> anyhow::Result<()> {
@@ -15,7 +15,7 @@ pub(super) fn list(global: &Global, list: &List) -> anyhow::Result<()> {
     for home in Home::all(&global.root)? {
         match home.read() {
             Ok(state) => views.push(home.view(state)),
-            // Deleted meanwhile, or damaged: the others are to be seen all the same.
+            // Deleted meanwhile, or damaged: the others are listed all the same.
             Err(error) => tracing::warn!(error = %error, "cannot list a container"),
         }
     }

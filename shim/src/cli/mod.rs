@@ -68,7 +68,7 @@ pub fn main() -> ExitCode {
                 let _ = write!(io::stdout(), "{}", command.render_help());
                 ExitCode::SUCCESS
             }
-            // `help` of what does not exist.
+            // `help` for a verb that does not exist.
             ErrorKind::InvalidSubcommand => {
                 logging::print_error(&one_line(&first_part(&error)));
                 ExitCode::from(NO_SUCH_VERB)
@@ -161,7 +161,7 @@ fn dispatch(line: &CommandLine) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Whether this program calls itself.
+/// Whether it is a verb with which this program calls itself.
 fn is_own(verb: &Verb) -> bool {
     matches!(verb, Verb::Supervise { .. } | Verb::OomVictim)
 }

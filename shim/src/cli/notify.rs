@@ -1,6 +1,6 @@
-//! Readiness of a service: sd_notify(3). As under runc, who starts a container whose environment has
-//! `NOTIFY_SOCKET` waits until one of its processes says that it is ready, and then tells systemd that,
-//! and which process of the host stands for the container.
+//! Readiness of a service: sd_notify(3). As under runc, a command that starts a container and has
+//! `NOTIFY_SOCKET` in its environment waits until one of the container's processes says that it is
+//! ready. Then it tells systemd so, and which process of the host stands for the container.
 
 use std::env;
 use std::ffi::OsString;
@@ -21,9 +21,9 @@ use crate::state::Home;
 use crate::state::socket_path::SocketPath;
 use crate::supervisor::lifecycle::Status;
 
-/// Where systemd listens, and the container's processes.
+/// The variable that names the socket of systemd.
 const VARIABLE: &str = "NOTIFY_SOCKET";
-/// How often it is looked whether the container has ended.
+/// How often to check whether the container has ended.
 const LOOK: Duration = Duration::from_millis(100);
 /// How long systemd may take to have read everything.
 const BARRIER: Duration = Duration::from_secs(30);
@@ -33,7 +33,7 @@ pub(super) fn is_wanted() -> bool {
     socket_of_systemd().is_some()
 }
 
-/// Where a container's processes are heard.
+/// Receives what a container's processes say.
 pub(super) struct Listener {
     socket: UnixDatagram,
     systemd: SocketAddr,
@@ -41,13 +41,13 @@ pub(super) struct Listener {
 }
 
 impl Listener {
-    /// Listens, before the container is started; nothing if nobody wants to know, or the container was
-    /// created for nobody who does.
+    /// Listens, before the container is started. Returns `None` if systemd does not wait for it, or
+    /// did not when the container was created.
     pub(super) fn bind(home: &Home) -> anyhow::Result<Option<Self>> {
         let Some(systemd) = socket_of_systemd() else { return Ok(None) };
         let Ok(path) = SocketPath::notify(home) else { return Ok(None) };
         let systemd = address(&systemd).context(VARIABLE)?;
-        // One that has failed to start it may have left it.
+        // An earlier start that failed may have left the socket.
         let _ = std::fs::remove_file(path.path());
         let socket = UnixDatagram::bind(path.path()).context("socket for sd_notify")?;
         socket.set_read_timeout(Some(LOOK))?;
@@ -77,7 +77,7 @@ impl Listener {
         }
     }
 
-    /// As [`Listener::wait`], for a container that a stand-in of its own stands for.
+    /// As [`Listener::wait`], for a container that has a stand-in.
     pub(super) fn wait_for_stand_in(self) -> anyhow::Result<()> {
         match self.home.read()?.stand_in {
             Some(stand_in) => self.wait(stand_in.pid),
@@ -90,18 +90,18 @@ impl Listener {
         socket.connect_addr(&self.systemd)?;
         socket.send(&[ready, b"\n"].concat())?;
         socket.send(format!("MAINPID={pid}\n").as_bytes())?;
-        // It looks for the sender when it reads: this process must not be gone by then.
+        // systemd looks for the sender when it reads: this process must not be gone by then.
         let (reader, writer) = io::pipe()?;
         seqpacket::send(&socket, b"BARRIER=1", &[writer.as_fd()])?;
         drop(writer);
         let limit = Timespec::try_from(BARRIER).map_err(io::Error::other)?;
-        // Closed when it has read all; not by who does not know of barriers.
+        // systemd closes it when it has read all; a version without barriers does not.
         poll(&mut [PollFd::new(&reader, PollFlags::empty())], Some(&limit))?;
         Ok(())
     }
 }
 
-/// The line that says so, if one does.
+/// The line of a datagram that says that the service is ready, if there is one.
 fn ready(datagram: &[u8]) -> Option<&[u8]> {
     datagram.split(|byte| *byte == b'\n').find(|line| line.starts_with(b"READY="))
 }

@@ -1,4 +1,5 @@
-//! Why a supervisor does not answer: whatever ends one while a caller waits, the caller is told.
+//! Finds out why a supervisor does not answer: if it ends while a caller waits, the caller is told
+//! why.
 
 use std::io::Read;
 use std::time::Duration;
@@ -13,11 +14,11 @@ use crate::supervisor;
 
 /// How long a process may take to be gone after its sockets were closed.
 const GOING: Duration = Duration::from_secs(5);
-/// What a program that fails sends itself; it has written why.
+/// The signal that a program sends itself when it fails; it has written why.
 const ABORTED: i32 = Signal::ABORT.as_raw();
 const KILLED: i32 = Signal::KILL.as_raw();
 
-/// The words of a failed call: the supervisor's own, or how it ended.
+/// The error message of a failed call: the supervisor's own, or how the supervisor ended.
 pub(super) fn words(
     home: &Home,
     supervisor: Option<Process>,
@@ -47,7 +48,7 @@ fn end(home: &Home, supervisor: Option<Process>, broken: &ttrpc::Error) -> Strin
     }
 }
 
-/// What it last wrote.
+/// The last line that it wrote.
 fn last_words(home: &Home) -> Option<String> {
     let mut log = Vec::new();
     home.file(supervisor::LOG, OFlags::RDONLY).ok()?.read_to_end(&mut log).ok()?;

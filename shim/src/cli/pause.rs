@@ -1,4 +1,4 @@
-//! `bulkhead pause` and `bulkhead resume`: all processes of a container stand still, and go on.
+//! `bulkhead pause` and `bulkhead resume`: freeze and thaw all processes of a container.
 
 use containerd_shim_protos::api::{PauseRequest, ResumeRequest};
 
@@ -28,8 +28,8 @@ pub(super) fn resume(global: &Global, id: &ContainerId) -> anyhow::Result<()> {
     })
 }
 
-/// The container, if `event` can happen to it; one whose processes are gone has no supervisor left
-/// to say that it cannot.
+/// Opens the container if `event` can happen to it. A container that has ended has no supervisor
+/// left to refuse it.
 fn may(global: &Global, id: &ContainerId, event: Event) -> anyhow::Result<Home> {
     let home = Home::open(&global.root, id)?;
     let status: Status = home.read()?.observed();

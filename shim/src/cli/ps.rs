@@ -1,6 +1,6 @@
-//! `bulkhead ps`: the processes of a container, of which one that has stopped has none. For a person,
-//! those that run in the machine, as it numbers them; for a caller who looks for them on the host (JSON),
-//! those that stand for them there.
+//! `bulkhead ps`: the processes of a container; one that has stopped has none. The table, for a
+//! person, shows those that run in the machine, by their pids there; JSON, for a caller who looks
+//! for them on the host, shows the stand-ins.
 
 use std::io::Write;
 
@@ -34,7 +34,7 @@ pub(super) fn ps(global: &Global, ps: &Ps) -> anyhow::Result<()> {
     let mut out = std::io::stdout().lock();
     if ps.format == PsFormat::Json {
         let pids = told.map(|told| told.processes.iter().map(|it| it.pid).collect::<Vec<_>>());
-        // None at all is null in runc.
+        // An empty list is null in runc.
         writeln!(out, "{}", serde_json::to_string(&pids)?)?;
         return Ok(());
     }
@@ -87,7 +87,7 @@ fn row(process: &ProcessInfo, now_ns: u64) -> String {
     ])
 }
 
-/// What fits into a column.
+/// Shortens a name to the width of its column.
 fn shortened(mut name: String) -> String {
     if name.chars().count() > 8 {
         name = name.chars().take(7).chain(['+']).collect();

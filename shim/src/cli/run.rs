@@ -38,15 +38,16 @@ pub(super) fn run(global: &Global, run: &Run, preserved: Preserved) -> anyhow::R
     Ok(code)
 }
 
-/// The main thread is what the container's number on the host names, and lets go of the host's files;
-/// another one does what needs them.
+/// Brings the container up and stands for it until it ends. Callers take the pid of the main thread
+/// for the container's, so the main thread gives up access to the host's files; another thread does
+/// what needs them.
 fn foreground(
     run: &Run,
     creation: Creation,
     preserved: Preserved,
     ready: Option<Listener>,
 ) -> anyhow::Result<ExitCode> {
-    // After the supervisor was started, which would inherit it.
+    // After the supervisor was started, which would inherit the signal mask.
     let signals = Signals::hold()?;
     let ((attached, is_attached), (over, is_over)) = (mpsc::channel(), mpsc::channel());
     thread::scope(|scope| {
@@ -55,21 +56,21 @@ fn foreground(
         let network = creation.network.clone();
         let (up, is_up) = mpsc::channel();
         let rest = scope.spawn(move || -> anyhow::Result<()> {
-            // One that fails to attach has told why.
+            // If attaching has failed, the main thread reports why.
             if is_attached.recv().is_err() {
                 return Ok(());
             }
             let brought_up = bring_up(run, &creation, signals);
             let runs = matches!(brought_up, Ok(None));
             if let Some(ready) = ready.filter(|_| runs) {
-                // Signals and streams do not wait for it.
+                // In a thread, so that signals and streams do not wait for it.
                 thread::spawn(move || {
                     if let Err(error) = ready.wait(std::process::id()) {
                         tracing::warn!("{error:#}");
                     }
                 });
             }
-            // Whoever waits is in the main thread, which ends after this one.
+            // The main thread waits for this, and ends after this thread.
             let _ = up.send(brought_up);
             let ended = is_over.recv();
             if runs && ended.is_ok() { take_leave(run, creation) } else { Ok(()) }
@@ -96,7 +97,7 @@ fn foreground(
     })
 }
 
-/// Has this thread stand for the container.
+/// Makes this thread stand for the container.
 fn stand(
     home: &Home,
     (terminal, network): (bool, Option<Network>),
@@ -114,7 +115,7 @@ fn stand(
     Ok(relay)
 }
 
-/// What this process ends with.
+/// The exit status of this process.
 fn status(ended: &Ended) -> ExitCode {
     if let Some(reason) = &ended.reason {
         tracing::warn!("the container was killed: {reason}");
@@ -131,14 +132,14 @@ fn take_leave(run: &Run, mut creation: Creation) -> anyhow::Result<()> {
     }
     phase.end();
     if !run.keep && (over || !creation.joined()) {
-        // Only what a supervisor that was killed has left.
+        // There is something left only if the supervisor was killed.
         creation.remove()?;
     }
     creation.done();
     Ok(())
 }
 
-/// Creates and starts the container; gives the signal that ended this early, if one did.
+/// Creates and starts the container; returns the signal that ended this early, if one did.
 fn bring_up(run: &Run, creation: &Creation, signals: &Signals) -> anyhow::Result<Option<u32>> {
     let up = async {
         let task = creation.create().await?;

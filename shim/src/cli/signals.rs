@@ -1,4 +1,4 @@
-//! Signals that end this program while what it stands for does not run yet.
+//! Signals that end this program while the process that it stands for does not run yet.
 
 use std::os::fd::{AsFd, AsRawFd, RawFd};
 
@@ -26,7 +26,7 @@ pub(super) async fn fatal(signals: &Signals) -> anyhow::Result<u32> {
     }
 }
 
-/// The descriptor of the signals, which they keep as long as they live.
+/// The signals' descriptor, which stays the same as long as they live.
 struct Watched<'a>(&'a Signals);
 
 impl AsRawFd for Watched<'_> {

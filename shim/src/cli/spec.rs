@@ -1,5 +1,5 @@
-//! `bulkhead spec`: a config.json to begin with, runc's for a host with cgroup v2: that is what a
-//! container sees, whatever its host has.
+//! `bulkhead spec`: writes a config.json to begin with, the one that runc writes on a host with
+//! cgroup v2, because that is what a container sees, whatever its host has.
 
 use std::fs::File;
 use std::io::{ErrorKind, Write};
@@ -31,7 +31,7 @@ pub(super) fn spec(spec: &Spec) -> anyhow::Result<()> {
     }
 }
 
-/// The default, for tests of what takes it.
+/// The default, for tests.
 #[cfg(test)]
 pub(crate) fn default_spec() -> runtime::Spec {
     serde_json::from_str(DEFAULT).unwrap()

@@ -1,8 +1,8 @@
-//! Command lines as Go's flag package reads them, made into what clap reads. Callers of runc write
-//! `-root DIR`, `--systemd-cgroup=true`, `--pid-file ""` for none, an option twice, and a command with
-//! options of its own behind a container's name.
+//! Translates command lines as Go's flag package reads them into what clap reads. Callers of runc
+//! write `-root DIR`, `--systemd-cgroup=true`, `--pid-file ""` for no file, an option twice, and
+//! after a container's name a command with options of its own.
 //!
-//! Options of a verb are also understood behind its arguments, which runc does not do.
+//! Options of a verb are also understood after its arguments, which runc does not do.
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
@@ -32,7 +32,7 @@ pub(super) struct Misuse {
     pub(super) words: String,
 }
 
-/// Reads a command line of this command, which has been built.
+/// Reads a command line of this command, which must have been built.
 pub(super) fn read(
     command: &Command,
     words: impl IntoIterator<Item = OsString>,
@@ -58,7 +58,7 @@ struct Reader {
 }
 
 impl Reader {
-    /// Reads options before the verb; gives the verb.
+    /// Reads options before the verb; returns the verb.
     fn read_global(&mut self, command: &Command) -> Result<Option<String>, Misuse> {
         while let Some(word) = self.left.pop() {
             if word == END || !is_option(&word) {
@@ -71,7 +71,7 @@ impl Reader {
         Ok(None)
     }
 
-    /// Reads what is behind a verb.
+    /// Reads the words after a verb.
     fn read_verb(&mut self, command: &Command) -> Result<(), Misuse> {
         let name = command.get_name();
         let mut arguments = Vec::new();

@@ -91,7 +91,7 @@ fn from_flags(update: &Update) -> anyhow::Result<LinuxResources> {
     Ok(resources)
 }
 
-/// Bytes from what people write: `64m`, `1.5G`, `100000`; -1 for no limit.
+/// Reads a size as people write it: `64m`, `1.5G`, `100000`; -1 for no limit.
 fn size(flag: &str, text: Option<&str>) -> anyhow::Result<Option<i64>> {
     let Some(text) = text else { return Ok(None) };
     if text == "-1" {

@@ -1,4 +1,4 @@
-//! What containerd speaks: its Task service. The command line is a client of the same service, so that
-//! there is one door to a supervisor, and one state machine behind it.
+//! containerd's Task service. The command line is a client of the same service, so a supervisor has
+//! one entry point, and one state machine behind it.
 
 pub mod task;

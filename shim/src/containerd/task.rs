@@ -1,7 +1,7 @@
-//! The door of the supervisor: containerd's Task service (`containerd.task.v3.Task`) over ttrpc.
+//! The supervisor's entry point: containerd's Task service (`containerd.task.v3.Task`) over ttrpc.
 //!
-//! Each method translates and calls [`Container`]; what is not listed answers UNIMPLEMENTED by the
-//! generated service itself, or in words here where a caller would want to know why.
+//! Each method translates its request and calls [`Container`]. The generated service answers
+//! UNIMPLEMENTED to methods that are not implemented here.
 
 use std::sync::Arc;
 
@@ -31,17 +31,17 @@ use crate::supervisor::container::{Container, ContainerError};
 use crate::supervisor::exec::{ExecError, PreparedExec};
 use crate::supervisor::lifecycle::Status;
 
-/// What the first [`ProcessInfo`] carries. Numbers of processes are the host's, so they name
-/// stand-ins; this is what runs in the guest.
+/// The type of the details in the first [`ProcessInfo`] of a reply: the processes in the guest. The
+/// pids of a reply are the host's, so they name stand-ins.
 pub const PROCESSES: &str = "bulkhead.agent.v1.ProcessesReply";
 
-/// What limits are called in an update; containerd's name for them.
+/// The type of the limits in an update, as containerd names it.
 pub const RESOURCES: &str = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources";
 
-/// The word among a call's metadata that has a process wait while its container is frozen.
+/// The metadata key with which a process waits while its container is frozen, instead of failing.
 pub const IGNORE_PAUSED: &str = "ignore-paused";
 
-/// The word among a call's metadata that has a container be deleted whatever it does.
+/// The metadata key with which a container is deleted in any state.
 pub const FORCE: &str = "force";
 
 /// The service of one pod.
@@ -49,7 +49,7 @@ pub const FORCE: &str = "force";
 pub struct Service {
     container: Arc<Container>,
     attachments: Arc<Attachments>,
-    /// Told when the pod's creator has gone away or wants the supervisor to end.
+    /// Notified when the pod's creator has gone away or wants the supervisor to end.
     leave: Arc<Notify>,
 }
 
@@ -78,7 +78,7 @@ impl Service {
     }
 }
 
-/// What the agent says about processes, whole.
+/// The agent's list of processes, as the details of a reply.
 fn details(processes: Vec<agent::ProcessInfo>) -> Any {
     let mut details = Any::new();
     details.type_url = PROCESSES.to_owned();
@@ -86,7 +86,7 @@ fn details(processes: Vec<agent::ProcessInfo>) -> Any {
     details
 }
 
-/// The only table from errors to codes.
+/// The only mapping from errors to status codes.
 fn status(error: ContainerError) -> Error {
     use ContainerError as E;
     let code = match &error {
@@ -111,9 +111,9 @@ fn status(error: ContainerError) -> Error {
     get_rpc_status(code, format!("{:#}", anyhow::Error::from(error)))
 }
 
-/// Does something whole: a call ends where it stands when its caller goes away, and a process that is
-/// half started then would have nobody who knows of it. (A container that is half created is known:
-/// [`crate::supervisor`] takes everything down.)
+/// Runs `work` to its end, even if the caller goes away: a call is cancelled when its caller goes
+/// away, and nothing would know of a process that is half started then. (A container that is half
+/// created needs no such care: [`crate::supervisor`] takes everything down.)
 async fn to_its_end<T: Send + 'static>(
     work: impl Future<Output = Result<T, ContainerError>> + Send + 'static,
 ) -> ttrpc::Result<T> {
@@ -145,7 +145,7 @@ impl Task for Service {
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
         let container = self.container(&request.id, "")?.clone();
         let attachments = self.attachments.clone();
-        // This end goes away with the call, and the call with its caller.
+        // Dropped with the call, which ends when its caller goes away.
         let (_caller, gone) = oneshot::channel::<()>();
         let started = to_its_end(async move {
             let gone = async { drop(gone.await) };

@@ -1,4 +1,4 @@
-//! A log that ends, as those of the jailed processes do.
+//! A log of bounded size, like those of the jailed processes.
 
 use std::io::{self, Write};
 use std::time::Duration;
@@ -9,7 +9,7 @@ use tracing_subscriber::fmt::writer::{BoxMakeWriter, MakeWriter};
 
 use super::{Form, line};
 
-/// Where a process logs to, and how much it may.
+/// Where a process logs to, and how much it may write.
 pub(super) struct Bounded {
     to: BoxMakeWriter,
     form: Form,
@@ -38,7 +38,7 @@ impl<'a> MakeWriter<'a> for Bounded {
     }
 }
 
-/// Writes lines of one kind while there is room for it, each by one call.
+/// Writes lines of one kind, each with one call, as long as there is room for them.
 struct Lines<'a> {
     log: &'a Bounded,
     error: bool,

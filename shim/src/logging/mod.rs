@@ -44,8 +44,8 @@ pub fn start(target: &LogTarget) -> anyhow::Result<()> {
     write_to(open(target)?, target)
 }
 
-/// The same for a process that serves a guest, which has all the time in the world: no more than so much
-/// is ever written.
+/// The same for a process that serves a guest. The log has a limited size, because a guest can
+/// cause lines for as long as it runs.
 ///
 /// # Errors
 /// As [`start`].
@@ -63,13 +63,13 @@ fn open(target: &LogTarget) -> anyhow::Result<BoxMakeWriter> {
 
 fn write_to(writer: BoxMakeWriter, target: &LogTarget) -> anyhow::Result<()> {
     let level = if target.debug { Level::DEBUG } else { Level::WARN };
-    // It warns of each controller that it does not know, at each cgroup.
+    // libcgroups warns of each controller that it does not know, for each cgroup.
     let cgroups = if target.debug { Level::DEBUG } else { Level::ERROR };
     let levels = Targets::new().with_default(level).with_target("libcgroups", cgroups);
     let subscriber = tracing_subscriber::fmt()
         .with_max_level(level)
         .with_writer(writer)
-        // It would panic where standard error cannot be written either.
+        // The subscriber would panic if standard error cannot be written either.
         .log_internal_errors(false)
         .event_format(Lines { form: Form::of(target), since: Instant::now() })
         .finish()
@@ -90,7 +90,8 @@ pub fn note_panics() {
         let reason = panic.payload_as_str().unwrap_or("it does not say why");
         let words = format!("panicked{place}: {reason}");
         tracing::error!("{words}");
-        // Last, because a caller who waits is told the last line; nothing is left to do if it fails.
+        // Last, because a caller that waits is shown the last line. If this fails, nothing is left
+        // to do.
         let _ = writeln!(io::stderr(), "{words}");
     }));
 }
@@ -127,7 +128,7 @@ struct Lines {
     since: Instant,
 }
 
-/// The words of one event, its fields behind them.
+/// The message of one event, followed by its fields.
 #[derive(Default)]
 struct Words(String);
 
@@ -160,7 +161,7 @@ where
     }
 }
 
-/// A line, so long after the process has started.
+/// Formats a line; `after` is the time since the process started.
 fn line(form: Form, level: Level, words: &str, after: Duration) -> String {
     let level = match level {
         Level::ERROR => "error",

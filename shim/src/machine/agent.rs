@@ -1,8 +1,8 @@
 //! The client of the agent: gRPC over one vsock stream that the monitor handed out.
 //!
-//! The agent is not trusted: every answer is bounded in size by the protocol's limit and in time
-//! here. Only [`Agent::wait`] may take as long as the container lives, and [`Agent::create`] as its
-//! hooks.
+//! The agent is not trusted: the protocol limits the size of every answer, and this client limits
+//! the time. Only [`Agent::wait`] may take as long as the container lives, and [`Agent::create`] as
+//! long as its hooks.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -31,48 +31,49 @@ use crate::machine::words::printable;
 use crate::state::id::ContainerId;
 use crate::streams::attach::TerminalSize;
 
-/// For calls that change little.
+/// The time limit of most calls.
 const SHORT: Duration = Duration::from_secs(20);
-/// For creating a container or a process: reads the program from the share, waits for streams.
+/// The time limit for creating a container or a process: the agent reads the program from the share
+/// and waits for streams.
 const CREATE: Duration = Duration::from_secs(60);
-/// For starting processors, of which each takes its time.
+/// The time limit for starting processors, which takes some time for each.
 const PROCESSORS: Duration = Duration::from_secs(60);
-/// For writing everything back.
+/// The time limit for writing everything back.
 const SYNC: Duration = Duration::from_secs(30);
 
-/// Why the agent did not do something.
+/// Why a call to the agent failed.
 #[derive(Debug, Error)]
 pub enum AgentError {
-    /// It said why.
+    /// The agent returned an error.
     #[error("{0}")]
     Refused(String, Code),
-    /// It did not answer in time.
+    /// The agent did not answer in time.
     #[error("the guest's agent did not answer {call} within {patience:?}")]
     Late {
-        /// What was asked.
+        /// The call.
         call: &'static str,
-        /// How long.
+        /// The time limit.
         patience: Duration,
     },
-    /// No connection.
+    /// The connection failed.
     #[error("connection to the guest's agent")]
     Connect(#[source] tonic::transport::Error),
 }
 
 impl AgentError {
-    /// What was asked about does not exist.
+    /// The container or process does not exist.
     #[must_use]
     pub const fn is_not_found(&self) -> bool {
         matches!(self, Self::Refused(_, Code::NotFound))
     }
 
-    /// What was asked for cannot be.
+    /// The request is invalid.
     #[must_use]
     pub const fn is_invalid(&self) -> bool {
         matches!(self, Self::Refused(_, Code::InvalidArgument))
     }
 
-    /// What was asked about is not there any more, or not in the state for it.
+    /// The container or process does not exist any more, or is in the wrong state.
     #[must_use]
     pub const fn is_too_late(&self) -> bool {
         matches!(self, Self::Refused(_, Code::NotFound | Code::FailedPrecondition))
@@ -101,12 +102,13 @@ pub struct Agent {
 }
 
 impl Agent {
-    /// Talks over a connected stream.
+    /// Connects over an open stream to the agent.
     ///
     /// # Errors
-    /// When nothing that speaks HTTP/2 is at the other end.
+    /// When the other end does not speak HTTP/2.
     pub async fn connect(stream: UnixStream) -> Result<Self, AgentError> {
-        // A channel asks for a connection when it needs one; there is only this one to give.
+        // The channel may ask for a connection more than once; only the first request gets the
+        // stream.
         let once = Mutex::new(Some(stream));
         let connector = tower::service_fn(move |_: Uri| {
             let stream = once.lock().unwrap_or_else(PoisonError::into_inner).take();
@@ -116,7 +118,7 @@ impl Agent {
                 io::Result::Ok(TokioIo::new(tokio::net::UnixStream::from_std(stream)?))
             }
         });
-        // The name is only a header; nobody looks it up.
+        // The name is only sent as a header; it is not resolved.
         let endpoint = Endpoint::from_static("http://agent");
         let connected = timeout(SHORT, endpoint.connect_with_connector(connector)).await;
         let channel = connected
@@ -128,10 +130,10 @@ impl Agent {
         Ok(Self { client })
     }
 
-    /// The first call; gives the guest's kernel release.
+    /// The first call; returns the guest's kernel release.
     ///
     /// # Errors
-    /// When the agent speaks another version, or there is no such setting.
+    /// When the agent speaks another version, or the guest refuses a sysctl.
     pub async fn hello(
         &self,
         hostname: &str,
@@ -150,11 +152,11 @@ impl Agent {
         Ok(within(SHORT, "Hello", client.hello(request)).await?.kernel_release)
     }
 
-    /// Creates a container; its disks were attached to its machine. Its hooks may take so long besides,
-    /// or as long as they like.
+    /// Creates a container whose disks have been attached to the machine. `hooks` is additional
+    /// time for its hooks; `None` means no time limit.
     ///
     /// # Errors
-    /// When the guest cannot.
+    /// When the guest fails.
     pub async fn create(
         &self,
         request: CreateRequest,
@@ -171,7 +173,7 @@ impl Agent {
     /// Starts a created container.
     ///
     /// # Errors
-    /// When the guest cannot.
+    /// When the guest fails.
     pub async fn start(&self, id: &ContainerId) -> Result<(), AgentError> {
         let mut client = self.client.clone();
         let request = StartRequest { container_id: id.to_string() };
@@ -181,13 +183,13 @@ impl Agent {
     /// Runs a further process in a container.
     ///
     /// # Errors
-    /// When the guest cannot.
+    /// When the guest fails.
     pub async fn exec(&self, request: ExecRequest) -> Result<u32, AgentError> {
         let mut client = self.client.clone();
         Ok(within(CREATE, "Exec", client.exec(request)).await?.pid)
     }
 
-    /// Signals a process, or with `all` every process of its container.
+    /// Signals a process, or every process of its container if `all` is set.
     ///
     /// # Errors
     /// When there is nothing to signal.
@@ -198,7 +200,7 @@ impl Agent {
         within(SHORT, "Kill", client.kill(request)).await.map(drop)
     }
 
-    /// Waits for the end of a process, as long as it takes.
+    /// Waits for the end of a process, without a time limit.
     ///
     /// # Errors
     /// When the connection breaks.
@@ -208,10 +210,10 @@ impl Agent {
         Ok(self.client.clone().wait(request).await?.into_inner())
     }
 
-    /// Tells a process's terminal its size.
+    /// Sets the size of a process's terminal.
     ///
     /// # Errors
-    /// When it has none.
+    /// When the process has no terminal.
     pub async fn resize(&self, target: Target<'_>, size: TerminalSize) -> Result<(), AgentError> {
         let mut client = self.client.clone();
         let (container_id, exec_id) = target.names();
@@ -223,7 +225,7 @@ impl Agent {
     /// Freezes a container.
     ///
     /// # Errors
-    /// When a process of it does not come to a stand.
+    /// When a process does not freeze.
     pub async fn pause(&self, id: &ContainerId) -> Result<(), AgentError> {
         let mut client = self.client.clone();
         let request = PauseRequest { container_id: id.to_string() };
@@ -233,14 +235,14 @@ impl Agent {
     /// Lets a frozen container run again.
     ///
     /// # Errors
-    /// When the guest cannot.
+    /// When the guest fails.
     pub async fn resume(&self, id: &ContainerId) -> Result<(), AgentError> {
         let mut client = self.client.clone();
         let request = ResumeRequest { container_id: id.to_string() };
         within(SHORT, "Resume", client.resume(request)).await.map(drop)
     }
 
-    /// Sets the limits of a container; `resources_json` has all of them.
+    /// Sets the limits of a container; `resources_json` has all limits, not only those that change.
     ///
     /// # Errors
     /// When the guest's kernel refuses one.
@@ -254,7 +256,7 @@ impl Agent {
         within(SHORT, "Update", client.update(request)).await.map(drop)
     }
 
-    /// The processes of a container, as the guest numbers them.
+    /// The processes of a container, with the pids of the guest.
     ///
     /// # Errors
     /// When there is no such container.
@@ -267,14 +269,14 @@ impl Agent {
     /// Removes a container that does not run.
     ///
     /// # Errors
-    /// When it runs, is being created, or is not there.
+    /// When it runs, is being created, or does not exist.
     pub async fn delete(&self, id: &ContainerId) -> Result<(), AgentError> {
         let mut client = self.client.clone();
         let request = DeleteRequest { container_id: id.to_string() };
         within(SYNC, "Delete", client.delete(request)).await.map(drop)
     }
 
-    /// Binds devices that were attached.
+    /// Lets the guest bind drivers to devices that were attached.
     ///
     /// # Errors
     /// When a driver refuses its device.
@@ -283,16 +285,16 @@ impl Agent {
         within(SHORT, "Rescan", client.rescan(RescanRequest {})).await.map(drop)
     }
 
-    /// Has the guest give up interfaces, which can be taken out of the machine then.
+    /// Unbinds interfaces in the guest, so that they can be removed from the machine.
     ///
     /// # Errors
-    /// When its driver does not.
+    /// When a driver does not release its device.
     pub async fn release(&self, slots: Vec<u32>) -> Result<(), AgentError> {
         let mut client = self.client.clone();
         within(SHORT, "Release", client.release(ReleaseRequest { slots })).await.map(drop)
     }
 
-    /// Has interfaces that the machine was given be as the host's are.
+    /// Configures the guest's interfaces like the host's.
     ///
     /// # Errors
     /// When the guest's kernel refuses something.
@@ -301,10 +303,11 @@ impl Agent {
         within(SHORT, "Configure", client.configure(request)).await.map(drop)
     }
 
-    /// Has it stand in for name servers; gives its queries, and takes answers to them.
+    /// Lets the agent receive queries to name servers; returns the stream of queries, and sends
+    /// `answers` back.
     ///
     /// # Errors
-    /// When it does so already, or cannot.
+    /// When the agent does so already, or fails.
     pub async fn names(
         &self,
         servers: Vec<u32>,
@@ -329,7 +332,7 @@ impl Agent {
     /// Writes everything back to the share.
     ///
     /// # Errors
-    /// When it takes too long.
+    /// When the guest fails, or takes too long.
     pub async fn sync(&self) -> Result<(), AgentError> {
         let mut client = self.client.clone();
         within(SYNC, "Sync", client.sync(SyncRequest {})).await.map(drop)

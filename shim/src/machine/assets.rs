@@ -1,5 +1,5 @@
-//! The files that a pod is started from: three programs beside this one, the guest's kernel and its
-//! initial root file system in `../share/bulkhead/`. Environment variables name others.
+//! The files that a pod is started from: three programs beside this one, and the guest's kernel and
+//! initramfs in `../share/bulkhead/`. Environment variables can name other files.
 
 use std::env;
 use std::fs::{self, File};
@@ -31,7 +31,7 @@ pub struct Assets {
     pub file_server: PathBuf,
     /// The guest kernel, open.
     pub kernel: File,
-    /// The guest's initial root file system, open.
+    /// The guest's initramfs, open.
     pub initramfs: File,
 }
 
@@ -39,12 +39,13 @@ impl Assets {
     /// Finds everything.
     ///
     /// # Errors
-    /// Names the first file that is missing and what makes it.
+    /// Names the first file that is missing, and the command that builds it.
     pub fn find() -> Result<Self, AssetError> {
         Self::find_beside(&beside(), |variable| env::var_os(variable).map(PathBuf::from))
     }
 
-    /// Finds everything in an installation; `named` gives other files for variables.
+    /// Finds everything in an installation; `named` returns the file that an environment variable
+    /// names.
     pub(crate) fn find_beside(
         bin: &Path,
         named: impl Fn(&str) -> Option<PathBuf>,
@@ -66,7 +67,7 @@ impl Assets {
     }
 }
 
-/// The program of a process that stands for one of a container.
+/// The path of the stand-in's program.
 ///
 /// # Errors
 /// When it is missing.

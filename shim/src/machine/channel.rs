@@ -1,7 +1,8 @@
-//! A SEQPACKET socket that a task waits on: messages and descriptors as in
+//! SEQPACKET sockets for asynchronous tasks. Messages and descriptors are those of
 //! [`bulkhead_vmm::seqpacket`].
 
-// UNSAFETY: tokio takes a descriptor by number and wants the promise that it stays the same.
+// UNSAFETY: tokio takes a descriptor by number, and the caller has to promise that it stays the
+// same.
 #![expect(unsafe_code, reason = "AsyncFd::register has no safe form")]
 
 use std::io;
@@ -14,7 +15,7 @@ use serde::{Serialize, de::DeserializeOwned};
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 
-/// A type whose descriptor is open, and the same, as long as the value lives.
+/// A type whose descriptor stays open and unchanged as long as the value lives.
 pub(crate) trait Steady: AsRawFd {}
 
 impl Steady for OwnedFd {}
@@ -22,14 +23,14 @@ impl Steady for OwnedFd {}
 /// Lets a task wait on a descriptor.
 ///
 /// # Errors
-/// Outside of a runtime, or when the kernel has no room.
+/// Outside of a runtime, or when the descriptor cannot be added to epoll.
 pub(crate) fn watch<T: Steady>(inner: T) -> io::Result<AsyncFd<T>> {
-    // SAFETY: that is what `Steady` says; each type that has it owns or borrows a descriptor that it
-    // never replaces.
+    // SAFETY: `Steady` guarantees that the descriptor stays open and unchanged; each type that
+    // implements it owns or borrows a descriptor that it never replaces.
     Ok(unsafe { AsyncFd::register(inner) }?)
 }
 
-/// One end of a socket, in a runtime.
+/// A SEQPACKET socket that is registered with the runtime.
 #[derive(Debug)]
 pub struct Channel(AsyncFd<OwnedFd>);
 
@@ -37,7 +38,7 @@ impl Channel {
     /// Takes over a connected or listening socket.
     ///
     /// # Errors
-    /// Outside of a runtime, or when the kernel has no room.
+    /// Outside of a runtime, or when the descriptor cannot be added to epoll.
     pub fn new(socket: OwnedFd) -> io::Result<Self> {
         ioctl_fionbio(&socket, true)?;
         Ok(Self(watch(socket)?))
@@ -56,7 +57,7 @@ impl Channel {
         self.0.async_io(Interest::WRITABLE, |fd| seqpacket::send(fd, &json, descriptors)).await
     }
 
-    /// Waits for a message; `None` when the other side has closed.
+    /// Waits for a message; returns `None` when the other side has closed.
     ///
     /// # Errors
     /// When the message is too long.
@@ -69,7 +70,7 @@ impl Channel {
         }
     }
 
-    /// Waits for a message that is JSON; `None` when the other side has closed.
+    /// Waits for a message and parses it as JSON; returns `None` when the other side has closed.
     ///
     /// # Errors
     /// When the message cannot be read.
@@ -95,11 +96,11 @@ impl AsFd for Channel {
     }
 }
 
-/// The monitor's control socket in a runtime.
+/// The monitor's control socket, registered with the runtime.
 #[derive(Debug)]
 pub struct Control(AsyncFd<Socket>);
 
-/// What [`AsyncFd`] wants of a client.
+/// A client with the traits that [`AsyncFd`] needs.
 #[derive(Debug)]
 struct Socket(Client);
 
@@ -113,10 +114,10 @@ impl AsRawFd for Socket {
 impl Steady for Socket {}
 
 impl Control {
-    /// Takes over the supervisor's end, configured already.
+    /// Takes over the supervisor's end, over which the configuration has been sent already.
     ///
     /// # Errors
-    /// Outside of a runtime, or when the kernel has no room.
+    /// Outside of a runtime, or when the descriptor cannot be added to epoll.
     pub fn new(client: Client) -> io::Result<Self> {
         ioctl_fionbio(&client, true)?;
         Ok(Self(watch(Socket(client))?))
@@ -130,7 +131,7 @@ impl Control {
         self.0.get_ref().0.call(call, descriptors)
     }
 
-    /// Waits for what the monitor says next.
+    /// Waits for the next message of the monitor.
     ///
     /// # Errors
     /// [`ClientError::Gone`] at end of file.

@@ -1,4 +1,4 @@
-//! The pod's file server: starts it, gives it the share, and knows when it ends.
+//! Starts the pod's file server, gives it the share, and waits for its end.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
@@ -17,37 +17,37 @@ use crate::machine::share::{self, Files, ShareDir, ShareDirs, ShareError};
 use crate::machine::spawn::{self, Jailed, Launch};
 use crate::state::process::Process;
 
-/// Threads that serve requests.
+/// The number of threads that serve requests.
 const THREADS: u8 = 6;
-/// How long it may take to lock itself up.
+/// How long it may take to start and enter its jail.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// Descriptors that it may hold: one for each file that the guest remembers.
+/// The most descriptors that it may hold: one for each file whose inode the guest has cached.
 const DESCRIPTORS: u64 = 1 << 20;
 
-/// Why there is no file server.
+/// Why the file server did not start or did not share files.
 #[derive(Debug, Error)]
 pub enum FileServerError {
-    /// The program.
+    /// The program cannot be started.
     #[error("cannot start the file server")]
     Spawn(#[source] io::Error),
-    /// The socket.
+    /// The control socket failed.
     #[error("control socket of the file server")]
     Socket(#[source] io::Error),
-    /// It said why.
+    /// The file server reported an error.
     #[error("file server: {0}")]
     Refused(String),
-    /// It ended without a word.
+    /// The file server ended without an answer.
     #[error("the file server ended before it was ready; see {0}")]
     Ended(&'static str),
-    /// It said nothing.
+    /// The file server did not answer in time.
     #[error("the file server was not ready within {0:?}")]
     Late(Duration),
-    /// Its files.
+    /// The share failed.
     #[error("share")]
     Share(#[from] ShareError),
 }
 
-/// A file server that serves.
+/// A running file server.
 #[derive(Debug)]
 pub struct FileServer {
     jailed: Jailed,
@@ -81,7 +81,7 @@ impl FileServer {
         Ok(Self { jailed, control, share_dirs: Mutex::default() })
     }
 
-    /// A directory of the share for one container, empty yet; the first is [`ShareDir::default`].
+    /// Takes an empty directory of the share for a container; the first is [`ShareDir::default`].
     ///
     /// # Errors
     /// [`ShareError::Full`].
@@ -89,7 +89,7 @@ impl FileServer {
         self.share_dirs().take().ok_or(ShareError::Full)
     }
 
-    /// Shows the files of a container at its dir.
+    /// Attaches the files of a container to its directory of the share.
     ///
     /// # Errors
     /// Names the path that failed.
@@ -99,10 +99,10 @@ impl FileServer {
         attached.unwrap_or_else(|error| Err(ShareError::Namespace(error.into())))
     }
 
-    /// Shows them no more and gives the dir away.
+    /// Detaches the files of a container and gives its directory back.
     ///
     /// # Errors
-    /// When they were never shown.
+    /// When no files are attached there; the directory is given back all the same.
     pub fn leave_share_dir(&self, dir: ShareDir) -> Result<(), ShareError> {
         let detached = share::detach(self.jailed.process.pid, dir);
         self.share_dirs().leave(dir);
@@ -121,13 +121,13 @@ impl FileServer {
 
     /// Waits until it has ended.
     pub async fn ended(&self) {
-        // It never speaks again: whatever comes is its end.
+        // It sends no further messages, so this returns when the socket is closed.
         let _ = self.control.receive().await;
     }
 }
 
-/// As high as this process may, for the children to inherit; the file server then works with what
-/// there is.
+/// Raises the limit of open files as far as this process may, for its children to inherit. The file
+/// server works with whatever limit it gets.
 fn raise_descriptor_limit() {
     let raised = Rlimit { current: Some(DESCRIPTORS), maximum: Some(DESCRIPTORS) };
     if setrlimit(Resource::Nofile, raised).is_err() {

@@ -1,8 +1,8 @@
-//! A machine that runs gets larger: memory is plugged, processors come to exist and are started.
+//! Growth of a running machine: memory is plugged, and vCPUs are created and started.
 //!
-//! A machine starts as large as its first container needs, and is told then how large it may become.
-//! It does not shrink: memory that the guest frees comes back by itself (the balloon's free page
-//! reporting), and a processor without work costs a thread.
+//! A machine starts as large as its first container needs; its maximum size is fixed then. It does
+//! not shrink: memory that the guest frees returns to the host anyway (the balloon's free page
+//! reporting), and an idle vCPU costs only a thread.
 
 use std::time::{Duration, Instant};
 
@@ -16,38 +16,38 @@ use crate::machine::monitor::{Machine, MachineError};
 
 /// How long the guest may take to plug memory.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// How often that is looked at.
+/// How often the plugged memory is checked.
 const STEP: Duration = Duration::from_millis(5);
 
-/// The machine stays as large as it is.
+/// Why the machine did not grow.
 #[derive(Debug, Error)]
 pub enum GrowthError {
-    /// The monitor.
+    /// A request to the monitor failed.
     #[error("cannot grow the machine: {0}")]
     Machine(#[from] MachineError),
-    /// The agent.
+    /// A call to the agent failed.
     #[error("cannot grow the machine: {0}")]
     Agent(#[from] AgentError),
-    /// The guest's kernel.
+    /// The guest's kernel did not plug all memory in time.
     #[error(
         "the guest plugged {plugged_mib} of {wanted_mib} MiB of memory within {} s; it may not have \
          enough left to describe more: stop what uses it, or create the container with the larger \
          limit", PATIENCE.as_secs()
     )]
     Unplugged {
-        /// How much came.
+        /// How much was plugged.
         plugged_mib: u32,
-        /// How much was to come, in all.
+        /// How much was requested, in total.
         wanted_mib: u32,
     },
 }
 
-/// How large a machine is.
+/// The size of a machine.
 #[derive(Debug)]
 pub struct Growth {
-    /// What it has booted with.
+    /// Its size at boot.
     boot: MachineSize,
-    /// What it was told that it may become.
+    /// Its maximum size.
     most: MachineSize,
     now: Mutex<Now>,
 }
@@ -55,28 +55,28 @@ pub struct Growth {
 #[derive(Debug)]
 struct Now {
     size: MachineSize,
-    /// The device that memory is plugged by is there.
+    /// The virtio-mem device is attached.
     attached: bool,
 }
 
 impl Growth {
-    /// Of a machine that has just booted.
+    /// The size of a machine that has just booted.
     #[must_use]
     pub fn new(boot: MachineSize, most: MachineSize) -> Self {
         Self { boot, most, now: Mutex::new(Now { size: boot, attached: false }) }
     }
 
-    /// Whether [`Growth::grow`] has something to do.
+    /// Returns whether [`Growth::grow`] would have something to do.
     pub async fn lacks(&self, to: MachineSize) -> bool {
         let now = self.now.lock().await.size;
         self.within_reach(now, to) != now
     }
 
-    /// Makes the machine as large as `to`, in all, or as large as it may become. One that is larger
-    /// stays.
+    /// Grows the machine to a total size of `to`, or to its maximum. A larger machine stays as it
+    /// is.
     ///
     /// # Errors
-    /// When the guest does not take it; what it has taken before stays.
+    /// When the monitor or the guest cannot grow; what has been added before stays.
     pub async fn grow(
         &self,
         machine: &Machine,
@@ -115,7 +115,7 @@ impl Growth {
             machine.attach_memory(self.most.memory_mib - self.boot.memory_mib).await?;
             now.attached = true;
         }
-        // Each time: the last may have failed at it.
+        // Rescans each time, because the previous rescan may have failed.
         agent.rescan().await?;
         let wanted_mib = memory_mib - self.boot.memory_mib;
         machine.plug(wanted_mib).await?;
@@ -126,7 +126,7 @@ impl Growth {
                 return Ok(());
             }
             if Instant::now() > deadline {
-                // So that it does not come later, when nobody counts on it.
+                // Takes the request back, so that the guest does not plug the memory later.
                 machine.plug(now.size.memory_mib - self.boot.memory_mib).await?;
                 return Err(GrowthError::Unplugged { plugged_mib, wanted_mib });
             }

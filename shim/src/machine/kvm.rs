@@ -1,4 +1,4 @@
-//! `/dev/kvm` on this host: opens it, and refuses one that could never boot a guest.
+//! Opens `/dev/kvm`, and refuses a KVM that is too slow to boot a guest.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -7,23 +7,23 @@ use std::path::Path;
 use bulkhead_vmm::kvm_probe::{self, ProbeError, Speed};
 use thiserror::Error;
 
-/// Set to `1`, it takes a KVM whatever its speed.
+/// The environment variable that, set to `1`, allows a KVM of any speed.
 const ALLOW_SLOW: &str = "BULKHEAD_ALLOW_SLOW_KVM";
 const DEVICE: &str = "/dev/kvm";
 
 /// Why this host cannot run a machine.
 #[derive(Debug, Error)]
 pub enum KvmError {
-    /// No device.
+    /// There is no device.
     #[error(
         "{0} does not exist: load kvm_intel or kvm_amd, or switch on virtualization in the \
          firmware (nested virtualization, if this host is itself a virtual machine)"
     )]
     Missing(String),
-    /// A device that cannot be opened.
+    /// The device cannot be opened.
     #[error("cannot open {0}: bulkhead must be run as root")]
     Open(String, #[source] io::Error),
-    /// A device that emulates.
+    /// KVM is emulated in software.
     #[error(
         "KVM on this host is emulated in software and too slow to boot a guest ({0} supervisor \
          loops/s measured, {least} needed): use a host with hardware virtualization, or the test \
@@ -31,7 +31,7 @@ pub enum KvmError {
         least = kvm_probe::LOOPS_PER_SECOND_MIN
     )]
     Slow(u64),
-    /// A device that does not work.
+    /// KVM does not work.
     #[error("KVM does not work on this host")]
     Broken(#[from] ProbeError),
 }
@@ -39,7 +39,7 @@ pub enum KvmError {
 /// Opens the device.
 ///
 /// # Errors
-/// With what to do about it.
+/// Says what the user can do about it.
 pub fn open() -> Result<File, KvmError> {
     open_at(Path::new(DEVICE))
 }
@@ -54,11 +54,11 @@ fn open_at(path: &Path) -> Result<File, KvmError> {
     })
 }
 
-/// Makes sure that a guest's supervisor code runs at the speed of hardware. Costs nothing where the
-/// processor itself says that it virtualizes; elsewhere a short loop is timed.
+/// Checks that a guest's kernel-mode code runs at hardware speed. Costs nothing if the processor
+/// reports hardware virtualization; otherwise a short loop in a guest is timed.
 ///
 /// # Errors
-/// When it is emulated, unless the user allows it.
+/// When KVM is emulated, unless the user allows that.
 pub fn check_speed(kvm: &File) -> Result<(), KvmError> {
     if kvm_probe::processor_virtualizes() || std::env::var_os(ALLOW_SLOW).is_some_and(|v| v == "1")
     {

@@ -1,11 +1,12 @@
-//! The pod's machine: what its parts are made from, how they are started and asked.
+//! The pod's machine: its parts, how they are started, and how requests are sent to them.
 //!
-//! - [`kvm`], [`assets`]: what the host and the installation have.
-//! - [`spawn`], [`channel`]: starting a jailed process, and the socket on which it is spoken to.
+//! - [`kvm`], [`assets`]: what the host and the installation provide.
+//! - [`spawn`], [`channel`]: starting a jailed process, and its control socket.
 //! - [`monitor`]: the virtual machine. [`growth`]: making a running one larger.
-//! - [`file_server`], [`share`]: the files of the pod, as the guest sees them; `user_namespace`: what
-//!   the owners of a shared mount are mapped by.
-//! - [`agent`]: PID 1 of the guest. [`words`]: what a guest says, fit to be shown.
+//! - [`file_server`], [`share`]: the files of the pod, as the guest sees them; `user_namespace`:
+//!   the mappings of idmapped mounts.
+//! - [`agent`]: the client of PID 1 of the guest. [`words`]: makes text from the guest safe to
+//!   show.
 
 pub mod agent;
 pub mod assets;

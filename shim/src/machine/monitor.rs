@@ -1,6 +1,6 @@
-//! The pod's machine: starts the monitor, asks things of it, and knows when it ends.
+//! The pod's machine: starts the monitor, sends it requests, and waits for its end.
 //!
-//! Everything that the monitor will ever use is opened here and handed to it; see
+//! The supervisor opens every file that the monitor uses and sends it the descriptors; see
 //! [`bulkhead_vmm::config`] and [`bulkhead_vmm::control`].
 
 use std::collections::HashMap;
@@ -28,34 +28,34 @@ use crate::machine::spawn::{self, Jailed, Launch};
 use crate::machine::words::printable;
 use crate::state::process::Process;
 
-/// The guest's context id: each machine has its own vsock device, so all may have the same.
+/// The guest's vsock CID. Each machine has a vsock device of its own, so all can use the same CID.
 const GUEST_CID: u32 = 3;
 /// How long the monitor may take to answer a call that does not wait for the guest.
 const PATIENCE: Duration = Duration::from_secs(20);
-/// How Linux introduces the reason of a panic.
+/// The text before the reason of a panic in Linux's log.
 const PANIC_MARK: &str = "Kernel panic - not syncing:";
-/// What the lines begin with, or have in them, that tell the reason of a panic: the kernel's own, and
-/// those of an agent that faulted. Registers, code and stack come after it.
+/// Texts in the first line of a fault report before a panic: of the kernel, or of an agent that
+/// faulted. Registers, code and stack follow that line.
 const FAULT_MARKS: [&str; 3] = ["BUG: ", "Oops: ", "bulkhead-agent: rip "];
-/// Lines of the console that an error quotes.
+/// How many lines of the console an error quotes.
 const QUOTED_LINES: usize = 12;
 
-/// Why there is no machine, or no answer from it.
+/// Why a machine did not start or a request to its monitor failed.
 #[derive(Clone, Debug, Error)]
 pub enum MachineError {
-    /// The program.
+    /// The program cannot be started.
     #[error("cannot start the monitor: {0}")]
     Spawn(String),
-    /// The monitor said no.
+    /// The monitor refused the request.
     #[error(transparent)]
     Refused(#[from] Refusal),
-    /// The monitor said nothing.
+    /// The monitor did not answer in time.
     #[error("the monitor did not answer within {0:?}")]
     Late(Duration),
-    /// The machine is over.
+    /// The machine has ended.
     #[error("{0}")]
     Ended(String),
-    /// The monitor's answer is not one to the call.
+    /// The monitor's answer does not fit the request.
     #[error("the monitor sent an unexpected answer: {0}")]
     Confused(String),
 }
@@ -73,17 +73,17 @@ pub struct Parts<'a> {
     pub kvm: &'a File,
     /// The guest's kernel.
     pub kernel: &'a File,
-    /// Its initial root file system.
+    /// The guest's initramfs.
     pub initramfs: &'a File,
     /// The relay socket to the file server.
     pub file_server: BorrowedFd<'a>,
-    /// Where the console goes.
+    /// The log of the guest's console.
     pub console: File,
-    /// Who the monitor becomes.
+    /// The uid and gid of the jailed monitor.
     pub jail: JailConfig,
     /// vCPUs and memory at the start.
     pub size: MachineSize,
-    /// As many vCPUs as the guest is told of.
+    /// The number of vCPUs that are declared to the guest.
     pub vcpus_max: u8,
 }
 
@@ -97,7 +97,7 @@ struct Calls {
     waiting: HashMap<u64, oneshot::Sender<Answered>>,
 }
 
-/// A machine that runs; dropping it ends it.
+/// A running machine; dropping it ends it.
 #[derive(Debug)]
 pub struct Machine {
     jailed: Jailed,
@@ -131,7 +131,7 @@ impl Machine {
         Ok(machine)
     }
 
-    /// The monitor.
+    /// The monitor's process.
     #[must_use]
     pub const fn process(&self) -> Process {
         self.jailed.process
@@ -140,7 +140,7 @@ impl Machine {
     /// Connects to a vsock port of the guest, as soon as something listens there.
     ///
     /// # Errors
-    /// When nothing does within `patience`, or the machine ends before.
+    /// When nothing listens within `patience`, or the machine ends before.
     pub async fn open_stream(
         &self,
         port: u32,
@@ -156,7 +156,7 @@ impl Machine {
         }
     }
 
-    /// Gives the machine a disk; the guest has to bind it.
+    /// Attaches a disk to the machine; the guest still has to bind a driver to it.
     ///
     /// # Errors
     /// When the monitor cannot use it.
@@ -172,9 +172,9 @@ impl Machine {
         self.done(request, &[disk.as_fd()]).await
     }
 
-    /// Gives the machine an interface whose other end is a tap, with as many pairs of queues as the tap
-    /// has; the guest has to bind it. With `vhost` for each the kernel moves its frames,
-    /// [`crate::network::vhost`].
+    /// Attaches a network interface that is connected to a tap, with one pair of queues for each
+    /// descriptor in `taps`; the guest still has to bind a driver to it. With a `vhost` descriptor
+    /// for each pair, the host's kernel serves the queues, [`crate::network::vhost`].
     ///
     /// # Errors
     /// When the monitor cannot use it; the slot is empty then.
@@ -196,44 +196,44 @@ impl Machine {
         self.done(request, &descriptors).await
     }
 
-    /// Takes out the device of a slot; the guest has unbound it.
+    /// Removes the device of a slot, which the guest has unbound.
     ///
     /// # Errors
-    /// When there is none.
+    /// When the slot is empty.
     pub async fn detach(&self, slot: u8) -> Result<(), MachineError> {
         self.done(Request::Detach { slot }, &[]).await
     }
 
-    /// Tells the guest whether the cable of an interface is plugged.
+    /// Sets the link status of an interface.
     ///
     /// # Errors
-    /// When there is none in the slot.
+    /// When there is no interface in the slot.
     pub async fn set_link(&self, slot: u8, up: bool) -> Result<(), MachineError> {
         self.done(Request::Link { slot, up }, &[]).await
     }
 
-    /// Gives the machine the device by which memory is plugged, at most so much; the guest has to
-    /// bind it.
+    /// Attaches the virtio-mem device, through which up to `region_mib` can be plugged; the guest
+    /// still has to bind a driver to it.
     ///
     /// # Errors
-    /// When it has one.
+    /// When the machine has one already.
     pub async fn attach_memory(&self, region_mib: u32) -> Result<(), MachineError> {
         let device = DeviceConfig::Mem { region_mib };
         self.done(Request::Attach { slot: MEMORY_SLOT, device }, &[]).await
     }
 
-    /// Lets the guest plug so much memory, in all.
+    /// Requests that the guest plugs a total of `target_mib`.
     ///
     /// # Errors
-    /// When there is no device for it, or the host has not so much address space.
+    /// When there is no virtio-mem device, or the host has too little address space.
     pub async fn plug(&self, target_mib: u32) -> Result<(), MachineError> {
         self.done(Request::Plug { target_mib }, &[]).await
     }
 
-    /// Memory that the guest has plugged.
+    /// Returns how much memory the guest has plugged.
     ///
     /// # Errors
-    /// When there is no device for it.
+    /// When there is no virtio-mem device.
     pub async fn plugged_mib(&self) -> Result<u32, MachineError> {
         match self.call(Request::Statistics, &[], PATIENCE).await? {
             (Reply::Statistics(Statistics { plugged_mib: Some(mib), .. }), _) => Ok(mib),
@@ -241,21 +241,21 @@ impl Machine {
         }
     }
 
-    /// Makes processors exist, so many in all; the guest has to start them.
+    /// Creates vCPUs up to a total of `count`; the guest still has to start them.
     ///
     /// # Errors
-    /// When the guest was not told of so many.
+    /// When fewer were declared to the guest.
     pub async fn add_processors(&self, count: u8) -> Result<(), MachineError> {
         self.done(Request::Processors { count }, &[]).await
     }
 
     /// Ends the machine at once. What the guest has not written back is lost.
     pub async fn stop(self) {
-        // Dropping it kills the monitor, whatever it answers.
+        // Dropping the machine kills the monitor, whatever the answer is.
         let _ = self.call(Request::Stop, &[], Duration::from_secs(1)).await;
     }
 
-    /// Waits until the machine has ended by itself; says how.
+    /// Waits until the machine has ended by itself; returns the reason.
     pub async fn ended(&self) -> String {
         let mut ended = self.ended.clone();
         match ended.wait_for(Option::is_some).await {
@@ -306,14 +306,14 @@ fn expect_answer(calls: &Waiting, number: u64) -> oneshot::Receiver<Answered> {
     answer
 }
 
-/// Hands answers to whoever asked, until the monitor closes the socket.
+/// Passes answers to their callers until the machine ends or the monitor closes the socket.
 async fn listen(control: Arc<Control>, calls: Waiting, tell: watch::Sender<Option<String>>) {
     let words = loop {
         match control.receive().await {
             Ok((FromMonitor::Answer(Answer { number, result }), descriptors)) => {
                 let mut calls = calls.lock().unwrap_or_else(PoisonError::into_inner);
                 if let Some(asked) = calls.waiting.remove(&number) {
-                    // Whoever asked may have given up.
+                    // The caller may have given up.
                     let _ = asked.send(result.map(|r| (r, descriptors)).map_err(Into::into));
                 }
             }
@@ -325,7 +325,7 @@ async fn listen(control: Arc<Control>, calls: Waiting, tell: watch::Sender<Optio
         }
     };
     tell.send_replace(Some(words));
-    // Dropped, they tell everybody who waits.
+    // Dropping the senders wakes all callers that wait.
     calls.lock().unwrap_or_else(PoisonError::into_inner).waiting.clear();
 }
 
@@ -349,7 +349,7 @@ fn reason(ending: &Ending, console: &[String]) -> String {
     words + &quote(shown)
 }
 
-/// The last lines of a console for a message of one line: empty when there are none.
+/// The last lines of a console for a one-line message; empty if there are none.
 #[must_use]
 pub fn quote(lines: &[String]) -> String {
     let last = &lines[lines.len().saturating_sub(QUOTED_LINES)..];
@@ -361,11 +361,11 @@ pub fn quote(lines: &[String]) -> String {
     }
 }
 
-/// Behind the devices of every machine, [`configuration`].
+/// The first slot after the devices that every machine has, [`configuration`].
 const FIRST_FREE_SLOT: u8 = 4;
-/// Behind the disks.
+/// The first slot after the disks.
 pub const FIRST_NETWORK_SLOT: u8 = 12;
-/// The last one, so that what there may be several of lies together.
+/// The last slot, so that disks and interfaces have consecutive slots.
 const MEMORY_SLOT: u8 = SLOT_COUNT - 1;
 
 fn configuration<'a>(parts: &'a Parts<'_>, random: &'a File) -> (VmConfig, Vec<BorrowedFd<'a>>) {

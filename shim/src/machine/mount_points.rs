@@ -1,9 +1,9 @@
-//! Mount points in a container's root: made on the host, where the root is shown to the guest read-only
-//! and nobody can make them there.
+//! Makes the mount points in a container's root on the host, if the guest gets a read-only root and
+//! cannot make them itself.
 //!
-//! The root may be a tenant's: every path is walked below it, with its own links (openat2(2),
-//! `RESOLVE_IN_ROOT`), and nothing that exists is changed. What lies below an earlier mount point is made
-//! by the guest, in what is mounted there.
+//! A tenant may control the root's contents: every path and its symbolic links are resolved below
+//! the root (openat2(2), `RESOLVE_IN_ROOT`), and nothing that exists is changed. A mount point
+//! below an earlier one is made by the guest, in the file system that is mounted there.
 
 use std::collections::HashSet;
 use std::fs;
@@ -16,10 +16,10 @@ use rustix::io::Errno;
 
 use crate::bundle::FileKind;
 
-/// Makes what is missing, as runc does: directories on the way to it too.
+/// Makes missing mount points and, as runc does, their parent directories.
 ///
 /// # Errors
-/// When something is in the way, or cannot be made.
+/// When another file is in the way, or a mount point cannot be made.
 pub(super) fn make(root: BorrowedFd<'_>, wanted: &[(PathBuf, FileKind)]) -> io::Result<()> {
     let mut covered = HashSet::new();
     for (path, kind) in wanted {
@@ -28,7 +28,8 @@ pub(super) fn make(root: BorrowedFd<'_>, wanted: &[(PathBuf, FileKind)]) -> io::
     Ok(())
 }
 
-/// Gives where it is, without links, unless it is below what is covered.
+/// Makes one mount point. Returns its path without symbolic links, or `None` if it is below an
+/// earlier mount point.
 fn make_one(
     root: BorrowedFd<'_>,
     path: &Path,
@@ -42,7 +43,7 @@ fn make_one(
         let name = match part {
             Component::RootDir | Component::CurDir => continue,
             Component::Normal(name) => name,
-            // It would mean something else where links are followed.
+            // After a symbolic link, `..` would not mean the parent in `path`.
             Component::ParentDir | Component::Prefix(_) => return Err(Errno::INVAL.into()),
         };
         if covered.contains(&place(&at)?) {
@@ -67,13 +68,13 @@ fn make_one(
     place(&at).map(Some)
 }
 
-/// What is at a path of the container.
+/// Opens the file at a path of the container.
 fn look(root: BorrowedFd<'_>, path: &Path) -> io::Result<OwnedFd> {
     let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
     Ok(openat2(root, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty(), resolve)?)
 }
 
-/// Where something is on the host.
+/// Returns the host's path of an open file.
 fn place(at: &OwnedFd) -> io::Result<PathBuf> {
     fs::read_link(format!("/proc/self/fd/{}", at.as_raw_fd()))
 }
@@ -103,7 +104,7 @@ mod tests {
             ("/var/lib/data", FileKind::Directory),
             ("proc", FileKind::Directory),
             ("/run", FileKind::Directory),
-            // Below what is mounted by then.
+            // Below an earlier mount point.
             ("/run/secrets", FileKind::Directory),
             ("/var-run/lock", FileKind::File),
             ("/", FileKind::Directory),
@@ -114,7 +115,7 @@ mod tests {
         assert!(inside("real/etc/resolv.conf").is_file());
         assert!(inside("var/lib/data").is_dir() && inside("proc").is_dir());
         assert_eq!(fs::read_dir(inside("run")).unwrap().count(), 0);
-        // A link that leads out leads into the root, where there is nothing.
+        // A link to the outside is resolved inside the root, where its target does not exist.
         for path in ["/away/file", "/etc/../../x", "/etc/hosts/below"] {
             assert!(make(fd.as_fd(), &[(path.into(), FileKind::File)]).is_err(), "{path}");
         }

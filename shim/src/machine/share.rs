@@ -1,13 +1,13 @@
-//! The share: the tree of files that a pod's file server shows to the guest.
+//! The share: the tree of files that a pod's file server exports to the guest.
 //!
-//! Its root is a small tmpfs that is never mounted on the host: it is made detached and becomes the
-//! file server's root. It has nothing but numbered directories; each container of the
-//! pod has its own, with a tmpfs of mount points on it. What is shared is cloned from the host's
-//! mounts, detached too. All is attached inside the file server's mount namespace by a thread that
-//! joins it for a moment. So no mount of a container ever appears on the host, and the kernel takes
-//! them all when the file server dies.
+//! Its root is a small tmpfs that is never mounted on the host: it is created detached and becomes
+//! the file server's root. It contains only numbered directories. Each container of the pod has
+//! one, on which a tmpfs with mount points is mounted. The shared files are detached clones of the
+//! host's mounts. A thread that joins the file server's mount namespace for a moment attaches all
+//! of them there. So no mount of a container ever appears on the host, and the kernel unmounts them
+//! all when the file server dies.
 //!
-//! Once its guest may look, no tmpfs of these can be written any more.
+//! Every tmpfs of the share is made read-only before the guest can see it.
 
 // UNSAFETY: mount_setattr(2) has no wrapper in rustix or nix.
 #![expect(unsafe_code, reason = "mount_setattr is called directly")]
@@ -31,39 +31,40 @@ use thiserror::Error;
 use crate::bundle::{FileKind, IdMap, Shared};
 use crate::machine::{mount_points, user_namespace};
 
-/// The size of a tmpfs, which only ever holds mount points.
+/// The size of a tmpfs, which holds only mount points.
 const SIZE: &str = "1m";
-/// Clones that are open at once: a caller may mount more than a process may have descriptors.
+/// The most clones that are open at once: a container may have more mounts than a process may have
+/// descriptors.
 const CLONES: usize = 256;
-/// ShareDirs that a share has.
+/// The number of directories in a share.
 const SHARE_DIRS: u32 = 64;
 
-/// Why the share could not be made.
+/// Why the share could not be made or changed.
 #[derive(Debug, Error)]
 pub enum ShareError {
-    /// The tmpfs.
+    /// The root's tmpfs.
     #[error("root of the share")]
     Root(#[source] io::Error),
-    /// A mount point in it.
+    /// A mount point in the share.
     #[error("mount point {} in the share", .0.display())]
     MountPoint(PathBuf, #[source] io::Error),
-    /// Something of the host.
+    /// A mount of the host cannot be cloned.
     #[error("cannot share {} with the guest", .0.display())]
     Clone(PathBuf, #[source] io::Error),
-    /// Its owners.
+    /// The owners of a mount cannot be mapped.
     #[error(
         "cannot map the owners of {}{}; leave uidMappings, gidMappings, idmap and ridmap out",
         .0.display(),
         unmappable(.1)
     )]
     IdMap(PathBuf, #[source] io::Error),
-    /// The file server's namespace.
+    /// The file server's mount namespace cannot be joined.
     #[error("mount namespace of the file server")]
     Namespace(#[source] io::Error),
-    /// Attaching in it.
+    /// A mount cannot be attached to the share.
     #[error("cannot attach {} to the share", .0.display())]
     Attach(PathBuf, #[source] io::Error),
-    /// Taking away from it.
+    /// A mount cannot be detached from the share.
     #[error("cannot take {} out of the share", .0.display())]
     Detach(PathBuf, #[source] io::Error),
     /// Every directory is taken.
@@ -83,8 +84,8 @@ impl ShareDir {
     }
 }
 
-/// Which directories are taken. One that was left is the last to be given away again: for a second the
-/// guest may remember what it saw there.
+/// Which directories are taken. A directory that was given back is the last to be taken again: for
+/// a second the guest may have its old entries cached.
 #[derive(Debug, Default)]
 pub struct ShareDirs {
     taken: Vec<ShareDir>,
@@ -92,7 +93,7 @@ pub struct ShareDirs {
 }
 
 impl ShareDirs {
-    /// A directory that nobody has; none when all are taken.
+    /// Takes a free directory; returns `None` if all are taken.
     pub fn take(&mut self) -> Option<ShareDir> {
         let mut candidates =
             (self.next..self.next + SHARE_DIRS).map(|number| ShareDir(number % SHARE_DIRS));
@@ -108,10 +109,10 @@ impl ShareDirs {
     }
 }
 
-/// Makes a root with empty directories: the mount that becomes the file server's root.
+/// Makes a detached mount with empty directories, which becomes the file server's root.
 ///
 /// # Errors
-/// When the host's kernel does not let it.
+/// When the host's kernel refuses.
 pub fn root() -> Result<OwnedFd, ShareError> {
     let made = || {
         let root = make_tmpfs()?;
@@ -129,12 +130,13 @@ pub fn root() -> Result<OwnedFd, ShareError> {
 pub struct Files {
     mount_points: OwnedFd,
     clones: Vec<(PathBuf, OwnedFd)>,
-    /// What is cloned later, because too many clones are open.
+    /// Entries that are cloned later, because [`CLONES`] are open already.
     rest: Vec<Shared>,
 }
 
 impl Files {
-    /// Makes all mount points and clones what they will show.
+    /// Makes all mount points and clones the mounts; if there are too many, the rest when
+    /// attaching.
     ///
     /// # Errors
     /// Names the path that failed.
@@ -151,11 +153,10 @@ impl Files {
         Ok(Self { mount_points, clones, rest: rest.to_vec() })
     }
 
-    /// Files and directories that are mounts already, each attached nowhere ([`alone`]); the number
-    /// of each in the list becomes its name.
+    /// The files of detached mounts ([`alone`]); each is named by its index in the list.
     ///
     /// # Errors
-    /// When there cannot be a mount point for one.
+    /// When a mount point cannot be made.
     pub fn given(mounts: Vec<(FileKind, OwnedFd)>) -> Result<Self, ShareError> {
         let mount_points = make_tmpfs().map_err(ShareError::Root)?;
         let mut clones = Vec::with_capacity(mounts.len());
@@ -170,15 +171,15 @@ impl Files {
         Ok(Self { mount_points, clones, rest: Vec::new() })
     }
 
-    /// Attaches everything at a directory that nobody has, inside the mount namespace of a file server
-    /// that serves [`root`].
+    /// Attaches everything to a free directory, inside the mount namespace of a file server that
+    /// serves [`root`].
     ///
     /// # Errors
     /// Names the path that failed; what was attached before stays.
     pub fn attach(self, file_server: u32, dir: ShareDir) -> Result<(), ShareError> {
         let Self { mount_points, clones, rest } = self;
         let base = Path::new("/").join(dir.directory());
-        // What is cloned here is of this namespace, and what it is attached to of the other.
+        // Mounts have to be cloned in this mount namespace and attached in the other.
         let (sender, more) = mpsc::sync_channel(CLONES);
         let attaching = start_inside(file_server, move || {
             attach(&mount_points, &base)?;
@@ -188,7 +189,7 @@ impl Files {
             Ok(())
         })?;
         let cloned = rest.iter().try_for_each(|entry| {
-            // If nobody takes it any more, attaching has failed, and says why.
+            // Sending fails only if attaching has failed, and that error is returned.
             clone_mount(entry).map(|clone| drop(sender.send(clone)))
         });
         drop(sender);
@@ -196,10 +197,10 @@ impl Files {
     }
 }
 
-/// Takes away what is attached at a directory.
+/// Detaches the mounts at a directory.
 ///
 /// # Errors
-/// When nothing is.
+/// When nothing is attached there.
 pub fn detach(file_server: u32, dir: ShareDir) -> Result<(), ShareError> {
     let base = Path::new("/").join(dir.directory());
     end(start_inside(file_server, move || {
@@ -212,10 +213,10 @@ fn attach(mount: &OwnedFd, path: &Path) -> Result<(), ShareError> {
         .map_err(|error| ShareError::Attach(path.to_owned(), error.into()))
 }
 
-/// A thread that works in another mount namespace.
+/// A thread in another mount namespace.
 type Inside = JoinHandle<Result<(), ShareError>>;
 
-/// Begins to do something in the mount namespace of a file server.
+/// Starts a thread in the mount namespace of a file server.
 fn start_inside(
     file_server: u32,
     work: impl FnOnce() -> Result<(), ShareError> + Send + 'static,
@@ -230,13 +231,13 @@ fn start_inside(
     thread.map_err(ShareError::Namespace)
 }
 
-/// Waits until it is done.
+/// Waits for the end of the thread.
 fn end(inside: Inside) -> Result<(), ShareError> {
     let failed = || ShareError::Namespace(io::Error::other("thread failed"));
     inside.join().unwrap_or_else(|_| Err(failed()))
 }
 
-/// Moves this thread, and only this one, into a mount namespace; its root becomes that one's.
+/// Moves only this thread into a mount namespace; its root becomes the root of that namespace.
 fn join(namespace: BorrowedFd<'_>) -> io::Result<()> {
     unshare(CloneFlags::CLONE_FS)?;
     Ok(move_into_link_name_space(namespace, Some(LinkNameSpaceType::Mount))?)
@@ -272,7 +273,7 @@ fn mount_point(root: BorrowedFd<'_>, target: &Path, kind: FileKind) -> io::Resul
     Ok(())
 }
 
-/// Clones what is shared, with its mapped owners; gives where it goes too.
+/// Clones a shared mount and maps its owners; returns the clone and its target.
 fn clone_mount(entry: &Shared) -> Result<(PathBuf, OwnedFd), ShareError> {
     let clone = clone_tree(entry);
     let clone = clone.map_err(|error| ShareError::Clone(entry.source.clone(), error))?;
@@ -294,7 +295,7 @@ fn clone_tree(entry: &Shared) -> io::Result<OwnedFd> {
     Ok(clone)
 }
 
-/// Makes the mount points of what is read-only; whether all of them are there.
+/// Makes the mount points in a read-only entry; returns whether all of them exist.
 fn make_mount_points(entry: &Shared) -> bool {
     if entry.mount_points.is_empty() {
         return true;
@@ -309,19 +310,19 @@ fn make_mount_points(entry: &Shared) -> bool {
     made.is_ok()
 }
 
-/// Takes from a mount what only means something to processes of the host, and the right to write where
-/// nobody should: whatever the file server is made to do, nothing that a guest has left there is a
-/// device, runs, or gives somebody another identity.
+/// Sets nosuid, nodev and noexec on a mount, and read-only if asked. Even if the file server is
+/// compromised, no file that a guest has left there acts as a device, can be executed, or changes
+/// the identity of a process.
 fn harden(mount: BorrowedFd<'_>, read_only: bool, recursive: bool) -> io::Result<()> {
     let harmless = libc::MOUNT_ATTR_NOSUID | libc::MOUNT_ATTR_NODEV | libc::MOUNT_ATTR_NOEXEC;
     let write = if read_only { libc::MOUNT_ATTR_RDONLY } else { 0 };
     set_attributes(mount, harmless | write, recursive)
 }
 
-/// What an open descriptor is of, by itself: a mount that is attached nowhere.
+/// Returns a detached mount of the file that a descriptor refers to.
 ///
 /// # Errors
-/// When it is of no file system of this mount namespace.
+/// When the file is not on a mount of this mount namespace.
 pub fn alone(fd: BorrowedFd<'_>, read_only: bool, recursive: bool) -> io::Result<OwnedFd> {
     let mut flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     flags.set(OpenTreeFlags::AT_RECURSIVE, recursive);
@@ -330,7 +331,8 @@ pub fn alone(fd: BorrowedFd<'_>, read_only: bool, recursive: bool) -> io::Result
     Ok(clone)
 }
 
-/// Sets attributes of a detached mount, and cuts its mount propagation with the host.
+/// Sets attributes of a detached mount, and makes it private, so that no mounts propagate between
+/// it and the host.
 fn set_attributes(mount: BorrowedFd<'_>, attributes: u64, recursive: bool) -> io::Result<()> {
     let change = libc::mount_attr {
         attr_set: attributes,
@@ -341,7 +343,7 @@ fn set_attributes(mount: BorrowedFd<'_>, attributes: u64, recursive: bool) -> io
     change_mount(mount, change, recursive)
 }
 
-/// Shows the files of a detached mount under mapped owners, which the kernel allows only once.
+/// Maps the owners of a detached mount, which the kernel allows only once.
 fn map_owners(mount: BorrowedFd<'_>, id_map: &IdMap) -> io::Result<()> {
     let namespace = user_namespace::with_mappings(&id_map.uids, &id_map.gids)?;
     let number = u64::try_from(namespace.as_raw_fd()).map_err(io::Error::other)?;
@@ -354,7 +356,7 @@ fn map_owners(mount: BorrowedFd<'_>, id_map: &IdMap) -> io::Result<()> {
     change_mount(mount, change, id_map.recursive)
 }
 
-/// What the kernel means by its number, mount_setattr(2).
+/// Explains the errno of mount_setattr(2).
 fn unmappable(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
         Some(libc::EINVAL) => ", its file system or the mapping does not allow it",

@@ -1,7 +1,7 @@
 //! Starts the jailed processes: each is PID 1 of a new pid namespace and has its control socket as
 //! descriptor 3, `/dev/null` as standard input and output, and a log file as standard error.
 //!
-//! What they do to lock themselves up is theirs (`bulkhead_vmm::jail`).
+//! They enter their jails themselves (`bulkhead_vmm::jail`).
 
 // UNSAFETY: the descriptor number of an inherited socket is set between fork and exec, and the
 // descriptors that a caller left open are marked for closing.
@@ -20,21 +20,21 @@ use nix::sched::{CloneFlags, unshare};
 
 use crate::state::process::Process;
 
-/// Where a jailed process finds its control socket.
+/// The descriptor number of a jailed process's control socket.
 const CONTROL: RawFd = 3;
 
 /// A jailed process; dropping it kills it.
 #[derive(Debug)]
 pub struct Jailed {
     child: Child,
-    /// Its number on the host.
+    /// Its pid on the host.
     pub process: Process,
 }
 
 /// What a jailed process is started from.
 #[derive(Debug)]
 pub struct Launch<'a> {
-    /// Its program.
+    /// The program's path.
     pub program: &'a Path,
     /// The pod's state directory: its only argument, which it ignores and `ps` shows.
     pub pod: &'a Path,
@@ -42,13 +42,13 @@ pub struct Launch<'a> {
     pub log: File,
 }
 
-/// Starts a process and gives the supervisor's end of its control socket.
+/// Starts a process; returns the supervisor's end of its control socket too.
 ///
 /// # Errors
 /// When it cannot be started.
 pub fn jailed(launch: Launch<'_>) -> io::Result<(Jailed, OwnedFd)> {
     let (ours, theirs) = seqpacket::pair()?;
-    // Above the number that it is copied to: a copy onto itself would stay close-on-exec.
+    // Not equal to `CONTROL`: dup2 onto the same number would keep close-on-exec.
     let theirs = rustix::io::fcntl_dupfd_cloexec(&theirs, CONTROL + 1)?;
     let mut command = Command::new(launch.program);
     command.arg(launch.pod).env_clear();
@@ -56,7 +56,7 @@ pub fn jailed(launch: Launch<'_>) -> io::Result<(Jailed, OwnedFd)> {
     let number = theirs.as_raw_fd();
     // SAFETY: the closure makes one async-signal-safe system call and allocates nothing.
     unsafe { command.pre_exec(move || copy_to_control(number)) };
-    // The children of this thread are in the new namespace; the supervisor itself is not.
+    // The children of this thread are in the new pid namespace; the supervisor itself is not.
     let spawning = thread::Builder::new().name("spawn".into()).spawn(move || {
         unshare(CloneFlags::CLONE_NEWPID)?;
         command.spawn()
@@ -68,8 +68,8 @@ pub fn jailed(launch: Launch<'_>) -> io::Result<(Jailed, OwnedFd)> {
 }
 
 fn copy_to_control(number: RawFd) -> io::Result<()> {
-    // SAFETY: dup2 touches no memory; a descriptor that is replaced has no owner in this process,
-    // which is about to become another program.
+    // SAFETY: dup2 accesses no memory. If it replaces a descriptor, that has no owner in this
+    // process, which is about to execute another program.
     match unsafe { libc::dup2(number, CONTROL) } {
         -1 => Err(io::Error::last_os_error()),
         _ => Ok(()),
@@ -78,19 +78,19 @@ fn copy_to_control(number: RawFd) -> io::Result<()> {
 
 impl Drop for Jailed {
     fn drop(&mut self) {
-        // Both fail only when it has been waited for.
+        // Both fail only if the child was already waited for.
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
 }
 
-/// Lets a program inherit descriptors, at the numbers that they have here.
+/// Lets a program inherit descriptors, with the numbers that they have in this process.
 pub fn hand_down<'a>(command: &mut Command, descriptors: impl Iterator<Item = BorrowedFd<'a>>) {
     let numbers: Vec<_> = descriptors.map(|fd| fd.as_raw_fd()).collect();
     let keep = move || {
         numbers.iter().try_for_each(|number| {
-            // SAFETY: fcntl touches no memory here; the child has a copy of every descriptor that
-            // this process had, and one that is missing is an error.
+            // SAFETY: fcntl with F_SETFD accesses no memory. The child has a copy of every
+            // descriptor of this process, and for one that is missing fcntl returns an error.
             match unsafe { libc::fcntl(*number, libc::F_SETFD, 0) } {
                 -1 => Err(io::Error::last_os_error()),
                 _ => Ok(()),
@@ -101,15 +101,15 @@ pub fn hand_down<'a>(command: &mut Command, descriptors: impl Iterator<Item = Bo
     unsafe { command.pre_exec(keep) };
 }
 
-/// Makes every descriptor but the standard streams close when a program is started, so that nothing
-/// that the caller left open stays open in the supervisor.
+/// Sets close-on-exec on every descriptor but the standard streams, so that descriptors that the
+/// caller left open are not inherited by the supervisor.
 ///
 /// # Errors
 /// When the kernel is older than 5.11.
 pub fn close_inherited_on_exec() -> io::Result<()> {
     let (first, last) = (3, libc::c_uint::MAX);
     let flags = libc::c_int::try_from(libc::CLOSE_RANGE_CLOEXEC).map_err(io::Error::other)?;
-    // SAFETY: no descriptor is closed now, so nobody loses one that he owns.
+    // SAFETY: no descriptor is closed now, so no owner loses its descriptor.
     match unsafe { libc::close_range(first, last, flags) } {
         -1 => Err(io::Error::last_os_error()),
         _ => Ok(()),

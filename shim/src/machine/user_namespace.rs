@@ -1,9 +1,9 @@
-//! User namespaces that hold mappings and nobody, for the kernel to map the owners of a mount by.
+//! User namespaces without processes, whose id mappings the kernel uses for idmapped mounts.
 //!
-//! A namespace is made by a process that enters it. Here that is a child which does nothing else,
-//! and ends when its parent lets go of it, however that comes about.
+//! A process creates a user namespace by entering it. Here a child process does only that. It exits
+//! when its parent closes the socket between them or ends.
 
-// UNSAFETY: a process with threads may fork only if the child does no more than make system calls.
+// UNSAFETY: a process with threads may fork only if the child makes nothing but system calls.
 #![expect(unsafe_code, reason = "fork(2), and _exit(2) in the child")]
 
 use std::fmt::Write as _;
@@ -18,17 +18,18 @@ use oci_spec::runtime::LinuxIdMapping;
 use rustix::io::{read, retry_on_intr, write};
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
-/// Makes one; it lives as long as its descriptor, or a mount that uses it.
+/// Makes a user namespace. It exists as long as its descriptor, or a mount that uses it.
 ///
 /// # Errors
-/// When the kernel makes no user namespace, or refuses the mappings.
+/// When the kernel does not allow another user namespace, or refuses the mappings.
 pub(crate) fn with_mappings(
     uids: &[LinuxIdMapping],
     gids: &[LinuxIdMapping],
 ) -> io::Result<OwnedFd> {
     let (kind, flags) = (SocketType::STREAM, SocketFlags::CLOEXEC);
     let (ours, theirs) = socketpair(AddressFamily::UNIX, kind, flags, None)?;
-    // SAFETY: the child makes system calls on its stack and ends; it allocates and locks nothing.
+    // SAFETY: the child only makes system calls with data on its stack and exits; it allocates and
+    // locks nothing.
     let child = match unsafe { fork() }? {
         ForkResult::Child => {
             drop(ours);
@@ -39,18 +40,19 @@ pub(crate) fn with_mappings(
     drop(theirs);
     let namespace = mapped(child, &ours, uids, gids);
     drop(ours);
-    // It has nothing left to wait for.
+    // The child exits now that its socket is closed.
     while waitpid(child, None) == Err(nix::Error::EINTR) {}
     namespace
 }
 
-/// The child: tells with one byte whether it is inside, and stays until the other end is closed.
+/// Runs in the child: enters the namespace, writes 0 or the errno to the parent, and waits until
+/// the parent closes its end.
 fn enter_and_wait(parent: &OwnedFd) -> ! {
     let failed = unshare(CloneFlags::CLONE_NEWUSER).err().map_or(0, |error| error as i32);
-    // Without a parent there is nothing to do but to end.
+    // If the parent is gone, the read below returns at once and the child exits.
     let _ = write(parent, &failed.to_le_bytes());
     let _ = retry_on_intr(|| read(parent, &mut [0; 1]));
-    // SAFETY: it ends the process without running anything of the parent's.
+    // SAFETY: _exit ends the process without running exit handlers of the parent.
     unsafe { libc::_exit(0) }
 }
 
@@ -73,7 +75,7 @@ fn mapped(
     Ok(File::open(format!("/proc/{child}/ns/user"))?.into())
 }
 
-/// As the kernel reads them: inside, outside, how many; user_namespaces(7).
+/// The lines of `uid_map` or `gid_map`: id inside, id outside, length; user_namespaces(7).
 fn lines(mappings: &[LinuxIdMapping]) -> String {
     let mut lines = String::new();
     for mapping in mappings {

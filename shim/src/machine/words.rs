@@ -1,11 +1,11 @@
-//! What a guest says, made fit for the terminal and the log of whoever reads it: a guest that was taken
-//! over may write anything, and root's terminal obeys what it is shown.
+//! Makes text from the guest safe for terminals and logs: a compromised guest may write anything,
+//! and a terminal, often root's, executes escape sequences.
 
-/// The most of it that is shown, in characters.
+/// The longest text that is shown, in characters.
 const LENGTH_MAX: usize = 4096;
 
-/// Characters that change how text around them is shown: Unicode's bidirectional formatting, invisible
-/// separators and tags.
+/// Characters that change how text around them is shown: Unicode's bidirectional formatting,
+/// invisible separators and tags.
 const INVISIBLE: [std::ops::RangeInclusive<char>; 6] = [
     '\u{200b}'..='\u{200f}',
     '\u{2028}'..='\u{202e}',
@@ -15,8 +15,8 @@ const INVISIBLE: [std::ops::RangeInclusive<char>; 6] = [
     '\u{e0000}'..='\u{e007f}',
 ];
 
-/// One line of text in which everything is what it looks like: control characters are blanks or escaped,
-/// and a long one is cut.
+/// Returns the text as one line that a terminal shows as it is: control characters become blanks or
+/// are escaped, and a long text is cut.
 #[must_use]
 pub fn printable(text: &str) -> String {
     let mut shown = String::with_capacity(text.len().min(LENGTH_MAX));

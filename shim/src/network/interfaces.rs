@@ -1,8 +1,8 @@
-//! The machine's interfaces: those that a container's network namespace has, as long as it has them.
+//! The machine's network interfaces: one for each that the container's network namespace has.
 //!
-//! Whoever made the container may add interfaces, change them and take them away at any time. The
-//! guest follows by itself, some milliseconds later; a process that is started then finds what was
-//! there before ([`Interfaces::update`]).
+//! Whoever made the container may add, change and remove interfaces at any time. The guest follows
+//! by itself, some milliseconds later. A process that is started then finds what was there before
+//! it, because [`Interfaces::update`] is called first.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -26,9 +26,9 @@ use crate::machine::monitor::{FIRST_NETWORK_SLOT, Machine, MachineError};
 use crate::network::mirror::{Interface, Mirror, MirrorError, Update, View};
 use crate::network::vhost;
 
-/// Whoever sets up an interface does it in several steps: so long is waited for the next one.
+/// How long to wait for further changes after one: an interface is set up in several steps.
 const SETTLE: Duration = Duration::from_millis(20);
-/// An interface of the machine may get any MTU that there is; the agent sets the one that it has.
+/// The device allows any MTU; the agent sets the one that the interface has.
 const MTU_MAX: u16 = u16::MAX;
 
 /// Why the machine's network is not the container's.
@@ -43,7 +43,7 @@ pub enum NetworkError {
     /// The guest's side.
     #[error(transparent)]
     Agent(#[from] AgentError),
-    /// What tells of changes.
+    /// The socket that reports changes.
     #[error("changes of the container's network")]
     Changes(#[source] io::Error),
 }
@@ -51,17 +51,18 @@ pub enum NetworkError {
 /// The interfaces of one machine.
 #[derive(Debug)]
 pub struct Interfaces {
-    /// Pairs of queues that each has.
+    /// Queue pairs of each interface.
     pairs: usize,
-    /// None while the machine has no network of a container.
+    /// `None` while the machine has no network of a container.
     mirror: Mutex<Option<Mirror>>,
     changes: OnceLock<Changes>,
-    /// Something was told that has not been looked at.
+    /// A change was reported that has not been read yet.
     stale: AtomicBool,
 }
 
 impl Interfaces {
-    /// None yet, of a machine with so many processors: each of them can have queues of its own.
+    /// No interfaces yet, for a machine with so many processors: each can have a queue pair of its
+    /// own.
     #[must_use]
     pub fn new(processors: u8) -> Self {
         Self {
@@ -73,11 +74,11 @@ impl Interfaces {
     }
 
     /// Gives the machine an interface for each that a network namespace has, and the guest its
-    /// addresses, routes and neighbours. To be called once; gives what tells when to call
-    /// [`Interfaces::update`].
+    /// addresses, routes and neighbours. To be called once. The [`Bell`] that it returns tells when
+    /// to call [`Interfaces::update`].
     ///
     /// # Errors
-    /// When one cannot be had; the machine may have others then.
+    /// When an interface cannot be attached; the machine may have others then.
     pub async fn attach(
         &self,
         (machine, agent): (&Machine, &Agent),
@@ -87,7 +88,7 @@ impl Interfaces {
         let opened = spawn_blocking(move || Mirror::open(&namespace, pairs)).await;
         let (mirror, changes) = opened.map_err(|error| NetworkError::Changes(error.into()))??;
         let bell = Bell::of(&changes).map_err(NetworkError::Changes)?;
-        // Set once, as this is called once.
+        // Cannot fail, as this is called once.
         let _ = self.changes.set(changes);
         let mut place = self.mirror.lock().await;
         let (mirror, update) = looked_at(mirror).await?;
@@ -100,17 +101,17 @@ impl Interfaces {
         Ok(bell)
     }
 
-    /// Has the guest follow what has changed since the last time; whether anything had. What cannot be
-    /// followed is a warning.
+    /// Passes on to the guest what has changed since the last time; returns whether anything had.
+    /// An interface that the guest cannot get is a warning.
     ///
     /// # Errors
-    /// When the machine or the guest does not take all of the rest.
+    /// When the machine or the guest does not accept the rest.
     pub async fn update(&self, machine: &Machine, agent: &Agent) -> Result<bool, NetworkError> {
         let Some(changes) = self.changes.get() else { return Ok(false) };
         if changes.take().map_err(NetworkError::Changes)? {
             self.stale.store(true, Ordering::Relaxed);
         }
-        // Whoever is here already may not have seen it.
+        // A caller that has the lock already may not have seen the change.
         let mut place = self.mirror.lock().await;
         if !self.stale.swap(false, Ordering::Relaxed) {
             return Ok(false);
@@ -128,11 +129,11 @@ impl Interfaces {
         Ok(true)
     }
 
-    /// Has answers to name servers in the container's network namespace, which ask others by its
-    /// interfaces, reach them from now on.
+    /// From now on, answers to name servers in the container's network namespace reach them. These
+    /// servers ask others through its interfaces, whose frames go to the guest.
     ///
     /// # Errors
-    /// When the host's kernel cannot tell them apart.
+    /// When the host's kernel cannot filter these answers.
     pub async fn share_answers(&self) -> Result<(), NetworkError> {
         let mut place = self.mirror.lock().await;
         let Some(mut mirror) = place.take() else { return Ok(()) };
@@ -146,7 +147,7 @@ impl Interfaces {
     }
 }
 
-/// Looks at the host, which may take its time.
+/// Reads the namespace on another thread, because it may take long.
 async fn looked_at(
     mut mirror: Mirror,
 ) -> Result<(Mirror, Result<Option<Update>, MirrorError>), NetworkError> {
@@ -157,7 +158,7 @@ async fn looked_at(
     looked.await.map_err(|error| NetworkError::Changes(error.into()))
 }
 
-/// Has machine and guest be as an update says.
+/// Applies an update to the machine and the guest.
 async fn pass_on(machine: &Machine, agent: &Agent, update: Update) -> Result<(), NetworkError> {
     if !update.gone.is_empty() {
         let slots = update.gone.iter().map(|place| FIRST_NETWORK_SLOT + place);
@@ -181,7 +182,7 @@ async fn pass_on(machine: &Machine, agent: &Agent, update: Update) -> Result<(),
     Ok(agent.configure(request(update.view)).await?)
 }
 
-/// Gives the machine one interface, whose frames the kernel moves where it can.
+/// Gives the machine one interface. The host's kernel moves its frames if it can, else the monitor.
 async fn attach(
     machine: &Machine,
     slot: u8,
@@ -233,10 +234,10 @@ impl Bell {
         Ok(Self(watch(socket)?))
     }
 
-    /// Waits until something has changed, and nothing seems to follow.
+    /// Waits for a change, and then until others have had time to follow.
     ///
     /// # Errors
-    /// When the runtime is over.
+    /// When the runtime has shut down.
     pub async fn rung(&self) -> io::Result<()> {
         self.0.readable().await?.clear_ready();
         sleep(SETTLE).await;

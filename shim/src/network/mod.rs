@@ -1,11 +1,11 @@
-//! The pod's network is found, not configured: whatever the caller has put into the container's network
-//! namespace is the guest's too.
+//! The pod's network is not configured: the guest gets whatever the caller has put into the
+//! container's network namespace.
 //!
 //! - [`namespace`]: which namespace that is.
-//! - [`mirror`]: a tap beside each interface, and what is set on it.
-//! - [`interfaces`]: the machine and the guest follow whenever the namespace changes.
-//! - [`names`]: name servers on the namespace's loopback answer in the guest.
-//! - [`vhost`]: the host's kernel moves the frames where it can.
+//! - [`mirror`]: adds a tap for each interface, and reads what is set on the interface.
+//! - [`interfaces`]: updates the machine and the guest whenever the namespace changes.
+//! - [`names`]: makes name servers on the namespace's loopback answer in the guest.
+//! - [`vhost`]: lets the host's kernel move the frames where it can.
 
 pub mod interfaces;
 pub mod mirror;

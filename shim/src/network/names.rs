@@ -1,8 +1,9 @@
 //! Name servers on the loopback of a container's network namespace, such as Docker's for its networks.
 //!
-//! A guest has a loopback of its own, so its agent stands in for them there, and what it is asked is
-//! asked here again, in the namespace. The guest is not trusted: queries that wait are bounded in
-//! number and time, and nobody but the servers that the container's resolv.conf(5) names is asked.
+//! A guest has a loopback of its own. So the agent stands in for these servers there and passes
+//! each query on to the host, which asks the real server in the namespace. The guest is not
+//! trusted: pending queries are bounded in number and time, and only the servers that the
+//! container's resolv.conf(5) names are asked.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -25,24 +26,24 @@ use tonic::Streaming;
 use crate::machine::agent::{Agent, AgentError};
 use crate::network::mirror::within;
 
-/// Where name servers are asked.
+/// The port on which name servers are asked.
 const PORT: u16 = 53;
 /// How long a server may take.
 const PATIENCE: Duration = Duration::from_secs(15);
-/// How often is looked for those that took longer.
+/// How often overdue queries are looked for.
 const SWEEP: Duration = Duration::from_secs(1);
-/// Queries that wait for one server, and connections to all.
+/// The most pending queries of one server, and the most connections to all servers.
 const WAITING_MAX: usize = 256;
-/// The most that a datagram has.
+/// The most bytes of a datagram.
 const DATAGRAM_MAX: usize = 64 << 10;
-/// A message's identifier and flags, RFC 1035 §4.1.1.
+/// The header of a message, RFC 1035 §4.1.1.
 const HEADER_BYTES: usize = 12;
-/// The most that is read of a resolv.conf(5).
+/// The most bytes that are read of a resolv.conf(5).
 const FILE_MAX: usize = 64 << 10;
-/// Answers that were not sent to the guest yet.
+/// The most answers that wait to be sent to the guest.
 const ANSWERS: usize = 64;
 
-/// Why names are not known in the guest.
+/// Why the guest cannot resolve names.
 #[derive(Debug, Error)]
 pub enum NamesError {
     /// The host's side.
@@ -53,14 +54,14 @@ pub enum NamesError {
     Agent(#[from] AgentError),
 }
 
-/// The servers of a resolv.conf(5) that are on a loopback and not the container's own.
+/// The servers of a resolv.conf(5) on a loopback address other than the container's own 127.0.0.1.
 ///
 /// # Errors
 /// When it cannot be read.
 pub fn on_loopback(resolv_conf: &Path) -> io::Result<Vec<Ipv4Addr>> {
     use std::io::Read;
     let mut text = String::new();
-    // It may have become something else since the container was made.
+    // Non-blocking, as the path may name something else since the container was made.
     let flags = OFlags::RDONLY | OFlags::CLOEXEC | OFlags::NONBLOCK;
     let file = File::from(rustix::fs::open(resolv_conf, flags, Mode::empty())?);
     file.take(FILE_MAX as u64).read_to_string(&mut text)?;
@@ -77,7 +78,7 @@ fn servers(text: &str) -> Vec<Ipv4Addr> {
     text.lines().filter_map(server).collect()
 }
 
-/// A server that is asked by datagrams.
+/// A server that is asked over UDP.
 #[derive(Debug)]
 struct Server {
     socket: UdpSocket,
@@ -94,7 +95,7 @@ struct Waiting {
 
 type Answers = mpsc::Sender<NamesRequest>;
 
-/// Servers in a network namespace of which a guest asks names.
+/// Name servers in a network namespace, which are asked for a guest.
 #[derive(Debug)]
 pub struct NameServers {
     namespace: Arc<File>,
@@ -105,7 +106,7 @@ pub struct NameServers {
 }
 
 impl NameServers {
-    /// Has the guest stand in for servers.
+    /// Makes the guest's agent stand in for servers.
     ///
     /// # Errors
     /// When the namespace, the servers or the guest cannot be reached.
@@ -127,7 +128,7 @@ impl NameServers {
         Ok(Self { namespace, servers, queries, answers, tasks })
     }
 
-    /// Asks them what the guest asks, until it is gone.
+    /// Passes the guest's queries on until the guest is gone.
     pub async fn serve(mut self) {
         let connections = Arc::new(Semaphore::new(WAITING_MAX));
         while let Ok(Some(query)) = self.queries.message().await {
@@ -160,7 +161,7 @@ impl Server {
         Ok(Self { socket: UdpSocket::from_std(socket)?, waiting: Mutex::default() })
     }
 
-    /// Passes a query on, under an identifier that no other has.
+    /// Passes a query on, under an identifier that no other pending query has.
     async fn ask(&self, NameQuery { number, message, .. }: NameQuery, answers: &Answers) {
         let passed_on = match self.enter(number, &message) {
             Some(id) => {
@@ -181,7 +182,7 @@ impl Server {
         if query.len() < HEADER_BYTES || waiting.len() >= WAITING_MAX {
             return None;
         }
-        // There are more identifiers than may wait.
+        // This ends, as there are more identifiers than pending queries.
         let mut id = [0; 2];
         let id = loop {
             crate::supervisor::pod::random(&mut id).ok()?;
@@ -194,7 +195,7 @@ impl Server {
         Some(id)
     }
 
-    /// Passes answers back, and says to whoever waits for too long that there is none.
+    /// Passes answers back, and answers overdue queries with a failure.
     async fn hear(self: Arc<Self>, answers: Answers) {
         let mut buffer = vec![0; DATAGRAM_MAX];
         let mut sweep = interval(SWEEP);
@@ -205,7 +206,7 @@ impl Server {
                         self.pass_back(buffer.get(..length).unwrap_or_default(), &answers).await;
                         continue;
                     }
-                    // Nobody listens there.
+                    // Nothing listens there, so no pending query will be answered.
                     Err(_) => self.waiting().drain().map(|(_, waiting)| waiting).collect(),
                 },
                 _ = sweep.tick() => self.late(),
@@ -226,7 +227,7 @@ impl Server {
         answer(answers, number, message).await;
     }
 
-    /// Takes out those that have waited for too long.
+    /// Takes out the overdue queries.
     fn late(&self) -> Vec<Waiting> {
         let late = |_: &u16, waiting: &mut Waiting| waiting.since.elapsed() > PATIENCE;
         self.waiting().extract_if(late).map(|(_, waiting)| waiting).collect()
@@ -237,7 +238,7 @@ impl Server {
     }
 }
 
-/// Asks over a connection of its own, RFC 1035 §4.2.2.
+/// Asks over a TCP connection of its own, RFC 1035 §4.2.2.
 async fn converse(namespace: Arc<File>, query: &NameQuery) -> io::Result<Vec<u8>> {
     let length = u16::try_from(query.message.len()).map_err(io::Error::other)?;
     let open = move || TcpSocket::new_v4();
@@ -262,7 +263,8 @@ fn set_id(message: &mut [u8], id: u16) {
     }
 }
 
-/// The answer to a query that says that the server failed, RFC 1035 §4.1.1; none to what is no query.
+/// Makes a query an answer that says that the server failed, RFC 1035 §4.1.1. The answer is empty
+/// if the message is too short for a query.
 fn failure(mut query: Vec<u8>) -> Vec<u8> {
     const IS_ANSWER: u8 = 0x80;
     const SERVER_FAILURE: u8 = 2;

@@ -1,7 +1,7 @@
 //! The network namespace of a container as the host sees it: the one that its stand-in is in.
 //!
-//! What creates containers looks there by the stand-in's pid, in hooks or afterwards, and puts
-//! interfaces into it. The machine itself has a network of its own.
+//! Callers find this namespace by the stand-in's pid, in hooks or later, and put interfaces into
+//! it. The machine itself has a network of its own.
 
 use std::fs::File;
 use std::io;
@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use nix::sched::{CloneFlags, unshare};
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
-/// Which one.
+/// Which network namespace a stand-in is in.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Network {
     /// A new one.
@@ -24,7 +24,7 @@ impl Network {
     /// Moves the calling thread there; threads that it starts later are there too.
     ///
     /// # Errors
-    /// When it does not exist, or the kernel has no memory for one.
+    /// When it does not exist, or the kernel has no memory for a new one.
     pub fn enter(&self) -> io::Result<()> {
         match self {
             Self::New => Ok(unshare(CloneFlags::CLONE_NEWNET)?),

@@ -1,5 +1,5 @@
-//! `/dev/vhost-net` on this host: by it the kernel moves the frames of a machine's interface, in place
-//! of the monitor.
+//! `/dev/vhost-net` of this host: with it the host's kernel moves the frames of a machine's
+//! interface instead of the monitor.
 
 use std::env;
 use std::fs::OpenOptions;
@@ -8,22 +8,22 @@ use std::os::fd::OwnedFd;
 
 use thiserror::Error;
 
-/// Set to `0`, it is not used.
+/// The environment variable that switches vhost-net off if it is `0`.
 const SWITCH: &str = "BULKHEAD_VHOST_NET";
 const DEVICE: &str = "/dev/vhost-net";
 
-/// Why the monitor is to move the frames.
+/// Why vhost-net is not used.
 #[derive(Debug, Error)]
 pub enum WhyNot {
-    /// The user wants it so.
+    /// The user has switched it off.
     #[error("{SWITCH}=0 is set")]
     SwitchedOff,
-    /// The host does not have it, or does not let us.
+    /// The host does not have the device, or does not allow it to be opened.
     #[error("{DEVICE} cannot be opened")]
     Device(#[source] io::Error),
 }
 
-/// Opens the device for so many pairs of queues.
+/// Opens the device once for each of so many queue pairs.
 ///
 /// # Errors
 /// When there is a reason not to.

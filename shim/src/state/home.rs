@@ -1,11 +1,11 @@
 //! A container's directory, `<root>/<id>/`: its state and its sockets.
 //!
-//! A [`Home`] holds the directory itself, not only its name: who has opened the one of a container never
-//! reads or writes that of a later container with the same name. Who removes it, or runs what is to run
-//! once at its end, holds its [`Lock`].
+//! A [`Home`] holds the directory open, not only its name: a process that has opened the directory
+//! of a container never reads or writes that of a later container with the same name. A process
+//! that removes it, or does what must be done once at its end, holds its [`Lock`].
 //!
-//! The space that the state takes is reserved when it is first written: a file system that fills up later
-//! does not keep a container from starting or ending.
+//! Space for the state is reserved when it is first written, so that a file system that fills up
+//! later does not keep a container from starting or ending.
 
 use std::fs::{self, DirBuilder, File};
 use std::io::{self, Read};
@@ -29,11 +29,11 @@ use super::process::{BootId, Process};
 use super::timestamp;
 
 const STATE_FILE: &str = "state.json";
-/// The next state while it is written, then the last one: room for the one after.
+/// The next state while it is written, then the previous one, whose space is used for the next.
 const SPARE_FILE: &str = "state.json.new";
-/// What a state may still grow by in the room that is reserved, in bytes.
+/// How many bytes a state can grow within the reserved space.
 const SLACK: usize = 4096;
-/// How often a lock that somebody has is asked for again.
+/// How often a lock that another process holds is tried again.
 const ASK_AGAIN: Duration = Duration::from_millis(10);
 
 /// What went wrong with a container's directory.
@@ -118,7 +118,7 @@ impl Home {
         })?;
         let home = Self::open(root, id)?;
         if let Err(error) = first_state(id, bundle).and_then(|state| home.write(&state)) {
-            // Nothing else is in it yet; the error that is returned says why it was given up.
+            // The directory holds nothing else yet. The returned error says why it is removed.
             let _ = home.lock(Duration::ZERO).and_then(Lock::remove);
             return Err(error);
         }
@@ -154,7 +154,7 @@ impl Home {
         for entry in entries {
             let name = entry.map_err(at(root))?.file_name();
             let Some(id) = name.to_str().and_then(|name| name.parse().ok()) else { continue };
-            // One may be removed meanwhile, and what is no directory is no container.
+            // A container may be removed meanwhile, and a name without a directory is no container.
             homes.extend(Self::open(root, &id).ok());
         }
         homes.sort_by(|a, b| a.id.cmp(&b.id));
@@ -182,7 +182,7 @@ impl Home {
     /// Opens a file in it, or makes one that only its owner can use.
     ///
     /// # Errors
-    /// When the system does not let it.
+    /// When the kernel does not allow it.
     pub fn file(&self, name: &str, flags: OFlags) -> io::Result<File> {
         let mode = Mode::RUSR | Mode::WUSR;
         Ok(openat(&*self.dir, name, flags | OFlags::NOFOLLOW | OFlags::CLOEXEC, mode)?.into())
@@ -196,10 +196,10 @@ impl Home {
         matches!((own, there), (Ok(own), Ok(there)) if own == there)
     }
 
-    /// What was last written.
+    /// Reads the state that was last written.
     ///
     /// # Errors
-    /// When there is nothing, or nothing that can be read.
+    /// When there is no state, or it cannot be read.
     pub fn read(&self) -> Result<State, StateError> {
         let path = self.dir().join(STATE_FILE);
         let mut json = Vec::new();
@@ -209,7 +209,7 @@ impl Home {
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(self.missing()),
             other => other.map_err(at(&path))?,
         };
-        // A list of nothing would be read as a state of which nothing is known.
+        // An empty array would also be read, as a state of which nothing is known.
         let state: State = serde_json::from_slice::<Map<String, Value>>(&json)
             .and_then(|fields| serde_json::from_value(Value::Object(fields)))
             .map_err(|source| StateError::Unreadable { path, source })?;
@@ -217,11 +217,11 @@ impl Home {
         Ok(state.after_boot(&boot))
     }
 
-    /// Replaces what is written, whole or not at all.
+    /// Replaces the state atomically.
     ///
     /// # Errors
-    /// When the file cannot be written: never for want of space, unless the state has become much
-    /// larger.
+    /// When the file cannot be written. Lack of space is no reason, unless the state has become
+    /// much larger.
     pub fn write(&self, state: &State) -> Result<(), StateError> {
         let path = self.dir().join(STATE_FILE);
         let json = serde_json::to_vec(state)
@@ -229,7 +229,7 @@ impl Home {
         self.replace(json).map_err(at(&path))
     }
 
-    /// Blanks behind the JSON keep the room that both files have.
+    /// Blanks after the JSON keep the space of both files reserved.
     fn replace(&self, mut json: Vec<u8>) -> io::Result<()> {
         let spare = self.file(SPARE_FILE, OFlags::RDWR | OFlags::CREATE)?;
         let before = self.file(STATE_FILE, OFlags::RDWR);
@@ -250,7 +250,7 @@ impl Home {
         };
         let exchange = RenameFlags::EXCHANGE;
         match renameat_with(&*self.dir, SPARE_FILE, &*self.dir, STATE_FILE, exchange) {
-            // A file system that cannot: then without room for the next.
+            // The file system cannot exchange files: no space is reserved for the next state.
             Err(Errno::INVAL | Errno::NOSYS) => {
                 Ok(renameat(&*self.dir, SPARE_FILE, &*self.dir, STATE_FILE)?)
             }
@@ -265,12 +265,12 @@ impl Home {
     /// Waits for the right to remove the container; see [`Lock`].
     ///
     /// # Errors
-    /// [`StateError::Locked`] when somebody has it for so long, [`StateError::NoSuchContainer`] when
-    /// there is nothing to remove any more.
+    /// [`StateError::Locked`] when another process holds it for so long,
+    /// [`StateError::NoSuchContainer`] when there is nothing to remove any more.
     pub fn lock(&self, patience: Duration) -> Result<Lock, StateError> {
         let (path, deadline) = (self.dir(), Instant::now() + patience);
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        // An open of its own: the lock is that of the open directory, not of the process.
+        // Opened again, because flock(2) locks the open file description, not the process.
         let held = openat(&*self.dir, ".", flags, Mode::empty());
         let held = held.map_err(|error| self.gone_or(error))?;
         loop {
@@ -305,7 +305,7 @@ impl AsFd for Home {
 }
 
 impl Lock {
-    /// Whose it is.
+    /// The directory of the container.
     #[must_use]
     pub const fn home(&self) -> &Home {
         &self.home

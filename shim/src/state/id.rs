@@ -1,6 +1,7 @@
 //! The name of a container, checked once.
 //!
-//! What runc accepts is accepted: it becomes a directory on the host and a cgroup in the guest.
+//! Names that runc accepts are accepted. A name becomes a directory on the host and a cgroup in the
+//! guest.
 
 use std::fmt;
 use std::str::FromStr;
@@ -16,7 +17,7 @@ const LEN_MAX: usize = 255;
 #[serde(try_from = "String", into = "String")]
 pub struct ContainerId(String);
 
-/// A name that cannot be one.
+/// A name that is not valid.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[error(
     "invalid container id {0:?}: use 1 to 255 letters, digits, '_', '+', ',', '-' and '.', and \

@@ -1,11 +1,11 @@
-//! What is known of a container on disk: `<root>/<id>/`, a directory of its own ([`Home`]).
+//! What is stored on disk about a container: `<root>/<id>/`, a directory of its own ([`Home`]).
 //!
-//! `state.json` is written by the process that is responsible: the one that claims the id, then the
-//! supervisor. Everybody else reads it and compares with what still runs, so whatever was killed,
-//! the answer is right. Nothing here signals or starts a process.
+//! `state.json` is written by the process that is responsible: first the one that claims the id,
+//! then the supervisor. All others read it and compare it with the processes that still run, so
+//! that the answer is right whichever process was killed. Nothing here signals or starts a process.
 //!
-//! It is read across versions: a field that is missing, unknown or of another shape is one that nothing
-//! is known about, never a container that cannot be read.
+//! The file is read across versions: a field that is missing, unknown or of another shape counts as
+//! not known, and never makes a container unreadable.
 
 pub mod home;
 pub mod id;
@@ -37,7 +37,7 @@ pub struct Exit {
     pub status: u8,
     /// When, in nanoseconds since the epoch.
     pub at_ns: u64,
-    /// The guest's kernel has killed a process of the container for want of memory.
+    /// The guest's kernel has killed a process of the container because memory ran out.
     #[serde(default)]
     pub oom_killed: bool,
 }
@@ -46,16 +46,17 @@ pub struct Exit {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct State {
-    /// Its name; that of the directory counts.
+    /// Its name; the name of the directory takes precedence.
     #[serde(deserialize_with = "if_readable")]
     pub id: Option<ContainerId>,
-    /// The boot of the host during which it was written: in another one no process of it runs.
+    /// The boot of the host in which the state was written: after another boot no process of it
+    /// runs.
     #[serde(deserialize_with = "if_readable")]
     pub boot: Option<BootId>,
     /// As last written; see [`State::observed`].
     #[serde(deserialize_with = "if_readable")]
     pub status: Status,
-    /// Who writes this file: its death is the container's.
+    /// The process that writes this file. When it dies, the container ends.
     #[serde(deserialize_with = "if_readable")]
     pub keeper: Option<Process>,
     /// The host process that stands for the container.
@@ -76,30 +77,30 @@ pub struct State {
     /// From the bundle.
     #[serde(deserialize_with = "if_readable")]
     pub annotations: HashMap<String, String>,
-    /// Once it has ended.
+    /// How it has ended, once it has.
     #[serde(deserialize_with = "if_readable")]
     pub exit: Option<Exit>,
     /// The user who claimed the id.
     #[serde(deserialize_with = "if_readable")]
     pub owner: u32,
-    /// The pod's cgroup on the host, once it is the container's to remove.
+    /// The pod's cgroup on the host, once the container has to remove it.
     #[serde(deserialize_with = "if_readable")]
     pub cgroup: Option<Cgroup>,
     /// What to run on the host once the container has been deleted.
     #[serde(deserialize_with = "if_readable")]
     pub poststop: Vec<Hook>,
-    /// It is in a pod that another container has brought up.
+    /// It has joined the pod of another container.
     #[serde(deserialize_with = "if_readable")]
     pub joined: bool,
-    /// It has ended and its pod goes on for others: keeper and helpers are not its own any more.
+    /// It has ended, but its pod goes on for others: keeper and helpers are no longer its own.
     #[serde(deserialize_with = "if_readable")]
     pub outlived: bool,
-    /// The network namespace whose interfaces its pod has, unless it goes with the container.
+    /// The network namespace that its pod mirrors, unless the namespace ends with the container.
     #[serde(deserialize_with = "if_readable")]
     pub network: Option<PathBuf>,
 }
 
-/// A field as it is written, or what stands for one that is not known.
+/// Reads a field, or its default if it has another shape.
 fn if_readable<'de, D: Deserializer<'de>, T: DeserializeOwned + Default>(
     deserializer: D,
 ) -> Result<T, D::Error> {
@@ -132,7 +133,8 @@ impl Default for State {
 }
 
 impl State {
-    /// The status by what runs: a container is stopped when any process that carries it is dead.
+    /// The status, checked against what runs: a container is stopped when its keeper, its stand-in
+    /// or a helper is dead.
     #[must_use]
     pub fn observed(&self) -> Status {
         let carriers = self.stand_in.into_iter().chain(self.helpers.iter().copied());
@@ -144,15 +146,15 @@ impl State {
         }
     }
 
-    /// The processes that are the container's own: those of a pod that goes on are not.
+    /// The container's own processes; those of a pod that goes on for others are not its own.
     #[must_use]
     pub fn processes(&self) -> Vec<Process> {
-        // The keeper first: it would start to take the others down.
+        // The keeper first: otherwise it would start to take the others down.
         let pod = self.keeper.into_iter().chain(self.helpers.iter().copied());
         pod.filter(|_| !self.outlived).chain(self.stand_in).collect()
     }
 
-    /// Forgets what another boot of the host had: its numbers and paths are others' now.
+    /// Forgets the processes and paths of another boot of the host: they belong to others now.
     fn after_boot(mut self, boot: &BootId) -> Self {
         if self.boot.as_ref().is_some_and(|written| written != boot) {
             self.status = Status::Stopped;

@@ -1,5 +1,5 @@
-//! A process of the host that is named on disk: its number, and its start time so that a number
-//! that the kernel has given to somebody else is never signalled.
+//! A process of the host that is named on disk: its pid, and its start time, so that a pid that the
+//! kernel has reused is never signalled.
 
 use std::fs;
 use std::io;
@@ -10,12 +10,12 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use serde::{Deserialize, Serialize};
 
-/// One boot of the host: only in the same one do numbers and start times of processes mean anything.
+/// One boot of the host: pids and start times of processes are only valid within it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BootId(String);
 
 impl BootId {
-    /// That of now.
+    /// The current boot.
     ///
     /// # Errors
     /// When /proc is not mounted.
@@ -25,7 +25,7 @@ impl BootId {
     }
 }
 
-/// A process, whoever has its number later.
+/// A process, not to be confused with a later one that has the same pid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Process {
     /// Its number.
@@ -54,7 +54,7 @@ impl Process {
         Self::find(std::process::id())
     }
 
-    /// Whether it still runs; one that has ended and waits for its parent does not.
+    /// Whether it still runs; a zombie does not.
     #[must_use]
     pub fn is_alive(self) -> bool {
         let Ok(stat) = fs::read_to_string(format!("/proc/{}/stat", self.pid)) else {
@@ -64,12 +64,12 @@ impl Process {
             && !matches!(after_name(&stat).and_then(|mut f| f.next()), Some("Z" | "X"))
     }
 
-    /// A descriptor of the process, if there still is one: one whose threads are ending is.
+    /// A pidfd of the process, if it still exists; it does while its threads are ending.
     #[must_use]
     pub fn open(self) -> Option<OwnedFd> {
         let pid = Pid::from_raw(i32::try_from(self.pid).ok()?)?;
         let fd = pidfd_open(pid, PidfdFlags::empty()).ok()?;
-        // The number is pinned by the descriptor now; was it still the same process?
+        // The pidfd pins the number now; check that it is still that of the same process.
         (Self::find(self.pid).ok() == Some(self)).then_some(fd)
     }
 

@@ -13,14 +13,14 @@ const TASK: &str = "task.sock";
 const ATTACH: &str = "attach.sock";
 /// Where containers join the pod.
 const JOIN: &str = "join.sock";
-/// Where a container's processes are heard that say that they are ready, in a directory of its own.
+/// Where a container's processes report that they are ready, in a directory of its own.
 const NOTIFY: &str = "notify.sock";
 
-/// The directory in a container's that says that somebody wants to know when it is ready.
+/// A directory in the container's. It exists if somebody waits for the container to be ready.
 pub const NOTIFY_DIR: &str = "notify";
 
-/// A socket's path however long the directory's is: `sun_path` holds 107 bytes, so the directory is
-/// named by a descriptor. The path is good as long as this lives.
+/// The path of a socket, however long the path of its directory is: `sun_path` holds 107 bytes, so
+/// the directory is named by a descriptor. The path is valid as long as this value lives.
 #[derive(Debug)]
 pub struct SocketPath {
     path: PathBuf,
@@ -52,10 +52,10 @@ impl SocketPath {
         Self::new(home, JOIN)
     }
 
-    /// Where whoever starts a container hears that it is ready.
+    /// Where the process that starts a container learns that it is ready.
     ///
     /// # Errors
-    /// When nobody wants to know ([`NOTIFY_DIR`] is not there).
+    /// When nobody waits for that ([`NOTIFY_DIR`] does not exist).
     pub fn notify(home: &Home) -> Result<Self, StateError> {
         let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let dir = openat(home, NOTIFY_DIR, flags, Mode::empty());

@@ -1,4 +1,4 @@
-//! Points in time as text in UTC: RFC 3339, which is how runc writes them, and as short as `ps`.
+//! Points in time as text in UTC: in RFC 3339, as runc writes them, and in the short form of `ps`.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 

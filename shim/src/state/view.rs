@@ -24,7 +24,7 @@ pub struct View {
     pub id: ContainerId,
     /// The process that stands for it; 0 when it is stopped.
     pub pid: u32,
-    /// By what runs.
+    /// Checked against what runs.
     #[serde(serialize_with = "shown")]
     pub status: Status,
     /// The bundle's directory.
@@ -66,7 +66,7 @@ impl Home {
     }
 }
 
-/// A status in the words of the specification, which has fewer.
+/// A status in the words of the specification, which has fewer of them.
 fn shown<S: Serializer>(status: &Status, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_str(status)
 }

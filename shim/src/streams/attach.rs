@@ -1,10 +1,10 @@
-//! `attach.sock`: where a process of the host that stands for one of the container gets its streams.
+//! `attach.sock`: where a stand-in, which stands for a process of the container, gets its streams.
 //!
 //! The stand-in connects and says for which process it stands and which streams it has
-//! ([`FromStandIn::Attach`]). Once the process is created it receives them as connected sockets
-//! ([`ToStandIn::Streams`]), so no byte passes through the supervisor; and once the process has
-//! ended, its exit status. Its connection is its life: when it closes before the end, the process is
-//! killed.
+//! ([`FromStandIn::Attach`]). Once the process is created, the stand-in receives its streams as
+//! connected sockets ([`ToStandIn::Streams`]), so that no byte passes through the supervisor. Once
+//! the process has ended, it receives the exit status. If the connection closes before that, the
+//! process is killed.
 
 use std::collections::HashMap;
 use std::io;
@@ -32,7 +32,7 @@ use crate::streams::preserved::Descriptor;
 const PATIENCE: Duration = Duration::from_secs(10);
 /// How long a connection may take to say what it is.
 const GREETING: Duration = Duration::from_secs(2);
-/// The most stand-ins that wait for their process to be asked for, and connections that say nothing yet.
+/// The most stand-ins that wait to be taken, and the most connections that have said nothing yet.
 const WAITING: usize = 256;
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 128;
@@ -49,10 +49,10 @@ pub struct TerminalSize {
 /// Which standard streams there are; the others are `/dev/null`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Wants {
-    /// All three are a terminal, whose one stream carries both directions; the others are not
-    /// looked at then.
+    /// All three are one terminal, whose stream carries both directions; the fields of the three
+    /// are ignored then.
     pub terminal: Option<TerminalSize>,
-    /// What the terminal shows goes where there is none: into a pipe, a file.
+    /// The terminal's output goes to something that is no terminal, such as a pipe or a file.
     pub plain: bool,
     /// Standard input.
     pub stdin: bool,
@@ -66,29 +66,30 @@ pub struct Wants {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FromStandIn {
-    /// First.
+    /// The first message.
     Attach {
         /// Its streams.
         wants: Wants,
         /// The process executed in the container that it stands for; empty for the init process.
         exec: String,
-        /// It was started to stay behind, and is no caller's own process.
+        /// It was started to stay behind; otherwise it is the caller's own process.
         detached: bool,
-        /// What it has beyond them. The files among it ride along, each as a mount of its own.
+        /// Its further descriptors. The message carries the files among them, each as a mount of
+        /// its own.
         descriptors: Vec<Descriptor>,
     },
-    /// From then on.
+    /// All later messages.
     #[serde(untagged)]
     Said(Said),
 }
 
-/// What a stand-in says that has attached.
+/// What a stand-in says once it has attached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Said {
-    /// A signal that it was sent, for the process.
+    /// A signal that was sent to it, for the process.
     Signal(u32),
-    /// Its terminal has another size.
+    /// Its terminal has a new size.
     Resize(TerminalSize),
 }
 
@@ -96,8 +97,8 @@ pub enum Said {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ToStandIn {
-    /// The streams that were wanted ride along, in the order of [`Wants`]; behind them those of
-    /// descriptors.
+    /// The message carries the streams that were wanted, in the order of [`Wants`], followed by
+    /// those of the descriptors.
     Streams,
     /// The process has ended.
     Exited {
@@ -105,13 +106,14 @@ pub enum ToStandIn {
         status: u8,
         /// Why, if it did not end by itself.
         reason: Option<String>,
-        /// What its streams carry of it; none if its machine is gone, with whoever else had them.
+        /// How much its streams carry; `None` if the machine is gone, with all others that had
+        /// them.
         written: Option<Written>,
     },
 }
 
-/// The bytes of standard output and standard error that a process wrote, and that others wrote before
-/// its end.
+/// How many bytes were written to standard output and standard error before a process ended, by it
+/// or by others.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Written {
     /// Standard output.
@@ -152,9 +154,9 @@ pub struct StandIn {
     channel: Channel,
     /// The process.
     pub process: Process,
-    /// What it has.
+    /// Its standard streams.
     pub wants: Wants,
-    /// What it has beyond that.
+    /// Its further descriptors.
     pub descriptors: Vec<Descriptor>,
     /// It belongs to the pod, not to a caller.
     pub detached: bool,
@@ -162,23 +164,23 @@ pub struct StandIn {
     mounts: Mutex<Vec<OwnedFd>>,
 }
 
-/// Where stand-ins connect: each is kept until the process that it stands for is asked for.
+/// Where stand-ins connect. Each is kept until [`Attachments::take`] asks for its process.
 #[derive(Debug)]
 pub struct Attachments {
     waiting: Arc<Waiting>,
     accepting: AbortHandle,
 }
 
-/// Those that have attached.
+/// Stand-ins that have attached and were not taken yet.
 #[derive(Debug, Default)]
 struct Waiting {
     stand_ins: Mutex<HashMap<String, StandIn>>,
-    /// Rung whenever one has come.
+    /// Notified whenever a stand-in has attached.
     bell: Notify,
 }
 
 impl Attachments {
-    /// Stand-ins that connect to `listener`; inside a runtime.
+    /// Accepts stand-ins that connect to `listener`. To be called inside a runtime.
     #[must_use]
     pub fn new(listener: Channel) -> Self {
         let waiting = Arc::<Waiting>::default();
@@ -193,7 +195,7 @@ impl Attachments {
     pub async fn take(&self, exec: &str) -> io::Result<StandIn> {
         let taken = async {
             loop {
-                // Before the look, so that nobody comes unheard.
+                // Before the lookup, so that no arrival is missed.
                 let mut rung = pin!(self.waiting.bell.notified());
                 rung.as_mut().enable();
                 if let Some(stand_in) = self.waiting.stand_ins.lock().await.remove(exec) {
@@ -212,10 +214,10 @@ impl Drop for Attachments {
     }
 }
 
-/// Hears each connection, however long another takes to say something.
+/// Reads the first message of each connection in a task of its own, so that none delays another.
 async fn accept_all(listener: Channel, waiting: Arc<Waiting>) {
     let room = Arc::new(Semaphore::new(WAITING));
-    // Never closed.
+    // The semaphore is never closed.
     while let Ok(place) = room.clone().acquire_owned().await {
         match listener.accept().await {
             Ok(socket) => {
@@ -239,7 +241,7 @@ async fn accept_all(listener: Channel, waiting: Arc<Waiting>) {
 impl Waiting {
     async fn add(&self, name: String, stand_in: StandIn) {
         let mut stand_ins = self.stand_ins.lock().await;
-        // Nobody will ask for one whose caller has gone away.
+        // Nobody will ask for a stand-in that has died.
         stand_ins.retain(|_, stand_in| stand_in.process.is_alive());
         if stand_ins.len() < WAITING {
             stand_ins.insert(name, stand_in);
@@ -249,7 +251,7 @@ impl Waiting {
 }
 
 impl StandIn {
-    /// Hears which process a connection stands for.
+    /// Reads which process a connection stands for.
     async fn greet(socket: OwnedFd) -> io::Result<(String, Self)> {
         let peer = socket_peercred(&socket)?.pid.as_raw_nonzero().get().cast_unsigned();
         let process = Process::find(peer)?;
@@ -295,7 +297,7 @@ impl StandIn {
     pub async fn said(&self) -> Option<Said> {
         match self.channel.receive_json().await {
             Ok(Some(FromStandIn::Said(said))) => Some(said),
-            // Whatever else it says, it is not the stand-in that it was.
+            // Any other message is an error, and ends the connection.
             _ => None,
         }
     }

@@ -1,18 +1,18 @@
 //! Copies bytes between a caller's descriptors and the streams that lead into the guest.
 //!
-//! A descriptor is let go as soon as nobody can use it any more: a pipe whose other end is closed inside
-//! has to look closed to the caller's peers, also to one that waits. A socket is closed, not shut down,
+//! A descriptor is closed as soon as nobody can use it any more: when the container closes a pipe,
+//! the caller's peers must see that, even those that only wait. A socket is closed, not shut down,
 //! when the container closes it, because its caller may go on using it.
 //!
-//! Each direction is copied by a thread of its own, which waits before it reads: how a descriptor is
-//! open is shared with the caller, so it may or may not block. Bytes go through a buffer, although the
-//! kernel could splice: a splice that waits for the container holds the lock of the caller's pipe
-//! meanwhile, and the caller's read of what has arrived already waits for that lock, not even to be
-//! killed.
+//! Each direction is copied by a thread of its own, which waits before it reads: the caller shares
+//! the open file description, so that it may or may not block. Bytes go through a buffer, although
+//! the kernel could splice. A splice that waits for the container holds the lock of the caller's
+//! pipe. A caller that reads what has arrived already would wait for that lock, and could not even
+//! be killed.
 //!
 //! Copies can be halted between two bytes and resumed elsewhere: see [`super::linger`].
 
-// UNSAFETY: a thread that waits in a system call is called back by a signal.
+// UNSAFETY: a thread that waits in a system call is interrupted by a signal.
 #![expect(unsafe_code, reason = "pthread_kill(3) and a signal handler")]
 
 use std::io::{self, ErrorKind, Read};
@@ -32,12 +32,12 @@ use rustix::net::{Shutdown, shutdown};
 
 /// The most bytes that one step of a copy moves: what a pipe holds.
 const CHUNK: usize = 64 << 10;
-/// Nobody is at the other end any more.
+/// The other end is closed.
 const GONE: PollFlags = PollFlags::HUP.union(PollFlags::ERR);
-/// What calls a thread back from a system call. It is never passed on to a container, and ignored where
-/// nobody asks for it: signal(7).
+/// The signal that interrupts a thread's system call. It is never passed on to a container, and its
+/// default action is to be ignored: signal(7).
 const CALL_BACK: Signal = Signal::SIGURG;
-/// How long a thread may take to come back. One that waits for a disk cannot.
+/// How long a thread may take to leave its system call. One that waits for a disk cannot.
 const COME_BACK: Duration = Duration::from_secs(1);
 
 /// A caller's descriptor and the stream that leads into the guest.
@@ -91,14 +91,14 @@ struct Progress {
 pub(crate) struct Halted {
     ends: Arc<Ends>,
     way: Way,
-    /// What was read and is not written yet.
+    /// Bytes that were read and are not written yet.
     pending: Vec<u8>,
-    /// What was read, from the beginning.
+    /// How many bytes were read since the beginning.
     read: u64,
 }
 
 impl Copies {
-    /// None yet; the thread that calls this is the one that waits for them.
+    /// No copies yet. The thread that starts them has to be the one that waits for them.
     pub(crate) fn new() -> Self {
         Self { list: Vec::new(), halt: Arc::default() }
     }
@@ -127,14 +127,14 @@ impl Copies {
         Ok(CopyId(self.list.len() - 1))
     }
 
-    /// Those that carry what the container writes, to their ends.
+    /// The copies that carry the container's output, as wanted by [`Copies::wait`] until they end.
     pub(crate) fn outputs(&self) -> Vec<(CopyId, u64)> {
         let outputs = self.list.iter().enumerate().filter(|(_, copy)| copy.way == Way::Out);
         outputs.map(|(number, _)| (CopyId(number), u64::MAX)).collect()
     }
 
-    /// Waits until each of these has passed on so many bytes, or has ended; gives up when nothing is
-    /// passed on for `quiet`, and after `longest` in any case.
+    /// Waits until each of these copies has passed on so many bytes, or has ended; gives up when
+    /// nothing is passed on for `quiet`, and after `longest` in any case.
     pub(crate) fn wait(&self, wanted: &[(CopyId, u64)], quiet: Duration, longest: Duration) {
         let progress = |copy: CopyId| &self.list[copy.0].progress;
         let passed = |copy| progress(copy).passed.load(Ordering::Acquire);
@@ -167,8 +167,8 @@ impl Copies {
         }
     }
 
-    /// Halts all copies where they stand; gives those that have not ended. No thread is left then, but
-    /// one that cannot be called back.
+    /// Halts all copies where they are; returns those that have not ended. No thread is left then,
+    /// except one that cannot be interrupted.
     ///
     /// # Errors
     /// Never in practice.
@@ -183,7 +183,8 @@ impl Copies {
         let mut halted = Vec::new();
         for copy in self.list {
             while !copy.thread.is_finished() && Instant::now() < deadline {
-                // Again and again: one signal may come just before the system call that it is for.
+                // Repeated, as a signal may come just before the system call that it is to
+                // interrupt.
                 // SAFETY: the thread was not joined, so its handle is valid, even if it has ended.
                 unsafe { libc::pthread_kill(copy.thread.as_pthread_t(), CALL_BACK as libc::c_int) };
                 thread::sleep(Duration::from_millis(1));
@@ -197,8 +198,9 @@ impl Copies {
 }
 
 impl Halted {
-    /// Where a reader stands still, takes what is on its way out of the guest, at most so many bytes:
-    /// then the guest is not needed for them any more. Gives up when nothing comes for `quiet`.
+    /// If a reader on the host has stopped reading, takes what is on its way out of the guest, at
+    /// most so many bytes: then the guest is not needed for them any more. Gives up when nothing
+    /// comes for `quiet`.
     pub(crate) fn take_rest(&mut self, most: usize, quiet: Duration) {
         if self.way == Way::In || self.pending.is_empty() {
             return;
@@ -241,26 +243,26 @@ enum Unread {
     Halted,
     /// There is no more.
     End,
-    /// Nobody would take it.
+    /// The other end is closed.
     NobodyReads,
 }
 
 /// Why bytes were not written.
 enum Unwritten {
-    /// The copy was halted; so many were.
+    /// The copy was halted; so many bytes were written.
     Halted(usize),
-    /// Nobody takes them any more.
+    /// The other end is closed.
     Gone,
 }
 
 impl Job {
-    /// Copies until the end, or until it is halted; gives what is left then.
+    /// Copies until the end, or until it is halted; returns what is left then.
     fn run(&self, mut copy: Halted) -> Option<Halted> {
         if !self.copy(&mut copy) {
             self.progress.waiter.unpark();
             return Some(copy);
         }
-        // Before anybody is told: the caller's peers may wait for just this.
+        // Closed before the end is reported: the caller's peers may wait for that.
         drop(copy);
         self.progress.ended.store(true, Ordering::Release);
         self.progress.waiter.unpark();
@@ -308,7 +310,7 @@ impl Job {
         }
     }
 
-    /// Waits for bytes that somebody reads at the other end; at least one.
+    /// Reads at least one byte, unless the other end is closed and nobody would take it.
     fn read(
         &self,
         from: BorrowedFd<'_>,
@@ -348,7 +350,7 @@ impl Job {
                 Ok(count) => written += count,
                 Err(Errno::INTR) => {}
                 Err(Errno::AGAIN) => {
-                    // Whatever comes of it, the next write tells.
+                    // The next write tells what has happened.
                     let _ = poll(&mut [PollFd::new(&to, PollFlags::OUT)], None);
                 }
                 Err(_) => return Err(Unwritten::Gone),
@@ -363,7 +365,7 @@ impl Job {
 }
 
 impl Ends {
-    /// Passes on that nothing more comes.
+    /// Passes the end of the stream on.
     fn pass_end_on(&self, way: Way) {
         match way {
             Way::In => drop(self.stream.shutdown(Side::Write)),
@@ -374,18 +376,18 @@ impl Ends {
         }
     }
 
-    /// Tells whoever writes that nobody reads any more, before he writes again.
+    /// Tells the writer that nobody reads any more, before it writes again.
     fn nobody_reads(&self, way: Way) {
         match way {
-            // Letting go of the caller's descriptor tells its peers.
+            // Closing the caller's descriptor tells its peers.
             Way::In => {}
-            // What a socket's peer has sent before still goes in.
+            // The other direction stays open: what a socket's peer has sent before still goes in.
             Way::Out if self.socket => drop(self.stream.shutdown(Side::Read)),
             Way::Out => drop(self.stream.shutdown(Side::Both)),
         }
     }
 
-    /// The same, where it showed only when something was written.
+    /// The same, when only a failed write has shown it.
     fn writing_failed(&self, way: Way) {
         match way {
             Way::In if self.socket && !self.is_closed_inside() => {
@@ -395,7 +397,7 @@ impl Ends {
         }
     }
 
-    /// Whether the container has let go of its end, not only ended one direction.
+    /// Whether the container has closed its end, not only shut down one direction.
     fn is_closed_inside(&self) -> bool {
         let mut watched = [PollFd::new(&self.stream, PollFlags::empty())];
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };

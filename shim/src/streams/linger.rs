@@ -1,11 +1,12 @@
-//! What goes on after the process that a stand-in stands for has ended: whoever still holds its streams
-//! in the guest writes on, and a reader on the host may not have taken yet what was written before.
+//! What goes on after the process that a stand-in stands for has ended: other processes of the
+//! guest may still write to its streams, and a reader on the host may not have read yet what was
+//! written before.
 //!
-//! Under runc those who hold the pipes hold the caller's own, and nobody waits for them. Here a child of
-//! the stand-in does, so that the stand-in itself can end with the process. The child ends when the
-//! streams do: at the latest with the machine, once what had come out of it is read.
+//! Under runc such processes hold the caller's own pipes, and nobody waits for them. Here a child
+//! of the stand-in does, so that the stand-in itself can end with the process. The child ends when
+//! the streams do: at the latest with the machine, once all that came out of it has been read.
 
-// UNSAFETY: fork(2), and closing what the child does not need by numbers.
+// UNSAFETY: fork(2), and closing by number what the child does not need.
 #![expect(unsafe_code, reason = "fork(2), close_range(2) and _exit(2)")]
 
 use std::io;
@@ -19,13 +20,13 @@ use super::copy::{Copies, Halted};
 /// Leaves a process behind that goes on with the copies; `null` is the null device.
 ///
 /// # Errors
-/// When there cannot be another process: the copies have ended then.
+/// When no process can be forked; the copies have ended then.
 pub(super) fn leave_behind(copies: Vec<Halted>, null: &OwnedFd) -> io::Result<()> {
     if copies.is_empty() {
         return Ok(());
     }
-    // SAFETY: the copies' threads have ended. Any other thread of this process waits for the end of
-    // this one and holds no lock, so that the child may allocate and start threads.
+    // SAFETY: the copies' threads have ended. Any other thread of this process waits for the
+    // calling thread to end and holds no lock, so that the child may allocate and start threads.
     match unsafe { fork() }? {
         ForkResult::Parent { .. } => Ok(()),
         ForkResult::Child => {
@@ -39,7 +40,7 @@ pub(super) fn leave_behind(copies: Vec<Halted>, null: &OwnedFd) -> io::Result<()
 /// The life of the child.
 fn go_on(copies: Vec<Halted>, null: &OwnedFd) {
     let _ = rustix::process::setsid();
-    // Signals were for the container; this process ends by them.
+    // Signals were blocked to be passed to the container. This process is to end by them.
     let _ = SigSet::empty().thread_set_mask();
     if let_go_of_the_rest(&copies, null).is_err() {
         return;

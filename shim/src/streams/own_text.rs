@@ -1,8 +1,8 @@
-//! The program itself, as this process has it mapped: its code and constants, which nobody writes.
+//! The program's own mapping in this process: its code and constants, which are never written.
 //!
-//! A static program of 1.4 MB is mostly the C library and the standard library, and coming up touches
-//! a little of all of it. The kernel maps 16 pages around each that is touched, so that nearly the
-//! whole file stays mapped in a process that then does nothing but wait.
+//! A static program of 1.4 MB is mostly the C library and the standard library, and starting it
+//! touches a little of all of it. The kernel maps 16 pages around each page that is touched, so
+//! that nearly the whole file stays mapped in a process that then does nothing but wait.
 
 // UNSAFETY: madvise(2) changes memory behind the compiler's back, and the ends of the program are
 // symbols of the linker.
@@ -10,7 +10,7 @@
 
 use rustix::mm::{Advice, madvise};
 
-/// Of x86-64.
+/// The page size of x86-64.
 const PAGE: usize = 4096;
 
 // SAFETY: the linkers of binutils and LLVM define both; only their addresses are taken.
@@ -21,14 +21,14 @@ unsafe extern "C" {
     static etext: u8;
 }
 
-/// Unmaps all of it; what is needed again comes back from the page cache as it is needed.
+/// Unmaps all of it; pages that are needed again come back from the page cache.
 pub(crate) fn give_back() {
     let (start, end) = ((&raw const __ehdr_start).cast_mut(), (&raw const etext).addr());
     let length = end.saturating_sub(start.addr()) / PAGE * PAGE;
     // SAFETY: the range is mapped read-only from the program's file and never written, so that every
     // page has the same bytes when it is mapped again.
     let given = unsafe { madvise(start.cast(), length, Advice::LinuxDontNeed) };
-    // Where that fails, everything is as it was.
+    // If this fails, the pages stay mapped.
     let _ = given;
 }
 

@@ -1,12 +1,13 @@
 //! The process that stands for a container on the host: it owns the caller's standard streams,
 //! relays them to the container's, passes signals on and ends with the container's exit status.
 //!
-//! Deliberately without a runtime: it lives as long as the container and should cost next to
-//! nothing. Each stream is copied by a thread of its own ([`super::copy`]).
+//! It deliberately has no async runtime: it lives as long as the container and should cost next to
+//! nothing. Each stream is copied by a thread of its own (`super::copy`).
 //!
-//! One that stays behind ends when the process has ended and what that wrote was passed on. It does not
-//! wait for others who have the same streams, nor for long for a reader that stands still:
-//! [`super::linger`] goes on for both. One in the foreground waits until its streams end, as runc does.
+//! A stand-in that stays behind ends when the process has ended and its output was passed on. It
+//! does not wait for other processes that have the same streams, nor for long for a reader that has
+//! stopped: `super::linger` goes on for both. A stand-in in the foreground waits until its
+//! streams end, as runc does.
 
 use std::fs::File;
 use std::io::{self, ErrorKind};
@@ -29,20 +30,21 @@ use super::preserved::Preserved;
 use super::terminal::Terminal;
 use super::{linger, own_text};
 
-/// How long a reader may stand still before the end of the process is told without him.
+/// How long a reader may pause before the end of the process is reported without waiting for it.
 const QUIET: Duration = Duration::from_secs(1);
-/// How long what the process wrote may take to be read, all together, before its end is told.
+/// How long reading the process's output may take in total before its end is reported.
 const LONGEST: Duration = Duration::from_secs(10);
-/// As long as a stream takes to end: a century.
+/// No limit: a century.
 const FOREVER: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
-/// How long the end of a stream may take that nobody else holds.
+/// How long the end of a stream may take to arrive when no other process holds the stream.
 const END: Duration = Duration::from_millis(100);
-/// How long the rest may take to come out of a machine.
+/// How long to wait for further bytes to come out of a machine.
 const REST: Duration = Duration::from_millis(500);
-/// The most that is taken out of a machine for a reader that stands still, in bytes: more than a pipe
+/// The most bytes that are taken out of a machine for a reader that has stopped: more than a pipe
 /// and the stream behind it hold.
 const REST_MAX: usize = 4 << 20;
-/// What the kernel raises in the process itself or for its own business: not passed on.
+/// Signals that are not passed on: the kernel raises them because of this process itself, or the
+/// program uses them itself.
 const NOT_FORWARDED: [Signal; 12] = [
     Signal::SIGCHLD,
     Signal::SIGURG,
@@ -75,7 +77,7 @@ pub struct Ended {
 pub struct Signals(SignalFd);
 
 impl Signals {
-    /// Holds signals back from now on; they wait to be read.
+    /// Blocks signals from now on; they wait to be read.
     ///
     /// # Errors
     /// When the process has no descriptors left.
@@ -115,10 +117,10 @@ pub struct Relay {
     null: OwnedFd,
 }
 
-/// What a stand-in has of its caller beside its standard streams.
+/// What a stand-in has from its caller beside its standard streams.
 #[derive(Debug, Default)]
 pub struct Belongings {
-    /// What the standard streams are, if they are one.
+    /// The terminal that the standard streams are, if they are one.
     pub terminal: Option<Terminal>,
     /// Further descriptors.
     pub preserved: Preserved,
@@ -126,7 +128,7 @@ pub struct Belongings {
 
 /// The copies of a stand-in.
 struct Streams {
-    /// Of standard input, or of a terminal's keys: nobody waits for it.
+    /// Of standard input, or of a terminal's input. Nobody waits for their end.
     input: Copies,
     /// Of everything else.
     copies: Copies,
@@ -168,9 +170,9 @@ impl Relay {
         Ok(Self { supervisor, wants, terminal, preserved, detached, null })
     }
 
-    /// Lets go of the host's files: whoever enters the namespaces of this process, of which he has the
-    /// number for the container's, finds nothing. To be called in the main thread, whose namespaces these
-    /// are.
+    /// Gives up access to the host's files: the caller takes the pid of this process for the
+    /// container's, and whoever enters its namespaces then finds nothing. To be called in the main
+    /// thread, whose namespaces these are.
     ///
     /// # Errors
     /// When the kernel does not let it.
@@ -279,7 +281,8 @@ impl Relay {
         }
         self.preserved.relay(streams, &mut copies)?;
         if self.detached {
-            // The copies have their own: a stream that the container closes is to look closed.
+            // The copies have descriptors of their own; these would keep a stream open that the
+            // container closes.
             rustix::stdio::dup2_stdin(&self.null)?;
             rustix::stdio::dup2_stdout(&self.null)?;
             rustix::stdio::dup2_stderr(&self.null)?;
@@ -298,14 +301,14 @@ impl Streams {
     ) -> io::Result<()> {
         let Self { input, copies, outputs } = self;
         let Outputs { stdout, stderr, terminal } = outputs;
-        // Without a number the end of the stream is waited for.
+        // Without a number, wait for the end of the stream.
         let bytes = |of: fn(Written) -> u64| written.map_or(u64::MAX, of);
         let wanted = [(stdout, bytes(|it| it.stdout)), (stderr, bytes(|it| it.stderr))];
         let wanted = wanted.into_iter().chain([(terminal, u64::MAX)]);
         let wanted: Vec<_> = wanted.filter_map(|(copy, bytes)| Some((copy?, bytes))).collect();
         copies.wait(&wanted, quiet, longest);
         copies.wait(&copies.outputs(), END, END);
-        // What a process that has ended did not read is the caller's no more, and nobody else's.
+        // Input that a process did not read before it ended is lost.
         drop(input.halt()?);
         let mut left = copies.halt()?;
         for copy in &mut left {

@@ -1,9 +1,9 @@
-//! The process that stays behind `create`, `run --detach` and `exec --detach` and stands for one of
-//! the container. A program of its own, because there is one for each container, for as long as it
-//! lives: it has nothing in it but the [`Relay`], and what gives the interfaces of its network namespace
-//! back when the supervisor was killed.
+//! The process that stays behind `create`, `run --detach` and `exec --detach` and stands for a
+//! process of the container. It is a program of its own, because there is one for each container,
+//! for as long as that lives. It contains only the [`Relay`], and the code that gives the
+//! interfaces of its network namespace back when the supervisor was killed.
 //!
-//! Both sides of its command line are here.
+//! Its command line is both written and parsed here.
 
 use std::env;
 use std::ffi::OsString;
@@ -23,7 +23,7 @@ use crate::streams::preserved::Preserved;
 use crate::streams::relay::{Belongings, Relay, Signals};
 use crate::streams::terminal::Terminal;
 
-/// A monitor whose supervisor is gone takes less.
+/// How long to wait for the end of a monitor whose supervisor is gone. It takes less.
 const MONITOR_ENDS: Duration = Duration::from_secs(5);
 
 /// What a stand-in is started for.
@@ -93,11 +93,11 @@ impl Options {
     }
 }
 
-/// The whole program; exits as the process does that it stands for.
+/// The whole program; exits with the status of the process that it stands for.
 #[must_use]
 pub fn main() -> ExitCode {
     let ended = Options::parse(env::args_os().skip(1)).and_then(|options| stand(&options));
-    // Nobody reads what it could say: a supervisor that is gone is a container that was killed.
+    // Nobody would read a message. If the supervisor is gone, the container was killed.
     ended.unwrap_or(ExitCode::from(137))
 }
 
@@ -116,12 +116,12 @@ fn stand(options: &Options) -> anyhow::Result<ExitCode> {
     let socket = SocketPath::attach(&home)?;
     let belongings = Belongings { terminal, preserved };
     let relay = Relay::connect(socket.path(), true, belongings)?;
-    // Before anybody learns its number.
+    // Before any caller learns its pid.
     relay.hide()?;
     relay.attach(&options.exec)?;
     let ended = relay.serve(&signals);
     if ended.is_err() && options.network.is_some() {
-        // Whoever would have given its interfaces back is gone.
+        // The supervisor, which would have given its interfaces back, is gone.
         mirror::restore_here(MONITOR_ENDS)?;
     }
     Ok(ExitCode::from(ended?.status))

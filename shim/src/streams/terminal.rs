@@ -1,9 +1,9 @@
 //! Terminals of the host: the one that a stand-in has, and the one that is made for a caller who waits
 //! at a console socket.
 //!
-//! The real terminal is in the guest, and it is the one that echoes, edits lines and makes signals of
-//! keys. So the one here is raw: it passes bytes on. As under runc, what is typed comes from standard
-//! input and what is shown goes to standard output, whether those are the terminal or not.
+//! The real terminal is in the guest: it echoes, edits lines and turns keys into signals. So the
+//! one here is raw and only passes bytes on. As under runc, input comes from standard input and
+//! output goes to standard output, whether those are the terminal or not.
 
 use std::fs::File;
 use std::io;
@@ -50,11 +50,11 @@ impl Terminal {
         Ok(Self { fd: controlling.into(), saved: None })
     }
 
-    /// Makes it the controlling terminal of this process, which becomes a session of its own: then a
-    /// signal tells of a new size, and of a caller that hangs up.
+    /// Makes it the controlling terminal of this process, which becomes the leader of a new
+    /// session: then signals tell of a new size, and of a caller that hangs up.
     ///
     /// # Errors
-    /// When it controls another session.
+    /// When it is the controlling terminal of another session.
     pub fn control(&self) -> io::Result<()> {
         // Fails only for the leader of a process group, which this is not.
         let _ = rustix::process::setsid();
@@ -74,7 +74,7 @@ impl Terminal {
         Ok(())
     }
 
-    /// Its size; nothing if nobody has said.
+    /// Its size; zero if it is not known.
     #[must_use]
     pub fn size(&self) -> TerminalSize {
         tcgetwinsize(&self.fd).map_or_else(
@@ -83,7 +83,7 @@ impl Terminal {
         )
     }
 
-    /// Where what is typed comes from.
+    /// Where its input is read.
     ///
     /// # Errors
     /// When the process has no descriptor left.
@@ -91,7 +91,7 @@ impl Terminal {
         io::stdin().as_fd().try_clone_to_owned()
     }
 
-    /// Where what is shown goes.
+    /// Where its output is written.
     ///
     /// # Errors
     /// When the process has no descriptor left.
@@ -103,13 +103,13 @@ impl Terminal {
 impl Drop for Terminal {
     fn drop(&mut self) {
         if let Some(saved) = &self.saved {
-            // One that is gone needs nothing.
+            // A terminal that is gone needs no restoring.
             let _ = tcsetattr(&self.fd, OptionalActions::Now, saved);
         }
     }
 }
 
-/// Makes a terminal, sends its master to whoever listens at `socket`, as runc does, and gives the
+/// Makes a terminal, sends its master to the listener at `socket`, as runc does, and returns the
 /// slave.
 ///
 /// # Errors

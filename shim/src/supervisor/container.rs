@@ -1,7 +1,8 @@
-//! One container and what happens to it. The only caller of the state machine
-//! ([`crate::supervisor::lifecycle`]); whatever it decides is written to disk before anybody is answered.
+//! One container and the operations on it. This module is the only caller of the state machine
+//! ([`crate::supervisor::lifecycle`]). A new status is written to disk before the caller gets an
+//! answer.
 //!
-//! How it begins is in `creation`, how it ends in `ending`.
+//! `creation` creates a container, `ending` ends it.
 
 mod creation;
 mod ending;
@@ -28,13 +29,13 @@ use crate::supervisor::{ServeRequest, hooks, proxy};
 /// The signal that no process survives.
 const SIGKILL: u32 = 9;
 
-/// Why something did not happen to a container.
+/// Why an operation on a container failed.
 #[derive(Debug, Error)]
 pub enum ContainerError {
-    /// Not in this state.
+    /// The container's status does not allow it.
     #[error(transparent)]
     Transition(#[from] InvalidTransition),
-    /// There is nothing to signal.
+    /// The container does not run.
     #[error("container not running")]
     NotRunning,
     /// Its bundle.
@@ -55,22 +56,22 @@ pub enum ContainerError {
     /// A further process of it.
     #[error(transparent)]
     Exec(#[from] ExecError),
-    /// A hook that has a say.
+    /// A hook whose failure stops the creation.
     #[error(transparent)]
     Hook(std::io::Error),
     /// The pod's cgroup on the host.
     #[error(transparent)]
     Cgroup(#[from] CgroupError),
-    /// How the host weighs the pod.
+    /// The OOM score adjustment of a process of the pod on the host.
     #[error("cannot set oomScoreAdj {0}")]
     OomScore(i32, #[source] std::io::Error),
     /// Its stand-in.
     #[error("no process attached to the container's streams")]
     StandIn(#[source] std::io::Error),
-    /// Somebody deletes it.
+    /// The container was deleted while it was being created.
     #[error("the container was deleted while it was being created")]
     Cancelled,
-    /// Work that was done apart.
+    /// A thread that did blocking work failed.
     #[error("a thread of the supervisor failed")]
     Thread(#[source] std::io::Error),
 }
@@ -81,25 +82,26 @@ pub struct Container {
     home: Home,
     /// Cgroups are units of systemd.
     systemd_cgroup: bool,
-    /// This process removes the container's cgroup itself, and has to leave it before.
+    /// The supervisor removes the container's cgroup itself, so it has to leave the cgroup first.
     ephemeral: bool,
     /// The limits of its creator.
     limits: ProcessLimits,
     /// What its creator adds to its bundle.
     additions: Additions,
-    /// Who else is in the pod.
+    /// The containers of the pod.
     sandbox: Arc<Sandbox>,
-    /// True once it must not be created any more.
+    /// True once the creation is cancelled.
     cancelled: watch::Sender<bool>,
     life: Mutex<Life>,
     exit: watch::Sender<Option<Exit>>,
-    /// That of its state, for those who wait for another.
+    /// The status in `life.state`, for callers that wait for a change.
     status: watch::Sender<Status>,
-    /// True once nothing of the pod runs any more.
+    /// True once nothing of the container runs any more; for the last container, nothing of the
+    /// pod.
     over: watch::Sender<bool>,
     /// True once nobody waits for the stand-in to read the rest of the streams.
     hurry: watch::Sender<bool>,
-    /// True once its init process was killed: it ends soon, whatever it waits for.
+    /// True once its init process was sent SIGKILL: it has to end within a bounded time.
     doomed: watch::Sender<bool>,
     /// Processes beside the init process.
     pub(crate) execs: Execs,
@@ -114,7 +116,7 @@ struct Life {
 }
 
 impl Container {
-    /// A container whose id has been claimed; this process keeps its state from now on.
+    /// Takes over a container whose id has been claimed: from now on this process writes its state.
     ///
     /// # Errors
     /// When its directory cannot be written.
@@ -151,22 +153,22 @@ impl Container {
         &self.home
     }
 
-    /// What is known of it.
+    /// A copy of its state.
     pub async fn state(&self) -> State {
         self.life.lock().await.state.clone()
     }
 
-    /// Lets the user's program run.
+    /// Starts the user's program.
     ///
     /// # Errors
-    /// When it is not created, or the guest cannot.
+    /// When the status is not `created`, or the guest cannot start it.
     pub async fn start(&self) -> Result<Process, ContainerError> {
         let mut life = self.life.lock().await;
         life.state.status.on(Event::Started)?;
         let (pod, process) = running(&life)?;
-        // What has come since the container was created.
+        // The network may have changed since the container was created.
         pod.follow_network().await;
-        // On disk before it runs: a program that runs is never said to wait for its start.
+        // Written before the start, so that the state never says "created" while the program runs.
         let waiting = life.state.status;
         self.advance(&mut life, Event::Started)?;
         if let Err(error) = pod.agent.start(self.home.id()).await {
@@ -175,13 +177,13 @@ impl Container {
         }
         let (hooks, view) = (life.poststart.clone(), self.home.view(life.state.clone()));
         drop(life);
-        // Hooks take their time, and only this call waits for them.
+        // Hooks can take long; only this call waits for them.
         let _ = tokio::task::spawn_blocking(move || hooks::run("poststart", &hooks, &view)).await;
         Ok(process)
     }
 
-    /// Signals the init process, or all. One that is killed ends soon: if the guest does not end it, the
-    /// machine does.
+    /// Signals the init process, or all processes. After SIGKILL the container ends within a
+    /// bounded time: if the guest does not end it, the supervisor ends the machine.
     ///
     /// # Errors
     /// When it has ended.
@@ -193,11 +195,11 @@ impl Container {
         let target = Target::init(self.home.id());
         tokio::select! {
             signalled = pod.agent.kill(target, signal, all) => match signalled {
-                // It has ended, or is about to.
+                // The process has ended, or is about to.
                 Err(error) if error.is_too_late() => Err(ContainerError::NotRunning),
                 other => Ok(other?),
             },
-            // A guest that stands still answers nothing.
+            // A guest that hangs does not answer, so also wait for the end of the container.
             _ = self.wait() => match signal {
                 SIGKILL => Ok(()),
                 _ => Err(ContainerError::NotRunning),
@@ -208,9 +210,9 @@ impl Container {
     /// Freezes all processes.
     ///
     /// # Errors
-    /// When it does not run, or a process does not freeze in time.
+    /// When the status does not allow it, or a process does not freeze in time.
     pub async fn pause(&self) -> Result<(), ContainerError> {
-        // A process that is just being added would be frozen half-made.
+        // Waits for processes that are being started: they must not be frozen halfway.
         let _still = self.execs.gate.write().await;
         let mut life = self.life.lock().await;
         life.state.status.on(Event::Frozen)?;
@@ -229,31 +231,32 @@ impl Container {
         self.advance(&mut life, Event::Thawed)
     }
 
-    /// Changes limits, inside and on the host. The machine grows with them; it does not shrink.
+    /// Changes limits in the guest and on the host. The machine grows with them; it does not
+    /// shrink.
     ///
     /// # Errors
-    /// When it has ended, its machine does not grow, or a kernel refuses one.
+    /// When the container has ended, its machine does not grow, or a kernel refuses a limit.
     pub async fn update(&self, change: &LinuxResources) -> Result<(), ContainerError> {
         let pod = self.pod().await?;
         bundle::check_files(change).map_err(BundleError::from)?;
         Ok(self.sandbox.update(self.home.id(), change, &pod).await?)
     }
 
-    /// Waits for the end.
+    /// Waits for the end of the init process.
     pub async fn wait(&self) -> Exit {
         let mut exit = self.exit.subscribe();
-        // The sender lives in this container, so the wait ends with a value.
+        // The container owns the sender, so the wait ends with a value.
         let ended = exit.wait_for(Option::is_some).await.ok().and_then(|exit| *exit);
         ended.unwrap_or_else(proxy::killed)
     }
 
-    /// The processes of the host that stand for it and for those that joined it.
+    /// The stand-ins of its init process and of its further processes.
     pub async fn stand_ins(&self) -> Vec<Process> {
         let own = self.life.lock().await.state.stand_in;
         own.into_iter().chain(self.execs.stand_ins()).collect()
     }
 
-    /// Its processes, as the guest numbers them.
+    /// Its processes, with the pids of the guest.
     ///
     /// # Errors
     /// When it has ended.
@@ -262,11 +265,11 @@ impl Container {
         Ok(pod.agent.processes(self.home.id()).await?)
     }
 
-    /// Ends what is left of one that does not run any more, or was never started, and waits until
-    /// nothing of its pod is left; with `force`, of any.
+    /// Ends a container that has stopped or was never started, or with `force` any container, and
+    /// waits until nothing of it runs any more.
     ///
     /// # Errors
-    /// While it runs, without `force`.
+    /// When the container runs, is paused or is being created, without `force`.
     pub async fn delete(&self, force: bool) -> Result<Exit, ContainerError> {
         // The container itself is locked while it is being created.
         let status = *self.status.borrow();
@@ -277,7 +280,7 @@ impl Container {
                 tokio::select! {
                     biased;
                     () = self.is_over() => return Ok(proxy::killed()),
-                    // It was about to be created.
+                    // The creation finished before it could be cancelled.
                     () = self.is_not(Status::Creating) => self.kill_if_running().await?,
                 }
             }
@@ -298,25 +301,26 @@ impl Container {
         }
     }
 
-    /// Waits until its status is another than this one.
+    /// Waits until its status is not `status`.
     pub(crate) async fn is_not(&self, status: Status) {
-        // The sender lives in this container.
+        // The container owns the sender, so waiting does not fail.
         let _ = self.status.subscribe().wait_for(|now| *now != status).await;
     }
 
-    /// Waits until its processes are not frozen.
+    /// Waits until the container is not paused.
     pub(crate) async fn is_thawed(&self) {
-        // The sender lives in this container.
+        // The container owns the sender, so waiting does not fail.
         let _ = self.status.subscribe().wait_for(|now| !now.is_paused()).await;
     }
 
-    /// Waits until nothing of the pod runs any more.
+    /// Waits until nothing of the container runs any more; for the last container, nothing of the
+    /// pod.
     pub async fn is_over(&self) {
-        // The sender lives in this container.
+        // The container owns the sender, so waiting does not fail.
         let _ = self.over.subscribe().wait_for(|over| *over).await;
     }
 
-    /// Makes the stand-in of a further process one of the pod's processes.
+    /// Moves the stand-in of a further process to the container's cgroup and sets its OOM score.
     pub(crate) async fn adopt(&self, stand_in: &StandIn) -> Result<(), ContainerError> {
         let host = self.life.lock().await.host.clone();
         match host {
@@ -335,7 +339,7 @@ impl Container {
         self.set_status(life, next)
     }
 
-    /// Writes down a status; without that it is as it was.
+    /// Writes a status to disk; if that fails, the status stays as it was.
     fn set_status(&self, life: &mut Life, status: Status) -> Result<(), ContainerError> {
         let before = std::mem::replace(&mut life.state.status, status);
         self.home.write(&life.state).inspect_err(|_| life.state.status = before)?;
@@ -344,7 +348,7 @@ impl Container {
     }
 }
 
-/// What the container is to the host's kernel.
+/// The container's cgroup and OOM score adjustment on the host.
 #[derive(Clone, Debug)]
 struct OnHost {
     cgroup: Cgroup,

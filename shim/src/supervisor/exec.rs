@@ -1,9 +1,9 @@
-//! Further processes of a container: each has a name, a stand-in of its own, and ends at the latest
-//! with the container.
+//! Further processes of a container. Each has a name and a stand-in of its own, and ends at the
+//! latest with the container.
 //!
-//! As in containerd's Task service a process is named first ([`Container::prepare_exec`]) and
-//! started later ([`Container::start_exec`]). Once it has ended and its stand-in knows, it is
-//! forgotten.
+//! As in containerd's Task service, a caller first names a process ([`Container::prepare_exec`])
+//! and starts it later ([`Container::start_exec`]). The process is forgotten once it has ended and
+//! its stand-in has been told.
 
 use std::collections::HashMap;
 use std::io::ErrorKind;
@@ -22,22 +22,22 @@ use crate::supervisor::lifecycle::Status;
 use crate::supervisor::pod::Pod;
 use crate::supervisor::proxy::{self, Ends};
 
-/// The most processes of a container that are named or run at once.
+/// The largest number of further processes of a container, prepared or running.
 const EXECS_MAX: usize = 4096;
 
 /// Why a process is not started.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 pub enum ExecError {
-    /// Its container cannot take one.
+    /// The container's status does not allow a new process.
     #[error("cannot exec in a container that is {0}")]
     Status(Status),
-    /// Its name belongs to another.
+    /// Another process has the name.
     #[error("process {0:?} exists")]
     Taken(String),
-    /// Nobody has named it, or it was started before.
+    /// The process was not prepared, or was started before.
     #[error("process {0:?} does not exist, or was started before")]
     Unknown(String),
-    /// Too many.
+    /// The container has too many further processes already.
     #[error("the container has {EXECS_MAX} further processes already")]
     TooMany,
 }
@@ -47,7 +47,7 @@ pub enum ExecError {
 pub struct PreparedExec {
     /// The `process` object of an OCI specification.
     pub process_json: Vec<u8>,
-    /// In a container that is frozen it waits until that is thawed, instead of being refused.
+    /// If the container is frozen, the start waits until it is thawed instead of failing.
     pub ignore_paused: bool,
 }
 
@@ -55,23 +55,24 @@ pub struct PreparedExec {
 #[derive(Debug, Default)]
 pub(crate) struct Execs {
     table: Mutex<HashMap<String, Entry>>,
-    /// Shared by those that start a process, exclusive for whoever freezes the container.
+    /// Held for reading while a process is started, and for writing while the container is being
+    /// frozen.
     pub(crate) gate: RwLock<()>,
 }
 
-/// One of them.
+/// A further process.
 #[derive(Debug)]
 enum Entry {
-    /// What is to be started.
+    /// Prepared, not started.
     Named(PreparedExec),
-    /// The guest is about to have it.
+    /// Being started in the guest.
     Starting,
-    /// Its stand-in.
+    /// Running; its stand-in.
     Running(Process),
 }
 
 impl Execs {
-    /// The stand-ins of those that run.
+    /// The stand-ins of the processes that run.
     pub(crate) fn stand_ins(&self) -> Vec<Process> {
         let of = |entry: &Entry| match entry {
             Entry::Running(process) => Some(*process),
@@ -116,10 +117,11 @@ impl Execs {
 }
 
 impl Container {
-    /// Names a process that is to be started.
+    /// Prepares a process that is to be started, under a name.
     ///
     /// # Errors
-    /// When the container cannot take one, or the name is taken.
+    /// When the container's status does not allow a new process, the name is taken, or there are
+    /// too many processes.
     pub async fn prepare_exec(
         &self,
         name: &str,
@@ -129,11 +131,11 @@ impl Container {
         Ok(self.execs.prepare(name, prepared)?)
     }
 
-    /// Starts a process that was named, and hands its streams to its stand-in. One that has to wait
-    /// for that is given up when `caller_gone`.
+    /// Starts a prepared process and hands its streams to its stand-in. If the start has to wait
+    /// for a frozen container, it is given up when `caller_gone` completes.
     ///
     /// # Errors
-    /// When the guest cannot, or no stand-in comes; the process is forgotten then.
+    /// When the guest cannot start it, or no stand-in connects; the process is forgotten then.
     pub async fn start_exec(
         self: &Arc<Self>,
         name: &str,
@@ -161,7 +163,8 @@ impl Container {
         }
     }
 
-    /// Waits until a process may be started; until it has been, the container is not frozen.
+    /// Waits until a process may be started. The container cannot be frozen while the returned
+    /// guard is held.
     async fn enter(
         &self,
         ignore_paused: bool,
@@ -173,14 +176,14 @@ impl Container {
             if ignore_paused {
                 tokio::select! {
                     () = self.is_thawed() => {}
-                    // There is nobody yet who could get a signal.
+                    // Signals are dropped: there is no process yet that could receive them.
                     () = async { while stand_in.said().await.is_some() {} } => return Err(given_up()),
                     () = &mut caller_gone => return Err(given_up()),
                 }
             }
             let open = self.execs.gate.read().await;
             self.takes_processes(ignore_paused).await?;
-            // It may have been frozen again meanwhile; now it cannot any more.
+            // The container may have been frozen again before the lock was taken; now it cannot be.
             if !self.state().await.status.is_paused() {
                 return Ok(open);
             }
@@ -205,7 +208,7 @@ impl Container {
         drop(lent);
         if let Err(error) = stand_in.hand_over(&sockets).await {
             let target = Target { container: self.home().id(), exec: name };
-            // Nobody is there to stand for it.
+            // Without a stand-in the process is killed.
             let _ = pod.agent.kill(target, 9, false).await;
             return Err(ContainerError::StandIn(error));
         }
@@ -220,10 +223,11 @@ impl Container {
         }
     }
 
-    /// Waits for the end of a process, whichever it is, and tells its stand-in.
+    /// Waits for the end of a process, whatever its cause, and tells its stand-in.
     async fn watch_exec(self: Arc<Self>, name: String, pod: Arc<Pod>, stand_in: StandIn) {
         let target = Target { container: self.home().id(), exec: &name };
-        // A stuck process of a container that goes on is left to it, as on a host.
+        // A process that SIGKILL does not end does not end the machine: it stays in its container,
+        // as on a host.
         let (doomed, _) = watch::channel(false);
         let patience = async { proxy::patience(false) };
         let end = proxy::until_end(&pod, target, &stand_in, (&doomed, patience)).await;
@@ -232,7 +236,7 @@ impl Container {
     }
 }
 
-/// Nobody waits for the process any more.
+/// The error of a start whose caller or stand-in is gone.
 fn given_up() -> ContainerError {
     ContainerError::StandIn(ErrorKind::BrokenPipe.into())
 }
@@ -256,7 +260,7 @@ mod tests {
         let stand_in = Process::current().unwrap();
         execs.running("one", stand_in);
         assert_eq!(execs.stand_ins(), [stand_in]);
-        // While it runs its name is taken.
+        // The name is taken while the process runs.
         assert_eq!(execs.prepare("one", prepared("")), Err(ExecError::Taken("one".to_owned())));
         execs.forget("one");
         execs.prepare("one", prepared("")).unwrap();

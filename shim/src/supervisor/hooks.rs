@@ -1,8 +1,8 @@
 //! Hooks that run on the host: OCI runtime-spec, "POSIX-platform Hooks".
 //!
-//! By the specification a container is not created when one of prestart or createRuntime fails
-//! ([`run_or_fail`]); one of poststart or poststop that fails is reported and changes nothing
-//! ([`run`], [`poststop`]). createContainer and startContainer belong to the guest.
+//! By the specification, a container is not created if a prestart or createRuntime hook fails
+//! ([`run_or_fail`]). A poststart or poststop hook that fails is logged and changes nothing
+//! ([`run`], [`poststop`]). createContainer and startContainer hooks run in the guest.
 
 use std::io;
 use std::process::Command;
@@ -12,7 +12,7 @@ use oci_spec::runtime::Hook;
 use crate::state::{Home, State, View};
 use crate::supervisor::lifecycle::Status;
 
-/// Runs hooks one after the other; each reads the container's state.
+/// Runs hooks one after the other; each reads the container's state from standard input.
 pub fn run(kind: &'static str, hooks: &[Hook], state: &View) {
     for hook in hooks {
         if let Err(error) = run_one(hook, state) {
@@ -22,7 +22,7 @@ pub fn run(kind: &'static str, hooks: &[Hook], state: &View) {
     }
 }
 
-/// Runs a container's poststop hooks, the last thing that happens to it.
+/// Runs a container's poststop hooks, after everything else of it was removed.
 pub fn poststop(home: &Home, mut state: State) {
     state.status = Status::Stopped;
     let hooks = std::mem::take(&mut state.poststop);
@@ -32,7 +32,7 @@ pub fn poststop(home: &Home, mut state: State) {
 /// Runs hooks one after the other until one fails.
 ///
 /// # Errors
-/// Says which, and what it said on standard error.
+/// Names the hook, and quotes its standard error.
 pub fn run_or_fail(kind: &'static str, hooks: &[Hook], state: &View) -> io::Result<()> {
     hooks.iter().enumerate().try_for_each(|(number, hook)| {
         let failed = |error| bulkhead_hooks::failed(kind, number, hook.path(), &error);

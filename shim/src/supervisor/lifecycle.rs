@@ -1,4 +1,4 @@
-//! The state machine of a container: OCI runtime-spec, "State" and "Lifecycle". Pure, no I/O.
+//! The state machine of a container: OCI runtime-spec, "State" and "Lifecycle". It does no I/O.
 //!
 //! ```text
 //!              Prepared           Started            Frozen
@@ -12,11 +12,11 @@
 //!     Stopped ◄────────────┴───────────────────┴──────────────────
 //! ```
 //!
-//! A container that was paused before it was started is shown as paused, as by runc, and is created
-//! again when it is resumed.
+//! As in runc, a container that was paused before it was started is shown as paused; when it is
+//! resumed, its status is "created" again.
 //!
-//! A signal is not an event: the exit that it may cause is. What an event does to processes is the
-//! business of [`crate::supervisor::container`].
+//! A signal is not an event; the exit that it may cause is. [`crate::supervisor::container`] acts
+//! on the processes.
 
 use std::fmt;
 
@@ -29,14 +29,15 @@ use thiserror::Error;
 pub enum Status {
     /// Its machine is being started.
     Creating,
-    /// Its init process waits for the user's program.
+    /// Its init process waits to execute the user's program.
     Created,
-    /// The user's program runs. What is not known is taken for this: it is ended before it is removed.
+    /// The user's program runs. This is also the default for an unknown status, so that the
+    /// container is ended before it is removed.
     #[default]
     Running,
     /// Its processes are frozen.
     Paused,
-    /// Its init process is frozen, and waits for the user's program after that.
+    /// Its init process was frozen before the user's program was started.
     CreatedPaused,
     /// Its init process has ended.
     Stopped,
@@ -47,13 +48,13 @@ pub enum Status {
 pub enum Event {
     /// Its init process exists.
     Prepared,
-    /// The user's program was let run.
+    /// The user's program was started.
     Started,
     /// All its processes were frozen.
     Frozen,
     /// They run again.
     Thawed,
-    /// Its init process, or what it ran in, ended.
+    /// Its init process or its machine ended.
     Exited,
 }
 

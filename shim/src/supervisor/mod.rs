@@ -1,11 +1,13 @@
-//! The supervisor: one process for each pod, started by the `create` or `run` of its first container.
+//! The supervisor: one process for each pod, started by the `create` or `run` of its first
+//! container.
 //!
-//! It gets the listening sockets of a container and its request in one message from the container's
-//! creator, on a socket that stays open until the creator is done: a creator that goes away before
-//! the container is created takes everything of it with it. The first one's is standard input;
-//! those of containers that join come by [`SocketPath::join`](crate::state::socket_path::SocketPath::join).
-//! It serves each of them until nothing of the container runs any more, and ends with the last; what
-//! is left of one is its directory with the exit status.
+//! A container's creator sends the request and the container's listening sockets in one message, on
+//! a socket that stays open until the creator is done. If the creator exits before the container is
+//! created, the supervisor removes everything of that container. The socket of the first creator is
+//! standard input; creators of containers that join connect to
+//! [`SocketPath::join`](crate::state::socket_path::SocketPath::join). The supervisor serves each
+//! container until nothing of it runs any more, and exits with the last one. What remains of a
+//! container is its directory with the exit status.
 
 pub mod container;
 pub mod exec;
@@ -50,25 +52,27 @@ use crate::supervisor::lifecycle::Status;
 use crate::supervisor::sandbox::Sandbox;
 use crate::trace::Phase;
 
-/// The file in a container's directory with what its pod's supervisor writes to standard error.
+/// The file in a container's directory with the standard error of its pod's supervisor.
 pub const LOG: &str = "supervisor.log";
-/// How long calls that are being answered may take when everything is over.
+/// How long calls in progress may take after the container is over.
 const GOODBYE: Duration = Duration::from_millis(500);
-/// What a creator hears that still listens when its container has left a pod that goes on.
+/// The message to a creator that is still connected when its container has left a pod that
+/// continues.
 pub const GOES_ON: &str = "the pod goes on";
-/// How long a creator that has connected may take to say what it wants.
+/// How long a connected creator may take to send its request.
 const GREETING: Duration = Duration::from_secs(2);
 
-/// The first and only message of a creator; three listening sockets ride along: those of the Task
-/// service, of stand-ins, and of containers that join. The supervisor's end of the link is closed
-/// when it is done with the container, after a message ([`GOES_ON`]) if it stays for others.
+/// The first and only message of a creator. Three listening sockets come with it: for the Task
+/// service, for stand-ins, and for containers that join. The supervisor closes its end of the
+/// connection when it is done with the container; if the pod continues for other containers, it
+/// first sends [`GOES_ON`].
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct ServeRequest {
     /// The directory of all containers.
     pub root: PathBuf,
-    /// The container's name, claimed.
+    /// The container's id, which the creator has claimed.
     pub id: ContainerId,
-    /// Nobody will delete the container: its directory goes when it ends.
+    /// Nobody will delete the container: the supervisor removes its directory when it ends.
     pub ephemeral: bool,
     /// The pod's cgroup is a unit of systemd.
     pub systemd_cgroup: bool,
@@ -87,9 +91,9 @@ pub struct ServeRequest {
 struct Sockets {
     /// The Task service.
     task: OwnedFd,
-    /// Where stand-ins attach.
+    /// The socket to which stand-ins connect.
     attach: OwnedFd,
-    /// Where further containers of the pod come in.
+    /// The socket to which the creators of further containers connect.
     join: OwnedFd,
 }
 
@@ -102,7 +106,7 @@ struct Newcomer {
 }
 
 impl Newcomer {
-    /// Hears what a creator wants.
+    /// Receives a creator's request.
     async fn greet(creator: OwnedFd) -> anyhow::Result<Self> {
         let creator = Channel::new(creator)?;
         let message = creator.receive().await?.context("the creator is gone")?;
@@ -117,7 +121,7 @@ impl Newcomer {
 /// Runs a supervisor to its end.
 ///
 /// # Errors
-/// When it was not started by this program, or its sockets fail.
+/// When standard input is not a creator's socket, or the supervisor's sockets fail.
 pub fn run() -> anyhow::Result<()> {
     let creator = io::stdin().as_fd().try_clone_to_owned().context("standard input")?;
     if !rustix::net::sockopt::socket_type(&creator).is_ok_and(|it| it == SocketType::SEQPACKET) {
@@ -127,7 +131,7 @@ pub fn run() -> anyhow::Result<()> {
         );
     }
     logging::note_panics();
-    // Already a session leader only when started by hand.
+    // Fails if this process leads its process group: only when started by hand.
     let _ = rustix::process::setsid();
     rustix::process::chdir("/").context("/")?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
@@ -136,7 +140,7 @@ pub fn run() -> anyhow::Result<()> {
         logging::start_bounded(&first.request.log)?;
         serve(first).await
     });
-    // A thread that still waits for a file system of the host keeps nobody.
+    // Does not wait for threads that are still blocked in a file system of the host.
     runtime.shutdown_background();
     served
 }
@@ -150,7 +154,7 @@ async fn serve(first: Newcomer) -> anyhow::Result<()> {
     let mut failed = Ok(());
     loop {
         tokio::select! {
-            // Whoever has come is heard, also when all others are gone.
+            // A container that has arrived is served, even if all others have ended.
             biased;
             Some(newcomer) = newcomers.recv() => {
                 members.spawn(serve_one(newcomer, sandbox.clone(), door.clone()));
@@ -205,7 +209,7 @@ async fn serve_one(
             life.await
         }
     };
-    // Callers that wait are being answered.
+    // Lets calls in progress get their answers.
     let _ = timeout(GOODBYE, server.shutdown()).await;
     let outlived = container.state().await.outlived;
     if !created || request.ephemeral {
@@ -214,13 +218,13 @@ async fn serve_one(
         phase.end();
     }
     if outlived {
-        // Most have gone away long ago.
+        // Most creators have disconnected long ago.
         let _ = creator.send(&GOES_ON, &[]).await;
     }
     Ok(())
 }
 
-/// Removes a container that nobody will delete, unless somebody is at it already.
+/// Removes a container that nobody will delete, unless another process is already removing it.
 async fn remove(home: &Home, outlived: bool) {
     let home = home.clone();
     let removed = spawn_blocking(move || {
@@ -245,7 +249,7 @@ fn is_anothers(error: &anyhow::Error) -> bool {
     matches!(error, Some(StateError::Locked(_) | StateError::NoSuchContainer { .. }))
 }
 
-/// Passes containers that join on to [`serve`]; returns when the socket fails.
+/// Passes containers that join to [`serve`]; returns only when the socket fails.
 async fn let_in(join: Channel, door: UnboundedSender<Newcomer>) -> io::Error {
     loop {
         let creator = match join.accept().await {
@@ -253,7 +257,7 @@ async fn let_in(join: Channel, door: UnboundedSender<Newcomer>) -> io::Error {
             Err(error) => return error,
         };
         match timeout(GREETING, Newcomer::greet(creator)).await {
-            // It is open for as long as this container is served.
+            // The channel is open for as long as this container is served.
             Ok(Ok(newcomer)) => drop(door.send(newcomer)),
             Ok(Err(error)) => tracing::debug!(error = %error, "nobody came in"),
             Err(_) => tracing::debug!("a connection that says nothing was closed"),
@@ -261,14 +265,14 @@ async fn let_in(join: Channel, door: UnboundedSender<Newcomer>) -> io::Error {
     }
 }
 
-/// Waits until the creator is gone, or says that it is done, or nobody wants the container any more;
-/// whether there is one then.
+/// Waits until the creator disconnects or says that it is done, or the creation is cancelled.
+/// Returns whether the container has been created.
 async fn is_left(container: &Container, creator: &Channel, leave: &Notify) -> bool {
     tokio::select! {
         _ = creator.receive() => {}
         () = leave.notified() => {}
         () = container.is_cancelled() => {}
     }
-    // The state on disk is asked: the container itself is locked while it is being created.
+    // Reads the state from disk, because the container is locked while it is being created.
     container.home().read().is_ok_and(|state| state.status != Status::Creating)
 }

@@ -1,8 +1,9 @@
-//! Containers that share a machine. Who names a namespace of a running container, by the number of
-//! the process that stands for it or by the network namespace that this process is in, asks to be
-//! in the same pod: `--network container:X` of Docker, a pod of Podman.
+//! Containers that share a machine. A container joins the pod of a running container if its
+//! specification names a namespace of that container: by the pid of the container's stand-in, or by
+//! the network namespace that the stand-in is in. Docker's `--network container:X` and Podman's
+//! pods do this.
 //!
-//! On the host a stand-in has none of these namespaces but the network; they are inside.
+//! Of these namespaces, only the network namespace exists on the host; the others are in the guest.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -20,25 +21,25 @@ use crate::supervisor::lifecycle::Status;
 #[derive(Clone, Debug, Default)]
 pub struct Neighbours(Vec<Neighbour>);
 
-/// One of them.
+/// A container that has not ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Neighbour {
-    /// Its name.
+    /// Its id.
     pub id: ContainerId,
     /// Its pod's supervisor.
     keeper: Process,
-    /// The number of the process that stands for it.
+    /// The pid of its stand-in.
     stand_in: u32,
 }
 
 impl Neighbours {
-    /// Those of a root, as they are now.
+    /// Returns the running containers of a root.
     ///
     /// # Errors
     /// When the root cannot be listed.
     pub fn of(root: &Path) -> Result<Self, StateError> {
         let running = |home: Home| {
-            // One that is being made or removed has no state that can be read.
+            // The state of a container that is being created or removed may not be readable.
             let state = home.read().ok()?;
             let lives = !matches!(state.observed(), Status::Creating | Status::Stopped);
             let stand_in = state.stand_in.filter(|_| lives)?.pid;
@@ -47,12 +48,12 @@ impl Neighbours {
         Ok(Self(Home::all(root)?.into_iter().filter_map(running).collect()))
     }
 
-    /// Those that a supervisor serves.
+    /// The containers that a supervisor serves.
     pub fn of_keeper(&self, keeper: Process) -> impl Iterator<Item = &ContainerId> {
         self.0.iter().filter(move |it| it.keeper == keeper).map(|it| &it.id)
     }
 
-    /// The one whose namespace the path is.
+    /// Returns the container to which the namespace at a path belongs.
     #[must_use]
     pub fn owner(&self, kind: LinuxNamespaceType, path: &Path) -> Option<&Neighbour> {
         let named = |neighbour: &&Neighbour| *path == of_process(neighbour.stand_in, kind);
@@ -62,8 +63,9 @@ impl Neighbours {
         })
     }
 
-    /// The one whose stand-in is in this network, unless that is this process's own: one in the
-    /// foreground stays where its caller is.
+    /// Returns the container whose stand-in is in the network namespace at a path. This process's
+    /// own network namespace belongs to none: a stand-in in the foreground stays in the namespace
+    /// of its caller.
     fn in_network(&self, path: &Path) -> Option<&Neighbour> {
         let file = |path: &Path| fs::metadata(path).ok().map(|it| (it.dev(), it.ino()));
         let network = |pid| file(&of_process(pid, LinuxNamespaceType::Network));
@@ -75,26 +77,27 @@ impl Neighbours {
     }
 }
 
-/// Where the kernel has a namespace of a process.
+/// The path in `/proc` of a namespace of a process.
 #[must_use]
 pub fn of_process(pid: u32, kind: LinuxNamespaceType) -> PathBuf {
     format!("/proc/{pid}/ns/{kind}").into()
 }
 
-/// The namespaces of neighbours that a container joins: none if it gets a machine of its own.
+/// The namespaces of other containers that a container joins; empty if it gets a machine of its
+/// own.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Joined(Vec<(LinuxNamespaceType, Neighbour)>);
 
 impl Joined {
-    /// Notes one.
+    /// Adds a namespace.
     pub fn add(&mut self, kind: LinuxNamespaceType, neighbour: &Neighbour) {
         self.0.push((kind, neighbour.clone()));
     }
 
-    /// Checks that all of it is in one machine, network included.
+    /// Checks that all namespaces are of one machine, and that the network is among them.
     ///
     /// # Errors
-    /// Names what is not.
+    /// Names the namespaces that are in different machines, or whose network is not joined.
     pub fn check(self) -> Result<Self, Refusal> {
         let Some((kind, first)) = self.0.first() else { return Ok(self) };
         if let Some((other, second)) = self.0.iter().find(|(_, it)| it.keeper != first.keeper) {
@@ -115,13 +118,14 @@ impl Joined {
         Ok(self)
     }
 
-    /// A container of the pod, if there is one.
+    /// Returns a container of the pod that is joined, or `None` if none is.
     #[must_use]
     pub fn pod(&self) -> Option<&ContainerId> {
         self.0.first().map(|(_, neighbour)| &neighbour.id)
     }
 
-    /// Which namespace is whose, without the network, which is the machine's.
+    /// Returns each joined namespace and its container, without the network, which belongs to the
+    /// machine.
     pub fn inside(&self) -> impl Iterator<Item = (LinuxNamespaceType, &ContainerId)> {
         let inside = self.0.iter().filter(|(kind, _)| *kind != LinuxNamespaceType::Network);
         inside.map(|(kind, neighbour)| (*kind, &neighbour.id))

@@ -1,6 +1,6 @@
-//! Readiness of a service: sd_notify(3). What a container's processes tell systemd comes out of the guest
-//! over a stream and goes to a socket in the container's directory, where the caller listens who has
-//! started it ([`crate::cli`]); as under runc it is the caller who tells systemd.
+//! Readiness of a service: sd_notify(3). Datagrams that a container's processes send to systemd
+//! leave the guest over a stream and go to a socket in the container's directory. The caller that
+//! starts the container listens there ([`crate::cli`]) and, as with runc, notifies systemd.
 
 use std::io;
 use std::os::unix::net::UnixDatagram;
@@ -15,10 +15,10 @@ use crate::state::Home;
 use crate::state::socket_path::SocketPath;
 use crate::supervisor::pod::{Pod, PodError};
 
-/// The least time between two datagrams: how often a guest speaks is its own affair, not the host's.
+/// The minimum time between two datagrams, so that a guest cannot flood the host.
 const PAUSE: Duration = Duration::from_millis(1);
 
-/// Opens the stream; gives its name for the agent.
+/// Opens the stream; returns its header for the agent.
 ///
 /// # Errors
 /// When the agent does not accept it.
@@ -35,19 +35,19 @@ pub(crate) async fn open(pod: &Pod, home: &Home) -> Result<Vec<u8>, PodError> {
     Ok(header.0.to_vec())
 }
 
-/// Passes datagrams on until the guest closes the stream, or nobody listens any more.
+/// Forwards datagrams until the guest closes the stream, or nobody listens any more.
 async fn pass_on(mut stream: impl AsyncRead + Unpin, home: &Home) -> io::Result<()> {
     let socket = UnixDatagram::unbound()?;
     socket.set_nonblocking(true)?;
     let mut heard = false;
     while let Some(datagram) = receive(&mut stream).await? {
-        // The directory is gone when the container is.
+        // Fails once the container is removed: its directory is gone.
         let path = SocketPath::notify(home).map_err(io::Error::other)?;
         match socket.send_to(&datagram, path.path()) {
             Ok(_) => heard = true,
-            // Whoever has listened has heard enough.
+            // The listener is gone, or does not read any more.
             Err(_) if heard => return Ok(()),
-            // It is not started yet.
+            // Nobody listens yet: the container is not started.
             Err(_) => {}
         }
         sleep(PAUSE).await;
@@ -55,7 +55,7 @@ async fn pass_on(mut stream: impl AsyncRead + Unpin, home: &Home) -> io::Result<
     Ok(())
 }
 
-/// The next datagram; nothing at the end.
+/// Returns the next datagram, or `None` at the end of the stream.
 async fn receive(stream: &mut (impl AsyncRead + Unpin)) -> io::Result<Option<Vec<u8>>> {
     let length = match stream.read_u16().await {
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(None),

@@ -1,10 +1,11 @@
-//! Tells the host that the guest's kernel has killed for want of memory.
+//! Reports an OOM kill in the guest to the host.
 //!
-//! Callers learn of such a kill from the cgroup that they know: containerd's shim for runc and
-//! "bulkhead events" watch `memory.events` of cgroup v2 there, or `memory.oom_control` of v1. But the
-//! kill was the guest's, and the host has counted nothing. So the host is made to count one: a child
-//! of this process, whose only purpose it is, takes more memory than the cgroup may have for that
-//! moment, and is killed. It is the first in the kernel's choice, so nothing else of the pod is hurt.
+//! Callers learn of an OOM kill from the container's cgroup: containerd's shim for runc and
+//! "bulkhead events" watch `memory.events` of cgroup v2 there, or `memory.oom_control` of v1. But
+//! the guest's kernel killed, and the host has counted nothing. So the supervisor makes the host
+//! count one kill: it starts a child for this purpose only, lowers the cgroup's memory limit for a
+//! moment, and the child takes more memory than that and is killed. The child has the highest OOM
+//! score, so the kernel kills nothing else of the pod.
 
 use std::fs;
 use std::io::{self, Read, Write};
@@ -16,19 +17,20 @@ use rustix::mm::{MlockAllFlags, mlockall};
 
 use crate::cgroup::{Cgroup, Memory};
 
-/// What the pod may have beside what it has, while its victim is being killed, in bytes.
+/// How much memory the pod may take in addition while the victim is being killed, in bytes.
 const HEADROOM: u64 = 16 << 20;
-/// What the victim asks for, in bytes; it is never given.
+/// How much memory the victim asks for, in bytes; it never gets all of it.
 const DEMAND: usize = 64 << 20;
 /// How long the kernel may take to kill it.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// What makes a process the first to be killed: proc(5).
+/// The `oom_score_adj` of the process that is killed first: proc(5).
 const FIRST: &str = "1000";
 
-/// Has the host count a kill in a cgroup, or in this process's own. Blocks for some milliseconds.
+/// Makes the host count an OOM kill in a cgroup, or in this process's own. Blocks for some
+/// milliseconds.
 ///
 /// # Errors
-/// When the host does not count memory, or did not kill.
+/// When the host does not account memory, or did not kill the victim.
 pub fn report(other: Option<&Cgroup>) -> io::Result<()> {
     let mut victim = Victim::spawn()?;
     if let Some(cgroup) = other {
@@ -46,10 +48,11 @@ pub fn report(other: Option<&Cgroup>) -> io::Result<()> {
     Ok(())
 }
 
-/// The life of the victim: it waits for the word, and then takes memory that cannot be swapped.
+/// The program of the victim: it waits for a byte on standard input, and then takes memory that
+/// cannot be swapped.
 ///
 /// # Errors
-/// When it cannot lock memory or be first; nobody gives the word then.
+/// When it cannot lock memory or set its OOM score.
 pub fn victim() -> io::Result<()> {
     fs::write("/proc/self/oom_score_adj", FIRST)?;
     mlockall(MlockAllFlags::CURRENT | MlockAllFlags::FUTURE)?;
@@ -75,7 +78,7 @@ impl Victim {
         Ok(victim)
     }
 
-    /// Gives it the word, and waits for its end.
+    /// Tells it to take memory, and waits for its end.
     fn demand(&mut self) -> io::Result<()> {
         self.0.stdin.take().ok_or(io::ErrorKind::BrokenPipe)?.write_all(b"g")?;
         let deadline = Instant::now() + PATIENCE;
@@ -91,7 +94,7 @@ impl Victim {
 
 impl Drop for Victim {
     fn drop(&mut self) {
-        // Both fail only when it has been waited for.
+        // Both fail only if the child was already waited for.
         let _ = self.0.kill();
         let _ = self.0.wait();
     }

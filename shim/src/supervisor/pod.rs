@@ -1,8 +1,8 @@
-//! A pod: a machine with its file server and the agent inside, whichever containers come into it.
+//! A pod: a machine with its file server and the agent inside. Containers come and go in it.
 //!
-//! The guest boots while the file server is started; what does not come up within a bounded time is
-//! an error that quotes the guest's console. Dropping a pod kills its processes at once;
-//! [`Pod::end`] first lets the guest write everything back.
+//! The guest boots while the file server is started. If the guest does not come up in time, the
+//! error quotes its console. Dropping a pod kills its processes at once; [`Pod::end`] first lets
+//! the guest write everything back.
 
 mod boot;
 mod network;
@@ -44,32 +44,33 @@ use crate::trace::Phase;
 
 /// How long the agent may take to accept a stream of a process.
 const STREAM_PATIENCE: Duration = Duration::from_secs(30);
-/// How long a container that leaves a pod may take to be gone from it. A process that does not die stays
+/// How long the removal of a container from the guest may take. A process that does not die stays
 /// until the pod ends, as it would on a host.
 const DISMISSAL: Duration = Duration::from_secs(10);
-/// How long a guest may write back whose machine must not go on.
+/// How long the guest of a condemned machine may take to write back.
 const LAST_SYNC: Duration = Duration::from_secs(2);
-/// How long to wait before it is tried again.
+/// How long to wait before the removal of a container is tried again.
 const RETRY: Duration = Duration::from_millis(20);
-/// The first of the ids that jailed processes run under. Users have lower ones: SSSD gives directory
-/// services those up to 2,000,200,000; and FreeIPA hands out those from 2,147,483,648 for users of
-/// containers. The supervisor's pid, which is below 4,194,304, makes them its own while it lives.
+/// The first of the ids that jailed processes run under. Users have lower ids: SSSD maps directory
+/// services to ids up to 2,000,200,000. FreeIPA hands out subordinate ids for containers from
+/// 2,147,483,648. The supervisor's pid, which is below 4,194,304, makes the ids unique while it
+/// lives.
 const JAIL_IDS: u32 = 2_100_000_000;
-/// What the relay socket between monitor and file server holds in each direction, in bytes.
+/// The buffer size of the relay socket between monitor and file server in each direction, in bytes.
 const RELAY_BUFFER: usize = 2 << 20;
-/// The console of the guest, in the container's directory.
+/// The log of the guest's console, in the container's directory.
 const CONSOLE: &str = "console.log";
 
 /// Why a pod did not come up.
 #[derive(Debug, Error)]
 pub enum PodError {
-    /// This host.
+    /// The host has no KVM that can be used.
     #[error(transparent)]
     Kvm(#[from] KvmError),
-    /// This installation.
+    /// A file of the installation cannot be used.
     #[error(transparent)]
     Asset(#[from] AssetError),
-    /// The files of the container.
+    /// The container's files cannot be shared.
     #[error(transparent)]
     Share(#[from] ShareError),
     /// The file server.
@@ -78,30 +79,30 @@ pub enum PodError {
     /// The monitor.
     #[error(transparent)]
     Machine(#[from] MachineError),
-    /// The guest.
+    /// The guest did not boot in time.
     #[error("the guest did not come up within {} s{console}", .patience.as_secs())]
     Boot {
-        /// How long was waited; `BULKHEAD_BOOT_TIMEOUT` changes it.
+        /// The time limit; `BULKHEAD_BOOT_TIMEOUT` changes it.
         patience: Duration,
-        /// What it said.
+        /// The last lines of its console.
         console: String,
     },
     /// The agent.
     #[error(transparent)]
     Agent(#[from] AgentError),
-    /// The machine does not get larger.
+    /// The machine cannot grow.
     #[error(transparent)]
     Growth(#[from] GrowthError),
-    /// A block device of the host.
+    /// A block device of the host cannot be opened.
     #[error("cannot use device {}", .0.display())]
     Disk(PathBuf, #[source] io::Error),
-    /// Too many of them, counted over all containers of the pod.
+    /// The containers of the pod have had too many disks together.
     #[error("a machine has room for {DISKS_MAX} disks; use another pod")]
     Disks,
     /// The container's network.
     #[error(transparent)]
     Network(#[from] NetworkError),
-    /// A log, a socket.
+    /// A log, a socket or another file cannot be used.
     #[error("{0}")]
     Io(&'static str, #[source] io::Error),
 }
@@ -114,7 +115,7 @@ pub struct Pod {
     growth: Growth,
     /// The agent.
     pub agent: Agent,
-    /// How many the machine has.
+    /// How many disks the machine has.
     disks: tokio::sync::Mutex<u8>,
     interfaces: Interfaces,
     follower: OnceLock<AbortOnDrop>,
@@ -123,11 +124,10 @@ pub struct Pod {
 }
 
 impl Pod {
-    /// Starts a pod in which there is no container yet, from `assets` and `/dev/kvm`; its logs go to
-    /// `home`.
+    /// Starts a pod without containers, from `assets` and `/dev/kvm`; its logs go to `home`.
     ///
     /// # Errors
-    /// When anything does not come up; nothing is left then.
+    /// When a part does not start; nothing is left running then.
     pub async fn start(
         home: &Home,
         plan: &PodPlan,
@@ -179,7 +179,7 @@ impl Pod {
         })
     }
 
-    /// A directory of the share for a container.
+    /// Takes a free directory of the share for a container.
     ///
     /// # Errors
     /// When all are taken.
@@ -187,15 +187,15 @@ impl Pod {
         Ok(self.file_server.take_share_dir()?)
     }
 
-    /// Shows what is at a directory no more and gives it back.
+    /// Detaches the files at a directory of the share and gives the directory back.
     ///
     /// # Errors
-    /// When nothing is there.
+    /// When no files are attached there.
     pub fn leave_share_dir(&self, dir: ShareDir) -> Result<(), PodError> {
         Ok(self.file_server.leave_share_dir(dir)?)
     }
 
-    /// Shows the files of a container at its directory.
+    /// Attaches the files of a container to its directory of the share.
     ///
     /// # Errors
     /// Names the path that failed.
@@ -203,8 +203,8 @@ impl Pod {
         Ok(self.file_server.show(files, dir).await?)
     }
 
-    /// Shows files that are mounts already ([`crate::machine::share::alone`]) for as long as the value lives that is
-    /// given: the name of each there is its number.
+    /// Shares detached mounts ([`crate::machine::share::alone`]) for as long as the returned value
+    /// lives. Each is named by its index.
     ///
     /// # Errors
     /// Names the path that failed.
@@ -214,11 +214,12 @@ impl Pod {
         Ok(lent)
     }
 
-    /// Takes a container out of the pod, which goes on without it.
+    /// Removes a container from a pod that continues without it.
     pub async fn dismiss(&self, id: &ContainerId, dir: ShareDir) {
         let removed = async {
             let deadline = Instant::now() + DISMISSAL;
-            // Its creation may still be under way in the guest, and what runs has to die.
+            // Deleting fails while the container is being created or has running processes, so kill
+            // them and try again.
             while let Err(error) = self.agent.delete(id).await {
                 if error.is_not_found() || Instant::now() > deadline {
                     tracing::debug!(error = %error, "cannot remove it from the guest");
@@ -237,13 +238,13 @@ impl Pod {
         }
     }
 
-    /// The processes to remember.
+    /// The processes of the pod: the monitor and the file server.
     #[must_use]
     pub fn processes(&self) -> Vec<Process> {
         vec![self.machine.process(), self.file_server.process()]
     }
 
-    /// Opens a stream of a process; the header names it to the agent.
+    /// Opens a stream for a process; the agent identifies the stream by its header.
     ///
     /// # Errors
     /// When the agent does not accept it in time.
@@ -255,7 +256,8 @@ impl Pod {
         Ok((StreamHeader(header), stream))
     }
 
-    /// Gives the machine disks; their names for the agent. A disk stays as long as the machine.
+    /// Attaches disks to the machine, and returns them as the agent needs them. A disk stays
+    /// attached until the machine ends.
     ///
     /// # Errors
     /// When the host or the monitor cannot use one.
@@ -277,32 +279,34 @@ impl Pod {
         Ok(named)
     }
 
-    /// Whether the machine would grow to be as large as `to`.
+    /// Returns whether [`Pod::grow`] would have something to do.
     pub async fn lacks(&self, to: MachineSize) -> bool {
         self.growth.lacks(to).await
     }
 
-    /// Makes the machine as large as `to`, in all, or as the host allows. One that is larger stays.
+    /// Grows the machine to a total size of `to`, or to its maximum. A larger machine stays as it
+    /// is.
     ///
     /// # Errors
-    /// When the guest does not take it.
+    /// When the monitor or the guest cannot grow.
     pub async fn grow(&self, to: MachineSize) -> Result<(), PodError> {
         Ok(self.growth.grow(&self.machine, &self.agent, to).await?)
     }
 
-    /// Waits until the machine or the file server has ended by itself, or must not go on; says which.
+    /// Waits until the machine or the file server has ended by itself or the pod is condemned;
+    /// returns the reason.
     pub async fn broken(&self) -> String {
         let mut condemned = self.condemned.subscribe();
         tokio::select! {
             words = self.gone() => words,
-            // The sender lives in this pod.
+            // The pod owns the sender, so waiting does not fail.
             _ = condemned.wait_for(|condemned| *condemned) => {
                 "the guest did not end a container that was killed".to_owned()
             }
         }
     }
 
-    /// Waits until the machine or the file server has ended by itself; says which.
+    /// Waits until the machine or the file server has ended by itself; returns the reason.
     async fn gone(&self) -> String {
         tokio::select! {
             words = self.machine.ended() => words,
@@ -310,15 +314,15 @@ impl Pod {
         }
     }
 
-    /// Says that the machine must not go on: its guest does not end what was killed.
+    /// Condemns the machine: its guest does not end a container that was killed.
     pub fn condemn(&self) {
         self.condemned.send_replace(true);
     }
 
-    /// Lets the guest write everything back, then ends it.
+    /// Lets the guest write everything back, then ends the pod.
     pub async fn end(self) {
         let phase = Phase::begin("sync");
-        // A guest that does not end what was killed may not write back either.
+        // A guest that does not end a killed container may not write back either.
         let patience = if *self.condemned.borrow() { LAST_SYNC } else { Duration::MAX };
         tokio::select! {
             synced = timeout(patience, self.agent.sync()) => match synced {
@@ -338,7 +342,8 @@ impl Pod {
     }
 }
 
-/// Files that are shown for a while. Who has opened one keeps it.
+/// Files that are in the share until this value is dropped. A file that the guest has opened stays
+/// open.
 #[derive(Debug)]
 pub struct Lent<'a> {
     pod: &'a Pod,
@@ -346,7 +351,7 @@ pub struct Lent<'a> {
 }
 
 impl Lent<'_> {
-    /// Where they are in the share.
+    /// Their directory in the share.
     #[must_use]
     pub fn directory(&self) -> PathBuf {
         self.dir.directory()
@@ -366,7 +371,8 @@ fn log(home: &Home, name: &'static str) -> Result<File, PodError> {
     open.map_err(|error| PodError::Io(name, error))
 }
 
-/// Those of the monitor and of the file server: neither may signal the other, or look at it.
+/// The ids of the monitor and of the file server. They differ, so that neither can signal or trace
+/// the other.
 fn identities() -> [JailConfig; 2] {
     let first = JAIL_IDS + 2 * std::process::id();
     [first, first + 1].map(|id| JailConfig { uid: id, gid: id })
@@ -382,7 +388,7 @@ fn relay() -> io::Result<(OwnedFd, OwnedFd)> {
     Ok((ours, theirs))
 }
 
-/// Fills `bytes` from the host's generator.
+/// Fills `bytes` from the host's random number generator.
 pub(crate) fn random(bytes: &mut [u8]) -> io::Result<()> {
     io::Read::read_exact(&mut File::open("/dev/urandom")?, bytes)
 }

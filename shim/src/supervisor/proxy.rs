@@ -1,4 +1,5 @@
-//! One process of the guest and its stand-in on the host, tied together: streams, signals, the end.
+//! Connects a process of the guest with its stand-in on the host: streams, signals, and the exit
+//! status.
 
 use std::convert::Infallible;
 use std::future::pending;
@@ -19,33 +20,33 @@ use crate::streams::attach::{Said, StandIn, TerminalSize, Wants, Written};
 use crate::streams::preserved::DescriptorKind;
 use crate::supervisor::pod::{Lent, Pod, PodError};
 
-/// The status of a process whose machine ended under it: as if killed.
+/// The exit status of a process whose machine has ended: as after SIGKILL.
 const KILLED: u8 = 137;
-/// How long the guest may take to end a process that was killed, if nobody else is in its machine: less
-/// than Docker waits for.
+/// How long the guest may take to end a killed process if its container is alone in the machine;
+/// less than Docker waits.
 const KILL_PATIENCE: Duration = Duration::from_secs(7);
-/// How long, if ending the machine would end others.
+/// The same if other containers are in the machine, which would end with it.
 const SHARED_KILL_PATIENCE: Duration = Duration::from_secs(20);
-/// How long the machine's end may take to be known once its agent does not answer.
+/// How long to wait for the end of the machine after a call to its agent has failed.
 const EXPLANATION: Duration = Duration::from_secs(1);
 
-/// What a process is made with, and its stand-in gets.
+/// The two sides of a process's streams: for the agent and for its stand-in.
 #[derive(Debug)]
 pub(crate) struct Ends<'a> {
     /// The standard streams, for the agent.
     pub(crate) streams: Streams,
-    /// What is beyond them, for the agent.
+    /// The descriptors beside them, for the agent.
     pub(crate) descriptors: Vec<Descriptor>,
-    /// The host's ends of all that are streams, for the stand-in.
+    /// The host's ends of all streams, for the stand-in.
     pub(crate) sockets: Vec<UnixStream>,
-    /// The files among the descriptors, which the agent opens; then they need not be there any more.
+    /// The files among the descriptors. They are shared until the agent has opened them.
     pub(crate) lent: Option<Lent<'a>>,
 }
 
-/// Opens what a stand-in has for its process.
+/// Opens the streams and descriptors that a stand-in has for its process.
 ///
 /// # Errors
-/// When the agent does not accept a stream, or a file cannot be shown to it.
+/// When the agent does not accept a stream, or a file cannot be shared.
 pub(crate) async fn open<'a>(pod: &'a Pod, stand_in: &StandIn) -> Result<Ends<'a>, PodError> {
     let (streams, mut sockets) = open_streams(pod, stand_in.wants).await?;
     let mut shared = stand_in.descriptors.iter().filter_map(|descriptor| match descriptor.kind {
@@ -82,7 +83,8 @@ pub(crate) async fn open<'a>(pod: &'a Pod, stand_in: &StandIn) -> Result<Ends<'a
     Ok(Ends { streams, descriptors, sockets, lent })
 }
 
-/// Opens the streams that are wanted: their names for the agent, and the sockets for the stand-in.
+/// Opens the standard streams that the stand-in wants; returns their headers for the agent and the
+/// sockets for the stand-in.
 ///
 /// # Errors
 /// When the agent does not accept one.
@@ -118,9 +120,9 @@ pub(crate) struct End {
     pub(crate) exit: Exit,
     /// Why, if it did not end by itself.
     pub(crate) reason: Option<String>,
-    /// What its streams carry of it, if its machine lives on.
+    /// How many bytes it wrote to its streams, if its machine still runs.
     pub(crate) written: Option<Written>,
-    /// It was killed, and the guest did not end it in time.
+    /// The guest did not end the process in time after it was killed.
     pub(crate) immortal: bool,
 }
 
@@ -137,14 +139,14 @@ impl End {
     }
 }
 
-/// How long the guest may take to end a process that was killed.
+/// Returns how long the guest may take to end a killed process.
 pub(crate) const fn patience(alone: bool) -> Duration {
     if alone { KILL_PATIENCE } else { SHARED_KILL_PATIENCE }
 }
 
-/// Passes signals on until the process ends, whichever way. A process that nobody stands for any more is
-/// killed: if it is the init process, with all others of the container. One that was killed, by whoever
-/// says so in `doomed`, ends within `patience`, whatever it waits for.
+/// Forwards signals until the process ends. If the stand-in disappears, the process is killed; if
+/// it is the init process, all processes of the container are. Once `doomed` is true, this waits no
+/// longer than `patience`.
 pub(crate) async fn until_end(
     pod: &Pod,
     target: Target<'_>,
@@ -161,7 +163,7 @@ pub(crate) async fn until_end(
         answer = pod.agent.wait(target) => match answer {
             Ok(reply) => End::of(&reply),
             Err(error) => {
-                // The machine's own end explains more than the broken connection.
+                // The reason for the end of the machine explains more than a broken connection.
                 let words = timeout(EXPLANATION, pod.broken()).await;
                 End::without_the_machine(words.unwrap_or_else(|_| error.to_string()))
             }
@@ -176,7 +178,8 @@ pub(crate) async fn until_end(
     }
 }
 
-/// Passes on what the stand-in says; one that goes away dooms its process.
+/// Forwards signals and terminal sizes from the stand-in. If the stand-in disappears, its process
+/// is killed.
 async fn pass_on(
     pod: &Pod,
     target: Target<'_>,
@@ -202,7 +205,7 @@ async fn pass_on(
     }
 }
 
-/// The end, now, of a process whose machine is gone.
+/// Returns the exit of a process whose machine has just ended.
 pub(crate) fn killed() -> Exit {
     Exit { status: KILLED, at_ns: timestamp::now_ns(), oom_killed: false }
 }

@@ -1,8 +1,9 @@
-//! What a container that nobody keeps any more has left on the host, and its removal.
+//! Removes what is left of a container on the host.
 //!
-//! The state on disk says what there is. Where it cannot be read the kernel is asked: the processes of a
-//! pod name its directory on their command lines. Each step is taken whatever became of the one before;
-//! a directory stays as long as anything else does, so that what failed can be tried again.
+//! The state on disk lists what there is. If it cannot be read, `/proc` is searched: the processes
+//! of a pod have its directory on their command lines. A step is taken even if the step before it
+//! failed. The directory is removed last, and only if nothing else is left, so that the removal can
+//! be tried again.
 
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
@@ -18,24 +19,24 @@ use crate::state::process::Process;
 use crate::state::{Home, State};
 use crate::supervisor::hooks;
 
-/// How long a process that was killed may take to go.
+/// How long a killed process may take to end.
 const KILLED: Duration = Duration::from_secs(10);
-/// The programs of a pod, as their files are called.
+/// The file names of the programs of a pod.
 const SUPERVISOR: &str = "bulkhead";
 const MONITOR: &str = "bulkhead-vmm";
 const FILE_SERVER: &str = "bulkhead-fs";
 const STAND_IN: &str = "bulkhead-stand-in";
-/// The verb of a supervisor; the directory of its pod comes behind it.
+/// The verb on a supervisor's command line; the pod's directory follows it.
 pub const SUPERVISE: &str = "supervise";
 
-/// Ends what is left of a container and of its pod, then removes it. The last thing that happens are its
-/// poststop hooks.
+/// Ends what is left of a container and of its pod, then removes it. Its poststop hooks run last.
 ///
 /// # Errors
-/// The first thing that is still there; so is the directory then.
+/// Names the first thing that could not be removed; the directory stays then.
 pub fn end(lock: Lock) -> anyhow::Result<()> {
     match lock.home().read() {
-        // Whose processes another version wrote down in another way are looked for too.
+        // Without a keeper the processes are searched for: another version may have written the
+        // state in another form.
         Ok(state) if state.keeper.is_some() || state.outlived => {
             let survivor = kill(&state.processes());
             remove_with(lock, state, survivor)
@@ -49,7 +50,7 @@ pub fn end(lock: Lock) -> anyhow::Result<()> {
     }
 }
 
-/// Ends what stands for a container whose pod goes on, then removes it as [`end`] does.
+/// Ends the processes of a container whose pod continues, then removes it as [`end`] does.
 ///
 /// # Errors
 /// As [`end`].
@@ -84,13 +85,13 @@ fn remove_with(lock: Lock, state: State, survivor: Option<Process>) -> anyhow::R
         return Err(error);
     }
     let home = lock.home().clone();
-    // Whoever removes the directory runs the hooks: nobody else can.
+    // The process that removes the directory runs the hooks, so they run only once.
     lock.remove()?;
     hooks::poststop(&home, state);
     Ok(())
 }
 
-/// Kills processes, one after the other; gives the first that does not go.
+/// Kills processes one after the other; returns the first that does not end.
 fn kill(processes: &[Process]) -> Option<Process> {
     let others = processes.iter().filter(|it| it.pid != std::process::id());
     others.fold(None, |survivor, it| {
@@ -99,7 +100,7 @@ fn kill(processes: &[Process]) -> Option<Process> {
     })
 }
 
-/// What the kernel knows of a container whose state is not known.
+/// What `/proc` shows of a container whose state cannot be read.
 struct Found {
     /// The supervisor is the first.
     processes: Vec<Process>,
@@ -121,7 +122,7 @@ impl Found {
         Self { processes, cgroup, network }
     }
 
-    /// What is to be removed: what is written down, and what else there is.
+    /// Completes the written state with what was found.
     fn state(&self, written: State) -> State {
         let network = self.network.as_ref();
         let network = network.map(|it| format!("/proc/self/fd/{}", it.as_raw_fd()).into());
@@ -133,7 +134,7 @@ impl Found {
     }
 }
 
-/// What a process is to a container, in the order in which they are ended.
+/// The role of a process in a pod, in the order in which they are ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Role {
     Supervisor,
@@ -141,23 +142,23 @@ enum Role {
     StandIn,
 }
 
-/// The processes of a container's pod, and those that stand for it, by their command lines.
+/// Finds the processes of a container's pod and its stand-ins by their command lines.
 fn find(home: &Home) -> Vec<(Role, Process)> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     let numbers = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
     let found = numbers.filter_map(|pid| {
         let process = Process::find(pid).ok()?;
         let role = role(pid, home)?;
-        // Whoever had the number then has it still.
+        // Still alive, so the pid was not reused while `/proc` was read.
         process.is_alive().then_some((role, process))
     });
     found.collect()
 }
 
-/// What a process is to a container, if anything.
+/// Returns the role of a process, or `None` if it is not the container's.
 fn role(pid: u32, home: &Home) -> Option<Role> {
     let program = fs::read_link(format!("/proc/{pid}/exe")).ok()?;
-    // A program that was replaced by another version is "(deleted)".
+    // The kernel appends "(deleted)" if the program's file was replaced.
     let program = program.file_name()?.to_str()?.trim_end_matches(" (deleted)").to_owned();
     let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
     let line = String::from_utf8(line).ok()?;

@@ -1,12 +1,13 @@
-//! The containers of one pod: who is in it, in whose cgroup its processes are, and what they may use
-//! together.
+//! The containers of one pod: which they are, in which container's cgroup the pod's processes are,
+//! and the limits of all containers together.
 //!
-//! The first one brings the pod up, the others join it, and the last one takes it down, whichever it
-//! is. The pod's processes are in the cgroup of the oldest: when that one goes, they move to the
-//! next one's.
+//! The first container starts the pod, the others join it, and the last to end stops it. The pod's
+//! processes are in the cgroup of the oldest container; when that one ends, they move to the cgroup
+//! of the next.
 //!
-//! Who is in it is known at once, always. What takes time, such as a machine that grows or memory that
-//! comes back, is done without keeping anybody from coming or going.
+//! The list of containers is locked only for a moment. Slow work, such as growing the machine or
+//! waiting for memory to be freed, holds another lock, so that containers can come and go
+//! meanwhile.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -22,16 +23,16 @@ use crate::state::id::ContainerId;
 use crate::supervisor::neighbours::{self, Joined};
 use crate::supervisor::pod::{Pod, PodError};
 
-/// Why a container is not let in.
+/// Why a container cannot join a pod or change its limits.
 #[derive(Debug, Error)]
 pub enum SandboxError {
-    /// Whoever it wanted to join is gone.
+    /// The pod that it joins has ended.
     #[error("the container whose network is joined has ended; start that one first")]
     Over,
-    /// One of its neighbours has no process any more.
+    /// A container whose namespaces it joins has no init process.
     #[error("container {0}, whose namespaces are joined, has ended; start that one first")]
     Ended(ContainerId),
-    /// No room in it.
+    /// The pod has no room for it.
     #[error(transparent)]
     Pod(#[from] PodError),
     /// The host's limits for the pod.
@@ -55,11 +56,11 @@ pub struct Sandbox {
 
 #[derive(Debug, Default)]
 struct Members {
-    /// The oldest first.
+    /// The containers, the oldest first.
     list: Vec<Member>,
-    /// Once it is up, for as long as a container keeps it.
+    /// Set once the pod is up; valid while a container holds it.
     pod: Weak<Pod>,
-    /// The last one has gone.
+    /// The last container has left.
     over: bool,
 }
 
@@ -69,47 +70,48 @@ struct Member {
     cgroup: Cgroup,
     resources: LinuxResources,
     dir: ShareDir,
-    /// Its init process, as the guest numbers it, once it has one.
+    /// The pid of its init process in the guest, once there is one.
     init: Option<u32>,
 }
 
-/// What a container finds.
+/// What a container gets when it enters a pod.
 #[derive(Debug)]
 pub struct Admission {
-    /// The pod; none for the first one, who brings it up.
+    /// The pod; `None` for the first container, which starts it.
     pub pod: Option<Arc<Pod>>,
-    /// Where its files go.
+    /// The directory of the share for its files.
     pub dir: ShareDir,
-    /// The namespaces that it joins, as the guest names them.
+    /// The namespaces that it joins, with their paths in the guest.
     pub namespaces: Vec<(LinuxNamespaceType, PathBuf)>,
 }
 
-/// What a container leaves behind.
+/// Whether a container that leaves was the last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Departure {
-    /// Nobody: the pod is to be taken down.
+    /// No container is left: the caller stops the pod.
     Last,
-    /// Others; nothing in the pod is its own any more.
+    /// Others stay; nothing in the pod belongs to this container any more.
     OthersStay,
 }
 
 impl Sandbox {
-    /// Whether a container has been let in.
+    /// Returns whether any container has entered.
     #[must_use]
     pub fn has_begun(&self) -> bool {
         !self.members().is_new()
     }
 
-    /// Whether there is one container at most.
+    /// Returns whether there is at most one container.
     #[must_use]
     pub fn is_alone(&self) -> bool {
         self.members().list.len() <= 1
     }
 
-    /// Lets a container in: the first of all, or one that joins.
+    /// Adds a container: the first one, or one that joins.
     ///
     /// # Errors
-    /// When the pod is over, or has no room.
+    /// When the pod has ended, a joined container has ended, there is no room, or the machine
+    /// cannot grow.
     pub async fn enter(
         &self,
         id: &ContainerId,
@@ -123,17 +125,19 @@ impl Sandbox {
             && let Err(error) = self.resize(&pod).await
         {
             self.members().list.retain(|member| member.id != *id);
-            // Nothing was shown there.
+            // Fails, since nothing was attached there yet; the directory is free again all the
+            // same.
             let _ = pod.leave_share_dir(admission.dir);
             return Err(error);
         }
         Ok(admission)
     }
 
-    /// Notes the pod that the first container has brought up; its directory in the share is taken now.
+    /// Records the pod that the first container has started, and takes that container's directory
+    /// in the share.
     ///
     /// # Errors
-    /// Never in practice: the share is empty.
+    /// Never in practice: all directories of the share are free.
     pub fn is_up(&self, pod: &Arc<Pod>) -> Result<(), SandboxError> {
         let mut members = self.members();
         if let Some(first) = members.list.first_mut() {
@@ -143,18 +147,19 @@ impl Sandbox {
         Ok(())
     }
 
-    /// Notes the init process of a container that was created.
+    /// Records the init process of a container that was created.
     pub fn settle(&self, id: &ContainerId, init: u32) {
         if let Some(member) = self.members().find(id) {
             member.init = Some(init);
         }
     }
 
-    /// Changes what a container may use, inside, and with it what the pod may on the host. The machine
-    /// grows with it; it does not shrink.
+    /// Changes the limits of a container in the guest, and with them the limits of the pod on the
+    /// host. The machine grows with them; it does not shrink.
     ///
     /// # Errors
-    /// When the machine does not grow, or a kernel refuses a limit; on the host it is as it was then.
+    /// When the machine does not grow, or a kernel refuses a limit. If the machine or the guest
+    /// fails, the limits on the host are those from before.
     pub async fn update(
         &self,
         id: &ContainerId,
@@ -178,7 +183,7 @@ impl Sandbox {
         updated
     }
 
-    /// Takes a container out that has ended, or was never created. When others stay, nothing of it is
+    /// Removes a container that has ended or was never created. If others stay, nothing of it is
     /// left in the pod afterwards.
     pub async fn depart(self: &Arc<Self>, id: &ContainerId) -> Departure {
         let Some((gone, was_oldest, pod)) = self.members().remove(id) else {
@@ -193,7 +198,7 @@ impl Sandbox {
         if was_oldest && let Err(error) = self.move_in(&pod).await {
             tracing::warn!(error = %error, "cannot move the pod's processes to another cgroup");
         }
-        // That waits until the guest has given back what it does not need any more.
+        // This waits until the guest has returned memory that it does not need any more.
         let sandbox = self.clone();
         tokio::spawn(async move {
             let _sizing = sandbox.sizing.lock().await;
@@ -204,19 +209,22 @@ impl Sandbox {
         Departure::OthersStay
     }
 
-    /// Makes the machine large enough for all, and the limits on the host what all may use.
+    /// Makes the machine large enough for all containers, and sets the limits on the host to what
+    /// they may use together.
     async fn resize(&self, pod: &Pod) -> Result<(), SandboxError> {
         let _sizing = self.sizing.lock().await;
         self.make_room(pod).await?;
-        // What does not make the machine larger may be more all the same: tasks, or no limit.
+        // Also if the machine does not grow: limits that do not change its size may be higher now,
+        // such as the number of tasks, or none.
         Ok(self.lower().await?)
     }
 
-    /// Makes the machine large enough for all.
+    /// Makes the machine large enough for all containers.
     async fn make_room(&self, pod: &Pod) -> Result<(), SandboxError> {
         let size = MachineSize::of(&self.members().resources(), HostSize::measure());
         if pod.lacks(size).await {
-            // Before: memory that is plugged is used at once, to describe it.
+            // The limit is raised first: the guest uses some of the plugged memory at once, to
+            // describe it.
             if let Some((cgroup, limits)) = self.cgroup_of_all() {
                 cgroup.limit_async(limits.whole().clone()).await?;
             }
@@ -225,7 +233,7 @@ impl Sandbox {
         Ok(())
     }
 
-    /// Sets what all may use together, once the pod is below it.
+    /// Sets the limits of all containers together on the host, once the pod uses less.
     async fn lower(&self) -> Result<(), CgroupError> {
         match self.cgroup_of_all() {
             Some((cgroup, limits)) => cgroup.limit_when_free(&limits).await,
@@ -233,14 +241,14 @@ impl Sandbox {
         }
     }
 
-    /// Where the pod's processes are, and what all may use together.
+    /// Returns the cgroup of the pod's processes and the limits of all containers together.
     fn cgroup_of_all(&self) -> Option<(Cgroup, Limits)> {
         let members = self.members();
         let cgroup = members.list.first()?.cgroup.clone();
         Some((cgroup, Limits::of(&bundle::total(&members.resources()))))
     }
 
-    /// Moves the pod's processes to where the oldest container's are.
+    /// Moves the pod's processes to the cgroup of the oldest container.
     async fn move_in(&self, pod: &Pod) -> Result<(), CgroupError> {
         let oldest = self.members().list.first().map(|oldest| oldest.cgroup.clone());
         let Some(cgroup) = oldest else { return Ok(()) };
@@ -250,18 +258,18 @@ impl Sandbox {
     }
 
     fn members(&self) -> MutexGuard<'_, Members> {
-        // Nothing panics while it holds the lock, so the list is whole.
+        // Nothing panics while it holds the lock, so the list is consistent.
         self.members.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Members {
-    /// Whether nobody has ever been here.
+    /// Returns whether no container has entered yet.
     fn is_new(&self) -> bool {
         self.list.is_empty() && !self.over
     }
 
-    /// Lets a container in; gives the pod, which may have to grow for it.
+    /// Adds a container; returns the pod too, which may have to grow for it.
     fn admit(
         &mut self,
         member: impl FnOnce(ShareDir) -> Member,
@@ -280,7 +288,7 @@ impl Members {
         Ok((Admission { pod: Some(pod.clone()), dir, namespaces }, Some(pod)))
     }
 
-    /// Takes a container out: what it was, whether it was the oldest, and the pod if others stay.
+    /// Removes a container; returns it, whether it was the oldest, and the pod if others stay.
     fn remove(&mut self, id: &ContainerId) -> Option<(Member, bool, Option<Arc<Pod>>)> {
         let index = self.list.iter().position(|member| member.id == *id)?;
         let gone = self.list.remove(index);
@@ -293,7 +301,7 @@ impl Members {
         self.list.iter_mut().find(|member| member.id == *id)
     }
 
-    /// The namespaces of neighbours, as the guest has them.
+    /// Returns the paths of joined namespaces in the guest.
     fn namespaces(
         &self,
         joined: &Joined,
@@ -307,7 +315,7 @@ impl Members {
         joined.inside().map(of).collect()
     }
 
-    /// Changes the limits of a container; gives those that it had, and has.
+    /// Changes the limits of a container; returns the old and the new limits.
     fn merge(
         &mut self,
         id: &ContainerId,

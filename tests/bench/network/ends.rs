@@ -1,11 +1,12 @@
-//! The two ends of what iperf3 does not measure: datagrams that arrive, and single bytes to and fro.
+//! The two ends of the measurements that iperf3 does not make: the rate of datagrams that arrive,
+//! and the round-trip time of single bytes.
 //!
-//! The near end runs in each contender and does what the far end asks for over TCP, one letter and
-//! then the matter itself. Both send and count datagrams with the same code.
+//! The near end runs in each contender and does what the far end requests over TCP with one letter.
+//! Both send and count datagrams with the same code.
 //!
-//! Whoever counts tells so now and then, and whoever sends is never far ahead of that. Without it most
-//! datagrams are lost where a kernel has no time left for the process that would read them, and what
-//! is counted says how that falls out, not how many get through.
+//! The receiver acknowledges its count now and then, and the sender is never far ahead of that.
+//! Without this, most datagrams are lost where a kernel leaves no time for the process that should
+//! read them, and the count would measure that loss and not the network's throughput.
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
@@ -21,24 +22,25 @@ const COUNTED_PORT: u16 = 5301;
 /// How long a machine may take until its near end listens; a bound on hangs.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// What the near end is asked for.
+/// The requests to the near end.
 const PING_PONG: u8 = b'p';
 const COUNT: u8 = b'c';
 const FLOOD: u8 = b'f';
 
-/// Bytes of a datagram.
+/// The content of a datagram.
 const DATAGRAM: [u8; 64] = [0x5a; 64];
-/// How long datagrams are counted, from the first on.
+/// How long datagrams are counted, beginning with the first.
 const WINDOW: Duration = Duration::from_millis(1000);
-/// How long they are sent, so that they do not end before the count does.
+/// How long datagrams are sent: longer than they are counted.
 const FLOODED: Duration = Duration::from_millis(1400);
-/// Datagrams after which whoever counts tells so.
+/// The receiver acknowledges its count after this number of datagrams.
 const TOLD: u64 = 32;
-/// As many may be on their way: a socket has room for them.
+/// How many datagrams may be in flight: a socket has room for them.
 const AHEAD: u64 = 128;
-/// After that time what has not been counted is lost.
+/// Datagrams that are not acknowledged within this time count as lost.
 const LOST: Duration = Duration::from_millis(50);
-/// Bytes that go to and fro, and how many of them come before it counts.
+/// The number of measured round trips, and below that of the ones before them that are not
+/// measured.
 const TURNS: usize = 1000;
 const WARM_UP: usize = 50;
 
@@ -46,7 +48,7 @@ const WARM_UP: usize = 50;
 pub(crate) fn near() -> Result<()> {
     let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, PORT))?;
     for stream in listener.incoming().flatten() {
-        // A far end that goes away is no concern of the next.
+        // If a far end disconnects, the next one is served all the same.
         thread::spawn(move || answer(stream));
     }
     Ok(())
@@ -89,12 +91,12 @@ pub(crate) fn far(address: Ipv4Addr) -> Result<Value> {
     let mut stream = ask(address, FLOOD)?;
     stream.write_all(&socket.local_addr()?.port().to_le_bytes())?;
     let from = count(&socket)?;
-    // Until the flood is over.
+    // Wait until the flood is over.
     stream.read_to_end(&mut Vec::new())?;
     Ok(json!({"p50": p50, "p99": p99, "to": f64::from_le_bytes(to), "from": from}))
 }
 
-/// Waits until there is a near end.
+/// Waits until the near end answers.
 pub(crate) fn wait(address: Ipv4Addr) -> Result<()> {
     let deadline = Instant::now() + PATIENCE;
     while let Err(error) = ask(address, PING_PONG) {
@@ -113,7 +115,7 @@ fn ask(address: Ipv4Addr, what: u8) -> Result<TcpStream> {
     Ok(stream)
 }
 
-/// Microseconds of the middle turn and of the slowest but one in a hundred.
+/// The median and the 99th percentile of the round-trip times, in microseconds.
 fn ping_pong(mut stream: TcpStream) -> Result<[f64; 2]> {
     let mut turns = Vec::with_capacity(TURNS);
     for turn in 0..WARM_UP + TURNS {
@@ -128,26 +130,26 @@ fn ping_pong(mut stream: TcpStream) -> Result<[f64; 2]> {
     Ok([turns[TURNS / 2], turns[TURNS - TURNS / 100]])
 }
 
-/// Datagrams that arrive in a second.
+/// Counts the datagrams that arrive in a second.
 fn count(socket: &UdpSocket) -> Result<f64> {
     let mut bytes = [0; 2 * DATAGRAM.len()];
     socket.set_read_timeout(Some(PATIENCE))?;
     let (_, sender) = socket.recv_from(&mut bytes).context("no datagram came")?;
-    // A flood that ends early is counted by how long this takes.
+    // If the flood ends early, the rate is computed from the real duration.
     socket.set_read_timeout(Some(WINDOW))?;
     let begun = Instant::now();
     let mut counted = 1_u64;
     while begun.elapsed() < WINDOW && socket.recv(&mut bytes).is_ok() {
         counted += 1;
         if counted.is_multiple_of(TOLD) {
-            // As lost as any other: the next one says more.
+            // An acknowledgement may be lost: the next one has a higher count.
             let _ = socket.send_to(&counted.to_le_bytes(), sender);
         }
     }
     Ok(counted as f64 / begun.elapsed().as_secs_f64())
 }
 
-/// Sends datagrams as fast as they are counted.
+/// Sends datagrams as fast as they are acknowledged.
 fn flood(to: SocketAddr) -> Result<()> {
     let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, 0))?;
     socket.set_read_timeout(Some(LOST))?;
@@ -155,7 +157,7 @@ fn flood(to: SocketAddr) -> Result<()> {
     let (mut sent, mut lost, mut counted) = (0_u64, 0_u64, 0_u64);
     while begun.elapsed() < FLOODED {
         while sent - lost - counted < AHEAD {
-            // Whoever has counted enough does not listen any more.
+            // Fails when the receiver has stopped listening.
             let _ = socket.send_to(&DATAGRAM, to);
             sent += 1;
         }

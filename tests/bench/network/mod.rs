@@ -1,12 +1,13 @@
-//! The network of a container: throughput, small packets, turns and processor time, against a runc
-//! container and QEMU's microvm on the same bridge, measured from one more namespace on it. Each is in
-//! a namespace with an interface of the bridge, to which the taps of machines are joined alike. What
-//! has vhost-net is compared with what has it, and what has not with what has not.
+//! The network of a container: throughput, small packets, round trips and processor time, compared
+//! with a runc container and QEMU's microvm on the same bridge, and measured from a further
+//! namespace on it. Each contender is in a namespace with an interface of the bridge, to which the
+//! taps of all machines are connected in the same way. Contenders with vhost-net are compared with
+//! each other, and so are those without.
 //!
-//! iperf3 measures throughput. While it does, what goes through the bridge and how long the host is
-//! busy meanwhile are taken, from a quarter of the transfer to three quarters: so the time has all
-//! in it that the transfer needs on the host, kernel threads too, and nothing that only begins or
-//! ends it. Datagrams and turns are measured by [`ends`].
+//! iperf3 measures throughput. Between a quarter and three quarters of the transfer, the bytes
+//! through the bridge and the busy time of the host are measured. So the time includes all work of
+//! the host for the transfer, kernel threads too, but not its set-up and end. [`ends`] measures
+//! datagrams and round trips.
 
 use std::fs;
 use std::net::Ipv4Addr;
@@ -29,11 +30,11 @@ use pods::{Bridge, Container, FAR_PORT, Microvm};
 
 /// Bytes that iperf3 sends in each direction.
 const TRANSFER: u64 = 96 << 20;
-/// Rounds, however many the others have.
+/// The most rounds, even if the other parts have more.
 const ROUNDS_MAX: usize = 5;
 const GIB: f64 = (1_u64 << 30) as f64;
 
-/// Who is measured, and with whom each is compared.
+/// The contenders, each with the index of the one that it is compared with.
 const CONTENDERS: [(&str, Option<usize>); 5] = [
     ("bulkhead", None),
     ("runc", Some(0)),
@@ -45,7 +46,7 @@ const CONTENDERS: [(&str, Option<usize>); 5] = [
 /// The figures of one contender, in the order of [`FIGURES`].
 type Figures = [Vec<f64>; FIGURES.len()];
 
-/// Names, and whether more of it is better.
+/// The names of the figures, and whether a higher value is better.
 const FIGURES: [(&str, bool); 8] = [
     ("TCP to it, Mbit/s", true),
     ("TCP from it, Mbit/s", true),
@@ -57,7 +58,7 @@ const FIGURES: [(&str, bool); 8] = [
     ("turn p99, us", false),
 ];
 
-/// Starts everybody, measures in turn, prints the table, gives the medians.
+/// Starts all contenders, measures them in turn, prints the table, returns the medians.
 pub(crate) fn measure(rounds: usize) -> Result<Value> {
     let work = TempDir::new()?;
     let _bridge = Bridge::new()?;
@@ -83,7 +84,7 @@ pub(crate) fn measure(rounds: usize) -> Result<Value> {
     Ok(table(&all))
 }
 
-/// Prints and gives the medians, and how ours stand to the others' (above 1 is better).
+/// Prints and returns the medians, and prints how ours compare with the others (above 1 is better).
 fn table(all: &[Figures]) -> Value {
     let mut heading = vec![""];
     heading.extend(CONTENDERS.map(|(name, _)| name));
@@ -109,7 +110,7 @@ fn table(all: &[Figures]) -> Value {
     Value::Object(results)
 }
 
-/// All figures of one contender, once.
+/// Measures all figures of one contender once.
 fn round(address: Ipv4Addr) -> Result<[f64; FIGURES.len()]> {
     let (to, busy_to) = iperf(address, &[])?;
     let (from, busy_from) = iperf(address, &["--reverse"])?;
@@ -129,7 +130,7 @@ fn round(address: Ipv4Addr) -> Result<[f64; FIGURES.len()]> {
     ])
 }
 
-/// Runs this very program where measuring is done; gives what it writes.
+/// Runs this program in the measuring namespace; returns its output.
 fn own(task: &str, address: Ipv4Addr) -> Result<Vec<u8>> {
     let program = std::env::current_exe()?;
     let mut command = pods::far(program.to_str().context("the program's path is not UTF-8")?);
@@ -139,7 +140,8 @@ fn own(task: &str, address: Ipv4Addr) -> Result<Vec<u8>> {
     Ok(output.stdout)
 }
 
-/// One transfer: Mbit/s that arrive, and seconds that the host is busy for a GiB.
+/// Runs one transfer; returns its rate in Mbit/s, and the seconds that the host is busy for each
+/// GiB.
 fn iperf(address: Ipv4Addr, options: &[&str]) -> Result<(f64, f64)> {
     let mut command = pods::far("iperf3");
     command.args(["--json", "--bytes", &TRANSFER.to_string(), "--client"]);
@@ -154,7 +156,7 @@ fn iperf(address: Ipv4Addr, options: &[&str]) -> Result<(f64, f64)> {
     Ok((rate.context("iperf3 reports no rate")? / 1e6, busy?))
 }
 
-/// Seconds that the host is busy for a GiB, taken in the middle of a transfer.
+/// The seconds that the host is busy for each GiB, measured in the middle of a transfer.
 fn busy(transfer: &mut Child, begun: u64) -> Result<f64> {
     let until = |transfer: &mut Child, bytes: u64| {
         while transferred()? < begun + bytes {
@@ -170,7 +172,7 @@ fn busy(transfer: &mut Child, begun: u64) -> Result<f64> {
     Ok(busy / ((bytes_then - bytes) as f64 / GIB))
 }
 
-/// Bytes that have gone through the port of whoever measures, both ways.
+/// The bytes that have passed the bridge port of the measuring namespace, in both directions.
 fn transferred() -> Result<u64> {
     let counters = ["rx_bytes", "tx_bytes"].map(|name| {
         let path = format!("/sys/class/net/{FAR_PORT}/statistics/{name}");
@@ -179,7 +181,7 @@ fn transferred() -> Result<u64> {
     counters.into_iter().sum()
 }
 
-/// Seconds that the host's processors have been idle.
+/// The seconds that the host's processors have been idle.
 fn idle() -> Result<f64> {
     let uptime = fs::read_to_string("/proc/uptime").context("/proc/uptime")?;
     let idle = uptime.split_whitespace().nth(1).context("/proc/uptime has no idle time")?;

@@ -1,4 +1,4 @@
-//! The contenders: all on one bridge, each with the same programs, and whoever measures them.
+//! The contenders, all on one bridge and with the same programs, and the measuring namespace.
 
 use std::fs;
 use std::net::Ipv4Addr;
@@ -12,20 +12,20 @@ use bulkhead_tests::vm::dist;
 use serde_json::json;
 
 const BRIDGE: &str = "bench";
-/// The namespace of whoever measures.
+/// The measuring namespace.
 const FAR: &str = "far";
-/// The bridge's end of what leads there; what goes through it is counted.
+/// The bridge port that leads there; its traffic is counted.
 pub(super) const FAR_PORT: &str = "far0";
 const FAR_ADDRESS: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
-/// The tap of a machine of QEMU's.
+/// The name of the tap of a QEMU machine.
 const TAP: &str = "tap";
-/// The near end, in every contender.
+/// The path of the near end in every contender.
 const PROGRAM: &str = "/bin/bench";
 const IPERF: &str = "/usr/bin/iperf3";
-/// What every contender runs.
+/// The command that every contender runs.
 const SERVE: &str = "iperf3 -s >/dev/null & /bin/bench near";
 
-/// A bridge of the host's with the namespace of whoever measures; gone when dropped.
+/// A bridge of the host and the measuring namespace; both are removed when this is dropped.
 pub(super) struct Bridge;
 
 impl Bridge {
@@ -40,13 +40,13 @@ impl Bridge {
 
 impl Drop for Bridge {
     fn drop(&mut self) {
-        // What it was not got as far as is not there.
+        // These fail for what was not created.
         let _ = ip(&format!("netns delete {FAR}"));
         let _ = ip(&format!("link delete {BRIDGE}"));
     }
 }
 
-/// A command where measuring is done.
+/// A command in the measuring namespace.
 pub(super) fn far(program: &str) -> Command {
     let mut command = Command::new("ip");
     command.args(["netns", "exec", FAR, program]).stdin(Stdio::null());
@@ -68,7 +68,7 @@ fn run(program: &str, line: &str) -> Result<()> {
     Ok(())
 }
 
-/// Makes a network namespace whose `eth0` is on the bridge, by a port of that name.
+/// Makes a network namespace whose `eth0` is connected to the bridge through `port`.
 fn namespace(name: &str, port: &str, address: Ipv4Addr) -> Result<()> {
     ip(&format!("netns add {name}"))?;
     ip(&format!("link add {port} type veth peer name eth0 netns {name}"))?;
@@ -78,7 +78,7 @@ fn namespace(name: &str, port: &str, address: Ipv4Addr) -> Result<()> {
     ip(&format!("-netns {name} link set eth0 up"))
 }
 
-/// Makes a tap in a namespace, and lets the frames of its `eth0` be the tap's, as Bulkhead does.
+/// Makes a tap in a namespace, and redirects frames between it and `eth0`, as Bulkhead does.
 fn join(name: &str) -> Result<()> {
     ip(&format!("-netns {name} tuntap add dev {TAP} mode tap vnet_hdr"))?;
     ip(&format!("-netns {name} link set {TAP} up"))?;
@@ -90,7 +90,7 @@ fn join(name: &str) -> Result<()> {
     Ok(())
 }
 
-/// A container of a runtime, in a namespace that was prepared; both are gone when it is dropped.
+/// A container in a prepared namespace; both are removed when this is dropped.
 pub(super) struct Container {
     runtime: Runtime,
     name: &'static str,
@@ -116,14 +116,14 @@ impl Container {
 
 impl Drop for Container {
     fn drop(&mut self) {
-        // What has failed to start is not there.
+        // Fails if the container was not created.
         let _ = self.runtime.call(&["delete", "--force", self.name]);
         let _ = ip(&format!("netns delete {}", self.name));
     }
 }
 
-/// QEMU's microvm with the guest's kernel, in a namespace as a container's whose interface is joined
-/// with its tap; both are gone when it is dropped.
+/// QEMU's microvm with the guest's kernel, in a namespace like a container's, whose interface is
+/// connected to its tap; both are removed when this is dropped.
 pub(super) struct Microvm {
     process: Child,
     name: &'static str,
@@ -139,10 +139,10 @@ impl Microvm {
     ) -> Result<Self> {
         let initramfs = initramfs(work, name, address)?;
         namespace(name, &format!("{name}0"), FAR_ADDRESS)?;
-        // The address is the machine's alone.
+        // Only the machine has the address.
         ip(&format!("-netns {name} address flush dev eth0"))?;
         join(name)?;
-        // QEMU's own is the same in each machine.
+        // QEMU's default MAC address is the same in each machine.
         let [.., last] = address.octets();
         let log = fs::File::create(work.join(format!("{name}.log")))?;
         let mut command = Command::new("ip");
@@ -170,8 +170,8 @@ impl Microvm {
 }
 
 impl Microvm {
-    /// Its own, as a pod has one: the scheduler treats who is alone in a cgroup otherwise than who is
-    /// not, and whoever measures is in another.
+    /// A cgroup of its own, as a pod has: the scheduler treats a process that is alone in a cgroup
+    /// differently, and the measuring process is in another cgroup.
     fn cgroup(&self) -> PathBuf {
         Path::new("/sys/fs/cgroup").join(self.name)
     }
@@ -179,7 +179,7 @@ impl Microvm {
 
 impl Drop for Microvm {
     fn drop(&mut self) {
-        // They fail when it has ended by itself, which nobody has reason to.
+        // Both fail only if QEMU has ended by itself, which it should not.
         let _ = self.process.kill();
         let _ = self.process.wait();
         let _ = fs::remove_dir(self.cgroup());
@@ -187,7 +187,8 @@ impl Drop for Microvm {
     }
 }
 
-/// A bundle with both servers. iperf3 maps a file of its `/tmp`, which is memory everywhere.
+/// A bundle with both servers. iperf3 maps a file in `/tmp`, so `/tmp` is in memory for every
+/// contender.
 fn bundle() -> Result<Bundle> {
     let bundle = Bundle::script(SERVE)?;
     let bundle =
@@ -198,7 +199,8 @@ fn bundle() -> Result<Bundle> {
     Ok(bundle)
 }
 
-/// The same files as a machine's first, with an init that does what a runtime and `ip` do for others.
+/// An initramfs with the same files, and an init that does what a runtime and `ip` do for
+/// containers.
 fn initramfs(work: &Path, name: &str, address: Ipv4Addr) -> Result<PathBuf> {
     let bundle = bundle()?;
     let init = format!(

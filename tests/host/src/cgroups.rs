@@ -1,5 +1,5 @@
-//! The host's cgroups: version 2 as systemd mounts it, or the hierarchies of version 1 as Debian's older
-//! releases had them.
+//! The host's cgroups: version 2 as systemd mounts it, or the hierarchies of version 1 as older
+//! Debian releases had them.
 
 use std::fs;
 use std::os::unix::fs::symlink;
@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 use crate::init::attach;
 
 const ROOT: &str = "/sys/fs/cgroup";
-/// Who is in one hierarchy together.
+/// The controllers of each hierarchy.
 const HIERARCHIES: [&str; 10] = [
     "blkio",
     "cpu,cpuacct",
@@ -35,7 +35,7 @@ pub(crate) fn unified() -> Result<()> {
     Ok(())
 }
 
-/// Mounts the hierarchies of cgroup v1, each of them by all of its names.
+/// Mounts the hierarchies of cgroup v1, with a link for each of their controllers.
 pub(crate) fn legacy() -> Result<()> {
     attach("tmpfs", ROOT, "tmpfs", "mode=755")?;
     for hierarchy in HIERARCHIES {
@@ -46,7 +46,7 @@ pub(crate) fn legacy() -> Result<()> {
             symlink(hierarchy, format!("{ROOT}/{controller}"))?;
         }
     }
-    // The one without a controller, in which systemd would keep its units.
+    // The hierarchy without a controller, which systemd would use for its units.
     fs::create_dir(format!("{ROOT}/systemd"))?;
     attach("cgroup", &format!("{ROOT}/systemd"), "cgroup", "none,name=systemd")
 }

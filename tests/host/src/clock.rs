@@ -1,6 +1,6 @@
-//! The rate of this machine's time stamp counter, which TCG hands to its guests as it is.
+//! The rate of this machine's time stamp counter, which TCG passes to its guests unchanged.
 //!
-//! The host's kernel would measure it against an emulated timer, which goes wrong on a busy machine.
+//! The host's kernel would measure it against an emulated timer, which fails on a busy machine.
 
 // UNSAFETY: reading the counter is an intrinsic.
 #![expect(unsafe_code, reason = "rdtsc is an intrinsic that is declared unsafe")]
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 const SAMPLE: Duration = Duration::from_millis(20);
 
-/// Counts per millisecond, measured over 20 ms: good to a few parts in ten thousand.
+/// Counts per millisecond, measured over 20 ms, with an error of a few parts in ten thousand.
 pub(crate) fn tsc_khz() -> u128 {
     let (started, first) = (Instant::now(), counter());
     thread::sleep(SAMPLE);

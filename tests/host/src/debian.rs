@@ -1,5 +1,5 @@
-//! Debian's kernel: the package is fetched by apt and unpacked into the cache, not installed, so the
-//! machine keeps its own.
+//! Debian's kernel: apt fetches the package, and it is unpacked into the cache but not installed,
+//! so the machine keeps its own kernel.
 
 use std::fs;
 use std::io;
@@ -12,12 +12,13 @@ use guest_image::progress::{Step, say};
 
 use crate::kernel::{Kernel, Modules};
 
-/// Raised when this file makes something else from the same package.
+/// Increased when this file makes something different from the same package.
 const RECIPE: &str = "1";
-/// What depends on the newest kernel: of the version that the built ones have, or of the release.
+/// Packages that depend on the newest kernel: of the version that the built kernels have, or of the
+/// release.
 const NAMES: [&str; 2] = ["linux-image-6.12-amd64", "linux-image-amd64"];
-/// What is unpacked, as patterns of tar in which `*` is one name: a container host has no other hardware
-/// here. The rest is most of the package.
+/// Files to unpack, as patterns of tar in which `*` is one name. The other files, most of the
+/// package, are for hardware that the test host does not have.
 const KEPT: [&str; 16] = [
     "./boot/vmlinuz-*",
     "./lib/modules/*/modules.*",
@@ -36,7 +37,8 @@ const KEPT: [&str; 16] = [
     "./lib/modules/*/kernel/net",
     "./lib/modules/*/kernel/virt",
 ];
-/// What it takes to reach the machine's root, and to write over it, in the order of loading.
+/// The modules that are needed to mount the machine's root and the overlay, in the order of
+/// loading.
 const FIRST: [&str; 5] = [
     "kernel/fs/netfs/netfs.ko",
     "kernel/net/9p/9pnet.ko",
@@ -68,7 +70,7 @@ pub(crate) fn kernel() -> Result<Kernel> {
     Ok(Kernel { image: only(&entry.join("boot"))?, modules: Some(Modules { directory, first }) })
 }
 
-/// The newest that apt knows, as `name=version`.
+/// The newest package that apt knows, as `name=version`.
 fn package() -> Result<String> {
     for name in NAMES {
         let mut show = Command::new("apt-cache");
@@ -81,7 +83,7 @@ fn package() -> Result<String> {
     bail!("apt knows no package {}", NAMES.join(" or "))
 }
 
-/// What a package that only depends on another depends on.
+/// The package that a metapackage depends on.
 fn needed(description: &str) -> Option<String> {
     let depends = description.lines().find_map(|line| line.strip_prefix("Depends: "))?;
     let (name, version) = depends.split_once(" (= ")?;
@@ -92,7 +94,7 @@ fn unpack(package: &str, directory: &Path) -> Result<()> {
     let archive = directory.join("download");
     fs::create_dir(&archive)?;
     let mut fetch = Command::new("apt-get");
-    // Only root has another user to fetch as, who may not write here.
+    // As root, apt would download as another user, who may not write here.
     fetch.args(["--quiet", "--option", "APT::Sandbox::User=root", "download", package]);
     succeed(fetch.current_dir(&archive))?;
     untar(&only(&archive)?, directory)?;
@@ -122,7 +124,7 @@ fn untar(package: &Path, directory: &Path) -> Result<()> {
     result
 }
 
-/// Runs a command that must succeed; what it says is part of the error.
+/// Runs a command that must succeed; its output is part of the error.
 fn succeed(command: &mut Command) -> Result<()> {
     let program = command.get_program().to_string_lossy().into_owned();
     let output = command.output().with_context(|| format!("run {program}"))?;

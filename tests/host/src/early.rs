@@ -1,5 +1,5 @@
-//! What a kernel with modules needs inside that one with everything built in does not: the way from the
-//! initramfs to the machine's root, and what a container host has loaded.
+//! Extra steps inside for a kernel with modules: switching from the initramfs to the machine's
+//! root, and loading the modules that a container host has.
 
 use std::fs::{self, File};
 use std::os::unix::fs::symlink;
@@ -13,11 +13,11 @@ use crate::request::{MODULE, ROOT_OPTIONS, ROOT_TAG};
 
 /// A directory of the initramfs.
 const NEW_ROOT: &str = "/run";
-/// Those that have a device node or a family of sockets, which is not there before.
+/// Modules with a device node or a socket family that do not exist before they are loaded.
 const WANTED: [&str; 7] =
     ["fuse", "loop", "tun", "vhost_net", "vhost_vsock", "virtio_rng", "vsock_loopback"];
 
-/// Mounts the machine's root, unless the kernel has done so: then there are no modules here.
+/// Mounts the machine's root. If the initramfs has no modules, the kernel has mounted it already.
 pub(crate) fn reach_root() -> Result<()> {
     let modules = first_modules()?;
     if modules.is_empty() {
@@ -36,7 +36,7 @@ pub(crate) fn reach_root() -> Result<()> {
     Ok(rustix::process::chdir("/")?)
 }
 
-/// Those in the initramfs, whose names sort in the order of loading.
+/// The modules in the initramfs; their names sort in the order of loading.
 fn first_modules() -> Result<Vec<PathBuf>> {
     let mut modules = Vec::new();
     for file in fs::read_dir("/")? {
@@ -49,14 +49,14 @@ fn first_modules() -> Result<Vec<PathBuf>> {
     Ok(modules)
 }
 
-/// Gives the kernel its modules, and loads what nothing asks for by itself.
+/// Makes the kernel's modules available, and loads those that are not loaded on demand.
 pub(crate) fn load_modules(directory: &Path) -> Result<()> {
     let place = directory.display();
     ensure!(directory.is_dir(), "{place} is not in the test host (its /tmp and /run are its own)");
     let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
     fs::create_dir_all("/lib/modules")?;
     let ours = Path::new("/lib/modules").join(release.trim());
-    // A machine that runs the same kernel has them.
+    // A machine that runs the same kernel has this directory.
     if !ours.exists() {
         symlink(directory, ours)?;
     }

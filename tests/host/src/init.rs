@@ -1,8 +1,8 @@
-//! The inner side: the first process of the test host. Lays the overlay over the machine's root, mounts
-//! what a container host has, runs the command, copies its streams to the ports, and answers with how
-//! it ended. Whatever the command left running is killed then.
+//! The inner side: the first process of the test host. It mounts an overlay over the machine's root
+//! and the file systems of a container host, runs the command, copies its streams to the ports, and
+//! sends back its exit status. Then it kills processes that the command has left running.
 //!
-//! Errors go to the kernel's console, where the outer side finds them.
+//! Errors go to the kernel's console, where the outer side reads them.
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
@@ -40,7 +40,7 @@ pub(crate) fn run() -> ! {
     until_the_end(host())
 }
 
-/// The same for the child beside systemd.
+/// The same as [`run`] for the child beside systemd.
 pub(crate) fn run_beside_systemd() -> ! {
     until_the_end(systemd::beside_it())
 }
@@ -51,7 +51,7 @@ fn until_the_end(result: Result<()>) -> ! {
     }
     loop {
         rustix::fs::sync();
-        // With QEMU's -no-reboot this is the end; if it fails, so does the next one.
+        // With QEMU's -no-reboot this ends the machine.
         _ = rustix::system::reboot(RebootCommand::Restart);
         thread::sleep(PATIENCE);
     }
@@ -86,10 +86,10 @@ fn host() -> Result<()> {
     answer(&request, ready, control)
 }
 
-/// Runs the command, where everything is ready for it, and says how it ended.
+/// Runs the command if the host is ready, and sends its exit status or the error.
 pub(crate) fn answer(request: &Request, ready: Result<()>, mut control: File) -> Result<()> {
     let beats = control.try_clone().context("port for the answer")?;
-    // Reading is all that they are for. The thread ends with the host.
+    // The outer side's empty lines are read and ignored. The thread ends with the host.
     thread::spawn(move || io::copy(&mut &beats, &mut io::sink()));
     tell(&mut control, &Answer::Ready)?;
     let outcome = match ready.and_then(|()| ports()).and_then(|ports| serve(request, &ports)) {
@@ -98,7 +98,7 @@ pub(crate) fn answer(request: &Request, ready: Result<()>, mut control: File) ->
     };
     rustix::fs::sync();
     tell(&mut control, &outcome)?;
-    // The outer side ends QEMU as soon as it has read that.
+    // The outer side ends QEMU as soon as it has read the outcome.
     thread::sleep(PATIENCE);
     Ok(())
 }
@@ -109,7 +109,7 @@ fn tell(control: &mut File, answer: &Answer) -> Result<()> {
     control.write_all(&line).context("answer")
 }
 
-/// Everything written below `/` goes to memory and is gone with the host.
+/// Mounts an overlay, so that all writes below `/` go to memory and are lost with the host.
 fn overlay_root() -> Result<()> {
     attach("tmpfs", "/run", "tmpfs", "mode=755")?;
     for directory in ["/run/upper", "/run/work", "/run/root"] {
@@ -142,7 +142,8 @@ fn mount_all() -> Result<()> {
     Ok(std::os::unix::fs::symlink("/proc/self/fd/2", "/dev/stderr")?)
 }
 
-/// A checkout below the machine's /tmp stays visible in ours: its first directory, with all in it.
+/// If the checkout is below the machine's /tmp, makes its top directory there visible in the host's
+/// /tmp.
 fn show_checkout(machine_tmp: &File, directory: &Path) -> Result<()> {
     let Ok(below) = directory.strip_prefix("/tmp") else { return Ok(()) };
     let Some(first) = below.components().next() else { return Ok(()) };
@@ -160,7 +161,7 @@ pub(crate) fn attach(source: &str, target: &str, kind: &str, data: &str) -> Resu
         .with_context(|| format!("mount {kind} on {target}"))
 }
 
-/// What an init system sets on a container host.
+/// Applies settings that an init system makes on a container host.
 fn settings() -> Result<()> {
     fs::write("/proc/sys/kernel/hostname", "testhost")?;
     let files = Rlimit { current: Some(1024), maximum: Some(1 << 20) };
@@ -251,7 +252,7 @@ fn serve(request: &Request, ports: &Ports) -> Result<u8> {
     } else {
         command(request, ports)?
     };
-    // Dropped, or a pipe would never see its last writer go.
+    // Closed here, because otherwise the pipes would never reach end-of-file.
     drop((child.stdin.take(), child.stdout.take(), child.stderr.take()));
     let status = reap(&child)?;
     let started = Instant::now();
@@ -310,7 +311,8 @@ fn relay(mut from: io::PipeReader, mut to: File) -> JoinHandle<()> {
     })
 }
 
-/// By hand: `io::copy` would splice, which the ports' driver does not do for every pipe.
+/// Copies with read and write: `io::copy` would use splice(2), which the ports' driver does not
+/// support for every pipe.
 fn copy(from: &mut impl Read, to: &mut impl Write) -> io::Result<()> {
     let mut buffer = vec![0; 64 << 10];
     loop {
@@ -321,7 +323,7 @@ fn copy(from: &mut impl Read, to: &mut impl Write) -> io::Result<()> {
     }
 }
 
-/// Waits for the command; whatever else ends is an orphan that the first process has to bury.
+/// Waits for the command, and reaps orphans, which are children of the first process.
 fn reap(child: &Child) -> Result<u8> {
     let wanted = i32::try_from(child.id())?;
     loop {
@@ -339,13 +341,13 @@ fn reap(child: &Child) -> Result<u8> {
     }
 }
 
-/// But the first process and this one; kernel threads ignore it.
+/// Kills all processes except the first one and this one; kernel threads ignore the signal.
 fn kill_everything() -> Result<()> {
     let spared = |pid: Pid| pid.is_init() || pid == rustix::process::getpid();
     for entry in fs::read_dir("/proc")? {
         let number = entry?.file_name().to_str().and_then(|name| name.parse().ok());
         if let Some(pid) = number.and_then(Pid::from_raw).filter(|pid| !spared(*pid)) {
-            // It may have ended since the directory was read.
+            // The process may have ended since the directory was read.
             _ = rustix::process::kill_process(pid, Signal::KILL);
         }
     }

@@ -1,8 +1,9 @@
 //! The kernel that the host boots: one that is built for the suites, or Debian's.
 //!
-//! The suites compare what a container sees here and in a machine, so they have a kernel that was
-//! configured as the guest's was, with everything built in. Where a container is only to run, Debian's is
-//! there in seconds; its initramfs is made here, and its modules are in the cache.
+//! The suites compare what a container sees under runc on the host and in a machine, so the host's
+//! kernel is configured like the guest's, with everything built in. To just run a container,
+//! Debian's kernel is available in seconds; its initramfs is made here, and its modules are in the
+//! cache.
 
 use std::fs;
 use std::path::PathBuf;
@@ -21,7 +22,7 @@ use crate::request::MODULE;
 pub(crate) enum Choice {
     /// Built from `x86_64.config`.
     Built,
-    /// Debian's; where it cannot be had, the other.
+    /// Debian's, or the built one if Debian's is not available.
     Debian,
 }
 
@@ -37,21 +38,21 @@ impl FromStr for Choice {
     }
 }
 
-/// A kernel to start.
+/// A kernel to boot.
 #[derive(Debug)]
 pub(crate) struct Kernel {
-    /// What QEMU loads.
+    /// The file that QEMU loads.
     pub(crate) image: PathBuf,
-    /// For what is not built in.
+    /// Its modules, if not everything is built in.
     pub(crate) modules: Option<Modules>,
 }
 
 /// The modules of a kernel.
 #[derive(Debug)]
 pub(crate) struct Modules {
-    /// What `/lib/modules` has for this kernel.
+    /// The directory that `/lib/modules` should have for this kernel.
     pub(crate) directory: PathBuf,
-    /// What it takes to reach that directory, in the order of loading.
+    /// The modules that are needed before that directory is reachable, in the order of loading.
     pub(crate) first: Vec<PathBuf>,
 }
 

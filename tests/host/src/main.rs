@@ -1,9 +1,9 @@
-//! The test host: a Linux with KVM and cgroup v2 under QEMU, in which any command of this machine runs
-//! as root. The machine's root file system is there read-only under a tmpfs overlay, so nothing that
-//! the command does changes the machine; results get out over the output and over `--share`.
+//! The test host: a Linux with KVM and cgroup v2 under QEMU, in which any command of this machine
+//! runs as root. The machine's root file system is visible read-only under a tmpfs overlay, so the
+//! command cannot change the machine. Results come out as output and through `--share`.
 //!
-//! The program is both sides: outside it gets the kernel, starts QEMU and copies the streams; inside
-//! it is the kernel's first process. It ends with the exit status of the command.
+//! This is one program for both sides: outside it gets the kernel, starts QEMU and copies the
+//! streams; inside it is the kernel's first process. It exits with the status of the command.
 
 mod cgroups;
 mod clock;
@@ -41,10 +41,10 @@ const USAGE: &str = "usage: test-host [OPTIONS] [--] [COMMAND ARGUMENTS…]   (n
   --console         show the host's kernel messages on standard error
   --build-only      get the host's kernel, say where it is, and end";
 
-/// The exit status when the test host itself fails: not one that commands tend to use.
+/// The exit status when the test host itself fails: one that commands rarely use.
 const FAILED: u8 = 125;
 
-/// What the command line asks for.
+/// The options of the command line.
 #[derive(Debug)]
 struct Options {
     memory_mib: u32,

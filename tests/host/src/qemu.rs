@@ -1,10 +1,11 @@
 //! QEMU's command line: q35 without firmware tables, the kernel entered through PVH, the machine's root
 //! over 9p, the streams over virtio-serial ports.
 //!
-//! Without nested KVM it is TCG, which emulates AMD SVM with nested paging. Five-level paging is left
-//! out because KVM in the host would then walk five levels for every guest; XSAVE because a guest's
-//! CPUID does not follow its XCR0 then, as if KVM had not seen it being set; fast byte strings because
-//! they are emulated byte by byte, and a kernel that is told of them clears its pages with them.
+//! Without nested KVM, QEMU uses TCG, which emulates AMD SVM with nested paging. Three features are
+//! turned off: five-level paging, because KVM in the host would then walk five levels for every
+//! guest; XSAVE, because with it a guest's CPUID does not follow its XCR0, as if KVM had not
+//! noticed that it was set; and fast byte strings, because they are emulated byte by byte, and a
+//! kernel that sees the feature clears its pages with them.
 
 use std::fmt::Write;
 use std::fs;
@@ -18,12 +19,12 @@ use anyhow::{Context, Result, bail};
 use crate::clock;
 use crate::request::{CONTROL_PORT, ROOT_OPTIONS, ROOT_TAG, SHARE_TAG, STDERR_PORT, STDOUT_PORT};
 
-/// The emulated processor. Registers that only XSAVE keeps are not claimed either: programs that look
-/// at nothing but their own flag, such as those with the crate `sha2`, would use them.
+/// The emulated processor. Features whose registers only XSAVE saves are turned off too: programs
+/// that check only the feature's own flag, such as those with the crate `sha2`, would use them.
 const PROCESSOR: &str = "max,+svm,-la57,-xsave,-avx,-avx2,-f16c,-fma,-vaes,-vpclmulqdq,-erms,-fsrm";
 
-/// Makes Debian's kernel what the built one is: it needs no ACPI, guards against no neighbour, and an
-/// oops ends it.
+/// Makes Debian's kernel behave like the built one: without ACPI and mitigations, and with a panic
+/// on an oops.
 const AS_BUILT: &str = "acpi=off mitigations=off oops=panic";
 
 /// What runs the host's instructions.
@@ -58,8 +59,8 @@ impl Accelerator {
         }
     }
 
-    /// How many processors the host gets unless told otherwise. Two emulated ones run a nested
-    /// machine wrong now and then: the host's own registers turn up in the guest's.
+    /// How many processors the host gets by default. With two emulated ones, a nested machine
+    /// sometimes fails: the host's own registers appear in the guest's.
     pub(crate) fn processors(self) -> usize {
         match self {
             Self::Kvm => std::thread::available_parallelism().map_or(1, usize::from),
@@ -68,7 +69,8 @@ impl Accelerator {
     }
 }
 
-/// A KVM that emulates supervisor mode in software opens too, but its machine has neither flag.
+/// Whether the processor has a flag for virtualization: a KVM that emulates supervisor mode in
+/// software has `/dev/kvm` too, but the processor has neither flag.
 fn nesting_works() -> bool {
     let cpuinfo = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let flags = cpuinfo.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
@@ -81,13 +83,13 @@ fn nesting_works() -> bool {
     virtualization && nested && usable
 }
 
-/// What passes time inside.
+/// What makes time advance inside.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Time {
     /// The time outside.
     Outside,
-    /// The instructions that the host and its guests execute, one nanosecond each; while all of them
-    /// wait it is the time outside. Under TCG only.
+    /// The instructions that the host and its guests execute, one nanosecond each; while all
+    /// processors are idle, the time outside. Under TCG only.
     Instructions,
 }
 
@@ -116,7 +118,7 @@ pub(crate) struct Machine<'a> {
 }
 
 impl Machine<'_> {
-    /// The command that runs it. QEMU dies with this process, however that ends.
+    /// The command that runs the machine. QEMU dies with this process, however this process ends.
     pub(crate) fn command(&self, sockets: &Sockets) -> Result<Command> {
         let mut command = Command::new("setpriv");
         command.args(["--pdeathsig", "KILL", "qemu-system-x86_64"]);
@@ -134,7 +136,8 @@ impl Machine<'_> {
                 command.args(["-M", "q35", "-cpu", PROCESSOR])
             }
         };
-        // One processor a socket: of a package's processors the firmware lists only the first.
+        // One processor for each socket, because the firmware lists only the first processor of a
+        // socket.
         command.args(["-smp", &format!("{0},sockets={0},cores=1,threads=1", self.cpus)]);
         command.args(["-m", &self.memory_mib.to_string()]);
         command.arg("-kernel").arg(self.kernel).args(["-append", &self.kernel_arguments()?]);
@@ -173,10 +176,10 @@ impl Machine<'_> {
             write!(arguments, " {AS_BUILT}")?;
         }
         if self.accelerator != Accelerator::Kvm {
-            // Time-outs while this machine is busy would make the kernel give up on clock and timer.
+            // When this machine is busy, timeouts would make the kernel reject its clock and timer.
             let khz = match self.time {
                 Time::Outside => clock::tsc_khz(),
-                // QEMU then counts the nanoseconds of its own clock.
+                // The counter then has the nanoseconds of QEMU's clock.
                 Time::Instructions => 1_000_000,
             };
             write!(arguments, " no_timer_check tsc_early_khz={khz} lpj=10000000")?;

@@ -1,6 +1,6 @@
-//! What the two sides of the test host say to each other over the control port: one JSON line from the
-//! outer side, two from the inner one, and empty lines from the outer side, which keep the inner one
-//! awake.
+//! The messages between the two sides of the test host over the control port: one JSON line from
+//! the outer side, two from the inner one, and empty lines from the outer side, which keep the
+//! inner one awake.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -17,7 +17,7 @@ pub(crate) const STDERR_PORT: &str = "stderr";
 pub(crate) const ROOT_TAG: &str = "root";
 /// How the machine's root is mounted.
 pub(crate) const ROOT_OPTIONS: &str = "trans=virtio,version=9p2000.L,msize=1048576,cache=loose";
-/// How the names of modules in the initramfs begin; the place in the order of loading follows.
+/// The prefix of modules' names in the initramfs; the position in the order of loading follows.
 pub(crate) const MODULE: &str = "test-host-module-";
 /// The mount tag of the shared directory.
 pub(crate) const SHARE_TAG: &str = "share";
@@ -34,14 +34,14 @@ pub(crate) struct Request {
     /// Both streams go to the output port, in the order they are written.
     pub(crate) merged: bool,
     pub(crate) share: bool,
-    /// The modules of the kernel, where it has some.
+    /// The directory of the kernel's modules, if it has any.
     pub(crate) modules: Option<PathBuf>,
     pub(crate) hosted: Hosted,
     /// Rows and columns of the terminal.
     pub(crate) window: (u16, u16),
 }
 
-/// What the command finds around it.
+/// The environment in which the command runs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Hosted {
     /// cgroup v2, and no other process.
@@ -52,10 +52,10 @@ pub(crate) enum Hosted {
     BySystemd,
 }
 
-/// What comes back.
+/// The answers of the inner side.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Answer {
-    /// The host is up, and from here on the command may have had effects.
+    /// The host is up; from here on the command may have had effects.
     Ready,
     /// The command ended with this exit status, 128 and the number for a signal.
     Ended(u8),

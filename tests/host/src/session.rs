@@ -1,7 +1,8 @@
-//! The outer side: starts QEMU, sends the request, copies the streams, and tells how it ended.
+//! The outer side: starts QEMU, sends the request, copies the streams, and returns the command's
+//! exit status.
 //!
-//! Every stream is a socket pair, so nothing is left in a file system. When this process dies, however
-//! it dies, QEMU dies too.
+//! Every stream is a socket pair, so nothing is left in a file system. However this process dies,
+//! QEMU dies too.
 
 use std::env;
 use std::fs::{self, File};
@@ -31,32 +32,33 @@ use crate::request::{Answer, Request};
 const CONSOLE_LINES: usize = 20;
 const TIMED_OUT: u8 = 124;
 const NOT_RUN: u8 = 127;
-/// How often a host is started whose command has not begun when it ends. QEMU's emulation with two
-/// processors loses one start in some hundreds: it ends before the kernel says its first word.
+/// How often a host is started if it ends before its command has begun. QEMU's emulation with two
+/// processors fails in one start of some hundreds: it ends before the kernel prints its first
+/// message.
 const STARTS: usize = 3;
-/// How long a host that has lost its timer sleeps at most.
+/// The longest time that a host that has lost its timer sleeps.
 const HEARTBEAT: Duration = Duration::from_secs(2);
-/// No time-out was asked for.
+/// The time limit if none was given.
 const FOREVER: Duration = Duration::from_secs(365 * 24 * 3600);
 
 enum Event {
     Answer(Answer),
-    /// QEMU closed the console: it has ended. Here is what it showed.
+    /// QEMU closed the console, so it has ended; with the console's output.
     Gone(String),
 }
 
 /// How a host ended.
 enum End {
-    /// With this exit status for the command.
+    /// With this exit status of the command.
     Told(u8),
-    /// By itself, before the command could have had any effect, and what was seen of it.
+    /// By itself, before the command could have had any effect; with what was seen of it.
     TooEarly(String),
 }
 
 /// Runs the command in the host and returns its exit status.
 ///
 /// # Errors
-/// When there is no kernel to be had, QEMU cannot be started or ends by itself, or the kernel panics.
+/// When no kernel is available, QEMU cannot be started or ends by itself, or the kernel panics.
 pub(crate) fn run(options: &Options) -> Result<u8> {
     let kernel = Kernel::prepare(options.kernel)?;
     if options.build_only {
@@ -94,7 +96,7 @@ pub(crate) fn run(options: &Options) -> Result<u8> {
     bail!("the host did not come up in {STARTS} starts: {why}")
 }
 
-/// The initramfs of this start, in memory, in a descriptor that QEMU inherits.
+/// The initramfs of this start, in a memfd that QEMU inherits.
 fn initramfs(init: &Path, modules: &Modules) -> Result<File> {
     let program = fs::read(init).with_context(|| init.display().to_string())?;
     let archive = initramfs::archive(&program, &modules.files()?)?;
@@ -119,7 +121,7 @@ fn request(options: &Options, kernel: &Kernel) -> Result<Request> {
     })
 }
 
-/// Whether both output streams of this process are one file, whose order must then be kept.
+/// Whether both output streams of this process are one file; their order must then be kept.
 fn same_file() -> Result<bool> {
     let (stdout, stderr) = (fstat(io::stdout())?, fstat(io::stderr())?);
     Ok((stdout.st_dev, stdout.st_ino) == (stderr.st_dev, stderr.st_ino))
@@ -197,9 +199,9 @@ impl Session {
         }
     }
 
-    /// Ends QEMU; whatever it wrote before is copied to the end.
+    /// Ends QEMU, and copies the rest of its output.
     fn finish(mut self) -> Result<()> {
-        // It may have ended already, which is as good.
+        // Fails if QEMU has ended already.
         _ = self.qemu.kill();
         self.qemu.wait().context("wait for QEMU")?;
         for copy in self.copies {
@@ -214,16 +216,16 @@ impl Session {
     }
 }
 
-/// Gives the host an interrupt now and then, until QEMU is gone. Under TCG a host that runs nested
-/// machines loses its timer once in hours: it sleeps, and nothing wakes it any more. Any interrupt
-/// does, and then it finds its timers expired.
+/// Sends the host an interrupt now and then, until QEMU is gone. Under TCG a host that runs nested
+/// machines loses its timer once in hours: it sleeps, and nothing wakes it. Any interrupt does, and
+/// the host then finds that its timers have expired.
 fn beat(mut control: UnixStream) {
     while control.write_all(b"\n").is_ok() {
         thread::sleep(HEARTBEAT);
     }
 }
 
-/// Our end is closed on exec, QEMU's is inherited.
+/// A socket pair: our end is closed on exec, QEMU's is inherited.
 fn pair() -> Result<(UnixStream, OwnedFd)> {
     let (ours, theirs) =
         socketpair(AddressFamily::UNIX, SocketType::STREAM, SocketFlags::empty(), None)
@@ -249,10 +251,10 @@ fn copy(mut from: &UnixStream, to: &mut impl Write) -> io::Result<()> {
 }
 
 fn read_answers(control: UnixStream, tell: &Sender<Event>) -> io::Result<()> {
-    // An end without a line is reported by the console.
+    // If the port closes without an answer, the console reports the end.
     for line in BufReader::new(control).lines().map_while(Result::ok) {
         if let Ok(answer) = serde_json::from_str(&line) {
-            // The receiver is gone when the time-out came first.
+            // Fails if the receiver has gone after a timeout.
             _ = tell.send(Event::Answer(answer));
         }
     }

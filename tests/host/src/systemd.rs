@@ -1,6 +1,6 @@
-//! systemd as the first process of the test host, for what talks to it: it starts the message bus and
-//! nothing else. The test host's own first process becomes it, and leaves the rest of its work to a
-//! child.
+//! systemd as the first process of the test host, for programs that talk to it. It starts the
+//! message bus and nothing else. The test host's own first process executes it, and leaves the rest
+//! of its work to a child.
 
 use std::convert::Infallible;
 use std::fs::{self, File};
@@ -22,7 +22,7 @@ pub(crate) const CHILD: &str = "--beside-systemd";
 const SYSTEMD: &str = "/lib/systemd/systemd";
 const UNITS: &str = "/run/systemd/system";
 const TARGET: &str = "test-host.target";
-/// Debian's bus would wait for what a whole system starts first.
+/// Otherwise Debian's bus would wait for units of a complete system.
 const BUS_AT_ONCE: &str = "[Unit]\nDefaultDependencies=no\n";
 const ONLY_A_BUS: &str = "[Unit]
 Description=The test host
@@ -31,9 +31,9 @@ AllowIsolate=yes
 Requires=dbus.socket
 After=dbus.socket
 ";
-/// Who listens when it is up.
+/// The sockets that exist once systemd is up.
 const SOCKETS: [&str; 2] = ["/run/systemd/private", "/run/dbus/system_bus_socket"];
-/// How long it may take to come up.
+/// How long systemd may take to come up.
 const PATIENCE: Duration = Duration::from_secs(60);
 const POLL: Duration = Duration::from_millis(20);
 
@@ -62,7 +62,8 @@ fn write_units() -> io::Result<()> {
         fs::write(directory.join("at-once.conf"), BUS_AT_ONCE)?;
     }
     fs::write(Path::new(UNITS).join(TARGET), ONLY_A_BUS)?;
-    // What looks at disks and the kernel's command line for more to start: off by its name.
+    // Generators, which look at disks and the kernel's command line for more units, are masked by
+    // their names.
     let off = Path::new("/run/systemd/system-generators");
     fs::create_dir_all(off)?;
     for generator in fs::read_dir("/lib/systemd/system-generators")? {
@@ -71,7 +72,7 @@ fn write_units() -> io::Result<()> {
     Ok(())
 }
 
-/// The child: waits until systemd is up, and does what the test host was started for.
+/// The child: waits until systemd is up, and then runs the command.
 pub(crate) fn beside_it() -> Result<()> {
     let request: Request =
         serde_json::from_reader(io::stdin().lock()).context("parse the request")?;
@@ -84,7 +85,7 @@ pub(crate) fn beside_it() -> Result<()> {
     init::answer(&request, Ok(()), control)
 }
 
-/// Whether systemd has its name there, which it takes once the bus is up.
+/// Whether systemd has its name on the bus, which it takes once the bus is up.
 fn is_on_the_bus() -> bool {
     let mut asked = Command::new("busctl");
     asked.args(["status", "org.freedesktop.systemd1"]);

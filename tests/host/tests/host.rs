@@ -1,5 +1,5 @@
-//! The test host as its callers see it: statuses, streams, the share, and what is left afterwards.
-//! Each test boots it once.
+//! The test host as its callers see it: exit statuses, streams, the share, and that nothing is
+//! left. Each test boots it once.
 
 use std::fs;
 use std::io;
@@ -149,7 +149,7 @@ fn host_that_never_comes_up_is_125_and_says_how_qemu_ended() {
     assert_eq!(starts, 3);
 }
 
-/// Runs a script where the first starts of QEMU fail; how many starts there were, too.
+/// Runs a script while the first starts of QEMU fail; also returns the number of starts.
 fn with_qemu_that_fails(times: usize, script: &str) -> io::Result<(Output, usize)> {
     let directory = tempfile::tempdir()?;
     let log = directory.path().join("starts");
@@ -163,13 +163,13 @@ fn with_qemu_that_fails(times: usize, script: &str) -> io::Result<(Output, usize
     Ok((output, fs::read_to_string(&log)?.lines().count()))
 }
 
-/// A script that can be run.
+/// Writes an executable script.
 fn program(path: &Path, script: &str) -> io::Result<()> {
     fs::write(path, script)?;
     fs::set_permissions(path, fs::Permissions::from_mode(0o755))
 }
 
-/// The search path with a directory before all others.
+/// The search path with this directory first.
 fn before_path(directory: &Path) -> String {
     format!("{}:{}", directory.display(), std::env::var("PATH").unwrap_or_default())
 }
@@ -202,7 +202,7 @@ fn child_of(process: &Child) -> Option<String> {
     name.starts_with("qemu").then_some(child)
 }
 
-/// Ended, whether or not somebody has buried it yet.
+/// Whether a process has ended; it may be a zombie.
 fn gone(pid: &str) -> bool {
     match fs::read_to_string(format!("/proc/{pid}/stat")) {
         Ok(stat) => stat.contains(") Z "),

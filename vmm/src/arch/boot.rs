@@ -28,21 +28,21 @@ pub(crate) enum BootError {
     /// Not an ELF kernel, or it does not fit.
     #[error("cannot load the kernel")]
     Kernel(#[source] linux_loader::loader::Error),
-    /// Descriptor trouble.
+    /// The initramfs file cannot be read.
     #[error("cannot read the initramfs")]
     Initramfs(#[source] std::io::Error),
     /// The memory is too small.
     #[error("kernel and initramfs of {needs} MiB do not fit in {has} MiB of memory")]
     Memory { needs: u64, has: u64 },
-    /// More text than a kernel takes.
+    /// The command line is longer than the kernel accepts.
     #[error("kernel command line has {0} bytes, at most {CMDLINE_MAX} fit")]
     Cmdline(usize),
-    /// A bug: the addresses are ours.
+    /// A bug, since the addresses are fixed in `layout`; or the initramfs cannot be read.
     #[error("cannot write the boot structures")]
     Write(#[from] vm_memory::GuestMemoryError),
 }
 
-/// Loads everything; gives the address at which the kernel starts.
+/// Loads everything and returns the address at which the kernel starts.
 pub(crate) fn load(
     memory: &GuestMemory,
     config: &VmConfig,
@@ -78,9 +78,10 @@ pub(crate) fn load(
 
 /// The kernel's command line: what this machine needs, then what the pod adds.
 ///
-/// Mounting, and making and removing namespaces and cgroups, waits for many grace periods of RCU; few
-/// processors make the hasty ones cheap, and the kernel's own start has them anyway. A network begins
-/// with its loopback and nothing else, as on a host whose drivers are modules.
+/// `rcu_expedited`: creating and removing mounts, namespaces and cgroups waits for many RCU grace
+/// periods. With few processors expedited ones are cheap, and the kernel uses them while it boots
+/// anyway. `numdummies=0`: the guest starts with the loopback interface and no other, as on a host
+/// whose drivers are modules.
 pub(crate) fn cmdline(config: &VmConfig) -> String {
     let mut text = String::from(
         "console=ttyS0 quiet panic=-1 reboot=k no_timer_check tsc=reliable \
@@ -99,7 +100,7 @@ pub(crate) fn cmdline(config: &VmConfig) -> String {
     text
 }
 
-/// Copies the initramfs to the end of low memory; gives its address and length.
+/// Copies the initramfs to the end of low memory and returns its address and length.
 fn load_initramfs(
     memory: &GuestMemory,
     file: &mut File,
@@ -118,7 +119,7 @@ fn load_initramfs(
     Ok((address, len))
 }
 
-/// What the firmware of a PC would say about memory.
+/// The e820 map: what the firmware of a PC would report about memory.
 pub(super) fn memory_map(memory: &GuestMemory) -> Vec<boot_e820_entry> {
     let entry =
         |addr: u64, end: u64, type_| boot_e820_entry { addr, size: end - addr, r#type: type_ };
@@ -133,7 +134,7 @@ pub(super) fn memory_map(memory: &GuestMemory) -> Vec<boot_e820_entry> {
     map
 }
 
-/// The boot protocol's 32-bit fields hold addresses below 4 GiB, as all of ours are.
+/// Converts an address for a 32-bit field of the boot protocol; all of ours are below 4 GiB.
 fn low(value: u64) -> u32 {
     debug_assert!(u32::try_from(value).is_ok());
     u32::try_from(value).unwrap_or(u32::MAX)

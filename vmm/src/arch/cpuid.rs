@@ -1,12 +1,12 @@
-//! What the guest's `cpuid` instruction says: what KVM supports, with this machine's topology, and
-//! without what the guest shall not have.
+//! What the guest's `cpuid` instruction returns: what KVM supports, with this machine's topology,
+//! and without what the guest must not see.
 //!
-//! Topology is one package of one-thread cores. Each leaf that tells of it is made here, whatever
-//! KVM lists: it has the host's in some, and nothing in others. Taken out is what would show the host
-//! to the guest or cost state to save (performance counters, tracing), what this monitor sets nothing
-//! up for (enclaves, memory encryption), and what no container needs and every guest could attack
-//! (machines in the machine). Leaf numbers are those of the Intel SDM volume 2A and the AMD APM
-//! volume 3.
+//! The topology is one package of cores with one thread each. The leaves that describe it are made
+//! or corrected here, because KVM lists the host's topology in some of them and nothing in others.
+//! Removed are features that would show the host to the guest or whose state is costly to save
+//! (performance counters, tracing), features for which this monitor sets nothing up (enclaves,
+//! memory encryption), and nested virtualization, which no container needs and every guest could
+//! attack. Leaf numbers are those of the Intel SDM volume 2A and the AMD APM volume 3.
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 use vmm_sys_util::fam;
@@ -22,7 +22,7 @@ const AMD_CORES: u32 = 0x8000_0008;
 const AMD_CACHES: u32 = 0x8000_001d;
 const AMD_TOPOLOGY: u32 = 0x8000_001e;
 
-/// Leaves of which the guest sees nothing.
+/// Leaves that read as zeroes in the guest.
 const HIDDEN: [u32; 14] = [
     0xa,         // performance counters
     0xf,         // monitoring of caches and memory
@@ -31,16 +31,16 @@ const HIDDEN: [u32; 14] = [
     0x14,        // processor trace
     0x1c,        // last branch records
     0x23,        // performance counters
-    0x8000_000a, // machines in the machine
+    0x8000_000a, // nested virtualization (SVM)
     0x8000_001b, // instruction-based sampling
     0x8000_001c, // lightweight profiling
     0x8000_001f, // memory encryption
     0x8000_0020, // monitoring and allocation of caches and memory
     0x8000_0022, // performance counters
-    0x8000_0026, // topology in a form that no guest needs beside the others
+    0x8000_0026, // topology again, which no guest needs beside the other leaves
 ];
 
-/// Features of which the guest sees nothing, in a leaf's EAX, EBX, ECX and EDX.
+/// Feature bits that the guest does not see, in a leaf's EAX, EBX, ECX and EDX.
 const HIDDEN_FEATURES: [((u32, u32), [u32; 4]); 4] = [
     // DTES64, DS-CPL, VMX, SMX, PDCM; DS: debug store and performance counters, virtualization.
     ((FEATURES, 0), [0, 0, 1 << 2 | 1 << 4 | 1 << 5 | 1 << 6 | 1 << 15, 1 << 21]),
@@ -59,25 +59,25 @@ const HIDDEN_FEATURES: [((u32, u32), [u32; 4]); 4] = [
 const ECX_TSC_DEADLINE: u32 = 1 << 24;
 const ECX_HYPERVISOR: u32 = 1 << 31;
 const EDX_MULTI_THREADED: u32 = 1 << 28;
-/// `CmpLegacy`: what is multi-threaded are cores.
+/// `CmpLegacy`: the logical processors of the package are cores, not threads.
 const ECX_CORES: u32 = 1 << 1;
 /// Cache lines of 64 bytes, in units of 8, at bit 8.
 const EBX_CLFLUSH: u32 = 8 << 8;
-/// The type of a cache, whose number is 0 behind the last.
+/// The field of a cache's type; type 0 follows the last cache.
 const CACHE_TYPE: u32 = 0x1f;
-/// Threads that share a cache, less one; and on Intel's processors the cores of the package.
+/// Number of threads that share a cache, minus one; on Intel also of cores in the package.
 const SHARING: u32 = 0xfff << 14;
 const CORES: u32 = 0x3f << 26;
-/// The topology leaves' level types.
+/// Level types of the topology leaves.
 const LEVEL_THREAD: u32 = 1;
 const LEVEL_CORE: u32 = 2;
 
 /// One processor of a machine.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Place {
-    /// Its number, which is its APIC's identity as well.
+    /// Its number, which is also its APIC ID.
     pub(crate) index: u8,
-    /// How many the machine can have.
+    /// The most processors that the machine can have.
     pub(crate) of: u8,
 }
 
@@ -90,16 +90,16 @@ impl Place {
         self.of.into()
     }
 
-    /// Bits of an identity that tell cores apart.
+    /// How many bits of an APIC ID number the cores.
     fn core_bits(self) -> u32 {
         self.cores().next_power_of_two().trailing_zeros()
     }
 }
 
-/// Adapts what KVM supports to one processor.
+/// Adapts the entries that KVM supports to one processor.
 ///
 /// # Errors
-/// When KVM supports so much that the topology does not fit as well.
+/// When KVM lists so many entries that those of the topology do not fit.
 pub(crate) fn for_vcpu(supported: &CpuId, place: Place) -> Result<CpuId, fam::Error> {
     let supported = supported.as_slice();
     let amd = is_amd(supported);
@@ -117,14 +117,14 @@ pub(crate) fn for_vcpu(supported: &CpuId, place: Place) -> Result<CpuId, fam::Er
     CpuId::from_entries(&entries)
 }
 
-/// Whether the leaves are those of AMD's processors, which Hygon's have too.
+/// Whether the leaves are those of AMD's processors; Hygon's have the same ones.
 fn is_amd(supported: &[kvm_cpuid_entry2]) -> bool {
     let name = |entry: &kvm_cpuid_entry2| [entry.ebx, entry.edx, entry.ecx].map(u32::to_le_bytes);
     let vendor = supported.iter().find(|entry| entry.function == VENDOR).map(name);
     vendor.is_some_and(|name| matches!(&name.concat()[..], b"AuthenticAMD" | b"HygonGenuine"))
 }
 
-/// Takes out what the guest shall not have.
+/// Clears what the guest must not see.
 fn hide(entry: &mut kvm_cpuid_entry2) {
     if HIDDEN.contains(&entry.function) {
         (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0);
@@ -138,19 +138,20 @@ fn hide(entry: &mut kvm_cpuid_entry2) {
     }
 }
 
-/// Says which core it is, of how many, and which caches it shares.
+/// Sets the number of the core, how many there are, and which caches it shares.
 fn place_in_package(entry: &mut kvm_cpuid_entry2, place: Place, amd: bool) {
     let (id, cores) = (place.id(), place.cores());
     match entry.function {
         FEATURES => {
             entry.ebx &= 0xff;
             entry.ebx |= EBX_CLFLUSH | cores << 16 | id << 24;
-            // KVM_CAP_TSC_DEADLINE_TIMER is not in the supported set but in the in-kernel APIC.
+            // KVM does not list the TSC deadline timer (KVM_CAP_TSC_DEADLINE_TIMER), but the
+            // in-kernel APIC has it.
             entry.ecx |= ECX_TSC_DEADLINE | ECX_HYPERVISOR;
             set(&mut entry.edx, EDX_MULTI_THREADED, cores > 1);
         }
         INTEL_CACHES | AMD_CACHES if entry.eax & CACHE_TYPE != 0 => {
-            // The last level is the package's, the others are each core's own.
+            // All cores share the last-level cache; each core has the other levels for itself.
             let level = entry.eax >> 5 & 7;
             entry.eax &= !SHARING;
             if level == 3 {
@@ -175,7 +176,7 @@ fn set(register: &mut u32, bit: u32, on: bool) {
     *register = *register & !bit | if on { bit } else { 0 };
 }
 
-/// The levels of a topology leaf: threads, cores, and the end.
+/// The entries of a topology leaf: threads, cores, and the one that ends the list.
 fn levels(leaf: u32, place: Place) -> [kvm_cpuid_entry2; 3] {
     let kinds = [(0, 1, LEVEL_THREAD), (place.core_bits(), place.cores(), LEVEL_CORE), (0, 0, 0)];
     let mut index = 0..;

@@ -1,4 +1,4 @@
-//! Guest physical addresses and interrupt lines: all of them, so that no two can collide unseen.
+//! Guest physical addresses and interrupt lines, all in one place so that no two collide unseen.
 //!
 //! ```text
 //! 0x0000_0000  first 640 KiB: descriptor and page tables, boot parameters, command line, MP table
@@ -33,7 +33,7 @@ pub(crate) const CMDLINE: GuestAddress = GuestAddress(0x2_0000);
 pub(crate) const MP_TABLE: GuestAddress = GuestAddress(0x9_fc00);
 /// End of base memory.
 pub(crate) const BASE_MEMORY_END: u64 = 0xa_0000;
-/// Where memory goes on after the hole for legacy devices, and the kernel may be loaded.
+/// Start of memory above the hole for legacy devices; the kernel may be loaded here.
 pub(crate) const HIGH_MEMORY: GuestAddress = GuestAddress(0x10_0000);
 
 /// The first virtio-mmio slot; low memory ends here.
@@ -41,7 +41,7 @@ pub(crate) const SLOTS: GuestAddress = GuestAddress(0xd000_0000);
 /// The end of the last slot.
 #[cfg(test)]
 pub(crate) const SLOTS_END: GuestAddress = GuestAddress(SLOTS.0 + SLOT_COUNT as u64 * SLOT_BYTES);
-/// Memory goes on here.
+/// Memory continues here.
 pub(crate) const AFTER_4GIB: GuestAddress = GuestAddress(1 << 32);
 
 /// The IOAPIC that KVM emulates.
@@ -60,7 +60,7 @@ pub(crate) const IRQ_COUNT: u32 = 24;
 
 const _: () = assert!(FIRST_SLOT_IRQ + SLOT_COUNT as u32 <= IRQ_COUNT);
 
-/// Where a slot lies.
+/// The address of a slot.
 pub(crate) fn slot_address(slot: u8) -> GuestAddress {
     GuestAddress(SLOTS.0 + u64::from(slot) * SLOT_BYTES)
 }
@@ -72,12 +72,12 @@ pub(crate) fn slot_irq(slot: u8) -> u32 {
 
 /// Linux plugs memory in blocks of this size...
 const PLUG_STEP: u64 = 128 << 20;
-/// ...or up to this one, where it has booted with [`LARGE_MACHINE`] or more.
+/// ...or up to this one if it has booted with [`LARGE_MACHINE`] or more.
 const PLUG_STEP_LARGE: u64 = 2 << 30;
 const LARGE_MACHINE: u64 = 64 << 30;
 
-/// Where memory that is plugged later begins, and the steps in which it grows, for a machine whose
-/// memory ends at `end`.
+/// Returns where memory that is plugged later begins, and the steps in which it grows, for a
+/// machine whose memory ends at `end`.
 pub(crate) fn plugged_memory(end: u64) -> (GuestAddress, u64) {
     let step = if end < LARGE_MACHINE { PLUG_STEP } else { PLUG_STEP_LARGE };
     (GuestAddress(end.max(AFTER_4GIB.0).next_multiple_of(step)), step)

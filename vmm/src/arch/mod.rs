@@ -1,4 +1,4 @@
-//! What is particular to x86-64: where things lie, and how a processor starts.
+//! Everything that is specific to x86-64: the memory layout, and how a processor starts.
 
 pub(crate) mod boot;
 pub(crate) mod cpuid;

@@ -79,7 +79,7 @@ fn entries(vcpus: u8) -> Vec<Vec<u8>> {
     entries
 }
 
-/// Both tables' bytes add up to 0.
+/// Sets the checksum so that the bytes of a table add up to 0.
 fn set_checksum(table: &mut [u8], position: usize) {
     let sum = table.iter().fold(0_u8, |sum, byte| sum.wrapping_add(*byte));
     if let Some(checksum) = table.get_mut(position) {
@@ -87,7 +87,7 @@ fn set_checksum(table: &mut [u8], position: usize) {
     }
 }
 
-/// The table of the most processors has under 2 KiB.
+/// Converts a length; the table with the most processors is shorter than 2 KiB.
 fn len16(len: usize) -> u16 {
     debug_assert!(u16::try_from(len).is_ok());
     u16::try_from(len).unwrap_or(u16::MAX)
@@ -133,7 +133,7 @@ mod tests {
         let mut written = vec![0; super::table(VCPUS_MAX).len()];
         memory.read_slice(&mut written, layout::MP_TABLE).unwrap();
         assert_eq!(written, super::table(VCPUS_MAX));
-        // Nor does anything else of ours lie there.
+        // Nothing else of the layout lies there either.
         let others = [layout::CMDLINE.0 + CMDLINE_MAX as u64, layout::BOOT_STACK.0];
         assert!(others.iter().all(|end| *end <= table.start) && layout::HIGH_MEMORY.0 >= table.end);
     }

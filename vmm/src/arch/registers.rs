@@ -30,16 +30,16 @@ const APIC_LVT1: usize = 0x360;
 const MODE_NMI: u32 = 4 << 8;
 const MODE_EXT_INT: u32 = 7 << 8;
 
-/// Processor state that KVM or guest memory did not take.
+/// The state of a processor cannot be set in KVM or in guest memory.
 #[derive(Debug, Error)]
 pub(crate) enum RegisterError {
     /// An ioctl on the vCPU.
     #[error("cannot set the processor's registers")]
     Kvm(#[from] kvm_ioctls::Error),
-    /// A bug: the addresses are ours.
+    /// A bug, since the addresses are fixed in `layout`.
     #[error("cannot write descriptor or page tables")]
     Memory(#[from] vm_memory::GuestMemoryError),
-    /// A bug: the list is ours.
+    /// A bug, since the list is fixed.
     #[error("cannot list model-specific registers")]
     Msrs,
 }
@@ -89,7 +89,7 @@ pub(crate) fn write_tables(memory: &GuestMemory) -> Result<(), RegisterError> {
     Ok(())
 }
 
-/// Sets what every processor starts with.
+/// Sets the state that every processor starts with.
 pub(crate) fn set_common(vcpu: &VcpuFd) -> Result<(), RegisterError> {
     vcpu.set_fpu(&kvm_fpu { fcw: 0x37f, mxcsr: 0x1f80, ..Default::default() })?;
     let fast_strings = kvm_msr_entry {

@@ -1,7 +1,7 @@
 //! The monitor of one pod: a jailed process that runs a virtual machine.
 //!
-//! Its one argument, the pod's state directory, is for `ps` and is not looked at. Descriptor 3 is
-//! its control socket; see [`bulkhead_vmm::monitor`].
+//! Its one argument, the pod's state directory, is there for `ps` to show; the monitor ignores it.
+//! Descriptor 3 is its control socket; see [`bulkhead_vmm::monitor`].
 
 use std::process::ExitCode;
 

@@ -11,39 +11,39 @@ pub const PAIRS_MAX: usize = 8;
 /// The least MTU that IPv4 works with.
 const MTU_MIN: u16 = 68;
 
-/// A network interface of the guest: what it sends comes out of a tap of the host, and the other
-/// way round.
+/// A network interface of the guest. The frames that it sends come out of a tap of the host, and it
+/// receives the frames that the host sends to that tap.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetConfig {
-    /// One for each pair of queues, all of one interface. Whoever opens them has set them up:
-    /// `IFF_TAP`, `IFF_NO_PI`, `IFF_VNET_HDR` and, for more than one, `IFF_MULTI_QUEUE`; a header
-    /// of 12 bytes (`TUNSETVNETHDRSZ`); nonblocking.
+    /// The taps, one for each pair of queues, all of one interface. The process that opened them
+    /// has set them up: `IFF_TAP`, `IFF_NO_PI`, `IFF_VNET_HDR` and, for more than one,
+    /// `IFF_MULTI_QUEUE`; a header of 12 bytes (`TUNSETVNETHDRSZ`); nonblocking.
     pub taps: Vec<Fd>,
-    /// `/dev/vhost-net`, opened once for each tap, when the host's kernel is to move the frames; none
-    /// when the monitor does. The kernel limits nothing.
+    /// `/dev/vhost-net`, opened once for each tap, if the host's kernel is to move the frames;
+    /// empty if the monitor does. The kernel applies no limits.
     #[serde(default)]
     pub vhost: Vec<Fd>,
-    /// The address that the guest has at first.
+    /// The MAC address that the interface has at first.
     pub mac: [u8; 6],
-    /// The most that a packet has behind its Ethernet header.
+    /// The longest packet, without its Ethernet header.
     pub mtu: u16,
-    /// Of what the guest receives.
+    /// Limits what the guest receives.
     #[serde(default)]
     pub receive: RateLimit,
-    /// Of what the guest sends.
+    /// Limits what the guest sends.
     #[serde(default)]
     pub transmit: RateLimit,
 }
 
-/// How much may pass; what has no value is not limited.
+/// Rate limits; a field without a value is unlimited.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct RateLimit {
     /// Bytes of whole frames.
     #[serde(default)]
     pub bytes_per_s: Option<NonZeroU64>,
-    /// Packets; several that are segmented by the receiver are one.
+    /// Packets; a large one that is left to the receiver to segment counts as one.
     #[serde(default)]
     pub packets_per_s: Option<NonZeroU64>,
 }

@@ -1,4 +1,4 @@
-//! What a configuration must be, and which field an error names.
+//! Which configurations are valid, and which field an error names.
 
 use std::num::NonZeroU64;
 

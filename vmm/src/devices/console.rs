@@ -1,7 +1,7 @@
 //! The serial console: a 16550A (vm-superio) whose output goes to a log.
 //!
-//! The guest decides how much it says, so the log is bounded: after [`LOG_BYTES_MAX`] only the tail
-//! in memory goes on. Input does not exist: what the guest reads is nothing.
+//! The guest decides how much it writes, so the log is bounded: after [`LOG_BYTES_MAX`] only the
+//! tail in memory is updated. There is no input: the guest never has a byte to read.
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -17,12 +17,13 @@ pub(crate) const PORT_BASE: u16 = 0x3f8;
 pub(crate) const PORT_COUNT: u16 = 8;
 /// The most that is written to the log.
 const LOG_BYTES_MAX: u64 = 4 << 20;
-/// Bytes of the last lines, kept for the report of an ending: room for two dumps of registers and
-/// stack, and in JSON, which writes a byte as six at worst, for one message.
+/// The most bytes in the tail: the last lines, for the report of the machine's end. There is room
+/// for two dumps of registers and stack, and the tail fits into one message as JSON, in which a
+/// byte takes six at worst.
 const TAIL_BYTES: usize = 8 << 10;
 /// Where a line is cut.
 const LINE_BYTES_MAX: usize = 512;
-/// How Linux introduces the reason of a panic.
+/// The text before the reason of a panic of Linux.
 const PANIC_MARK: &str = "Kernel panic - not syncing";
 
 /// The interrupt of the port.
@@ -34,14 +35,14 @@ impl Trigger for Irq {
 
     fn trigger(&self) -> io::Result<()> {
         match self.0.write(1) {
-            // The counter is full: an interrupt is pending, which is all that is wanted.
+            // The counter is full, so an interrupt is pending already.
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
             other => other,
         }
     }
 }
 
-/// The port and what came out of it.
+/// The port and its output.
 #[derive(Debug)]
 pub(crate) struct Console {
     serial: Serial<Irq, NoEvents, Log>,
@@ -54,7 +55,7 @@ impl Console {
         Ok(Self { serial: Serial::new(irq, Log::new(log)) })
     }
 
-    /// Written when the line rises; KVM listens.
+    /// The eventfd that raises the interrupt; KVM listens to it.
     pub(crate) fn irq(&self) -> &EventFd {
         &self.serial.interrupt_evt().0
     }
@@ -64,7 +65,7 @@ impl Console {
         self.serial.read(register)
     }
 
-    /// A guest's write to a register. A log that cannot be written loses text, nothing else.
+    /// A guest's write to a register. If the log cannot be written, only its text is lost.
     pub(crate) fn write(&mut self, register: u8, value: u8) {
         if let Err(error) = self.serial.write(register, value) {
             log::debug!("console: {error:?}");
@@ -76,7 +77,7 @@ impl Console {
         self.serial.writer().bytes
     }
 
-    /// Writes what is held back, gives the last lines.
+    /// Writes the unfinished line and returns the last lines.
     pub(crate) fn finish(&mut self) -> Vec<String> {
         let log = self.serial.writer_mut();
         log.end_line();

@@ -1,4 +1,4 @@
-//! What the guest sees beside its processors and memory.
+//! The devices that the guest sees beside its processors and memory.
 
 use std::fs::File;
 use std::io;
@@ -17,7 +17,7 @@ pub(crate) mod virtio;
 
 use virtio::{VirtioDevice, balloon, block, fs, mem, net, rng, vsock};
 
-/// What the control socket needs of devices once they are attached. A machine has one of each.
+/// What the control socket needs of attached devices. A machine has at most one of each.
 #[derive(Debug, Default)]
 pub(crate) struct Handles {
     /// Opens streams to the guest.
@@ -29,7 +29,7 @@ pub(crate) struct Handles {
 }
 
 impl Handles {
-    /// Refuses a device of which the machine has one.
+    /// Refuses a device if the machine has one already and can have only one.
     pub(crate) fn check(&self, config: &DeviceConfig) -> io::Result<()> {
         let taken = match config {
             DeviceConfig::Vsock { .. } if self.opener.is_some() => "a vsock device",
@@ -40,14 +40,14 @@ impl Handles {
         Err(io::Error::new(io::ErrorKind::AlreadyExists, format!("the machine has {taken}")))
     }
 
-    /// Takes over what a device brought that is attached now.
+    /// Adds the handles of a device that was attached.
     pub(crate) fn add(&mut self, brought: Self) {
         self.opener = brought.opener.or(self.opener.take());
         self.balloon = brought.balloon.or(self.balloon.take());
         self.mem = brought.mem.or(self.mem.take());
     }
 
-    /// Forgets a device of this type, which is attached no longer.
+    /// Removes the handle of a device of this type, which was detached.
     pub(crate) fn forget(&mut self, device_id: u32) {
         match device_id {
             vsock::DEVICE_ID => self.opener = None,
@@ -58,7 +58,7 @@ impl Handles {
     }
 }
 
-/// Makes the device that the configuration describes, and what it brings; `memory` is the machine's.
+/// Makes the configured device and its handles; `memory` is the machine's.
 pub(crate) fn build(
     config: &DeviceConfig,
     fds: &mut Descriptors,

@@ -1,9 +1,9 @@
 //! Log lines that a guest can provoke, bounded.
 //!
-//! A guest that misbehaves on purpose must not hide what else is logged, nor cost the time of
-//! writing it. Each place that logs about the guest's doing goes through [`guest_warn!`], which lets
-//! a few lines pass in each window and says in the next window how many it held back. How large the
-//! log becomes at most is [`crate::logging`]'s.
+//! A guest that misbehaves on purpose must neither hide other log lines nor make the monitor spend
+//! its time on writing them. Each place that logs what a guest did uses [`guest_warn!`], which lets
+//! a few lines pass in each window and reports in the next window how many it held back.
+//! [`crate::logging`] bounds the size of the log.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
@@ -14,7 +14,7 @@ const BURST: u32 = 8;
 /// Length of a window, seconds.
 const WINDOW_S: u64 = 10;
 
-/// The state of one place in the code.
+/// The limit of one place in the code.
 #[derive(Debug)]
 pub(crate) struct RateLimit {
     /// Seconds of the monotonic clock, divided by the window.
@@ -24,7 +24,7 @@ pub(crate) struct RateLimit {
 }
 
 impl RateLimit {
-    /// A place that has not logged yet.
+    /// The limit of a place that has not logged yet.
     pub(crate) const fn new() -> Self {
         Self { window: AtomicU64::new(0), asked: AtomicU32::new(0) }
     }
@@ -36,7 +36,7 @@ impl RateLimit {
     }
 
     fn admit_at(&self, window: u64) -> Option<u32> {
-        // Two threads may both open a window: one line too many, which does no harm.
+        // If two threads open a window at once, one line too many passes, which does no harm.
         if self.window.swap(window, Ordering::Relaxed) != window {
             let asked = self.asked.swap(1, Ordering::Relaxed);
             return Some(asked.saturating_sub(BURST));
@@ -47,7 +47,7 @@ impl RateLimit {
     }
 }
 
-/// `log::warn!` about what the guest did, rate-limited where it stands.
+/// `log::warn!` about what the guest did, with a rate limit for each place that uses it.
 macro_rules! guest_warn {
     ($($line:tt)+) => {{
         static LIMIT: $crate::devices::rate_limit::RateLimit =

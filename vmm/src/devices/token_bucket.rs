@@ -1,15 +1,15 @@
-//! How much may pass in a time: a bucket that fills at a rate and is emptied by what passes.
+//! A rate limit: a bucket that fills at a fixed rate and is emptied by what passes.
 //!
-//! Whoever has found the bucket not empty may take more than is in it: the size of a packet is only
-//! known once it is there. The debt is paid before anybody takes again, so the rate holds.
+//! If the bucket is not empty, a caller may take more than it holds: the size of a packet is known
+//! only after the packet was read. The debt is paid before anybody takes again, so the rate holds.
 
 use std::num::NonZeroU64;
 use std::time::{Duration, Instant};
 
-/// What flows in while nothing is taken, at most: the rate of so long.
+/// How long the bucket fills while nothing is taken; more does not fit.
 const BURST: Duration = Duration::from_millis(100);
 
-/// The bucket. It keeps the moment at which its debt is paid; what is in it is how long that was ago.
+/// The bucket. It keeps the moment at which its debt is paid; the time since then is its content.
 #[derive(Debug)]
 pub(crate) struct TokenBucket {
     per_s: NonZeroU64,
@@ -17,23 +17,23 @@ pub(crate) struct TokenBucket {
 }
 
 impl TokenBucket {
-    /// An empty bucket into which so much flows in a second.
+    /// An empty bucket that fills at `per_s`.
     pub(crate) fn new(per_s: NonZeroU64, now: Instant) -> Self {
         Self { per_s, paid: now }
     }
 
-    /// How long until something can be taken; 0 now.
+    /// Time until something can be taken; 0 if it can be now.
     pub(crate) fn wait(&self, now: Instant) -> Duration {
         self.paid.saturating_duration_since(now)
     }
 
-    /// Takes so much.
+    /// Takes `amount`.
     pub(crate) fn take(&mut self, amount: u64, now: Instant) {
         let nanos = u128::from(amount) * 1_000_000_000 / u128::from(self.per_s.get());
         let cost = Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX));
         let oldest = now.checked_sub(BURST).unwrap_or(now);
         let paid = self.paid.max(oldest).checked_add(cost);
-        // Beyond the end of time: nothing passes any more.
+        // Beyond the last `Instant`: this amount is not counted.
         self.paid = paid.unwrap_or(self.paid);
     }
 }

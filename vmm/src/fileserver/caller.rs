@@ -1,12 +1,12 @@
-//! Acting in the name of whoever asked, `credentials(7)`, `umask(2)`.
+//! Acting with the ids of the caller, `credentials(7)`, `umask(2)`.
 //!
-//! What a caller creates belongs to the caller, so the creating thread takes the caller's ids for
-//! the time of one system call. It keeps its capabilities meanwhile (see [`super::jail`]): the
-//! guest's kernel has checked permissions already, with groups and file modes that only it knows.
-//! The same goes for a name that a file gets: where a mount maps owners, the kernel lets nobody give
-//! one whom the mapping does not have.
+//! A new file belongs to the caller, so the creating thread takes the caller's ids for the time of
+//! one system call. It keeps its capabilities meanwhile (see [`super::jail`]): the guest's kernel
+//! has checked permissions already, with groups and file modes that only it knows. The same goes
+//! for a new name of a file: on an ID-mapped mount, the kernel refuses one from a user who is not
+//! in the mapping.
 
-// UNSAFETY: `unshare` can part threads from their descriptors; here it parts the umask.
+// UNSAFETY: `unshare` can separate the descriptors of threads; here it separates the umask.
 #![expect(unsafe_code, reason = "unshare(2)")]
 
 use std::os::fd::AsFd;
@@ -19,15 +19,15 @@ use rustix::thread::{
     set_thread_res_uid, unshare_unsafe,
 };
 
-/// Gives the calling thread a umask and a working directory of its own; the latter becomes
+/// Gives the calling thread a umask and a working directory of its own. The latter is set to
 /// `directory`, relative to which some system calls have to be made.
 pub(super) fn detach_thread(directory: impl AsFd) -> Result<(), Errno> {
-    // SAFETY: only FS is asked for; descriptors stay common to all threads.
+    // SAFETY: only FS is unshared; descriptors stay common to all threads.
     unsafe { unshare_unsafe(UnshareFlags::FS) }?;
     fchdir(directory)
 }
 
-/// Whoever asked, and the mask to create files under.
+/// The ids of the caller, and its umask.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Caller {
     pub(super) uid: u32,
@@ -36,7 +36,7 @@ pub(super) struct Caller {
 }
 
 impl Caller {
-    /// Runs a system call that creates a file, or a name of one.
+    /// Runs a system call that creates a file, or a name of a file.
     pub(super) fn run<T>(self, create: impl FnOnce() -> Result<T, Errno>) -> Result<T, Errno> {
         if self.uid == u32::MAX || self.gid == u32::MAX {
             return Err(Errno::INVAL);
@@ -44,7 +44,7 @@ impl Caller {
         let _restored = Restore { uid: geteuid(), gid: getegid() };
         set_thread_res_gid(None, Gid::from_raw(self.gid), None)?;
         set_thread_res_uid(None, Uid::from_raw(self.uid), None)?;
-        // Not applied by the guest: the host's kernel knows when a default ACL overrides it.
+        // The guest does not apply it: the host's kernel knows when a default ACL overrides it.
         umask(Mode::from_raw_mode(self.umask & 0o777));
         create()
     }
@@ -61,7 +61,7 @@ impl Drop for Restore {
         let restored = set_thread_res_uid(None, self.uid, None)
             .and_then(|()| set_thread_res_gid(None, self.gid, None));
         if restored.is_err() {
-            // The next request would run in the wrong name.
+            // The next request would run with the wrong ids.
             std::process::abort();
         }
     }

@@ -1,4 +1,4 @@
-//! The configuration of one file server: the only shape there is.
+//! The configuration of one file server, in its only form.
 //!
 //! The supervisor sends it as JSON in the first message on the control socket, with exactly two
 //! descriptors beside it: [`SHARE_ROOT`] and [`RELAY`]. The file server answers with one
@@ -11,14 +11,14 @@ use crate::config::{ConfigError, JailConfig};
 
 /// The version of this shape; the file server refuses any other.
 pub const VERSION: u32 = 1;
-/// The fewest threads that serve requests: one more than the monitor lets be busy with what may be
-/// slow.
+/// The fewest threads that serve requests: one more than the monitor lets be busy with slow
+/// requests.
 pub const THREADS_MIN: u8 = Class::Read.at_once() + 1;
 /// The most threads that serve requests.
 pub const THREADS_MAX: u8 = 32;
-/// Place of the detached mount that becomes the root, among the message's descriptors.
+/// Index of the detached mount that becomes the root, among the message's descriptors.
 pub const SHARE_ROOT: usize = 0;
-/// Place of the SEQPACKET socket to the monitor, among the message's descriptors.
+/// Index of the SEQPACKET socket to the monitor, among the message's descriptors.
 pub const RELAY: usize = 1;
 /// How many descriptors come with the message.
 pub const DESCRIPTORS: usize = 2;
@@ -29,8 +29,8 @@ pub const DESCRIPTORS: usize = 2;
 pub struct FsConfig {
     /// Must be [`VERSION`].
     pub version: u32,
-    /// Who the file server becomes. It keeps the capabilities that serving files needs, and acts
-    /// under the ids that the guest names only while it creates something.
+    /// The identity that the file server takes. It keeps the capabilities that serving files needs,
+    /// and takes the ids in a guest's request only while it creates something.
     pub jail: JailConfig,
     /// Threads that serve requests, [`THREADS_MIN`] to [`THREADS_MAX`].
     pub threads: u8,

@@ -9,14 +9,14 @@ use rustix::io::Errno;
 
 use super::slots::Kept;
 
-/// An open file description of the guest, and the one of the host behind it.
+/// An open file description of the guest, and the host's one for it.
 #[derive(Debug)]
 pub(super) struct Handle {
     /// The inode that it was opened for.
     pub(super) node: u64,
     /// Held while the position of a directory is in use.
     pub(super) position: Mutex<()>,
-    /// An owner of locks of ranges took its first one through it.
+    /// Some owner of range locks took its first lock through this handle.
     pub(super) locked_ranges: AtomicBool,
     file: Kept,
 }
@@ -33,7 +33,7 @@ struct Table {
     last: u64,
 }
 
-/// All of them, by the number that the guest uses.
+/// All handles, by the number that the guest uses.
 #[derive(Debug, Default)]
 pub(super) struct Handles {
     table: Mutex<Table>,
@@ -57,7 +57,7 @@ impl Handles {
         table.open.get(&number).filter(|handle| handle.node == node).cloned().ok_or(Errno::BADF)
     }
 
-    /// Gives it up: it is closed once nobody uses it any more.
+    /// Removes the handle; the file is closed once nobody uses it any more.
     pub(super) fn remove(&self, number: u64, node: u64) -> Result<Arc<Handle>, Errno> {
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         if table.open.get(&number).is_none_or(|handle| handle.node != node) {
@@ -66,7 +66,7 @@ impl Handles {
         table.open.remove(&number).ok_or(Errno::BADF)
     }
 
-    /// Closes all.
+    /// Closes all files.
     pub(super) fn clear(&self) {
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         table.open = HashMap::new();

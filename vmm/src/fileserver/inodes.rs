@@ -1,9 +1,9 @@
-//! What the guest's kernel remembers: files by number, each held open with `O_PATH`.
+//! The inodes that the guest's kernel remembers: files by number, each held open with `O_PATH`.
 //!
-//! A file is the same when device, inode number and mount are: the share crosses mount points, and
-//! one file seen through two mounts stays two, as on the host. While a descriptor is held the host
-//! cannot give the inode number to another file, so a number never changes its meaning. Numbers
-//! are counted up and never used again; what the guest forgets is gone from here at once, so the
+//! A file is identified by device, inode number and mount: the share crosses mount points, and one
+//! file seen through two mounts is two, as on the host. While a descriptor is held the host cannot
+//! give the inode number to another file, so a number never changes its meaning. Numbers are
+//! counted up and never used again. An inode that the guest forgets is removed at once, so the
 //! table is as large as the guest's inode cache and no larger.
 
 use std::collections::HashMap;
@@ -22,7 +22,7 @@ pub(super) const ROOT: u64 = 1;
 /// A file as long as the guest remembers it.
 #[derive(Debug)]
 pub(super) struct Inode {
-    /// What the guest calls it.
+    /// Its number in the guest.
     pub(super) node: u64,
     /// What kind of file it is, which never changes.
     pub(super) kind: FileType,
@@ -60,7 +60,7 @@ struct Tables {
     last_node: u64,
 }
 
-/// All of them.
+/// All inodes.
 #[derive(Debug)]
 pub(super) struct Inodes {
     tables: Mutex<Tables>,
@@ -69,7 +69,7 @@ pub(super) struct Inodes {
 }
 
 impl Inodes {
-    /// Only the root, which is never forgotten.
+    /// A table with only the root, which is never forgotten.
     pub(super) fn new(root: OwnedFd, slots: Arc<Slots>) -> Result<Self, Errno> {
         let attributes = stat(&root)?;
         let mut tables = Tables { last_node: ROOT, ..Tables::default() };
@@ -78,13 +78,13 @@ impl Inodes {
         Ok(Self { tables: Mutex::new(tables), slots, devices })
     }
 
-    /// The file that the guest calls by this number.
+    /// The file with this number.
     pub(super) fn get(&self, node: u64) -> Result<Arc<Inode>, Errno> {
         self.lock().by_node.get(&node).cloned().ok_or(Errno::STALE)
     }
 
-    /// Counts one more lookup of an open file, known or not. One that is new is kept in `slot`, or
-    /// in another one if there is none.
+    /// Counts one more lookup of an open file, and adds the file if it is new. A new file is kept
+    /// in `slot`, or in another slot if that is `None`.
     pub(super) fn remember(
         &self,
         path: OwnedFd,
@@ -101,7 +101,7 @@ impl Inodes {
                 tables.insert(node, slot.keep(path), &attributes)
             }
         };
-        // Only ever changed under the lock of the tables.
+        // The counter changes only under the lock of the tables.
         inode.lookups.fetch_add(1, Ordering::Relaxed);
         Ok((inode, attributes))
     }
@@ -119,7 +119,7 @@ impl Inodes {
         tables.by_key.remove(&key);
         let inode = tables.by_node.remove(&node);
         drop(tables);
-        // Closing a file can take time.
+        // Dropped without the lock, because closing a file can take time.
         drop(inode);
     }
 
@@ -163,15 +163,16 @@ impl Tables {
 ///
 /// To the guest the whole share is one file system, and programs take two files of one file system
 /// with one inode number for the same file. So each device of the host gets a number that is mixed
-/// into the high bits. The first one met, which is that of a container's root file system, gets 0:
-/// its inode numbers are those of the host.
+/// into the high bits. The first device met is that of a container's root file system and gets 0,
+/// so its inode numbers are those of the host. The device of the share's own root gets the highest
+/// number.
 #[derive(Debug)]
 struct Devices {
     share: u64,
     others: RwLock<Vec<u64>>,
 }
 
-/// Where the number of the device goes; inode numbers below are told apart without fail.
+/// The lowest bit of the device's number; inode numbers below it never collide.
 const DEVICE_SHIFT: u32 = 52;
 
 impl Devices {

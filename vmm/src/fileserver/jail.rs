@@ -1,11 +1,11 @@
 //! What the file server gives up before it looks at a request.
 //!
 //! Its root is the pod's share and nothing else. It keeps the capabilities that serving files
-//! needs. SYS_ADMIN is not among them, so `trusted.*` attributes cannot be written, nor is
-//! DAC_READ_SEARCH, with which `open_by_handle_at(2)` opens any file of a file system that a part of
-//! is shared. Whoever takes the process over has FOWNER and CHOWN: what it can reach of the host it
-//! can change the mode and the owner of, so it can reach nothing. The seccomp filter comes with the
-//! isolation issue.
+//! needs. SYS_ADMIN is not among them, so `trusted.*` attributes cannot be written. Neither is
+//! DAC_READ_SEARCH: with it, `open_by_handle_at(2)` would open any file of a file system of which
+//! only a part is shared. An attacker who takes the process over has FOWNER and CHOWN, and could
+//! change the mode and the owner of any host file that the process can reach. So it can reach none.
+//! There is no seccomp filter yet.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -37,12 +37,12 @@ const CAPABILITIES: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::MKNOD)
     .union(CapabilitySet::SETFCAP);
 
-/// The kernel's own bound of a process's descriptors, where it was not changed.
+/// The kernel's default limit of a process's descriptors.
 const DESCRIPTORS_MAX: u64 = 1 << 20;
 
-/// Enters the jail. `kept` stay open, with the standard streams. Returns `/proc/self/fd`, which no
-/// path leads to, the only way to turn an `O_PATH` descriptor into another, and how many
-/// descriptors there can be.
+/// Enters the jail. `kept` and the standard streams stay open. Returns `/proc/self/fd`, which is
+/// not reachable by a path and is the only way to reopen an `O_PATH` descriptor, and the limit of
+/// descriptors.
 pub(super) fn enter(
     identity: JailConfig,
     share: OwnedFd,
@@ -65,7 +65,7 @@ pub(super) fn enter(
     Ok((proc_self_fd, descriptors))
 }
 
-/// No further thread: to be called when all are there.
+/// Forbids further threads; to be called when all have started.
 pub(super) fn seal() -> Result<(), JailError> {
     let none = Rlimit { current: Some(0), maximum: Some(0) };
     setrlimit(Resource::Nproc, none).map_err(failed("thread limit"))
@@ -75,7 +75,7 @@ fn failed<E: Into<io::Error>>(step: &'static str) -> impl FnOnce(E) -> JailError
     move |error| JailError { step, source: error.into() }
 }
 
-/// Every inode that the guest remembers is a descriptor here. Returns how many there can be.
+/// Raises the limit, because each inode that the guest remembers is a descriptor. Returns it.
 fn raise_descriptor_limit() -> Result<u64, JailError> {
     let limit = |value| Rlimit { current: Some(value), maximum: Some(value) };
     if setrlimit(Resource::Nofile, limit(DESCRIPTORS_MAX)).is_ok() {
@@ -87,9 +87,9 @@ fn raise_descriptor_limit() -> Result<u64, JailError> {
     Ok(hard)
 }
 
-/// Goes on with a mount of our own of the same root, through which nothing can be changed: whoever
-/// passed the root can still make mount points in it. A detached mount can only be cloned where it
-/// is attached (before Linux 6.15), which is here.
+/// Changes to another mount of the same root, which is read-only: the supervisor, which passed the
+/// root, can still create mount points through its own mount. Before Linux 6.15 a mount can be
+/// cloned only while it is attached, which it is here.
 fn enter_read_only_view() -> Result<(), JailError> {
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
     let view = open_tree(CWD, "/", flags).map_err(failed("view of the share"))?;
@@ -102,17 +102,17 @@ fn enter_read_only_view() -> Result<(), JailError> {
     mount_remount("/", attributes, "").map_err(failed("read-only view of the share"))
 }
 
-/// `/dev/null` is the host's own, for everybody on it. The root of the share takes its place: what
-/// is opened later must not get these numbers.
+/// Replaces `/dev/null`, which is the host's own and shared by everybody on it, with the root of
+/// the share. The numbers stay in use, so that nothing opened later gets them.
 fn replace_standard_streams() -> io::Result<()> {
     let root = openat(CWD, "/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
     dup2_stdin(&root)?;
     Ok(dup2_stdout(&root)?)
 }
 
-/// `/proc/self/fd` of a procfs of its own, and nothing above it: there are the program, which is a
-/// file of the host, and settings of the kernel. So it is a mount whose root is that directory, and
-/// that is attached nowhere.
+/// Returns `/proc/self/fd` of a new procfs, and nothing above it: there are the program, which is a
+/// file of the host, and settings of the kernel. So the result is a mount whose root is that
+/// directory and which is attached nowhere.
 fn private_procfs() -> io::Result<OwnedFd> {
     let context = fsopen("proc", FsOpenFlags::FSOPEN_CLOEXEC)?;
     fsconfig_set_string(context.as_fd(), "subset", "pid")?;
@@ -122,7 +122,7 @@ fn private_procfs() -> io::Result<OwnedFd> {
         | MountAttrFlags::MOUNT_ATTR_NODEV
         | MountAttrFlags::MOUNT_ATTR_NOEXEC;
     let procfs = fsmount(context.as_fd(), FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
-    // A part of a mount can only be cloned while the mount is attached (before Linux 6.15): here to
+    // Before Linux 6.15 a part of a mount can be cloned only while the mount is attached: here to
     // the root that this process is about to leave.
     move_mount(&procfs, "", CWD, "/proc", MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
     let flags = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
@@ -133,9 +133,9 @@ fn private_procfs() -> io::Result<OwnedFd> {
 
 /// Takes the pod's identity and keeps [`CAPABILITIES`], whichever uid a thread takes later.
 ///
-/// Threads change their uid to create files in the caller's name. By default that would cost them
-/// their capabilities, and with them a caller's right to write through a supplementary group,
-/// which only the guest knows: the guest's kernel has checked permissions already.
+/// Threads change their uid to create files as the caller. By default they would lose their
+/// capabilities then, and with them a caller's right to write through a supplementary group, which
+/// only the guest knows: the guest's kernel has checked permissions already.
 fn become_unprivileged(identity: JailConfig) -> io::Result<()> {
     set_capabilities_secure_bits(
         CapabilitiesSecureBits::NO_ROOT

@@ -94,7 +94,7 @@ fn run(control: &OwnedFd) -> Result<(), StartError> {
     start_thread("locks".into(), move || service.run_locks())?;
     jail::seal()?;
     answer(control, &FsAnswer::Ready(true)).map_err(StartError::Control)?;
-    // Whatever else is said is ignored; only the end matters.
+    // Further messages are ignored; only the end of the socket matters.
     while seqpacket::receive(control).map_err(StartError::Control)?.is_some() {}
     Ok(())
 }

@@ -12,12 +12,12 @@ use super::share::{Outcome, Share};
 use super::wire::{self, Reply, ReplyHeader, Request};
 use crate::devices::rate_limit::guest_warn;
 
-/// How long to wait before asking the kernel for memory again: a packet wants much of it in one
-/// piece.
+/// How long to wait before sending again after the kernel had no memory: a packet needs much of it
+/// in one piece.
 const PAUSE: Duration = Duration::from_millis(2);
 
-/// The longest packet that is moved out of the way before it is answered. What a longer one asks
-/// for, such as to write, has a reply that is shorter than this.
+/// The longest packet that is copied to the short buffer, so that the reply gets the long one. A
+/// longer packet, such as a write, has a reply that is shorter than this.
 const SHORT: usize = 8 << 10;
 
 /// What all threads share.
@@ -38,8 +38,8 @@ impl Service {
             log::error!("cannot start a thread that serves: {error}");
             return;
         }
-        // One for the packet, the other for the reply: no request is long and has a long reply, and
-        // what was touched once stays in memory.
+        // One buffer for the packet, the other for the reply. No request that is long has a long
+        // reply, so one long buffer is enough; memory that was touched once stays allocated.
         let (mut long, mut short) = (vec![0; wire::PACKET_MAX], vec![0; SHORT]);
         loop {
             match recv(&self.relay, long.as_mut_slice(), RecvFlags::TRUNC) {

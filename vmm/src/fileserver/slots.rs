@@ -1,10 +1,11 @@
-//! How many descriptors the guest can have the file server keep.
+//! Limits how many descriptors the guest can have the file server keep.
 //!
 //! Every inode that the guest remembers, every file that it has open and every owner of its locks
-//! keeps one, for as long as the guest likes. When none is free, what is new is refused with ENFILE
-//! before anything is changed for it. Requests that keep nothing go on, for which some descriptors
-//! are set aside: to look a known name up again a file is opened as well, and an error would make
-//! the guest's kernel take away what is mounted there.
+//! keeps one, for as long as the guest likes. When none is free, a request that would keep another
+//! one fails with ENFILE before it has changed anything. Requests that keep nothing still succeed,
+//! because some descriptors are set aside for them. Such a request is another lookup of a known
+//! name: it opens a file as well, and an error would make the guest's kernel detach what is mounted
+//! there.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -12,23 +13,23 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::io::Errno;
 
-/// What the process has for itself: standard streams, control and relay socket, `/proc/self/fd`.
+/// The process's own descriptors: standard streams, control and relay socket, `/proc/self/fd`.
 const OWN: u64 = 6;
-/// The most that one request has open and does not keep, and one to spare.
+/// The most descriptors that one request opens and does not keep, and one to spare.
 const PER_THREAD: u64 = 2;
 
-/// Those that are free.
+/// How many slots are free.
 #[derive(Debug)]
 pub(super) struct Slots(AtomicU64);
 
 impl Slots {
-    /// Of a process that may have `limit` descriptors, and serves on so many threads.
+    /// The slots of a process with at most `limit` descriptors and this many serving threads.
     pub(super) fn new(limit: u64, threads: u8) -> Arc<Self> {
         let set_aside = OWN + PER_THREAD * u64::from(threads);
         Arc::new(Self(AtomicU64::new(limit.saturating_sub(set_aside))))
     }
 
-    /// Takes one, before the file is opened.
+    /// Takes a slot, before the file is opened.
     pub(super) fn take(self: &Arc<Self>) -> Result<Slot, Errno> {
         let less = |free: u64| free.checked_sub(1);
         match self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, less) {
@@ -43,7 +44,7 @@ impl Slots {
 pub(super) struct Slot(Arc<Slots>);
 
 impl Slot {
-    /// Puts a file there.
+    /// Puts a file into the slot.
     pub(super) fn keep(self, file: OwnedFd) -> Kept {
         Kept { file, _slot: self }
     }
@@ -55,7 +56,7 @@ impl Drop for Slot {
     }
 }
 
-/// A file that is kept open for the guest. It is closed before its room is free.
+/// A file that is kept open for the guest. It is closed before its slot is free.
 #[derive(Debug)]
 pub(super) struct Kept {
     file: OwnedFd,

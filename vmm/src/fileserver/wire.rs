@@ -67,24 +67,24 @@ pub(crate) mod opcode {
 
 /// How long the host may take for a request: the slowest first.
 ///
-/// The file server has a fixed number of threads
-/// ([`THREADS_MIN`](super::config::THREADS_MIN) at least). So the relay passes on only so many requests of a
-/// class and the slower ones together that a thread is left for each quicker class, and holds the
-/// others back: an `fsync` that takes seconds delays no read, and a dead disk no lookup elsewhere.
+/// The file server has a fixed number of threads ([`THREADS_MIN`](super::config::THREADS_MIN) at
+/// least). So the relay limits how many requests of a class and of the slower ones are in flight,
+/// such that a thread is left for each quicker class, and holds the others back: an `fsync` that
+/// takes seconds delays no read, and a dead disk no lookup elsewhere.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Class {
-    /// Waits for the disk, or moves as much data as it likes.
+    /// Waits for the disk, or moves any amount of data.
     Sync,
     /// Changes files or directories: may wait for memory, for a journal, for the disk.
     Write,
     /// Reads data, or closes: may wait for the disk.
     Read,
-    /// Names, attributes and locks, which mostly are in the host's memory; what has no reply.
+    /// Names, attributes and locks, mostly in the host's memory; requests without a reply.
     Look,
 }
 
 impl Class {
-    /// Those of which the relay holds back what is too much.
+    /// The classes of which the relay holds back requests.
     pub(crate) const BOUNDED: [Self; 3] = [Self::Sync, Self::Write, Self::Read];
 
     /// How many requests of this class and the slower ones the file server is given at once.
@@ -98,10 +98,10 @@ impl Class {
     }
 }
 
-/// What stands before every request.
+/// The header of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Request {
-    /// Of the whole message, this header included.
+    /// Length of the whole message, with this header.
     pub(crate) len: u32,
     /// What is asked, [`opcode`].
     pub(crate) opcode: u32,
@@ -109,9 +109,9 @@ pub(crate) struct Request {
     pub(crate) unique: u64,
     /// The inode that it is about.
     pub(crate) node: u64,
-    /// In whose name.
+    /// User id of the caller.
     pub(crate) uid: u32,
-    /// In whose name.
+    /// Group id of the caller.
     pub(crate) gid: u32,
 }
 
@@ -162,19 +162,19 @@ impl Request {
     }
 }
 
-/// What stands before every reply.
+/// The header of a reply.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ReplyHeader {
-    /// Of the whole message, this header included.
+    /// Length of the whole message, with this header.
     pub(crate) len: u32,
     /// 0 or a negative errno.
     pub(crate) error: i32,
-    /// The request's.
+    /// The number of the request.
     pub(crate) unique: u64,
 }
 
 impl ReplyHeader {
-    /// Of an answer without a body.
+    /// The header of an error, which has no body.
     pub(crate) const fn failure(unique: u64, errno: Errno) -> Self {
         Self { len: 16, error: -errno.raw_os_error(), unique }
     }
@@ -201,7 +201,7 @@ impl ReplyHeader {
 pub(super) struct Body<'a>(&'a [u8]);
 
 impl<'a> Body<'a> {
-    /// Of a message whose header was read already.
+    /// The body of a message whose header was read already.
     pub(super) fn of(message: &'a [u8]) -> Self {
         Self(message.get(IN_HEADER..).unwrap_or_default())
     }
@@ -225,7 +225,7 @@ impl<'a> Body<'a> {
         Ok(string)
     }
 
-    /// The name of a directory entry: never a way to another directory.
+    /// The name of a directory entry: never a path that leads elsewhere.
     pub(super) fn name(&mut self) -> Result<&'a CStr, Errno> {
         let name = self.string()?;
         match name.to_bytes() {
@@ -241,7 +241,7 @@ impl<'a> Body<'a> {
     }
 }
 
-/// A reply in the making.
+/// A reply that is being written.
 #[derive(Debug)]
 pub(super) struct Reply<'a> {
     buffer: &'a mut [u8],
@@ -249,7 +249,7 @@ pub(super) struct Reply<'a> {
 }
 
 impl<'a> Reply<'a> {
-    /// An empty one, in a buffer that has room for a header at least.
+    /// An empty reply, in a buffer that has room for a header at least.
     pub(super) fn new(buffer: &'a mut [u8]) -> Self {
         Self { buffer, len: OUT_HEADER }
     }
@@ -270,12 +270,12 @@ impl<'a> Reply<'a> {
         &mut self.buffer[self.len..end]
     }
 
-    /// Takes over what was put into [`Reply::room`].
+    /// Adds `len` bytes that were put into [`Reply::room`].
     pub(super) fn filled(&mut self, len: usize) {
         self.len = self.buffer.len().min(self.len + len);
     }
 
-    /// Appends; what does not fit into a packet is cut off, which no reply is long enough for.
+    /// Appends bytes. What does not fit into a packet is cut off, but no reply is that long.
     pub(super) fn put(&mut self, bytes: &[u8]) {
         let room = self.room(bytes.len());
         let len = room.len();

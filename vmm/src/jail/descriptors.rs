@@ -1,13 +1,13 @@
 //! Which descriptors a jailed process keeps, `close_range(2)`.
 
-// UNSAFETY: closes descriptors whoever owns them, and takes over inherited ones.
+// UNSAFETY: closes descriptors that have owners, and takes over inherited ones.
 #![expect(unsafe_code, reason = "close_range(2), inherited descriptors")]
 
 use std::io;
 use std::os::fd::{BorrowedFd, FromRawFd, OwnedFd, RawFd};
 
-/// Closes every descriptor of the process but these. Whatever else owned one must never be used
-/// again: the caller has just started and knows what it holds.
+/// Closes every descriptor of the process but these. An object that owned one of the others must
+/// never be used again: the caller has just started and knows what it holds.
 ///
 /// # Errors
 /// When the kernel has no `close_range`.
@@ -33,8 +33,8 @@ fn close_range(first: u32, last: u32) -> io::Result<()> {
 /// The descriptor under which a jailed process inherits its control socket.
 pub(crate) const CONTROL: RawFd = 3;
 
-/// Takes over the inherited control socket. To be called once, first thing after the log is there,
-/// which says why there is none.
+/// Takes over the inherited control socket. To be called once, right after logging was started: if
+/// there is none, the log says why.
 pub(crate) fn inherited_control() -> Option<OwnedFd> {
     let explain = |error: &io::Error| {
         log::error!("no control socket, this program is started by bulkhead: {error}");

@@ -80,7 +80,7 @@ fn times_are_set_to_the_nanosecond() {
         assert_eq!((stat.atime(), stat.atime_nsec()), (1_000_000, 123_456_789));
         assert_eq!((stat.mtime(), stat.mtime_nsec()), (-5, 1));
     }
-    // Of the link itself, not of what it names.
+    // The times of the link itself, not of its target.
     std::os::unix::fs::symlink("file", pod.guest.join("link")).unwrap();
     utimensat(CWD, pod.guest.join("link"), &times, AtFlags::SYMLINK_NOFOLLOW).unwrap();
     let stat = fs::symlink_metadata(pod.host.join("link")).unwrap();
@@ -146,7 +146,7 @@ fn extended_attributes_behave() {
     std::os::unix::fs::symlink("file", pod.guest.join("link")).unwrap();
     let of_link = lgetxattr(pod.guest.join("link"), "user.one", &mut [0; 10][..]);
     assert!(matches!(of_link, Err(Errno::PERM | Errno::NODATA)), "{of_link:?}");
-    // The host's kernel wants SYS_ADMIN for these, which the file server does not have.
+    // The host's kernel requires CAP_SYS_ADMIN for these, which the file server does not have.
     assert_eq!(set("trusted.overlay.x", b"1", XattrFlags::empty()), Err(Errno::PERM));
 }
 
@@ -195,7 +195,7 @@ fn access_lists_are_kept_and_obeyed() {
         fs::write(directory.join("file"), b"").unwrap();
     });
     as_user(1001, 1001, &[], || assert!(fs::read_dir(&directory).is_err()));
-    // The default list rules, not the umask.
+    // The default list applies, not the umask.
     assert_eq!(mode(&host.join("file")), 0o660);
     assert!(xattr(&directory.join("file"), "system.posix_acl_access").is_ok());
 }

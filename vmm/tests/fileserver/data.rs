@@ -1,4 +1,4 @@
-//! Contents: reading, writing, holes, mappings, and several hands at once.
+//! Contents: reading, writing, holes, mappings, and concurrent access.
 
 // UNSAFETY: mapping a file.
 #![expect(unsafe_code, reason = "mmap")]
@@ -167,7 +167,7 @@ fn a_shared_mapping_reaches_the_file_and_the_file_reaches_a_mapping() {
     const LEN: usize = 64 << 10;
     let pod = Pod::new();
     fs::write(pod.guest.join("file"), noise(LEN)).unwrap();
-    // Even one that is also open for appending: pages go where they belong.
+    // The file is also open for appending: the pages must still go to their own offsets.
     let file = File::options().read(true).append(true).open(pod.guest.join("file")).unwrap();
     let writable = File::options().read(true).write(true).open(pod.guest.join("file")).unwrap();
     // SAFETY: a new mapping, at an address of the kernel's choice.
@@ -190,7 +190,7 @@ fn a_shared_mapping_reaches_the_file_and_the_file_reaches_a_mapping() {
     unsafe { msync(map, LEN, MsyncFlags::SYNC) }.unwrap();
     assert_eq!(&fs::read(pod.host.join("file")).unwrap()[10_000..10_004], b"here");
     assert_eq!(fs::metadata(pod.host.join("file")).unwrap().size(), LEN as u64);
-    // What the guest writes is in its mapping.
+    // The mapping has what the guest writes.
     writable.write_all_at(b"there", 20_000).unwrap();
     assert_eq!(&bytes[20_000..20_005], b"there");
     drop(file);
@@ -203,8 +203,9 @@ fn a_program_can_be_run_and_run_again() {
     let pod = Pod::new();
     let program = pod.guest.join("true");
     let source = ["/bin/busybox", "/bin/true"].iter().find(|path| fs::exists(path).unwrap());
-    // By a process of its own: a child that another test forks would have the file open for writing
-    // until it has executed its program, and nobody can execute this one meanwhile.
+    // Copied by another process: if this one had the program open for writing, a child that another
+    // test forks would keep it open until it has executed its own program, and this one could not
+    // be executed meanwhile.
     let copied = Command::new("cp").arg(source.unwrap()).arg(&program).status();
     assert!(copied.unwrap().success());
     for _ in 0..3 {
@@ -223,7 +224,7 @@ fn pages_are_kept_between_opens_until_the_host_changes_the_file() {
     for _ in 0..3 {
         assert!(fs::read(&guest).unwrap() == noise(1 << 20));
     }
-    // The same length: only the change time tells.
+    // The length is the same, so only the change time shows the change.
     File::options().write(true).open(&host).unwrap().write_all_at(b"changed", 1000).unwrap();
     assert_eq!(&fs::read(&guest).unwrap()[1000..1007], b"changed");
     File::options().write(true).open(&host).unwrap().write_all_at(b"again!!", 1000).unwrap();

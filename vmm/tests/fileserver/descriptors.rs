@@ -1,4 +1,4 @@
-//! A file server that has no descriptor left: it fails what is new, and keeps what the guest knows.
+//! A file server without a free descriptor refuses new files, and keeps those that are known.
 
 use std::fs::{self, File};
 use std::io;
@@ -11,10 +11,10 @@ use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
 use crate::pod::Pod;
 
-/// What the process may have, far fewer than [`FILES`].
+/// The limit of the process, far lower than [`FILES`].
 const DESCRIPTORS: u64 = 64;
 const FILES: usize = 200;
-/// Longer than the guest believes a name.
+/// Longer than the guest caches a name.
 const EXPIRY: Duration = Duration::from_millis(1200);
 
 fn is_full<T>(result: io::Result<T>) -> bool {
@@ -51,10 +51,10 @@ fn what_the_guest_knows_stays_and_so_does_what_is_mounted_there() {
     let refused = (0..FILES).filter(|number| look(*number).is_err()).count();
     assert!(refused > 0);
     thread::sleep(EXPIRY);
-    // Its kernel asks for the name again; an error would have it take the mount away.
+    // The guest's kernel looks the name up again; an error would make it detach the mount.
     let inside = fs::read(directory.join("inside"));
     let known = look(0);
-    // Fails when it is gone already.
+    // Fails if the mount is gone already.
     let _ = unmount(&directory, UnmountFlags::DETACH);
     assert_eq!(inside.unwrap(), b"still here");
     assert!(known.unwrap().is_file());
@@ -88,7 +88,7 @@ fn there_is_room_again_when_the_guest_lets_go() {
         assert!(start.elapsed() < Duration::from_secs(5), "nothing was let go of");
         thread::sleep(Duration::from_millis(1));
     }
-    // A listing has every name: what cannot be remembered is not looked up with it.
+    // A listing has every name; those that cannot be remembered are not looked up with it.
     assert_eq!(listed(&pod).unwrap(), FILES - 10 + 1);
     // Open files need room as well, and give it back.
     let mut open = Vec::new();

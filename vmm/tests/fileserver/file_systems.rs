@@ -1,4 +1,4 @@
-//! The file systems that a pod's files lie on: what the guest's root may do, the server can do there.
+//! File systems under a pod's files: what the guest's root may do, the server can do on them.
 
 use std::fs::{self, File};
 use std::os::unix::fs::{MetadataExt, PermissionsExt, chown, lchown, symlink};
@@ -15,7 +15,7 @@ const OWNER: u32 = 5000;
 struct Shared {
     host: PathBuf,
     guest: PathBuf,
-    /// Of the loop device, if there is one.
+    /// The loop device, if there is one.
     device: Option<String>,
 }
 
@@ -36,7 +36,7 @@ impl Shared {
                     fs::create_dir(&path).unwrap();
                     options.push(format!("{directory}={}", path.display()));
                 }
-                // Of the lower one, as most of a root file system is.
+                // The files are in the lower directory, as most of a root file system is.
                 fill(&scratch.join("lowerdir"));
                 let options = std::ffi::CString::new(options.join(",")).unwrap();
                 let flags = MountFlags::empty();
@@ -77,7 +77,7 @@ fn command(program: &str, arguments: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap().trim().into()
 }
 
-/// Somebody's files that nobody has permissions for.
+/// Files of another user that nobody has permissions for.
 fn fill(directory: &Path) {
     let private = directory.join("private");
     fs::create_dir(&private).unwrap();
@@ -105,7 +105,7 @@ fn works(kind: &str) {
     fs::write(private.join("file"), b"changed").unwrap();
     assert_eq!(fs::read(host.join("file")).unwrap(), b"changed");
     assert_eq!(fs::metadata(host.join("file")).unwrap().mode() & 0o7777, 0);
-    // Names of files and of links, for root and for the owner.
+    // New names of files and of links, made by root and by the owner.
     fs::hard_link(private.join("file"), private.join("closed/by-root")).unwrap();
     as_user(OWNER, OWNER, &[], || {
         fs::hard_link(private.join("file"), private.join("by-owner")).unwrap();

@@ -1,7 +1,7 @@
 //! A guest that sends whatever it likes, or a monitor that was taken over.
 //!
-//! Without FUSE in between: packets go straight to the process, whose jail holds nothing but a file
-//! system in memory. It may refuse, and nothing else.
+//! There is no FUSE in between: packets go straight to the process, whose jail holds nothing but a
+//! file system in memory. The process may refuse a request, and must do nothing else.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
@@ -32,7 +32,7 @@ impl Wire {
         let (relay, ours) = relay_pair();
         let share = tmpfs();
         let server = Server::start(share.as_fd(), relay.as_fd(), None);
-        // Something to write to: the view that is served of the root itself is read-only.
+        // A writable directory: the root itself is served read-only.
         server.attach(&share, &tmpfs(), "w");
         Self { server, relay: ours, unique: 0 }
     }
@@ -113,7 +113,7 @@ fn negotiation_bounds_messages() {
     assert_eq!(field(28) & 0xffff, 64, "pages of a message");
     let writeback_cache = 1 << 16;
     assert_eq!(field(12) & writeback_cache, 0);
-    // Another protocol.
+    // Another version of the protocol.
     let mut body = [0; 64];
     body[0] = 8;
     assert_eq!(wire.call(INIT, 0, &body).0, -libc::EPROTO);
@@ -145,7 +145,7 @@ fn what_was_never_given_out_is_refused() {
     assert_eq!(wire.call(GETATTR, 99, &[0; 16]).0, -libc::ESTALE);
     let (error, opened) = wire.call(OPENDIR, 1, &[0; 8]);
     assert_eq!(error, 0);
-    // Handles do not survive the guest's file system.
+    // Handles do not survive DESTROY.
     wire.call(DESTROY, 0, &[]);
     let mut body = opened[..8].to_vec();
     body.extend([0; 32]);
@@ -206,7 +206,7 @@ fn noise_is_survived() {
         state % limit
     };
     for round in 0..20_000 {
-        // Forgetting everything, rarely: something should be there to get wrong.
+        // Requests that forget everything are rare, so that there is something to attack.
         let opcode = match random(56) as u32 {
             INIT | DESTROY | FORGET if round % 64 != 0 => CREATE,
             opcode => opcode,

@@ -129,6 +129,6 @@ fn the_guest_finds_no_procfs_and_no_way_up() {
     let pod = Pod::new();
     assert!(!pod.root.join("proc").exists());
     std::os::unix::fs::symlink("/proc/self/root", pod.guest.join("up")).unwrap();
-    // The link is the guest's to follow: what the server holds under that name is the link.
+    // The guest follows the link; the server opens only the link itself.
     assert_eq!(fs::read_link(pod.guest.join("up")).unwrap(), Path::new("/proc/self/root"));
 }

@@ -21,13 +21,13 @@ fn open(path: &Path) -> File {
     File::options().read(true).write(true).create(true).truncate(false).open(path).unwrap()
 }
 
-/// Locks bytes 10 to 19 in the name of this open file description.
+/// Locks bytes 10 to 19 for this open file description.
 fn range(file: &File, kind: libc::c_int, wait: bool) -> io::Result<()> {
     let command = if wait { libc::F_OFD_SETLKW } else { libc::F_OFD_SETLK };
     control(file, command, kind, (10, 10))
 }
 
-/// Locks one byte in the name of this process.
+/// Locks one byte for this process.
 fn byte(file: &File, at: i64, command: libc::c_int) -> io::Result<()> {
     control(file, command, libc::F_WRLCK, (at, 1))
 }
@@ -128,7 +128,7 @@ fn a_lock_that_was_waited_for_joins_those_that_its_process_took_meanwhile() {
         waiting.join().unwrap();
     });
     assert_eq!([0, 100].map(|at| is_locked(&host, at)), [true; 2]);
-    // One that nothing is held of any more is not taken up again.
+    // An open file description that holds no lock any more is not used again.
     drop(open(&pod.guest.join("file")));
     assert_eq!([0, 100].map(|at| is_locked(&host, at)), [false; 2]);
 }
@@ -196,14 +196,14 @@ fn a_waiter_goes_on_when_the_guest_releases() {
             waiting.join().unwrap() - released
         }));
     }
-    // Most at once, whatever else the machine is busy with: an attempt that is not woken comes
-    // about 50 ms later here.
+    // Most continue at once, however busy the machine is: a retry without a wake-up comes about 50
+    // ms later here.
     pauses.sort_unstable();
     eprintln!("a waiter went on after {pauses:?}");
     assert!(pauses[1] < Duration::from_millis(40), "{pauses:?}");
 }
 
-/// A process that takes a lock of a process (not of an open file description) on byte 0.
+/// A process that takes a lock on byte 0 for itself, not for an open file description.
 fn process_lock(path: &Path, then: &str) -> Child {
     let program = format!(
         "import fcntl,sys,time\nf=open({path:?},'r+')\nfcntl.lockf(f,fcntl.LOCK_EX,1)\n\
@@ -230,7 +230,7 @@ fn a_process_loses_its_locks_when_it_closes_or_ends() {
     };
     let write = libc::c_short::try_from(libc::F_WRLCK).unwrap();
     let unlock = libc::c_short::try_from(libc::F_UNLCK).unwrap();
-    // Closing any descriptor of the file releases, as POSIX has it; so does the end.
+    // Closing any descriptor of the file releases the lock, as in POSIX; so does the process's end.
     for then in [format!("open({guest:?}).close()\nsys.stdin.read()"), "sys.stdin.read()".into()] {
         let mut child = process_lock(&guest, &then);
         wait_until_locked(&mut child);

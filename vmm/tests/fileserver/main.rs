@@ -1,8 +1,8 @@
-//! The file server for real, without a virtual machine: the kernel's own FUSE is the guest.
+//! The real file server without a virtual machine: the kernel's own FUSE takes the guest's place.
 //!
 //! A bridge ([`pod`]) passes messages between `/dev/fuse` and the process `bulkhead-fs`, which
-//! serves a directory of this machine from its jail. Each test does through the mount what it could
-//! do to the directory, and looks at both. Needs root and `/dev/fuse`.
+//! serves a directory of this machine from its jail. Each test works through the mount as it could
+//! on the directory itself, and compares both. Needs root and `/dev/fuse`.
 
 #![expect(
     clippy::unwrap_used,

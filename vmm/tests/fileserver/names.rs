@@ -14,10 +14,10 @@ use rustix::io::Errno;
 
 use crate::pod::{Pod, as_user};
 
-/// Longer than the guest may believe what it was told.
+/// Longer than the guest may cache names and attributes.
 const STALE: Duration = Duration::from_millis(1100);
 
-/// Everything that `stat` tells and two views of one file must agree on.
+/// All attributes that must be the same through the mount and on the host.
 fn facts(path: &Path) -> (u32, u64, u32, u32, u64, u64, u64, i64, i64) {
     let stat = fs::symlink_metadata(path).unwrap();
     let size = if stat.is_dir() { 0 } else { stat.size() };
@@ -118,7 +118,7 @@ fn rename_flags_behave() {
     rename(RenameFlags::empty()).unwrap();
     assert_eq!(fs::read(&two).unwrap(), b"2");
     assert!(!pod.host.join("one").exists());
-    // What an overlay in the guest leaves behind where a file was.
+    // A whiteout, which an overlay in the guest leaves where a file was.
     renameat_with(CWD, &two, CWD, &one, RenameFlags::WHITEOUT).unwrap();
     let whiteout = fs::metadata(pod.host.join("two")).unwrap();
     assert!(whiteout.file_type().is_char_device());

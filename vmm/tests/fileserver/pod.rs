@@ -1,6 +1,6 @@
 //! A pod without a virtual machine: a share, its file server, and a mount of it.
 
-// UNSAFETY: starting a process with a descriptor in its place, and namespaces of single threads.
+// UNSAFETY: a process starts with a descriptor under a fixed number; threads unshare namespaces.
 #![expect(unsafe_code, reason = "fork and unshare")]
 
 use std::fs::{self, File};
@@ -31,7 +31,7 @@ use rustix::thread::{
 };
 use tempfile::TempDir;
 
-/// Who the file server becomes.
+/// The identity that the file server takes.
 pub(crate) const JAIL: JailConfig = JailConfig { uid: 71_001, gid: 71_002 };
 pub(crate) const THREADS: u8 = THREADS_MIN;
 const PACKET_BYTES: usize = 1 << 20;
@@ -51,7 +51,7 @@ pub(crate) struct Pod {
     directory: TempDir,
 }
 
-/// The process.
+/// The process of the file server.
 pub(crate) struct Server {
     pub(crate) child: Child,
     control: Option<OwnedFd>,
@@ -78,7 +78,7 @@ impl Pod {
         for path in [&host, &root] {
             fs::create_dir(path).unwrap();
         }
-        // Memory: fast, and it has extended attributes, holes and access lists.
+        // A tmpfs: fast, and it has extended attributes, holes and access lists.
         mount("tmpfs", &host, "tmpfs", MountFlags::empty(), None).unwrap();
         fs::set_permissions(&host, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
         let share = tmpfs();
@@ -109,9 +109,9 @@ impl Pod {
 
 impl Drop for Pod {
     fn drop(&mut self) {
-        // By force, which aborts the connection: a child that another test forks has the files of
-        // this one open until it has executed its program, and would wait for ever for the server
-        // to acknowledge that it closes them.
+        // FORCE aborts the connection. A child that another test forks has the files of this one
+        // open until it has executed its program, and without FORCE would wait for ever for the
+        // server to acknowledge that it closes them.
         let _ = unmount(&self.root, UnmountFlags::FORCE | UnmountFlags::DETACH);
         let _ = unmount(&self.host, UnmountFlags::DETACH);
         let _ = unmount(self.directory.path().join("other"), UnmountFlags::DETACH);
@@ -148,7 +148,7 @@ impl Server {
         serde_json::from_slice(&answer.bytes).unwrap()
     }
 
-    /// Makes a detached mount visible in the share, as the supervisor does: nowhere else.
+    /// Attaches a detached mount in the share and nowhere else, as the supervisor does.
     pub(crate) fn attach(&self, share: &OwnedFd, tree: &OwnedFd, target: &str) {
         let mut path = PathBuf::new();
         for part in Path::new(target) {
@@ -185,7 +185,7 @@ impl Drop for Server {
 fn spawn(control: &OwnedFd, descriptors: Option<u64>) -> Child {
     // SAFETY: only children are affected.
     unsafe { unshare_unsafe(UnshareFlags::NEWPID) }.unwrap();
-    // Above the number that it is copied to: a copy onto itself would stay close-on-exec.
+    // A number above 3: `dup2` of a descriptor onto itself would leave it close-on-exec.
     let control = rustix::io::fcntl_dupfd_cloexec(control, 4).unwrap();
     let number = control.as_raw_fd();
     let mut command = Command::new(env!("CARGO_BIN_EXE_bulkhead-fs"));
@@ -271,7 +271,7 @@ fn bridge(relay: OwnedFd, target: &Path) {
     });
 }
 
-/// Runs something in the name of another user, on a thread of its own.
+/// Runs a function as another user, on a thread of its own.
 pub(crate) fn as_user<T: Send>(
     uid: u32,
     gid: u32,

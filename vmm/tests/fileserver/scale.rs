@@ -39,7 +39,7 @@ fn walk(root: &Path) -> usize {
 #[test]
 fn fifty_thousand_files_are_walked() {
     let pod = Pod::new();
-    // A machine that does not let anybody raise limits has too few descriptors for that many.
+    // Where nobody may raise limits, there may be too few descriptors for that many.
     let limit = getrlimit(Resource::Nofile).maximum.filter(|_| !can_raise()).unwrap_or(u64::MAX);
     let directories = 500.min(usize::try_from(limit - 1000).unwrap() / (FILES + 1));
     for directory in 0..directories {
@@ -56,7 +56,7 @@ fn fifty_thousand_files_are_walked() {
     let took = start.elapsed();
     let (after, held) = (status_kib(&pod, "VmRSS"), descriptors(&pod));
     println!("walked {needed} names in {took:?}: {before} -> {after} KiB, {held} descriptors");
-    // What the guest forgets is forgotten.
+    // The server drops what the guest forgets.
     fs::write("/proc/sys/vm/drop_caches", "2").unwrap();
     let start = Instant::now();
     while descriptors(&pod) > needed / 10 {

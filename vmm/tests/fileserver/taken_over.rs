@@ -1,5 +1,5 @@
-//! What a file server that was taken over could do with what it keeps: its capabilities, its
-//! descriptors, its namespaces.
+//! What an attacker who took the file server over could do with its capabilities, its descriptors
+//! and its namespaces.
 
 // UNSAFETY: file handles have no safe wrapper, and a thread enters namespaces.
 #![expect(unsafe_code, reason = "open_by_handle_at(2), unshare(2)")]
@@ -25,7 +25,7 @@ use rustix::thread::{
 
 use crate::pod::{JAIL, Pod};
 
-/// What names a file of a file system, whatever its path.
+/// A file handle (`struct file_handle`), which names a file whatever its path is.
 #[repr(C)]
 struct Handle {
     bytes: u32,
@@ -67,8 +67,8 @@ fn capabilities(pod: &Pod) -> CapabilitySet {
     CapabilitySet::from_bits_retain(u64::from_str_radix(line, 16).unwrap())
 }
 
-/// Runs something as the file server could: in its mount namespace, with its identity, and with
-/// `more` beside its capabilities.
+/// Runs a function as the file server could: in its mount namespace, with its identity, and with
+/// `more` added to its capabilities.
 fn in_its_place<T: Send>(pod: &Pod, more: CapabilitySet, run: impl FnOnce() -> T + Send) -> T {
     let namespace = File::open(format!("/proc/{}/ns/mnt", pod.server.child.id())).unwrap();
     let set = capabilities(pod).union(more);
@@ -111,12 +111,12 @@ fn a_file_beside_the_share_is_not_opened_by_its_handle() {
     assert_eq!(steal(CapabilitySet::DAC_READ_SEARCH).unwrap(), "of the host");
     let refused = steal(CapabilitySet::empty()).unwrap_err();
     assert_eq!(refused.raw_os_error(), Some(libc::EPERM));
-    // Nor one of the share.
+    // A file of the share cannot be opened this way either.
     let refused: io::Result<OwnedFd> = in_its_place(&pod, CapabilitySet::empty(), open);
     assert_eq!(refused.unwrap_err().raw_os_error(), Some(libc::EPERM));
 }
 
-/// What the process has open, as this one can reach it.
+/// The open descriptors of the process, as paths in `/proc`.
 fn descriptors(pod: &Pod) -> Vec<PathBuf> {
     let directory = format!("/proc/{}/fd", pod.server.child.id());
     fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path()).collect()
@@ -139,7 +139,7 @@ fn its_procfs_is_its_own_descriptors_and_nothing_else() {
     let [directory] = &of_procfs[..] else { panic!("{} of a procfs", of_procfs.len()) };
     let open = |path| openat(directory, path, OFlags::PATH, Mode::empty());
     assert!(open("0").is_ok());
-    // The program, which is a file of the host, other processes, and settings of the kernel.
+    // Out of reach: the program (a file of the host), other processes, the kernel's settings.
     for path in ["../exe", "../root", "../../1/root", "../../self", "../../sys", "exe"] {
         assert_eq!(open(path).unwrap_err(), Errno::NOENT, "{path}");
     }
@@ -160,8 +160,8 @@ fn its_procfs_is_its_own_descriptors_and_nothing_else() {
 #[test]
 fn it_holds_no_file_of_the_host_but_its_log() {
     let pod = Pod::new();
-    // With CAP_FOWNER whoever holds a file can change its mode: for all of the host, if it is a
-    // device.
+    // CAP_FOWNER lets a process change the mode of any file that it has open. For a device, that
+    // would change it for all of the host.
     for path in descriptors(&pod).into_iter().filter(|path| !path.ends_with("2")) {
         let metadata = fs::metadata(&path).unwrap();
         let device =

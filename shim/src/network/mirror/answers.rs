@@ -1,9 +1,9 @@
-//! Answers to processes of the namespace itself. A name server there, such as Docker's, asks others by
-//! the container's interface, whose frames are the guest's: of those that may be answers it gets
-//! copies.
+//! Copies of answers for processes of the namespace itself. A name server there, such as Docker's,
+//! asks others through the container's interface, whose frames go to the guest. So the namespace
+//! gets copies of the frames that may be answers.
 //!
-//! Both stacks have the same addresses, and which of them has asked cannot be seen from a frame: the
-//! other one finds nobody who waits for it.
+//! The host's stack and the guest's have the same addresses, and a frame does not show which of
+//! them has asked. In the stack that has not asked, nothing waits for the answer.
 
 use std::io;
 
@@ -18,18 +18,20 @@ use super::redirect::{INGRESS, NEW, mirred};
 
 /// How many filters there are; the first has the priority 1.
 pub(super) const COUNT: u32 = 4;
-/// What is not done where the kernel does not know filters by words.
+/// The message if the kernel does not support u32 filters.
 pub(super) const UNSHARED: &str = "answers to name servers of its namespace do not reach them";
 
-/// Frames of a protocol that have certain words.
+/// Frames of a protocol that contain certain 32-bit words.
 struct Answer {
-    /// Of Ethernet.
+    /// The EtherType.
     protocol: u16,
-    /// Each with where it is after Ethernet's header, and the bits of it that count.
+    /// Each with its offset after the Ethernet header, the mask of its bits that count, and its
+    /// value.
     words: &'static [(i32, u32, u32)],
 }
 
-/// Who has an address, and what name servers say by UDP: over IPv4 without options.
+/// ARP replies, DNS answers over UDP in IPv4 without options, neighbour advertisements, and DNS
+/// answers over UDP in IPv6.
 const ANSWERS: [Answer; COUNT as usize] = [
     Answer { protocol: 0x0806, words: &[(4, 0xffff, 2)] },
     Answer {
@@ -40,7 +42,8 @@ const ANSWERS: [Answer; COUNT as usize] = [
     Answer { protocol: 0x86dd, words: &[(4, 0xff00, 17 << 8), (40, 0xffff_0000, 53 << 16)] },
 ];
 
-/// Lets the namespace have what may be an answer, of what arrives at an interface, beside the tap.
+/// Gives the namespace a copy of those frames that arrive at an interface and may be answers. The
+/// tap gets them too.
 pub(super) fn share(connection: &mut Connection, one: u32, tap: u32) -> io::Result<()> {
     for (priority, answer) in (1..).zip(&ANSWERS) {
         let filter = copy(one, tap, priority, answer)?;

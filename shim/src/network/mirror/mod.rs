@@ -1,10 +1,10 @@
-//! A container's network namespace on the host, as its guest has it.
+//! Mirrors a container's network namespace on the host into its guest.
 //!
-//! For each interface that somebody has put there the guest gets one: a tap beside it, to which all
-//! that arrives at the interface is redirected, and the other way round. What the interface is called,
-//! its addresses, routes and neighbours are copied into the guest; on the host they stay,
-//! where nothing reaches them any more. What is added, changed or taken away later is found by
-//! looking again ([`Mirror::update`]).
+//! The guest gets one interface for each that somebody has put into the namespace. Beside each of
+//! these is a tap: all frames that arrive at the interface are redirected to the tap, and the other
+//! way round. The interface's name, addresses, routes and neighbours are copied into the guest.
+//! They also stay on the host, where no frame reaches them any more. [`Mirror::update`] reads the
+//! namespace again to find what was added, changed or removed later.
 
 mod answers;
 mod observe;
@@ -45,16 +45,16 @@ pub enum MirrorError {
          take some out"
     )]
     TooMany(usize),
-    /// Somebody else has its frames.
+    /// Another pod has its frames.
     #[error(
         "the frames of interface {0} go to {1}, a tap of another pod of Bulkhead, which has another \
          --root; give this container a network namespace of its own"
     )]
     Owned(String, String),
-    /// What the kernel did not do.
+    /// A step that the kernel refused.
     #[error("{what} of the container's network")]
     Step {
-        /// Said as a noun.
+        /// The step, as a noun.
         what: &'static str,
         /// Why.
         source: io::Error,
@@ -71,18 +71,19 @@ pub enum MirrorError {
     },
 }
 
-/// What has become different since the last time.
+/// What has changed since the last time.
 #[derive(Debug, Default)]
 pub struct Update {
     /// Places whose interface is gone.
     pub gone: Vec<u8>,
-    /// Places that have an interface now, each with the queues of the tap that is its other end.
+    /// Places that have a new interface, each with the queues of its tap.
     pub new: Vec<(u8, Vec<OwnedFd>)>,
-    /// Places whose cable was plugged or unplugged; that of a new one is plugged.
+    /// Places whose cable was plugged or unplugged. The cable of a new interface is plugged if it
+    /// is not listed here.
     pub cables: Vec<(u8, bool)>,
     /// What the guest is to have.
     pub view: View,
-    /// Interfaces that the guest cannot have, each told once.
+    /// Interfaces that the guest cannot have, each reported once.
     pub refused: Vec<MirrorError>,
 }
 
@@ -98,25 +99,25 @@ pub struct View {
     pub ipv6: bool,
 }
 
-/// Interfaces of the host that are joined with taps. Dropped, they are as they were.
+/// Interfaces of the host that are joined with taps. Dropping this separates them again.
 #[derive(Debug)]
 pub struct Mirror {
     namespace: File,
-    /// Of each tap.
+    /// The number of queues of each tap.
     queues: usize,
     connection: Connection,
     joined: Vec<Joined>,
     /// Numbers of all taps that were made here and are not gone yet.
     taps: Vec<u32>,
-    /// Numbers of interfaces that cannot be had.
+    /// Numbers of interfaces that cannot be mirrored.
     refused: Vec<u32>,
-    /// Answers reach the namespace too.
+    /// Whether the namespace gets copies of answers.
     answers: bool,
     /// What was found the last time.
     view: View,
 }
 
-/// An interface whose frames are a tap's.
+/// An interface whose frames go to a tap.
 #[derive(Debug)]
 struct Joined {
     place: u8,
@@ -126,8 +127,8 @@ struct Joined {
 }
 
 impl Mirror {
-    /// A namespace of which nothing is joined yet, and what tells of changes there. Taps will have so
-    /// many queues.
+    /// Opens a namespace, of which nothing is joined yet, and a socket that reports its changes.
+    /// Each tap will have so many queues.
     ///
     /// # Errors
     /// When it cannot be entered.
@@ -136,7 +137,7 @@ impl Mirror {
         let namespace = File::open(path).map_err(bad)?;
         let opened = within(&namespace, || Ok((Connection::open()?, Changes::open()?)));
         let (connection, changes) = opened.map_err(bad)?;
-        // A guest has it from the beginning.
+        // The guest's loopback has IPv6 from the beginning.
         let (joined, view) = (Vec::new(), View { ipv6: true, ..View::default() });
         let (taps, refused) = (Vec::new(), Vec::new());
         let answers = false;
@@ -144,11 +145,11 @@ impl Mirror {
         Ok((mirror, changes))
     }
 
-    /// Looks at all of it, and joins each interface that is new with a tap of its own. None if it is
-    /// as it was.
+    /// Reads the whole namespace, and joins each new interface with a tap of its own. Returns
+    /// `None` if nothing has changed.
     ///
     /// # Errors
-    /// When the kernel does not tell.
+    /// When the kernel does not list it.
     pub fn update(&mut self) -> Result<Option<Update>, MirrorError> {
         let unknown = |what| move |source| MirrorError::Step { what, source };
         let mut found = observe::interfaces(&mut self.connection).map_err(unknown("interfaces"))?;
@@ -182,11 +183,11 @@ impl Mirror {
         Ok((!same).then_some(Update { view, ..update }))
     }
 
-    /// Has answers that processes of the namespace wait for reach them from now on, by interfaces that
-    /// are new too.
+    /// From now on, gives processes of the namespace copies of the answers that they wait for, by
+    /// new interfaces too.
     ///
     /// # Errors
-    /// When the kernel cannot tell them apart.
+    /// When the kernel cannot filter these answers.
     pub fn share_answers(&mut self) -> Result<(), MirrorError> {
         if self.answers {
             return Ok(());
@@ -199,7 +200,7 @@ impl Mirror {
         Ok(())
     }
 
-    /// Gives up what is not there any more; the places that are free now.
+    /// Forgets what does not exist any more; returns the places that are free now.
     fn forget_all_but(&mut self, found: &[(u32, Result<Interface, Unusable>)]) -> Vec<u8> {
         let is_there = |index: &u32| found.iter().any(|(there, _)| there == index);
         self.refused.retain(is_there);
@@ -208,7 +209,7 @@ impl Mirror {
         gone.map(|joined| joined.place).collect()
     }
 
-    /// Joins an interface that is not yet; of one that is, follows what it has become.
+    /// Joins an interface with a tap, or takes over the changes of one that is joined already.
     fn take(
         &mut self,
         interface: Interface,
@@ -288,15 +289,15 @@ impl Drop for Mirror {
 
 fn part(connection: &mut Connection, index: u32) {
     if let Err(error) = redirect::part(connection, index) {
-        // It may be gone with whoever made it.
+        // The interface may be gone already.
         tracing::debug!(index, error = %error, "cannot give an interface its frames back");
     }
 }
 
-/// Takes redirections away that lead nowhere any more: those of a supervisor that was killed.
+/// Removes redirections to taps that are gone: a supervisor that was killed leaves them.
 ///
 /// # Errors
-/// When the namespace cannot be looked at; one that is gone is no error.
+/// When the namespace cannot be read; one that is gone is no error.
 pub fn restore(namespace: &Path) -> io::Result<()> {
     let namespace = match File::open(namespace) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
@@ -311,12 +312,12 @@ pub fn restore(namespace: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Takes redirections of the calling thread's network namespace away as soon as they lead nowhere: those
-/// of a supervisor that was killed, whose monitor then ends by itself. Those that still lead somewhere
-/// when the time is up stay.
+/// Removes redirections of the calling thread's network namespace as soon as their taps are gone. A
+/// supervisor that was killed leaves them, and its monitor, which has the taps, then ends by
+/// itself. Redirections whose taps still exist when the time is up stay.
 ///
 /// # Errors
-/// When the kernel does not tell.
+/// When the kernel does not list the interfaces.
 pub fn restore_here(patience: Duration) -> io::Result<()> {
     let deadline = Instant::now() + patience;
     let mut connection = Connection::open()?;

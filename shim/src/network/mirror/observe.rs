@@ -1,4 +1,4 @@
-//! What a network namespace has: its interfaces, and what is set on them.
+//! Reads a network namespace: its interfaces, and what is set on them.
 
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -20,15 +20,16 @@ use thiserror::Error;
 
 use super::{redirect, tap};
 
-/// Routes that the kernel makes by itself when an address is set.
+/// The table of the routes that the kernel makes by itself when an address is set.
 const TABLE_LOCAL: u32 = 255;
-/// Of a route that comes with an IPv6 address; with an IPv4 address it is 0, which is not said.
+/// The metric of a route that comes with an IPv6 address. With an IPv4 address it is 0, and the
+/// attribute is left out.
 const PRIORITY_OF_ADDRESS: u32 = 256;
 
 /// The loopback's number in every network namespace.
 const LOOPBACK: u32 = 1;
 
-/// Ethernet over tunnels, of which the kernel puts one into every network namespace.
+/// Tunnels that carry Ethernet. The kernel adds one of each to every network namespace.
 const KERNEL_INTERFACES: [&str; 2] = ["gretap0", "erspan0"];
 
 /// An interface that the guest gets.
@@ -40,27 +41,27 @@ pub struct Interface {
     pub name: String,
     /// Its address.
     pub mac: [u8; 6],
-    /// The most that a packet has behind its Ethernet header.
+    /// The most bytes of a packet after its Ethernet header.
     pub mtu: u32,
-    /// As many packets wait to be sent.
+    /// The most packets that wait to be sent.
     pub queue_len: u32,
     /// It is up.
     pub up: bool,
-    /// Its cable is plugged, as far as it can tell: one that is down cannot.
+    /// It has a carrier. An interface that is down cannot tell, and counts as having one.
     pub carrier: bool,
     /// It has IPv6.
     pub ipv6: bool,
 }
 
-/// An interface that cannot be had.
+/// An interface that cannot be mirrored.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[error(
     "interface {0} is not an Ethernet interface, the only kind that the guest supports; take it out"
 )]
 pub struct Unusable(String);
 
-/// Those that somebody has put there, each number with the interface or why it cannot be had. The
-/// kernel's own, which are in each namespace and down, are not.
+/// The interfaces that somebody has put into the namespace: the number of each, with the interface
+/// or why it cannot be mirrored. The kernel's own, which are down in every namespace, are left out.
 pub(super) fn interfaces(
     connection: &mut Connection,
 ) -> io::Result<Vec<(u32, Result<Interface, Unusable>)>> {
@@ -68,7 +69,7 @@ pub(super) fn interfaces(
     Ok(links(connection)?.iter().filter_map(found).collect())
 }
 
-/// The tap of Bulkhead that an interface is redirected to, if it is.
+/// The tap of Bulkhead that an interface is redirected to, if any.
 pub(super) fn tap_of(connection: &mut Connection, index: u32) -> io::Result<Option<String>> {
     let targets = redirect::leads_to(connection, index)?;
     let mut links = links(connection)?.into_iter();
@@ -153,8 +154,8 @@ fn has_ipv6(families: &[AfSpecUnspec]) -> bool {
     })
 }
 
-/// Addresses, routes and static neighbours of the interfaces that are `known`, routes that are of none,
-/// and rules that say which routes count. An interface that is known is up or down.
+/// Addresses, routes and static neighbours of the interfaces that are `known`, routes of no
+/// interface, and rules of policy routing. `known` also says whether an interface is up.
 pub(super) fn settings(
     connection: &mut Connection,
     known: impl Fn(u32) -> Option<Up>,
@@ -183,9 +184,9 @@ pub(super) fn settings(
             }
         }
     }
-    // The guest's kernel makes them too; somebody has taken them away here.
+    // The guest's kernel makes these routes too, but here somebody has removed them.
     settings.extend(made.into_iter().map(RouteNetlinkMessage::DelRoute));
-    // Gateways are found by routes that need none.
+    // Routes without a gateway come first, because gateways are reached by them.
     routes.sort_by_key(needs_gateway);
     settings.extend(routes.into_iter().map(RouteNetlinkMessage::NewRoute));
     let request = RouteNetlinkMessage::GetNeighbour(NeighbourMessage::default());
@@ -206,11 +207,11 @@ pub(super) fn settings(
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Up(pub(super) bool);
 
-/// The route that the kernel makes of an address of an interface that is up: to all on the link.
+/// The route to the link that the kernel adds with an address of an interface that is up.
 fn route_of(address: &AddressMessage) -> Option<RouteMessage> {
     let AddressMessage { header, attributes, .. } = address;
     let find = |what: fn(&AddressAttribute) -> Option<IpAddr>| attributes.iter().find_map(what);
-    // Of a link between two it is the other's.
+    // On a point-to-point link this is the peer's address.
     let there = find(|attribute| match attribute {
         AddressAttribute::Address(address) => Some(*address),
         _ => None,
@@ -222,7 +223,7 @@ fn route_of(address: &AddressMessage) -> Option<RouteMessage> {
     let len = u32::from(header.prefix_len);
     let mut route = RouteMessage::default();
     let (scope, destination) = match there {
-        // Only itself.
+        // An address alone on its link: the kernel adds no route.
         IpAddr::V4(_) if len == 32 && here.is_none_or(|here| here == there) => return None,
         IpAddr::V4(there) => {
             let mask = u32::MAX.checked_shl(32_u32.saturating_sub(len)).unwrap_or(0);
@@ -252,18 +253,19 @@ fn is_like(route: &RouteMessage, made: &RouteMessage) -> bool {
         && same.all(|attribute| route.attributes.contains(attribute))
 }
 
-/// The loopback has its first addresses from the kernel, there as here.
+/// Whether somebody has added an address to the loopback. The kernel sets the first ones itself, in
+/// the guest as on the host.
 fn is_added_to_loopback(address: &AddressMessage) -> bool {
     address.header.index == LOOPBACK && address.header.scope != AddressScope::Host
 }
 
-/// A rule of routing policy that the kernel does not have by itself.
+/// A rule of policy routing that the kernel does not make by itself.
 fn is_somebodys_rule(message: &RouteNetlinkMessage) -> bool {
     let kernels = RuleAttribute::Protocol(RouteProtocol::Kernel);
     matches!(message, RouteNetlinkMessage::NewRule(rule) if !rule.attributes.contains(&kernels))
 }
 
-/// An address as it can be set; what has become of it on the host since does not matter.
+/// An address as it can be set, without what the host's kernel has noted about it.
 fn as_is(mut address: AddressMessage) -> AddressMessage {
     address.header.flags.remove(AddressHeaderFlags::Tentative);
     address.attributes.retain(|attribute| {
@@ -272,7 +274,8 @@ fn as_is(mut address: AddressMessage) -> AddressMessage {
     address
 }
 
-/// A route that somebody has set; the kernel's own come with the addresses.
+/// Returns a route that somebody has set on `known` interfaces; the kernel's own come with the
+/// addresses.
 fn kept(mut route: RouteMessage, known: impl Fn(u32) -> bool) -> Option<RouteMessage> {
     let RouteHeader { table, protocol, kind, .. } = route.header;
     let table = route
@@ -285,7 +288,7 @@ fn kept(mut route: RouteMessage, known: impl Fn(u32) -> bool) -> Option<RouteMes
         .unwrap_or(table.into());
     let learnt = match protocol {
         RouteProtocol::Ra => true,
-        // Those of other tables have been moved there.
+        // The kernel's routes in other tables were moved there.
         RouteProtocol::Kernel => table == u32::from(RouteHeader::RT_TABLE_MAIN),
         _ => false,
     };
@@ -298,7 +301,7 @@ fn kept(mut route: RouteMessage, known: impl Fn(u32) -> bool) -> Option<RouteMes
         RouteType::BlackHole | RouteType::Unreachable | RouteType::Prohibit | RouteType::Throw
     );
     if nowhere {
-        // IPv6 says loopback, which is none of ours.
+        // With IPv6 the kernel names the loopback, which is not mirrored.
         route.attributes.retain(|attribute| !matches!(attribute, RouteAttribute::Oif(_)));
         return Some(route);
     }

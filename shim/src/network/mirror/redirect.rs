@@ -1,5 +1,5 @@
-//! Joining two interfaces: what arrives at one leaves by the other, tc(8) with its ingress qdisc and the
-//! actions of mirred.
+//! Joins two interfaces, so that frames that arrive at one leave by the other: tc(8) with its
+//! ingress qdisc and the mirred action.
 
 use std::io;
 
@@ -13,26 +13,27 @@ use bulkhead_netlink::{Connection, NLM_F_CREATE, NLM_F_EXCL};
 
 use super::Interface;
 
-/// The ingress qdisc's own number.
+/// The handle of the ingress qdisc.
 pub(super) const INGRESS: TcHandle = TcHandle { major: 0xffff, minor: 0 };
 /// Every protocol: `ETH_P_ALL` of Linux.
 const ALL: u16 = 3;
-/// After those that let something in beside.
+/// After the filters that copy answers to the namespace.
 const PRIORITY: u32 = super::answers::COUNT + 1;
-/// How what nobody else has made is asked for.
+/// The flags of a request to make something that does not exist yet.
 pub(super) const NEW: u16 = NLM_F_CREATE | NLM_F_EXCL;
 
-/// Lets a tap run with packets as large as those of its interface.
+/// Brings a tap up, with the MTU of its interface.
 pub(super) fn fit(connection: &mut Connection, tap: u32, mtu: u32) -> io::Result<()> {
     connection.set_link(tap, Some(true), vec![LinkAttribute::Mtu(mtu)])
 }
 
-/// Takes an interface, unless somebody else redirects what arrives there.
+/// Takes an interface by adding an ingress qdisc. Fails if it has one: another program uses it.
 pub(super) fn take(connection: &mut Connection, one: u32) -> io::Result<()> {
     connection.change(RouteNetlinkMessage::NewQueueDiscipline(ingress(one)?), NEW)
 }
 
-/// Takes the queue from an interface that had none: with a qdisc the kernel gives it one.
+/// Sets the queue length of an interface that had none back to 0: the kernel changes it when a
+/// qdisc is added.
 pub(super) fn keep_queue(connection: &mut Connection, interface: &Interface) -> io::Result<()> {
     if interface.queue_len > 0 {
         return Ok(());
@@ -48,17 +49,17 @@ pub(super) fn join(connection: &mut Connection, one: u32, other: u32) -> io::Res
     Ok(())
 }
 
-/// Gives back an interface that was taken, joined or not.
+/// Gives back an interface that was taken, whether it was joined or not.
 pub(super) fn part(connection: &mut Connection, one: u32) -> io::Result<()> {
     connection.change(RouteNetlinkMessage::DelQueueDiscipline(ingress(one)?), 0)
 }
 
-/// Whether an interface is redirected to one that is gone.
+/// Whether an interface is redirected to an interface that is gone.
 pub(super) fn leads_nowhere(connection: &mut Connection, one: u32) -> io::Result<bool> {
     Ok(leads_to(connection, one)?.contains(&0))
 }
 
-/// Where an interface is redirected to; 0 is one that is gone.
+/// The interfaces that an interface is redirected to; 0 stands for one that is gone.
 pub(super) fn leads_to(connection: &mut Connection, one: u32) -> io::Result<Vec<u32>> {
     let mut request = TcMessage::default();
     request.header.index = i32::try_from(one).map_err(io::Error::other)?;
@@ -71,7 +72,7 @@ pub(super) fn leads_to(connection: &mut Connection, one: u32) -> io::Result<Vec<
     Ok(filters.iter().flat_map(targets).collect())
 }
 
-/// Where a filter redirects to.
+/// The interfaces that a filter redirects to.
 fn targets(filter: &TcMessage) -> Vec<u32> {
     let mut targets = Vec::new();
     for attribute in &filter.attributes {
@@ -121,7 +122,8 @@ fn redirect(from: u32, to: u32) -> io::Result<TcMessage> {
     Ok(message)
 }
 
-/// Sends a frame, or a copy of it, out by another interface; `then` is what becomes of it here.
+/// The action that sends a frame, or a copy of it, out by another interface; `then` says what
+/// happens to the frame afterwards.
 pub(super) fn mirred(to: u32, how: TcMirrorActionType, then: TcActionType) -> TcAction {
     let mut mirror = TcMirror::default();
     mirror.generic.action = then;

@@ -1,5 +1,6 @@
-//! Taps: interfaces of the host whose other end is a descriptor, `Documentation/networking/tuntap.rst`
-//! of Linux. One is gone when its last descriptor is closed, whoever had it.
+//! Taps: interfaces of the host whose other end is a file descriptor,
+//! `Documentation/networking/tuntap.rst` of Linux. A tap is gone when its last descriptor is
+//! closed, in any process.
 
 // UNSAFETY: a tap is made by ioctl.
 #![expect(unsafe_code, reason = "TUNSETIFF and TUNSETVNETHDRSZ of a descriptor")]
@@ -13,15 +14,16 @@ use std::os::unix::fs::OpenOptionsExt;
 use rustix::net::netdevice::name_to_index;
 use rustix::net::{AddressFamily, SocketType, socket};
 
-/// The kernel puts a number in.
+/// The kernel replaces `%d` with a number.
 const NAME: &[u8] = b"bulkhead%d";
-/// What all names of ours begin with.
+/// The prefix of the names of Bulkhead's taps.
 pub(super) const PREFIX: &str = "bulkhead";
-/// What the monitor expects before each frame: VIRTIO 1.3 §5.1.6, with the number of buffers.
+/// The length of the header that the monitor expects before each frame: VIRTIO 1.3 §5.1.6, with the
+/// number of buffers.
 const HEADER_BYTES: libc::c_int = 12;
 
-/// Makes one in the calling thread's network namespace, with a descriptor for each of so many queues;
-/// gives its number too.
+/// Makes a tap in the calling thread's network namespace. Returns a descriptor for each of so many
+/// queues, and the number of the interface.
 pub(super) fn open(queues: usize) -> io::Result<(Vec<OwnedFd>, u32)> {
     let (first, name) = open_queue(NAME, queues > 1)?;
     let mut taps = vec![first];
@@ -35,7 +37,7 @@ pub(super) fn open(queues: usize) -> io::Result<(Vec<OwnedFd>, u32)> {
     Ok((taps, name_to_index(asked, &name)?))
 }
 
-/// One queue of the tap that is called so; it is made if there is none.
+/// Opens one queue of the tap with this name, which is made if there is none.
 fn open_queue(name: &[u8], several: bool) -> io::Result<(OwnedFd, CString)> {
     let mut options = File::options();
     let tap = options.read(true).write(true).custom_flags(libc::O_NONBLOCK).open("/dev/net/tun")?;
@@ -59,7 +61,8 @@ fn open_queue(name: &[u8], several: bool) -> io::Result<(OwnedFd, CString)> {
     Ok((tap.into(), name.to_owned()))
 }
 
-/// Has the host send nothing of its own to the guest: with IPv6 it would look for routers there.
+/// Keeps the host from sending packets of its own to the guest: with IPv6 it would look for routers
+/// there.
 fn be_silent(name: &str) -> io::Result<()> {
     match fs::write(format!("/proc/sys/net/ipv6/conf/{name}/disable_ipv6"), "1") {
         // A kernel without IPv6.

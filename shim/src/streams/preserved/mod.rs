@@ -1,10 +1,10 @@
-//! The descriptors of a caller that a container's process gets beside its standard streams
-//! (`--preserve-fds`), at the same numbers, as far as they reach into a machine: what each of them
-//! is, or why it is refused.
+//! The descriptors that a container's process gets from the caller beside its standard streams
+//! (`--preserve-fds`), at the same numbers. This module finds out what each of them is, or why it
+//! cannot be passed into a machine.
 //!
-//! Ends of pipes and connected sockets are streams, which the stand-in copies ([`super::copy`]). Files are
-//! shared with the guest while it opens them. The memory devices are the guest's own. Everything else
-//! belongs to the host's kernel.
+//! Ends of pipes and connected sockets are streams, which the stand-in copies (`super::copy`).
+//! Files are shared with the guest until it has opened them. Memory devices are the guest's own.
+//! Everything else belongs to the host's kernel and is refused.
 
 // UNSAFETY: a number on which a caller left a descriptor is made an owned one.
 #![expect(unsafe_code, reason = "inherited descriptors are only known by their numbers")]
@@ -30,7 +30,7 @@ use thiserror::Error;
 use super::copy::{Copies, Ends, Way};
 use crate::machine::share;
 
-/// The number of the first.
+/// The number of the first of these descriptors.
 pub const FIRST: RawFd = 3;
 
 /// File systems whose regular files are views of the host's kernel, by their numbers in statfs(2).
@@ -55,15 +55,15 @@ pub enum PreservedError {
     /// More than a process gets.
     #[error("--preserve-fds {0}: at most {DESCRIPTORS_MAX} descriptors are passed")]
     TooMany(u32),
-    /// There is none.
+    /// One of them is not open.
     #[error("--preserve-fds {count}: descriptor {number} is not open; open it or pass fewer")]
     Closed {
-        /// What was asked for.
+        /// How many were asked for.
         count: u32,
         /// The first that is missing.
         number: RawFd,
     },
-    /// It stays on the host.
+    /// It cannot be passed into a machine.
     #[error("descriptor {number} is {what}, {why}")]
     Refused {
         /// Which.
@@ -73,7 +73,7 @@ pub enum PreservedError {
         /// Why it cannot be passed, and what to do instead.
         why: &'static str,
     },
-    /// It cannot be looked at.
+    /// It cannot be examined.
     #[error("descriptor {0}")]
     Look(RawFd, #[source] io::Error),
     /// It is a file that the file server cannot get.
@@ -93,9 +93,9 @@ pub enum PreservedError {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum DescriptorKind {
-    /// The end of a pipe that is read.
+    /// The read end of a pipe.
     Reading,
-    /// The end of a pipe that is written.
+    /// The write end of a pipe.
     Writing,
     /// A connected socket that carries a stream of bytes.
     Socket,
@@ -103,12 +103,12 @@ pub enum DescriptorKind {
     File {
         /// Where the next byte is read or written.
         offset: u64,
-        /// It is on a mount that cannot be written.
+        /// It is on a read-only mount, or open for reading only.
         read_only: bool,
     },
     /// A directory.
     Directory {
-        /// It is on a mount that cannot be written.
+        /// It is on a read-only mount, or open for reading only.
         read_only: bool,
     },
     /// A device that the guest has itself, by its path.
@@ -129,12 +129,12 @@ impl DescriptorKind {
     }
 }
 
-/// One descriptor as it is told to the supervisor.
+/// One descriptor as it is described to the supervisor.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Descriptor {
     /// What it is.
     pub kind: DescriptorKind,
-    /// How it is open, as open(2) counts it.
+    /// Access mode and status flags, as open(2) has them.
     pub flags: u32,
 }
 
@@ -147,7 +147,7 @@ pub struct Preserved(Vec<Taken>);
 struct Taken {
     descriptor: Descriptor,
     fd: OwnedFd,
-    /// The file alone, if it is one, as a mount that is attached nowhere.
+    /// A detached mount of it alone, if it is a file or directory.
     mount: Option<OwnedFd>,
 }
 
@@ -189,7 +189,7 @@ impl Preserved {
         self.0.len()
     }
 
-    /// For a program that is to inherit them.
+    /// The descriptors, for a program that is to inherit them.
     pub fn descriptors(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         self.0.iter().map(|taken| taken.fd.as_fd())
     }
@@ -237,8 +237,8 @@ impl Taken {
 }
 
 fn is_open(number: RawFd) -> bool {
-    // SAFETY: the borrow lasts for one system call, which only looks, and says so when there is
-    // nothing.
+    // SAFETY: the borrow lasts for one system call, which sets the close-on-exec flag and fails if
+    // the number is not open.
     let fd = unsafe { BorrowedFd::borrow_raw(number) };
     fcntl_setfd(fd, FdFlags::CLOEXEC).is_ok()
 }
@@ -316,7 +316,7 @@ fn memory_device(number: u64) -> Option<&'static str> {
     }
 }
 
-/// Whether a socket carries a stream that is open; otherwise what it is, and why it is refused.
+/// Checks that a socket is a connected stream; otherwise says what it is, and why it is refused.
 fn describe_socket(fd: BorrowedFd<'_>) -> Result<(), (&'static str, &'static str)> {
     let families =
         [AddressFamily::UNIX, AddressFamily::INET, AddressFamily::INET6, AddressFamily::VSOCK];
@@ -343,7 +343,7 @@ fn describe_file(
     flags: OFlags,
 ) -> rustix::io::Result<DescriptorKind> {
     let read_only = fstatvfs(fd)?.f_flag.contains(StatVfsMountFlags::RDONLY)
-        // The wall lets through what the caller could do, even if it is opened again.
+        // The guest opens the file again, and must not get more access than the caller has.
         || flags & OFlags::RWMODE == OFlags::RDONLY;
     Ok(match FileType::from_raw_mode(stat.st_mode) {
         FileType::Directory => DescriptorKind::Directory { read_only },
@@ -351,7 +351,7 @@ fn describe_file(
     })
 }
 
-/// The file system of a file that is a view of the host's kernel.
+/// The name of the file's file system, if that is a view of the host's kernel.
 fn view(fd: BorrowedFd<'_>) -> rustix::io::Result<Option<&'static str>> {
     let number = fstatfs(fd)?.f_type;
     let known = VIEWS.iter().find(|(magic, _)| i64::from(*magic) == number);
@@ -362,13 +362,13 @@ fn view(fd: BorrowedFd<'_>) -> rustix::io::Result<Option<&'static str>> {
 /// deleted cannot become a mount.
 fn has_name(number: RawFd, stat: &Stat) -> bool {
     let name = name(number);
-    // A file may also be called like that.
+    // A file's own name may end like that.
     !name.ends_with(" (deleted)")
         || rustix::fs::stat(name.as_str())
             .is_ok_and(|named| (named.st_dev, named.st_ino) == (stat.st_dev, stat.st_ino))
 }
 
-/// What the kernel calls it, such as `anon_inode:[eventpoll]`.
+/// The kernel's name for it, such as `anon_inode:[eventpoll]`.
 fn name(number: RawFd) -> String {
     let link = fs::read_link(format!("/proc/self/fd/{number}"));
     link.map_or_else(|_| "of no known kind".to_owned(), |name| name.display().to_string())

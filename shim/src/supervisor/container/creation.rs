@@ -1,8 +1,8 @@
-//! A container comes into being: its bundle is read, its pod is brought up or joined, its hooks run, and
-//! the agent creates it.
+//! Creates a container: reads its bundle, starts or joins a pod, runs its hooks, and lets the agent
+//! create it.
 //!
-//! What waits for the host's file systems does so in threads of its own: the supervisor has one thread for
-//! all of its containers, and a file server of the network that is gone must not keep it.
+//! Work that may block in the host's file systems runs in separate threads: the supervisor serves
+//! all its containers in one thread, and a network file system that hangs must not block it.
 
 use std::fs::{self, File};
 use std::os::unix::net::UnixStream;
@@ -31,12 +31,12 @@ use crate::supervisor::{hooks, notify, proxy};
 use crate::trace::Phase;
 
 impl Container {
-    /// Reads the bundle, starts the pod or joins one, creates the container and hands its streams to
-    /// its stand-in.
+    /// Reads the bundle, starts the pod or joins one, creates the container and hands its streams
+    /// to its stand-in.
     ///
     /// # Errors
-    /// When any of it fails, or the creation was cancelled; what runs then is taken back by
-    /// [`Container::abandon`].
+    /// When any of it fails, or the creation was cancelled. [`Container::abandon`] then removes
+    /// what is left.
     pub async fn create(
         self: &Arc<Self>,
         attachments: &Attachments,
@@ -44,7 +44,7 @@ impl Container {
         let mut cancelled = self.cancelled.subscribe();
         tokio::select! {
             created = self.come_into_being(attachments) => created,
-            // The sender lives in this container.
+            // The container owns the sender, so waiting does not fail.
             _ = cancelled.wait_for(|cancelled| *cancelled) => Err(ContainerError::Cancelled),
         }
     }
@@ -60,7 +60,7 @@ impl Container {
         let resources = bundle.resources();
         let admission = self.sandbox.enter(self.home.id(), (&cgroup, &resources), &joined).await?;
         let plan = self.plan(&bundle, &admission).await?;
-        // On disk before a hook runs: those at the end run even when this fails.
+        // Recorded before a hook runs: the poststop hooks run even if the creation fails.
         life.state.poststop = plan.hooks.poststop().clone().unwrap_or_default();
         let host = OnHost { cgroup, score: plan.oom_score_adj };
         let limits = Limits::of(&resources);
@@ -68,7 +68,8 @@ impl Container {
         let dir = admission.dir;
         let source = match admission.pod {
             Some(pod) => Source::Running(pod),
-            // Before the cgroup is entered, in which its caller may have forbidden all but a few devices.
+            // Opens `/dev/kvm` before entering the cgroup, where the caller may have forbidden most
+            // devices.
             None => Source::new()?,
         };
         self.claim_cgroup(&mut life.state, &host, first.then_some(&limits)).await?;
@@ -90,7 +91,7 @@ impl Container {
         self.has_begun(&mut life, (pod, stand_in, host), plan)
     }
 
-    /// Has the pod show the container's files, as soon as it is up.
+    /// Starts the pod if there is none, and shares the container's files.
     async fn bring_up(
         &self,
         source: Source,
@@ -114,7 +115,7 @@ impl Container {
         Ok(pod)
     }
 
-    /// Writes down that the container is created, and watches over it from now on.
+    /// Records that the container is created, and watches it from now on.
     fn has_begun(
         self: &Arc<Self>,
         life: &mut Life,
@@ -164,8 +165,9 @@ impl Container {
         Ok(plan)
     }
 
-    /// Makes the container's cgroup its own. The first one's is the pod's and gets its limits: whatever
-    /// this process starts from now on is in it.
+    /// Claims the container's cgroup. The cgroup of the first container is the pod's: the
+    /// supervisor enters it and sets its limits, and all processes that it starts from now on are
+    /// in it.
     async fn claim_cgroup(
         &self,
         state: &mut State,
@@ -174,7 +176,7 @@ impl Container {
     ) -> Result<(), ContainerError> {
         let cgroup = host.cgroup.clone();
         in_a_thread(move || Ok(cgroup.check_free()?)).await?;
-        // On disk before it exists: whoever cleans up removes it.
+        // Recorded before it exists, so that a later cleanup removes it.
         state.cgroup = Some(host.cgroup.clone());
         self.home.write(state)?;
         if let Some(limits) = first {
@@ -186,7 +188,7 @@ impl Container {
         Ok(())
     }
 
-    /// Waits for the stand-in, and runs the hooks that look at it.
+    /// Waits for the stand-in, and runs the hooks that get its pid.
     async fn attach(
         &self,
         attachments: &Attachments,
@@ -202,7 +204,7 @@ impl Container {
         Ok(stand_in)
     }
 
-    /// Runs the hooks that look at the container before it is created.
+    /// Runs the prestart and createRuntime hooks.
     async fn run_early_hooks(
         &self,
         hooks: &Hooks,
@@ -220,8 +222,8 @@ impl Container {
         Ok(())
     }
 
-    /// Gives the pod the interfaces that it finds in the container's network: one that was there
-    /// before, or the new one that its stand-in is in.
+    /// Mirrors the interfaces of the container's network namespace in the pod: an existing
+    /// namespace, or the new one that its stand-in is in.
     async fn attach_network(
         &self,
         state: &mut State,
@@ -231,12 +233,13 @@ impl Container {
     ) -> Result<(), ContainerError> {
         let network = match &plan.network {
             Network::Join(path) => {
-                // On disk before anything is done there: whoever cleans up looks there.
+                // Recorded before anything changes there, so that a later cleanup restores it.
                 state.network = Some(path.clone());
                 self.home.write(state)?;
                 path.clone()
             }
-            // A caller that stands for its container itself is in none of its own, unless hooks look.
+            // A caller that is its container's stand-in has a network namespace of its own only if
+            // hooks look at it.
             Network::New if stand_in.detached || bundle.has_early_hooks() => {
                 format!("/proc/{}/ns/net", stand_in.process.pid).into()
             }
@@ -277,7 +280,7 @@ impl Container {
 }
 
 impl OnHost {
-    /// Puts a process where the container's are.
+    /// Moves a process to the container's cgroup and sets its OOM score.
     async fn take(&self, pid: u32) -> Result<(), ContainerError> {
         self.cgroup.add_async(vec![pid]).await?;
         let Some(score) = self.score else { return Ok(()) };
@@ -285,7 +288,7 @@ impl OnHost {
         set.map_err(|error| ContainerError::OomScore(score, error))
     }
 
-    /// Makes a stand-in one of the pod's processes, if it is not a caller's own.
+    /// Moves a stand-in to the container's cgroup, unless it is the caller itself.
     pub(super) async fn adopt(&self, stand_in: &StandIn) -> Result<(), ContainerError> {
         if stand_in.detached { self.take(stand_in.process.pid).await } else { Ok(()) }
     }
@@ -293,20 +296,20 @@ impl OnHost {
 
 /// Where a container's pod comes from.
 enum Source {
-    /// It runs.
+    /// A pod that runs.
     Running(Arc<Pod>),
-    /// It is started from this.
+    /// A new pod, which is started from these files.
     New((Assets, File)),
 }
 
 impl Source {
-    /// What this host and this installation have.
+    /// Opens the files of the installation and `/dev/kvm`.
     fn new() -> Result<Self, PodError> {
         Ok(Self::New((Assets::find()?, kvm::open()?)))
     }
 }
 
-/// Does something that may block where it blocks nobody else.
+/// Runs blocking work in a separate thread.
 async fn in_a_thread<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, ContainerError> + Send + 'static,
 ) -> Result<T, ContainerError> {

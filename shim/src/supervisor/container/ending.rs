@@ -1,4 +1,4 @@
-//! A container ends: by itself, killed, with its machine, or before it was ever created.
+//! The end of a container: by itself, by a signal, with its machine, or before it was created.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -16,20 +16,20 @@ use crate::supervisor::sandbox::Departure;
 use crate::trace::Phase;
 
 impl Container {
-    /// Waits until its creation is given up.
+    /// Waits until its creation is cancelled.
     pub async fn is_cancelled(&self) {
-        // The sender lives in this container.
+        // The container owns the sender, so waiting does not fail.
         let _ = self.cancelled.subscribe().wait_for(|cancelled| *cancelled).await;
     }
 
-    /// Takes everything back of a container whose creator has gone away before it was created.
+    /// Removes everything of a container whose creator has exited before it was created.
     pub async fn abandon(&self) {
-        // Its creation holds the lock, and lets it go when it ends where it stands.
+        // The creation holds the lock and releases it when it is cancelled.
         self.cancelled.send_replace(true);
         let mut life = self.life.lock().await;
         if life.pod.is_some() {
             drop(life);
-            // Just so. If it does not end, nothing else will either.
+            // The creation has just finished. If this kill fails, there is nothing else to try.
             let _ = self.kill(SIGKILL, true).await;
             self.hurry.send_replace(true);
             self.is_over().await;
@@ -41,7 +41,7 @@ impl Container {
         }
     }
 
-    /// Writes down that the pod goes on without this container.
+    /// Records that the pod continues without this container.
     fn outlive(&self, life: &mut Life) {
         life.state.outlived = true;
         if let Err(error) = self.home.write(&life.state) {
@@ -49,7 +49,8 @@ impl Container {
         }
     }
 
-    /// Waits for the end, whichever it is, tells everybody, and takes the pod down.
+    /// Waits for the end of the container, reports it, and stops the pod if no other container is
+    /// in it.
     pub(super) async fn watch_over(self: Arc<Self>, pod: Arc<Pod>, stand_in: StandIn) {
         let target = Target::init(self.home.id());
         let patience = async { proxy::patience(self.sandbox.is_alone()) };
@@ -59,7 +60,7 @@ impl Container {
             pod.condemn();
         }
         if exit.oom_killed {
-            // Before anybody sees the end, so that it is known why.
+            // Before the end is reported, so that the OOM kill is known by then.
             self.report_oom().await;
         }
         self.has_ended(exit).await;
@@ -76,10 +77,11 @@ impl Container {
         self.over.send_replace(true);
     }
 
-    /// Has the host count that the guest has killed for want of memory.
+    /// Makes the host count an OOM kill of the guest.
     async fn report_oom(&self) {
         let state = self.state().await;
-        // The pod's processes are in another container's cgroup, or were.
+        // If the container joined the pod, the pod's processes are or were in another container's
+        // cgroup.
         let own = state.cgroup.filter(|_| state.joined);
         let reported = tokio::task::spawn_blocking(move || oom::report(own.as_ref())).await;
         if let Err(error) = reported.map_err(std::io::Error::from).flatten() {
@@ -100,7 +102,7 @@ impl Container {
 
     /// Ends the pod.
     async fn take_down(&self, mut pod: Arc<Pod>) {
-        // Verbs hold the pod for the length of a call; each call is bounded.
+        // Calls in progress hold the pod; each call is bounded in time.
         let pod = loop {
             match Arc::try_unwrap(pod) {
                 Ok(pod) => break pod,
@@ -108,18 +110,18 @@ impl Container {
             }
             tokio::time::sleep(Duration::from_millis(1)).await;
         };
-        // The machine takes its time to end, and so does the kernel.
+        // Leaving the cgroup takes time in the kernel, so it runs while the machine ends.
         let id = self.home.id().clone();
         let leave = self.ephemeral.then(|| tokio::task::spawn_blocking(move || cgroup::leave(&id)));
         pod.end().await;
         if let Some(leave) = leave {
-            // What fails here is said by whoever removes the cgroup.
+            // An error here shows when the cgroup is removed.
             let _ = leave.await;
         }
     }
 
-    /// Tells a stand-in that its process has ended, and waits until it has passed on what that wrote,
-    /// nobody waits for that any more, or there is nothing to pass on.
+    /// Tells a stand-in that its process has ended, and waits until it has forwarded the process's
+    /// output. Returns earlier if nobody waits for the output any more, or the pod is gone.
     pub(crate) async fn take_leave(
         &self,
         pod: &Pod,
@@ -131,7 +133,8 @@ impl Container {
         }
         let mut hurry = self.hurry.subscribe();
         tokio::select! {
-            // It closes its connection when it has passed all on; it may still be sent signals.
+            // The stand-in closes its connection when it has forwarded everything; until then it
+            // may still send signals.
             () = async { while stand_in.said().await.is_some() {} } => {}
             _ = hurry.wait_for(|hurry| *hurry) => {}
             _ = pod.broken() => {}

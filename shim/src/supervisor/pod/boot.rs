@@ -1,4 +1,4 @@
-//! The guest of a new pod boots, and its agent answers.
+//! Waits until the guest of a new pod has booted and its agent answers.
 
 use std::fs::File;
 use std::io::Read;
@@ -15,11 +15,11 @@ use crate::machine::monitor::{self, Machine, MachineError};
 use crate::state::Home;
 use crate::trace::Phase;
 
-/// How long a guest may take to boot, unless [`BOOT_SECONDS`] says otherwise.
+/// How long a guest may take to boot, unless [`BOOT_SECONDS`] sets another limit.
 const BOOT_PATIENCE: Duration = Duration::from_secs(30);
-/// The environment variable with another patience, in seconds, for hosts that are emulated.
+/// The environment variable that sets another time limit, in seconds, for emulated hosts.
 const BOOT_SECONDS: &str = "BULKHEAD_BOOT_TIMEOUT";
-/// Waits for the agent of a machine that boots, and tells it what the pod is.
+/// Waits for the agent of a machine that boots, and sends it the pod's configuration.
 ///
 /// # Errors
 /// Quotes the console when the guest does not come up in time.
@@ -37,7 +37,7 @@ pub(super) async fn boot(
         random(&mut entropy).map_err(|error| PodError::Io("/dev/urandom", error))?;
         let kernel = agent.hello(&plan.hostname, &entropy, &plan.sysctls).await?;
         tracing::debug!(kernel, "guest is up");
-        // A pod with fewer processors than it could have is still a pod.
+        // A pod with fewer processors than planned can still run.
         if plan.size.vcpus > 1
             && let Err(error) = agent.start_processors(plan.size.vcpus.into()).await
         {
@@ -52,9 +52,9 @@ pub(super) async fn boot(
     phase.end();
     match result {
         Ok(Ok(agent)) => Ok(agent),
-        // The monitor's own words come with the console; all others do not.
+        // The monitor's message quotes the console already; other messages do not.
         Ok(Err(error @ PodError::Machine(MachineError::Ended(_)))) => Err(error),
-        // It is up, and does not do what the pod asks for.
+        // The guest is up, but the agent rejects the pod's configuration.
         Ok(Err(PodError::Agent(error))) if error.is_invalid() => Err(error.into()),
         Ok(Err(error)) => {
             tracing::warn!(error = %error, "guest did not come up");
@@ -69,11 +69,11 @@ fn boot_patience() -> Duration {
     seconds.map_or(BOOT_PATIENCE, Duration::from_secs)
 }
 
-/// The end of the console's log for an error; the monitor keeps the log short.
+/// The end of the console's log, for an error message; the monitor keeps the log short.
 fn last_words(home: &Home) -> String {
     let mut bytes = Vec::new();
     let read = |mut file: File| file.read_to_end(&mut bytes);
-    // What cannot be read is not quoted.
+    // A log that cannot be read is not quoted.
     let _ = home.file(CONSOLE, OFlags::RDONLY).and_then(read);
     let lines: Vec<_> = String::from_utf8_lossy(&bytes).lines().map(str::to_owned).collect();
     match monitor::quote(&lines) {

@@ -1,5 +1,5 @@
-//! The network of a pod: the interfaces of a namespace of the host, and the name servers that answer there,
-//! followed for as long as the pod lives.
+//! The network of a pod: the interfaces of a network namespace of the host, and the name servers on
+//! its loopback. They are mirrored and served for as long as the pod lives.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Weak};
@@ -11,11 +11,11 @@ use crate::network::interfaces::Bell;
 use crate::network::names;
 
 impl Pod {
-    /// Gives the machine the interfaces of a network namespace, and follows what becomes of them;
-    /// name servers there that `resolv_conf` names are asked by the guest.
+    /// Mirrors the interfaces of a network namespace in the machine, and follows their changes. The
+    /// guest can query the name servers on that namespace's loopback that `resolv_conf` lists.
     ///
     /// # Errors
-    /// When one cannot be had; the machine may have others then.
+    /// When an interface cannot be mirrored; the machine may have others then.
     pub async fn attach_network(
         self: &Arc<Self>,
         namespace: PathBuf,
@@ -23,7 +23,7 @@ impl Pod {
     ) -> Result<(), PodError> {
         let bell = self.interfaces.attach((&self.machine, &self.agent), namespace.clone()).await?;
         let follower = tokio::spawn(follow(Arc::downgrade(self), bell));
-        // Set once, as a pod has one network.
+        // This is the only call: a pod has one network.
         let _ = self.follower.set(AbortOnDrop(follower.abort_handle()));
         if let Some(file) = resolv_conf {
             *self.names.lock().await = NameService::Unasked { file, namespace };
@@ -32,11 +32,11 @@ impl Pod {
         Ok(())
     }
 
-    /// Has the guest's interfaces be what the host's are now; what is not is a warning.
+    /// Updates the guest's interfaces to match the host's; logs a warning if that fails.
     pub async fn follow_network(&self) {
         match self.interfaces.update(&self.machine, &self.agent).await {
             Ok(false) => {}
-            // Whoever adds a network with names may write down only now where they are known.
+            // A caller that adds a network with its own name server may write resolv.conf only now.
             Ok(true) => self.learn_names().await,
             Err(error) => {
                 let error = format!("{:#}", anyhow::Error::from(error));
@@ -48,7 +48,8 @@ impl Pod {
         }
     }
 
-    /// Has the guest ask name servers of the container's network namespace, once there are any.
+    /// Lets the guest query name servers of the container's network namespace, once resolv.conf
+    /// lists any.
     async fn learn_names(&self) {
         let mut names = self.names.lock().await;
         let NameService::Unasked { file, namespace } = &*names else { return };
@@ -76,15 +77,15 @@ impl Pod {
     }
 }
 
-/// Whether names are asked in the container's network namespace.
+/// Whether name servers in the container's network namespace serve the guest.
 #[derive(Debug, Default)]
 pub(super) enum NameService {
-    /// It has no such file, or no network.
+    /// The container has no resolv.conf of its own, or no network.
     #[default]
     Unknown,
-    /// No server of the namespace is in the file yet.
+    /// The file lists no server of the namespace yet.
     Unasked { file: PathBuf, namespace: PathBuf },
-    /// They are.
+    /// They do.
     Asked { _by: AbortOnDrop },
 }
 
@@ -98,7 +99,7 @@ impl Drop for AbortOnDrop {
     }
 }
 
-/// Has a pod's network be looked at whenever it changes.
+/// Updates a pod's network whenever the namespace changes.
 async fn follow(pod: Weak<Pod>, bell: Bell) {
     while bell.rung().await.is_ok() {
         let Some(pod) = pod.upgrade() else { return };

@@ -1,4 +1,4 @@
-//! A pod by itself, in a real machine.
+//! Tests of a pod without containers, in a real machine.
 
 use std::path::Path;
 use std::time::Duration;

@@ -1,4 +1,4 @@
-//! What the guest is told, for hosts of every kind.
+//! The CPUID of guests on hosts of every kind.
 
 use super::*;
 
@@ -6,7 +6,7 @@ const INTEL: &[u8; 12] = b"GenuineIntel";
 const AMD: &[u8; 12] = b"AuthenticAMD";
 const CENTAUR: &[u8; 12] = b"CentaurHauls";
 
-/// The name of a processor, whose last leaf is `last`.
+/// The vendor leaf of a processor whose highest leaf is `last`.
 fn vendor(name: &[u8; 12], last: u32) -> kvm_cpuid_entry2 {
     let part = |at: usize| u32::from_le_bytes(name[at..at + 4].try_into().unwrap());
     kvm_cpuid_entry2 {
@@ -33,13 +33,13 @@ fn full(function: u32, index: u32) -> kvm_cpuid_entry2 {
     }
 }
 
-/// What a processor is told where KVM supports `entries`.
+/// The CPUID of one processor if KVM supports `entries`.
 fn told(entries: &[kvm_cpuid_entry2], index: u8, of: u8) -> Vec<kvm_cpuid_entry2> {
     let supported = CpuId::from_entries(entries).unwrap();
     for_vcpu(&supported, Place { index, of }).unwrap().as_slice().to_vec()
 }
 
-/// One leaf of it.
+/// The registers of one leaf of that CPUID.
 fn leaf(name: &[u8; 12], entry: kvm_cpuid_entry2, index: u8, of: u8) -> [u32; 4] {
     let told = told(&[vendor(name, 0x1f), entry], index, of);
     let found = told.iter().find(|it| (it.function, it.index) == (entry.function, entry.index));
@@ -58,7 +58,7 @@ fn each_processor_has_an_identity_and_a_hypervisor() {
     }
 }
 
-/// The levels of a topology leaf that a processor is told.
+/// The levels of a topology leaf in the CPUID of one processor.
 fn told_levels(entries: &[kvm_cpuid_entry2], function: u32, index: u8, of: u8) -> Vec<[u32; 4]> {
     let told = told(entries, index, of);
     let levels: Vec<_> = told.iter().filter(|entry| entry.function == function).collect();
@@ -73,7 +73,7 @@ fn the_topology_is_whole_whatever_part_of_it_kvm_lists() {
     let listed = |function, index| kvm_cpuid_entry2 { function, index, ..Default::default() };
     for (of, bits) in [(1, 0), (2, 1), (3, 2), (5, 3), (64, 6)] {
         for function in [TOPOLOGY, TOPOLOGY_V2] {
-            // None, the first level as of Linux 6.2, and the host's own as before.
+            // KVM lists no level, the first one (since Linux 6.2), or those of the host (before).
             for entries in [
                 vec![],
                 vec![listed(function, 0)],
@@ -115,7 +115,7 @@ fn amd_counts_cores_in_leaves_of_its_own() {
             assert_eq!(cores, of > 1);
         }
     }
-    // There they are reserved.
+    // On Intel's processors these registers are reserved.
     assert_eq!(leaf(INTEL, full(AMD_CORES, 0), 1, 4)[2], 0);
     assert_eq!(leaf(INTEL, full(AMD_TOPOLOGY, 0), 1, 4)[..3], [0; 3]);
 }
@@ -137,7 +137,7 @@ fn caches_are_shared_by_the_cores_of_this_machine_not_of_the_host() {
             let cores = if function == INTEL_CACHES { 4 } else { 0x3f };
             assert_eq!(eax >> 26, cores);
         }
-        // Behind the last one.
+        // The entry behind the last cache.
         let none = kvm_cpuid_entry2 { function, index: 4, ..Default::default() };
         assert_eq!(leaf(name, none, 0, 5), [0; 4]);
     }
@@ -167,7 +167,7 @@ fn what_the_guest_shall_not_have_is_hidden() {
             }
         }
     }
-    // The leaf, the register, the bit.
+    // Name, leaf and index, register, bit.
     let features = [
         ("DTES64", FEATURES, 0, 2, 2),
         ("DS-CPL", FEATURES, 0, 2, 4),
@@ -196,7 +196,7 @@ fn what_the_guest_shall_not_have_is_hidden() {
         let said = leaf(AMD, full(function, index), 0, 2)[register];
         assert_eq!(said & 1 << bit, 0, "{feature}");
     }
-    // And nothing else with them: so many bits are missing.
+    // Nothing else is cleared: the number of missing bits is the same.
     for (function, index, register) in
         [(7, 0, 1), (7, 0, 2), (7, 0, 3), (7, 1, 0), (AMD_FEATURES, 0, 2)]
     {

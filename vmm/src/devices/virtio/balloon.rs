@@ -1,9 +1,9 @@
 //! The memory balloon, VIRTIO 1.2 §5.5: takes memory back from a guest.
 //!
-//! Two ways lead here. The host sets a target and the driver inflates the balloon by as many
-//! pages; or, unasked, the driver reports ranges that it has freed (free page reporting). Either
-//! way the pages are dropped from this process and read as zeroes when the guest touches them
-//! again.
+//! There are two ways. The host sets a target and the driver inflates the balloon by as many pages;
+//! or the driver reports ranges that it has freed, without being asked (free page reporting).
+//! Either way the pages are dropped from this process and read as zeroes when the guest touches
+//! them again.
 //!
 //! Statistics, hints for migration and page poisoning are not offered. A driver whose kernel
 //! fills free pages with a pattern thus does not report them, and leaves that queue unset.
@@ -69,11 +69,11 @@ pub(crate) struct BalloonHandle {
 }
 
 impl BalloonHandle {
-    /// Asks the driver to give so much, in all.
+    /// Asks the driver to give up `mib` in total.
     ///
     /// # Errors
-    /// When no guest has that much memory, or the device's thread cannot be woken; in the second
-    /// case the driver sees the target when it next looks.
+    /// When no guest can have that much memory, or the device's thread cannot be woken; in the
+    /// second case the driver sees the target when it next reads the configuration.
     pub(crate) fn set_target_mib(&self, mib: u32) -> io::Result<()> {
         let pages = mib.checked_mul(PAGES_PER_MIB).ok_or(io::ErrorKind::InvalidInput)?;
         self.config.set_u32(NUM_PAGES, pages);
@@ -83,7 +83,7 @@ impl BalloonHandle {
         }
     }
 
-    /// What is in the balloon, as the driver says, rounded down.
+    /// The size of the balloon as the driver reports it, rounded down.
     pub(crate) fn actual_mib(&self) -> u32 {
         self.config.u32(ACTUAL) / PAGES_PER_MIB
     }
@@ -98,7 +98,7 @@ pub(crate) struct Balloon {
 
 impl Serve for Balloon {
     const NAME: &'static str = "balloon";
-    // Giving pages back is `madvise`, which is the worker's already.
+    // Pages are given back by `madvise`, which the worker's own list has.
     const SYSCALLS: &'static [i64] = &[];
 
     fn start(&mut self, _features: u64, sources: &Sources) -> io::Result<()> {
@@ -120,12 +120,12 @@ impl Serve for Balloon {
     }
 
     fn stop(&mut self, sources: &Sources) {
-        // Does not fail: it was registered, or the set is about to go away.
+        // Does not fail: it is registered, or the epoll instance is about to be closed.
         let _ = sources.remove(&*self.changed);
     }
 }
 
-/// Answers what waits in a queue.
+/// Answers the requests that wait in a queue.
 fn drain(index: usize, context: &mut Context<'_>) -> Result<(), ServeError> {
     let memory = context.memory;
     let Some(queue) = context.queues.get_mut(index) else { return Ok(()) };
@@ -141,7 +141,7 @@ fn drain(index: usize, context: &mut Context<'_>) -> Result<(), ServeError> {
     })
 }
 
-/// Takes the pages whose numbers the driver lists, §5.5.6.
+/// Drops the pages whose numbers the driver lists, §5.5.6.
 fn inflate(chain: &mut Chain, memory: &GuestMemory) -> Result<(), ServeError> {
     let list = &mut chain.readable;
     if !list.left().is_multiple_of(4) || list.left() > REQUEST_PAGES_MAX * 4 {
@@ -155,7 +155,7 @@ fn inflate(chain: &mut Chain, memory: &GuestMemory) -> Result<(), ServeError> {
         list.read(memory, bytes)?;
         for number in bytes.as_chunks::<4>().0 {
             let page = u64::from(u32::from_le_bytes(*number));
-            // Neighbours, in either order, are given back with one call.
+            // Adjacent pages, in either order, are given back with one call.
             if page == run.end {
                 run.end += 1;
             } else if page + 1 == run.start {
@@ -186,7 +186,7 @@ fn release_pages(run: &std::ops::Range<u64>, memory: &GuestMemory) -> Result<(),
     Ok(())
 }
 
-/// Takes the ranges that the driver reports: here the buffers themselves are the pages.
+/// Drops the ranges that the driver reports: here the buffers themselves are the pages.
 fn take_reported(chain: &mut Chain, memory: &GuestMemory) -> Result<(), ServeError> {
     let all = chain.writable.left();
     for slice in chain.writable.slices(memory, all)? {

@@ -1,7 +1,7 @@
-//! A queue between a guest and a device which both do what a string of bytes says.
+//! A queue between a guest and a device that both act as a string of bytes says.
 //!
-//! Every chain is either refused, or all of it is memory that exists, and whatever the device does with
-//! it, neither more nor less comes out of it than there is.
+//! Each chain is either refused or consists of existing memory only. Whatever the device does with
+//! a chain, it gets exactly as many bytes as the chain has.
 
 #![expect(clippy::unwrap_used, reason = "a guest that cannot be set up is a failed test")]
 
@@ -15,9 +15,9 @@ use super::ServeError;
 use super::mock::{self, Driver, Script};
 use super::queue::{Buffers, DeviceQueue, GuestMemory};
 
-/// More than that is the same again.
+/// More steps would only repeat.
 const STEPS_MAX: usize = 64;
-/// The longest copy; a slice costs nothing, whatever its length is.
+/// The longest copy; a slice costs nothing, however long it is.
 const COPY_MAX: usize = 0x4000;
 
 /// Does what the bytes say.
@@ -53,7 +53,7 @@ fn step(
         3 => driver.set_available(0, script.number()),
         4 => {
             let at = GuestAddress(script.address());
-            // What lies in no memory cannot be written.
+            // Fails if the address is outside of memory.
             let _ = memory.write_slice(script.sized(), at);
         }
         5 => drain(script, memory, driver)?,
@@ -68,7 +68,7 @@ fn step(
     Ok(())
 }
 
-/// The device serves all that there is.
+/// The device serves all available chains.
 fn drain(
     script: &mut Script<'_>,
     memory: &GuestMemory,
@@ -87,7 +87,7 @@ fn drain(
     Ok(())
 }
 
-/// The device serves one.
+/// The device serves one chain.
 fn answer(
     script: &mut Script<'_>,
     memory: &GuestMemory,
@@ -106,7 +106,7 @@ fn answer(
     Ok(())
 }
 
-/// Takes some of a chain's bytes, and looks at how many there are then.
+/// Consumes some of a chain's bytes, and checks how many are left.
 fn consume(script: &mut Script<'_>, memory: &GuestMemory, buffers: &mut Buffers) {
     let (left, used) = (buffers.left(), buffers.used());
     let mut slices = Vec::new();

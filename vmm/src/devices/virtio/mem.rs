@@ -1,14 +1,14 @@
 //! Memory that is plugged while the machine runs, VIRTIO 1.2 §5.15.
 //!
 //! The device owns a region of guest physical addresses and says how much of it the driver should
-//! have plugged. The driver asks for blocks, and may use those that were given. Three sizes, each at
-//! most the next: what is plugged, what was requested by the host, and the region.
+//! have plugged. The driver asks for blocks, and may use those that it was given. It cannot plug
+//! more than the host has requested, and the host cannot request more than the region.
 //!
-//! The front of the region, up to the usable size, is memory that KVM and the devices know; behind it
-//! is nothing. So a guest that uses blocks which it did not ask for gets no more than the usable
-//! size, which the host sets in whole steps ([`crate::memory`]). It does not shrink.
+//! The front of the region, up to the usable size, is memory that KVM and the devices know; behind
+//! it there is none. So a guest that uses blocks without asking for them gets no more than the
+//! usable size. The host sets that size in whole steps ([`crate::memory`]); it does not shrink.
 //!
-//! Memory nodes are not offered: the machine has one.
+//! NUMA nodes are not offered: the machine has one.
 
 use std::io;
 use std::sync::Arc;
@@ -29,7 +29,7 @@ pub(crate) const DEVICE_ID: u32 = 24;
 const F_UNPLUGGED_INACCESSIBLE: u64 = 1 << 1;
 /// The one queue, §5.15.2. Linux sends one request at a time.
 const QUEUE_SIZES: &[u16] = &[16];
-/// What is plugged and unplugged at once: a huge page, so that the host can back it by one.
+/// The unit of plugging and unplugging: a huge page, so that the host can back it by one.
 const BLOCK_BYTES: u64 = 2 << 20;
 /// Offsets in the configuration space, §5.15.4.
 const BLOCK_SIZE: usize = 0;
@@ -53,19 +53,19 @@ const REQUESTED: u32 = 0;
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Region {
     pub(crate) start: GuestAddress,
-    /// In which it becomes usable; whole blocks.
+    /// The region becomes usable in steps of this size; whole blocks.
     step: u64,
-    /// Whole steps.
+    /// The size of the region; whole steps.
     bytes: u64,
 }
 
 impl Region {
-    /// One of at least `mib`.
+    /// A region of at least `mib`.
     pub(crate) fn new(start: GuestAddress, step: u64, mib: u32) -> Self {
         Self { start, step, bytes: (u64::from(mib) << 20).next_multiple_of(step) }
     }
 
-    /// So much memory in whole steps.
+    /// Rounds `mib` up to whole steps, in bytes.
     ///
     /// # Errors
     /// When the region is smaller.
@@ -79,7 +79,7 @@ impl Region {
     }
 }
 
-/// Makes a device with nothing plugged and the handle that changes this.
+/// Makes a device with nothing plugged, and the handle that requests memory.
 ///
 /// # Errors
 /// When the host has no descriptors left.
@@ -110,17 +110,17 @@ pub(crate) struct MemHandle {
 }
 
 impl MemHandle {
-    /// Where it is.
+    /// Where memory can be plugged.
     pub(crate) fn region(&self) -> &Region {
         &self.region
     }
 
-    /// Asks the driver to plug so many bytes, in all: whole steps, which are memory already.
+    /// Asks the driver to plug `bytes` in total: whole steps, which are guest memory already.
     ///
     /// # Errors
     /// When the device's thread cannot be woken; the driver sees the size when it next looks.
     pub(crate) fn request(&self, bytes: u64) -> io::Result<()> {
-        // In this order: a driver must not be asked for more than it can have.
+        // The usable size comes first: a driver must not be asked for more than it can have.
         self.config.set_u64(USABLE_SIZE, bytes.max(self.config.u64(USABLE_SIZE)));
         self.config.set_u64(REQUESTED_SIZE, bytes);
         match self.changed.write(1) {
@@ -142,21 +142,21 @@ pub(crate) struct Mem {
     /// Readable when the requested size changed.
     changed: Arc<EventFd>,
     start: GuestAddress,
-    /// For each usable block. A reset leaves it as it is, §5.15.5.2.
+    /// Whether each usable block is plugged. A reset does not change this, §5.15.5.2.
     plugged: Vec<bool>,
 }
 
-/// What a request comes to, §5.15.6.
+/// The response to a request, §5.15.6.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Response {
     Ack,
-    /// Of a question for their state: it of blocks that are all alike, or of which only some are.
+    /// The state of the blocks that were asked about.
     State(BlockState),
-    /// Not now: more than was requested.
+    /// Not now: more than the host has requested.
     Nack,
     /// Not now: try again.
     Busy,
-    /// Never.
+    /// The request is invalid.
     Error,
 }
 
@@ -188,7 +188,7 @@ impl Response {
 
 impl Serve for Mem {
     const NAME: &'static str = "mem";
-    // Giving pages back is `madvise`, which is the worker's already.
+    // Pages are given back by `madvise`, which the worker's own list has.
     const SYSCALLS: &'static [i64] = &[];
 
     fn start(&mut self, _features: u64, sources: &Sources) -> io::Result<()> {
@@ -209,13 +209,13 @@ impl Serve for Mem {
     }
 
     fn stop(&mut self, sources: &Sources) {
-        // Does not fail: it was registered, or the set is about to go away.
+        // Does not fail: it is registered, or the epoll instance is about to be closed.
         let _ = sources.remove(&*self.changed);
     }
 }
 
 impl Mem {
-    /// Does what one chain asks for.
+    /// Executes the request of one chain.
     fn answer(&mut self, chain: &mut Chain, memory: &GuestMemory) -> Result<usize, ServeError> {
         if chain.writable.left() < RESPONSE_BYTES {
             return Err(ServeError::Request("there is no room for the response"));
@@ -234,7 +234,7 @@ impl Mem {
         let address = u64::from_le_bytes([a0, a1, a2, a3, a4, a5, a6, a7]);
         let count = u16::from_le_bytes([n0, n1]);
         let usable = self.config.u64(USABLE_SIZE) / BLOCK_BYTES;
-        // As many as the host has made memory, so their number is the host's choice.
+        // One for each usable block, so the host decides how many there are, not the guest.
         self.plugged.resize(usize::try_from(usable).unwrap_or(usize::MAX), false);
         if kind == UNPLUG_ALL {
             return self.unplug(0, self.plugged.len(), memory);
@@ -257,7 +257,7 @@ impl Mem {
         whole.then(|| usize::try_from(offset / BLOCK_BYTES).ok()).flatten()
     }
 
-    /// Of so many usable blocks, at least one.
+    /// The state of this many usable blocks; `None` if some are not usable, or there is none.
     fn state(&self, first: usize, count: usize) -> Option<BlockState> {
         let blocks = self.plugged.get(first..first.checked_add(count)?)?;
         Some(match blocks.iter().filter(|plugged| **plugged).count() {
@@ -278,13 +278,13 @@ impl Mem {
     }
 
     fn unplug(&mut self, first: usize, count: usize, memory: &GuestMemory) -> Response {
-        // Neither overflows: the blocks are usable, so they are addresses.
+        // Neither overflows: usable blocks have valid addresses.
         let start = GuestAddress(self.start.0 + first as u64 * BLOCK_BYTES);
         let len = usize::try_from(count as u64 * BLOCK_BYTES).unwrap_or(usize::MAX);
         if count == 0 {
             return Response::Ack;
         }
-        // Blocks that became usable after this device was woken are not memory in its eyes.
+        // Blocks that became usable after this worker took its snapshot are not in it.
         let Ok(slices) = memory.get_slices(start, len, Permissions::ReadWrite) else {
             return Response::Busy;
         };

@@ -34,12 +34,12 @@ pub(crate) const INDIRECT: u16 = 4;
 pub(crate) const LOW_END: u64 = 0x10_0000;
 pub(crate) const HIGH_START: u64 = 0x20_0000;
 pub(crate) const HIGH_END: u64 = 0x40_0000;
-/// Where the first queue lies; below it is nothing.
+/// Address of the first queue; nothing lies below it.
 const RINGS: u64 = 0x1000;
 const RING_BYTES: u64 = 0x4000;
-/// What no test allocates, free for indirect tables.
+/// Memory that is never allocated, free for indirect tables.
 pub(crate) const TABLES: u64 = 0xf_0000;
-/// Where buffers come from, round and round.
+/// Start of the buffers, which are reused in turn.
 const BUFFERS: u64 = HIGH_START;
 
 /// The memory of a guest.
@@ -157,12 +157,12 @@ impl<'m> Driver<'m> {
         avail.idx().store(index.wrapping_add(1));
     }
 
-    /// Says that so many chains are available.
+    /// Sets the index up to which chains are available.
     pub(crate) fn set_available(&self, queue: usize, index: u16) {
         self.rings[queue].avail.idx().store(index);
     }
 
-    /// What the device gave back since the last call: heads and lengths.
+    /// What the device has completed since the last call: heads and lengths.
     pub(crate) fn used(&mut self, queue: usize) -> Vec<(u16, u32)> {
         let Ring { used, size, used_seen, .. } = &mut self.rings[queue];
         let mut elements = Vec::new();

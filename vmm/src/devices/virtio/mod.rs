@@ -4,9 +4,9 @@
 //! there is one implementation for all. [`Serve`] is what makes a device that device: it answers
 //! queues, on its own thread ([`worker`]), and is plain logic that a test can call without one.
 //!
-//! All that a driver says is hostile. [`queue::DeviceQueue`] walks descriptors once, copies and
-//! checks them; a device then sees only memory that exists. A driver that breaks the protocol
-//! makes its device fail (DEVICE_NEEDS_RESET), never the monitor.
+//! Everything from a driver is untrusted. [`queue::DeviceQueue`] walks descriptors once, copies and
+//! checks them; a device then sees only memory that exists. A driver that breaks the protocol makes
+//! its device fail (DEVICE_NEEDS_RESET), never the monitor.
 
 use std::fmt;
 use std::io;
@@ -51,8 +51,8 @@ pub(crate) trait Serve: Send + 'static {
     /// Names the thread and the log lines, at most 15 bytes.
     const NAME: &'static str;
     /// The system calls that serving needs beside the worker's own (`libc::SYS_*`), each with the
-    /// reason in a comment; the isolation issue makes them the thread's filter.
-    #[expect(dead_code, reason = "read by the isolation issue")]
+    /// reason in a comment. They will become the seccomp filter of the thread.
+    #[expect(dead_code, reason = "for the seccomp filter, which is to come")]
     const SYSCALLS: &'static [i64];
 
     /// Called once after each activation, before anything is ready: note the negotiated features
@@ -61,8 +61,8 @@ pub(crate) trait Serve: Send + 'static {
         Ok(())
     }
 
-    /// Called once after [`Serve::start`]: gives queues to somebody else who serves them, and takes
-    /// them out of `sources`.
+    /// Called once after [`Serve::start`]: hands queues over to another server, such as the host's
+    /// kernel, and removes them from `sources`.
     fn delegate(&mut self, _activation: &Activation, _sources: &Sources) -> io::Result<()> {
         Ok(())
     }
@@ -70,8 +70,8 @@ pub(crate) trait Serve: Send + 'static {
     /// Does what can be done now. Called for spurious wake-ups too.
     fn serve(&mut self, ready: Ready, context: &mut Context<'_>) -> Result<(), ServeError>;
 
-    /// The driver reset the device, the activation failed, or the machine ends: forget what belongs
-    /// to the driver.
+    /// Called when the driver has reset the device, the activation has failed, or the machine ends:
+    /// forgets everything that belongs to the driver.
     fn stop(&mut self, _sources: &Sources) {}
 }
 
@@ -88,7 +88,7 @@ pub(crate) enum Ready {
 pub(crate) struct Context<'a> {
     /// The guest's memory as it is now.
     pub(crate) memory: &'a GuestMemory,
-    /// Those the driver set up, in the order of the identity.
+    /// All queues, in the order of the identity; those that the driver left out are not ready.
     pub(crate) queues: &'a mut [DeviceQueue],
     /// For registering and removing host-side descriptors.
     pub(crate) sources: &'a Sources,
@@ -100,7 +100,7 @@ pub(crate) enum ServeError {
     /// The driver broke the rules of the queue.
     #[error("queue broken by the driver")]
     Queue(#[from] QueueError),
-    /// The driver sent a request that is none.
+    /// The driver sent a malformed request.
     #[error("malformed request: {0}")]
     Request(&'static str),
     /// The host side failed.
@@ -110,8 +110,8 @@ pub(crate) enum ServeError {
 
 /// The device-specific configuration space, shared by the transport and the device's logic.
 ///
-/// VIRTIO 1.2 §2.5: the driver reads it at any width; a generation counter lets it notice that it
-/// read across a change.
+/// VIRTIO 1.2 §2.5: the driver reads it at any width. A generation counter lets the driver notice
+/// that the space has changed between its reads.
 #[derive(Clone)]
 pub(crate) struct ConfigSpace {
     shared: Arc<Mutex<ConfigBytes>>,
@@ -135,7 +135,7 @@ impl ConfigSpace {
         Self { shared }
     }
 
-    /// Reads for the driver; what lies outside reads as 0.
+    /// A read of the driver; what lies outside reads as 0.
     pub(crate) fn read(&self, offset: u64, data: &mut [u8]) {
         let space = self.lock();
         for (position, byte) in data.iter_mut().enumerate() {
@@ -144,7 +144,7 @@ impl ConfigSpace {
         }
     }
 
-    /// Writes for the driver; what lies outside the writable range is ignored.
+    /// A write of the driver; what lies outside the writable range is ignored.
     pub(crate) fn write(&self, offset: u64, data: &[u8]) {
         let mut space = self.lock();
         for (position, byte) in data.iter().enumerate() {
@@ -224,13 +224,13 @@ pub(crate) struct Activation {
 pub(crate) trait VirtioDevice: Send + fmt::Debug {
     fn identity(&self) -> &Identity;
     fn config(&self) -> &ConfigSpace;
-    /// Starts serving. One that fails can be tried again after a reset.
+    /// Starts serving. If this fails, it can be tried again after a reset.
     fn activate(&mut self, activation: Activation) -> io::Result<()>;
     /// Stops serving; can be activated again. Blocks until the worker has stopped.
     fn reset(&mut self);
 }
 
-/// Identity, configuration space and the place of the logic.
+/// Identity, configuration space, and the slot of the logic.
 pub(crate) struct Device<S: Serve> {
     identity: Identity,
     config: ConfigSpace,

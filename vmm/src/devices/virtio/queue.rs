@@ -1,8 +1,8 @@
 //! A virtqueue from the device's side, VIRTIO 1.2 §2.7.
 //!
-//! [`DeviceQueue::pop_or_arm`] walks a chain once: every descriptor is copied out of guest memory, its
-//! range checked against the memory that exists, and only then kept in a [`Chain`]. A chain owns
-//! addresses, not references, so a device can keep it for as long as a request takes.
+//! [`DeviceQueue::pop_or_arm`] walks a chain once: every descriptor is copied out of guest memory,
+//! its range checked against the memory that exists, and only then kept in a [`Chain`]. A chain
+//! owns addresses, not references, so a device can keep it for as long as a request takes.
 
 use std::io;
 use std::sync::Arc;
@@ -44,7 +44,7 @@ pub(crate) enum QueueError {
     /// More bytes than any request has.
     #[error("chain {head} is longer than 4 GiB")]
     Length { head: u16 },
-    /// Whoever serves the queue elsewhere needs each ring in one piece.
+    /// Another server of the queue, such as vhost-net, needs each ring in one piece.
     #[error("{len} bytes of a ring at {addr:#x} are not one piece of memory")]
     Pieces { addr: u64, len: usize },
     /// A request ended before its fields did.
@@ -62,7 +62,7 @@ struct Segment {
 /// The buffers of one direction, consumed front to back.
 #[derive(Debug, Default)]
 pub(crate) struct Buffers {
-    /// Back to front, so that consuming is popping.
+    /// In reverse order, so that consuming is popping.
     segments: Vec<Segment>,
     left: usize,
     used: usize,
@@ -94,7 +94,7 @@ impl Buffers {
         self.segments.len()
     }
 
-    /// Adds what is not yet consumed to `slices`, and leaves it so.
+    /// Appends the bytes that are not yet consumed to `slices`, without consuming them.
     pub(crate) fn gather<'m>(
         &self,
         memory: &'m GuestMemory,
@@ -172,7 +172,7 @@ impl Buffers {
     }
 }
 
-/// Shows a range of guest memory as the runs of host memory that it is.
+/// Calls `each` for the runs of host memory that back a range of guest memory.
 fn visit<'m>(
     memory: &'m GuestMemory,
     addr: GuestAddress,
@@ -194,7 +194,7 @@ fn load(memory: &GuestMemory, addr: u64) -> Result<u16, QueueError> {
     Ok(value.map_err(virtio_queue::Error::GuestMemory)?)
 }
 
-/// Where a range of guest memory is in this process. What is mapped stays so.
+/// Address of a range of guest memory in this process. Guest memory stays mapped.
 fn in_process(memory: &GuestMemory, addr: u64, len: usize) -> Result<u64, QueueError> {
     let mut found = None;
     visit(memory, GuestAddress(addr), len, |slice| found = found.or(Some(slice)))?;
@@ -215,8 +215,8 @@ pub(crate) struct Chain {
 }
 
 impl Chain {
-    /// Copies a chain's descriptors out of guest memory and checks them. What the chain was before
-    /// is forgotten; its room is used again.
+    /// Copies a chain's descriptors out of guest memory and checks them. Replaces what the chain
+    /// was before, and reuses its allocations.
     fn walk(
         &mut self,
         chain: DescriptorChain<&GuestMemory>,
@@ -259,11 +259,11 @@ impl Chain {
     }
 }
 
-/// Where the rings of a queue are in this process, for somebody else who serves it.
+/// The addresses of a queue's rings in this process, for another server of the queue.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Rings {
     pub(crate) size: u16,
-    /// The place in the available ring from where on nothing was taken yet.
+    /// The first index of the available ring that was not taken yet.
     pub(crate) next: u16,
     pub(crate) descriptors: u64,
     pub(crate) available: u64,
@@ -287,7 +287,7 @@ impl DeviceQueue {
         Self { queue, kick, line, signalled }
     }
 
-    /// Whether the driver set it up. It may leave out those that it has no use for.
+    /// Whether the driver set the queue up. It may leave out those that it does not use.
     pub(crate) fn ready(&self) -> bool {
         self.queue.ready()
     }
@@ -297,7 +297,7 @@ impl DeviceQueue {
         self.queue.size()
     }
 
-    /// Where it is, VIRTIO 1.3 §2.7.
+    /// The addresses of its rings, VIRTIO 1.3 §2.7.
     pub(crate) fn rings(&self, memory: &GuestMemory) -> Result<Rings, QueueError> {
         let count = usize::from(self.queue.size());
         Ok(Rings {
@@ -325,20 +325,20 @@ impl DeviceQueue {
         Ok(self.pop_into(memory, &mut chain)?.then_some(chain))
     }
 
-    /// The next chain that the driver made available, into room that is there already; `false` without one.
+    /// Reads the next available chain into `chain`, reusing its allocations; `false` without one.
     fn pop_into(&mut self, memory: &GuestMemory, chain: &mut Chain) -> Result<bool, QueueError> {
-        // The iterator borrows the queue for one step only: the ring index is checked each time.
+        // The iterator lives for one step only, so that the ring index is checked each time.
         let Some(found) = self.queue.iter(memory)?.next() else { return Ok(false) };
         chain.walk(found, memory, self.queue.size())?;
         Ok(true)
     }
 
-    /// Puts back the chain popped last: nothing can be done with it now.
+    /// Puts back the chain that was popped last, to pop it again later.
     pub(crate) fn unpop(&mut self) {
         self.queue.go_to_previous_position();
     }
 
-    /// Gives a chain back, `written` bytes of its writable part filled.
+    /// Completes a chain, with `written` bytes of its writable part filled.
     pub(crate) fn complete(
         &mut self,
         memory: &GuestMemory,
@@ -349,8 +349,8 @@ impl DeviceQueue {
         self.publish(memory, 1)
     }
 
-    /// Prepares to give a chain back as the `ahead`th of those that the driver does not see before
-    /// [`DeviceQueue::publish`]: it must find all that belong together at once.
+    /// Writes a used element, `ahead` places after those that the driver sees. The driver sees it
+    /// only after [`DeviceQueue::publish`], so elements that belong together appear at once.
     pub(crate) fn fill(
         &self,
         memory: &GuestMemory,
@@ -359,7 +359,7 @@ impl DeviceQueue {
     ) -> Result<(), QueueError> {
         let written = u32::try_from(written).unwrap_or(u32::MAX);
         let index = self.queue.next_used().wrapping_add(ahead) % self.queue.size();
-        // Inside of memory when the driver set the queue up, as are the other addresses here.
+        // The ring was inside of memory when it was set up, as were the other addresses here.
         let element = GuestAddress(self.queue.used_ring() + 4 + 8 * u64::from(index));
         // struct virtq_used_elem: the head, then the length.
         let value = u64::from(head) | u64::from(written) << 32;
@@ -367,12 +367,12 @@ impl DeviceQueue {
         Ok(result.map_err(virtio_queue::Error::GuestMemory)?)
     }
 
-    /// How many chains the driver was given back, modulo 65536.
+    /// How many chains were completed, modulo 65536.
     pub(crate) fn published(&self) -> u16 {
         self.queue.next_used()
     }
 
-    /// Lets the driver see so many chains that were filled.
+    /// Shows the driver this many chains that were filled.
     pub(crate) fn publish(&mut self, memory: &GuestMemory, count: u16) -> Result<(), QueueError> {
         let next = self.queue.next_used().wrapping_add(count);
         self.queue.set_next_used(next);
@@ -381,7 +381,7 @@ impl DeviceQueue {
         Ok(result.map_err(virtio_queue::Error::GuestMemory)?)
     }
 
-    /// Interrupts the driver if it asked for that since the last time.
+    /// Interrupts the driver if it wants to know of what was published since the last call.
     pub(crate) fn signal(&mut self, memory: &GuestMemory) -> Result<(), ServeError> {
         if self.wants_signal(memory)? {
             self.line.raise_queue()?;
@@ -390,15 +390,15 @@ impl DeviceQueue {
     }
 
     /// VIRTIO 1.2 §2.7.7.2: whether the driver wants to know of what was published since the last
-    /// time. With event indices its flags do not count (§2.7.10), but whether the index was passed
-    /// that it waits for.
+    /// call. With event indices (§2.7.10) the driver's flags do not count; what counts is whether
+    /// the used index has passed the index that the driver waits for.
     fn wants_signal(&mut self, memory: &GuestMemory) -> Result<bool, QueueError> {
         let now = self.queue.next_used();
         let before = std::mem::replace(&mut self.signalled, now);
         if now == before {
             return Ok(false);
         }
-        // The driver must see what was published before its own wish is read.
+        // The driver must see what was published before its flags or its event index are read.
         fence(Ordering::SeqCst);
         let avail = self.queue.avail_ring();
         if !self.queue.event_idx_enabled() {
@@ -413,27 +413,27 @@ impl DeviceQueue {
         Ok(self.queue.enable_notification(memory)?)
     }
 
-    /// The next chain that the driver made available; without one, the driver kicks at the next.
+    /// The next available chain; if there is none, the driver will kick at the next one.
     pub(crate) fn pop_or_arm(&mut self, memory: &GuestMemory) -> Result<Option<Chain>, QueueError> {
         let mut chain = Chain::default();
         Ok(self.pop_or_arm_into(memory, &mut chain)?.then_some(chain))
     }
 
-    /// Like [`DeviceQueue::pop_or_arm`], into room that is there already; `false` without a chain.
+    /// Like [`DeviceQueue::pop_or_arm`], into an existing chain; `false` if there is none.
     pub(crate) fn pop_or_arm_into(
         &mut self,
         memory: &GuestMemory,
         chain: &mut Chain,
     ) -> Result<bool, QueueError> {
-        // One may have come before the driver saw that a kick is wanted.
+        // A chain may have come before the driver saw that a kick is wanted.
         Ok(self.pop_into(memory, chain)? || (self.arm(memory)? && self.pop_into(memory, chain)?))
     }
 
-    /// Serves what the driver made available, and interrupts it when something was. `answer` does
-    /// what a chain asks for and says how many bytes of its writable part it filled.
+    /// Serves the available chains, and interrupts the driver if there were any. `answer` executes
+    /// the request of a chain and returns how many bytes of its writable part it filled.
     ///
-    /// A driver that adds chains as fast as they are served does not keep the worker: after
-    /// [`BATCH`] of them the queue kicks itself and comes back.
+    /// A driver that adds chains as fast as they are served does not occupy the worker for ever:
+    /// after [`BATCH`] of them the queue kicks itself, and is served again later.
     pub(crate) fn drain(
         &mut self,
         memory: &GuestMemory,
@@ -462,7 +462,7 @@ impl DeviceQueue {
     /// Makes the worker serve this queue again after it looked at everything else.
     pub(crate) fn kick_again(&self) -> io::Result<()> {
         match self.kick.write(1) {
-            // Readable already, which is all that is wanted.
+            // The eventfd is readable already, which is enough.
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
             other => other,
         }

@@ -1,7 +1,7 @@
 //! The entropy device, VIRTIO 1.2 §5.4: bytes from a file that is given, such as `/dev/urandom`.
 //!
-//! A bounce buffer lies between the file and the guest, so that what the file gives is the same
-//! for all: a source that reads differently into guest memory is none of our concern.
+//! The bytes pass through a bounce buffer: the source never reads into guest memory, so all sources
+//! behave alike.
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -30,7 +30,7 @@ pub(crate) struct Rng<R = File> {
 
 impl<R: Read + Send + 'static> Serve for Rng<R> {
     const NAME: &'static str = "rng";
-    // Reading the source is all, and `read` is the worker's already.
+    // Only the source is read, and the worker's own list has `read`.
     const SYSCALLS: &'static [i64] = &[];
 
     fn serve(&mut self, ready: Ready, context: &mut Context<'_>) -> Result<(), ServeError> {

@@ -1,4 +1,4 @@
-//! Queues, configuration spaces and workers, by a driver that is not always well-behaved.
+//! Queues, configuration spaces and workers, against a driver that is not always well-behaved.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -14,7 +14,7 @@ use super::*;
 
 const SIZES: &[u16] = &[16];
 
-/// What popping a chain of these descriptors gives.
+/// The result of popping a chain of these descriptors.
 fn pop(raw: &[mock::Raw]) -> Result<Option<queue::Chain>, QueueError> {
     let memory = mock::memory();
     let mut driver = Driver::new(&memory, SIZES);
@@ -55,7 +55,7 @@ fn malformed_chains_have_their_errors() {
         let result = driver.queues[0].pop(&memory);
         let words: Vec<&str> = name.split(' ').collect();
         match words.as_slice() {
-            // Legal for a queue, if not for most devices.
+            // Valid for a queue, if not for most devices.
             ["empty" | "one", ..] => assert!(result.is_ok(), "{name}: {result:?}"),
             _ => assert!(result.is_err(), "{name}: {result:?}"),
         }
@@ -67,7 +67,7 @@ fn an_indirect_table_is_followed() {
     let memory = mock::memory();
     let mut driver = Driver::new(&memory, SIZES);
     driver.store(0, 4, &[(HIGH_START, 5, NEXT, 1), (HIGH_START + 5, 6, WRITE, 0)]);
-    // The table is the part of the descriptor table that was just written.
+    // The indirect table is the part of the queue's own table that was just written.
     let table = mock::queue(0, SIZES[0]).desc_table() + 4 * 16;
     driver.store(0, 0, &[(table, 32, INDIRECT, 0)]);
     driver.offer(0, 0);
@@ -139,7 +139,7 @@ fn slices_stop_where_the_buffers_do() {
     assert!(chain.writable.slices(&memory, 1).unwrap().is_empty());
 }
 
-/// A queue of a driver that uses event indices, and where it writes its own.
+/// A queue with event indices, and where the driver and the device write theirs.
 fn with_event_index(memory: &GuestMemory) -> (DeviceQueue, Arc<Line>, GuestAddress, GuestAddress) {
     let mut queue = mock::queue(0, SIZES[0]);
     queue.set_event_idx(true);
@@ -180,7 +180,7 @@ fn a_batch_that_passes_the_event_index_interrupts_once() {
     assert_eq!(line.irq().read().unwrap(), 1);
 }
 
-/// Where a driver says that it wants no interrupts, VIRTIO 1.2 §2.7.6.
+/// Address of the driver's flags, by which it declines interrupts, VIRTIO 1.2 §2.7.6.
 fn flags() -> GuestAddress {
     GuestAddress(mock::queue(0, SIZES[0]).avail_ring())
 }
@@ -197,7 +197,7 @@ fn a_driver_without_event_indices_is_not_interrupted_while_it_does_not_want_it()
     };
     // The bits above are not used, and may be anything.
     assert_eq!([0, 1, 0xfffe, 0xffff, 0].map(&mut interrupted), [true, false, true, false, true]);
-    // Nor when there is nothing to tell.
+    // There is no interrupt if nothing was published.
     driver.queues[0].signal(&memory).unwrap();
     assert!(driver.line.irq().read().is_err());
 }
@@ -386,7 +386,7 @@ fn somebody_else_is_told_where_rings_are_if_each_is_in_one_piece() {
     let expected = [queue.desc_table(), queue.avail_ring(), queue.used_ring()];
     assert_eq!([rings.descriptors, rings.available, rings.used].map(|it| it - start), expected);
     assert_eq!((rings.size, rings.next), (SIZES[0], 0));
-    // Two regions side by side, that meet in the middle of the table.
+    // Two adjacent regions, which meet in the middle of the table.
     let meet = usize::try_from(queue.desc_table()).unwrap() + 16;
     let ranges = [(GuestAddress(0), meet), (GuestAddress(meet as u64), 1 << 20)];
     let memory = GuestMemory::from_ranges(&ranges).unwrap();

@@ -38,12 +38,12 @@ const CONFIG: u64 = 0x100;
 const INTERRUPT_QUEUE: u32 = 1;
 const INTERRUPT_CONFIG: u32 = 2;
 
-/// A device's interrupt line and the bits that both its sides share.
+/// A device's interrupt line, and the state that transport and worker share.
 #[derive(Debug)]
 pub(crate) struct Line {
     irq: EventFd,
     pending: AtomicU32,
-    /// The kernel raises the line too, and does not say so in `pending`.
+    /// The kernel raises the line too, without setting `pending`.
     by_kernel: AtomicBool,
     failed: AtomicBool,
     notifications: AtomicU64,
@@ -51,7 +51,7 @@ pub(crate) struct Line {
 }
 
 impl Line {
-    /// A line that nobody listens to yet.
+    /// A line that is not registered with KVM yet.
     pub(crate) fn new() -> io::Result<Self> {
         Ok(Self {
             irq: EventFd::new(EFD_NONBLOCK)?,
@@ -63,13 +63,13 @@ impl Line {
         })
     }
 
-    /// Written when the line rises; KVM listens.
+    /// The eventfd that raises the interrupt; KVM listens to it.
     pub(crate) fn irq(&self) -> &EventFd {
         &self.irq
     }
 
-    /// Lets the kernel raise the line for queues that it serves, until the driver resets the device.
-    /// A driver that asks is told from now on that there are used chains; there may be none.
+    /// Lets the kernel raise the line for queues that it serves, until the driver resets the
+    /// device. From now on InterruptStatus always reports used chains, even if there are none.
     pub(crate) fn leave_to_kernel(&self) {
         self.by_kernel.store(true, Ordering::Release);
     }
@@ -80,17 +80,17 @@ impl Line {
         self.pending.load(Ordering::Acquire) | if by_kernel { INTERRUPT_QUEUE } else { 0 }
     }
 
-    /// A queue has used chains.
+    /// Interrupts the driver: a queue has used chains.
     pub(crate) fn raise_queue(&self) -> io::Result<()> {
         self.raise(INTERRUPT_QUEUE)
     }
 
-    /// The configuration space changed.
+    /// Interrupts the driver: the configuration space has changed.
     pub(crate) fn raise_config(&self) -> io::Result<()> {
         self.raise(INTERRUPT_CONFIG)
     }
 
-    /// The driver broke the protocol: it sees DEVICE_NEEDS_RESET, §2.1.2.
+    /// Makes the device fail: the driver sees DEVICE_NEEDS_RESET, §2.1.2.
     pub(crate) fn fail(&self) {
         self.failed.store(true, Ordering::Release);
         if let Err(error) = self.raise_config() {
@@ -121,7 +121,7 @@ impl Line {
     fn raise(&self, bit: u32) -> io::Result<()> {
         self.pending.fetch_or(bit, Ordering::AcqRel);
         match self.irq.write(1) {
-            // The counter is full: an interrupt is pending, which is all that is wanted.
+            // The counter is full, so an interrupt is pending already.
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
             other => other,
         }
@@ -132,7 +132,7 @@ impl Line {
 #[derive(Debug)]
 pub(crate) struct Transport {
     memory: Arc<Memory>,
-    /// What is attached; boxed and absent for a placeholder, which then costs nothing.
+    /// The attached device. It is boxed, so that a placeholder costs nothing.
     attached: Option<Box<Attached>>,
 }
 
@@ -163,7 +163,7 @@ impl Transport {
         }
     }
 
-    /// Gives the slot its device.
+    /// Attaches a device to the slot.
     ///
     /// # Errors
     /// When the slot is taken, or the host has no descriptors left.
@@ -192,14 +192,14 @@ impl Transport {
         Ok(())
     }
 
-    /// Takes the device out; the slot is a placeholder again.
+    /// Removes the device; the slot is a placeholder again.
     pub(crate) fn detach(&mut self) -> Option<Box<dyn VirtioDevice>> {
         let mut attached = self.attached.take()?;
         attached.device.reset();
         Some(attached.device)
     }
 
-    /// The interrupt line and the kicks that KVM is to be told about.
+    /// The interrupt line and the eventfds for kicks, to be registered with KVM.
     pub(crate) fn wiring(&self) -> Option<(&Arc<Line>, &[Arc<EventFd>])> {
         self.attached.as_ref().map(|attached| (&attached.line, attached.kicks.as_slice()))
     }
@@ -212,7 +212,7 @@ impl Transport {
     /// Changes the configuration of the device, if there is one, and tells the driver.
     ///
     /// # Errors
-    /// When the driver cannot be told; it sees the change when it next looks.
+    /// When the driver cannot be interrupted; it sees the change when it next reads the space.
     pub(crate) fn change_config(&self, change: impl FnOnce(&ConfigSpace)) -> io::Result<()> {
         let Some(attached) = &self.attached else { return Ok(()) };
         change(attached.device.config());
@@ -228,8 +228,8 @@ impl Transport {
             }
             return;
         }
-        // §4.2.2.2: registers are read as 32 bits at their own offset only; what is read otherwise is
-        // nothing, and not what the buffer had in it before.
+        // §4.2.2.2: registers are read as 32 bits at their own offset only. Any other read returns
+        // zeroes, not what the buffer had in it before.
         data.fill(0);
         let Ok(register) = <&mut [u8; 4]>::try_from(data) else { return };
         let value = match (offset, &self.attached) {
@@ -332,7 +332,7 @@ impl Attached {
         }
     }
 
-    /// Only without ioeventfd does a kick come this way.
+    /// Handles a kick that came as a write; with ioeventfd none does.
     fn kick(&self, queue: u32) {
         if self.status & VIRTIO_CONFIG_S_DRIVER_OK != 0
             && let Some(kick) = self.kicks.get(queue as usize)
@@ -350,7 +350,7 @@ impl Attached {
         // A driver adds bits; those it leaves out stay, §2.1.1.
         let added = value & !self.status;
         if added & VIRTIO_CONFIG_S_FEATURES_OK != 0 && !self.features_acceptable() {
-            // Left unset, the driver sees that the device cannot do with these.
+            // The bit stays unset: the driver sees that the device refuses these features.
             self.status |= added & !VIRTIO_CONFIG_S_FEATURES_OK;
             return;
         }
@@ -378,7 +378,7 @@ impl Attached {
         let mut queues = Vec::with_capacity(self.queues.len());
         for (queue, kick) in self.queues.iter_mut().zip(&self.kicks) {
             queue.set_event_idx(event_idx);
-            // A queue that the driver has no use for is left alone, §3.1.1; it then never is ready.
+            // A queue that the driver does not use need not be set up, §3.1.1; it is never ready.
             if queue.ready() && !queue.is_valid(&*snapshot) {
                 guest_warn!("{:?}: a queue is not in guest memory", self.device);
                 return self.line.fail();
@@ -401,7 +401,7 @@ impl Attached {
             queue.reset();
         }
         for kick in &self.kicks {
-            // What the old driver kicked is not for the next.
+            // Kicks of the old driver are not for the next one.
             let _ = kick.read();
         }
         self.line.pending.store(0, Ordering::Release);
@@ -415,7 +415,7 @@ impl Attached {
     }
 }
 
-/// The 32 bits of a feature set that a selector names; sets have 64 bits here.
+/// The 32 bits that a selector chooses out of a feature set of 64 bits.
 fn half(features: u64, select: u32) -> u32 {
     let shifted = match select {
         0 => features,

@@ -1,10 +1,10 @@
 //! One system call for many runs of guest memory.
 //!
-//! The standard library's vectored calls want `&[u8]`, which guest memory must never be: another
-//! processor changes it at any time. These pass the kernel the addresses instead. What is read or
-//! written is bounded by the slices, which [`super::queue::Buffers`] checked.
+//! The standard library's vectored calls take `&[u8]`, which guest memory must never be: a vCPU can
+//! change it at any time. The functions here pass addresses to the kernel instead. The slices,
+//! which [`super::queue::Buffers`] checked, bound what is read or written.
 
-// UNSAFETY: the kernel is given pointers into guest memory; nothing safe takes volatile memory.
+// UNSAFETY: the kernel is given pointers into guest memory; no safe wrapper takes volatile memory.
 #![expect(unsafe_code, reason = "vectored system calls on volatile memory")]
 
 use std::io;
@@ -67,12 +67,12 @@ pub(crate) fn write_at(
     })
 }
 
-/// What the kernel is given, and what keeps it valid. Kept from one call to the next, so that a
-/// packet costs no allocation.
+/// The iovecs for the kernel, and what keeps them valid. They are reused by the next call, so that
+/// a packet costs no allocation.
 #[derive(Default)]
 pub(crate) struct Vectors {
     list: Vec<libc::iovec>,
-    /// Held so that the memory stays where it is.
+    /// Held so that the memory stays mapped.
     guards: Vec<PtrGuardMut>,
 }
 
@@ -83,8 +83,8 @@ impl Vectors {
         vectors
     }
 
-    /// Reads a packet into guest memory, and into `rest` what it is too long for. Fewer than
-    /// [`RUNS_MAX`] slices.
+    /// Reads a packet into guest memory, and the end that does not fit there into `rest`. There
+    /// must be fewer than [`RUNS_MAX`] slices.
     pub(crate) fn read(
         &mut self,
         file: impl AsFd,
@@ -101,7 +101,7 @@ impl Vectors {
         })
     }
 
-    /// Writes a packet: `front`, then guest memory. Fewer than [`RUNS_MAX`] slices.
+    /// Writes a packet: `front`, then guest memory. There must be fewer than [`RUNS_MAX`] slices.
     pub(crate) fn write(
         &mut self,
         file: impl AsFd,
@@ -132,7 +132,7 @@ impl Vectors {
         }
     }
 
-    /// A message of these vectors and nothing else.
+    /// A message with these iovecs and nothing else.
     fn message(&mut self) -> libc::msghdr {
         // SAFETY: all zeroes is a valid empty message.
         let mut message: libc::msghdr = unsafe { std::mem::zeroed() };
@@ -147,7 +147,7 @@ impl Vectors {
     }
 }
 
-/// Repeats what a signal interrupted.
+/// Repeats a call that a signal interrupted.
 fn retry(mut call: impl FnMut() -> isize) -> io::Result<usize> {
     loop {
         if let Ok(done) = usize::try_from(call()) {

@@ -1,9 +1,9 @@
 //! The thread that serves one device.
 //!
-//! On activation a device's logic moves into its thread; on reset it comes back. Nobody else holds
-//! it meanwhile, so there is no lock around a device. An activation that fails leaves the logic where
-//! it was, and the driver may reset the device and try again. The thread waits in epoll for kicks, for
-//! the host-side descriptors that the logic registered, and for the order to stop.
+//! On activation a device's logic moves into its thread; on reset it comes back. Only the thread
+//! has it meanwhile, so there is no lock around a device. An activation that fails leaves the logic
+//! where it was, and the driver may reset the device and try again. The thread waits in epoll for
+//! kicks, for the host-side descriptors that the logic registered, and for the order to stop.
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -27,7 +27,7 @@ const EVENTS_MAX: usize = 16;
 const STACK_BYTES: usize = 256 << 10;
 
 /// The system calls of the loop itself, whatever the device.
-#[expect(dead_code, reason = "read by the isolation issue")]
+#[expect(dead_code, reason = "for the seccomp filter, which is to come")]
 pub(crate) const SYSCALLS: &[i64] = &[
     libc::SYS_epoll_wait,     // waiting
     libc::SYS_epoll_ctl,      // sources come and go
@@ -65,7 +65,7 @@ impl Sources {
         self.control(ControlOperation::Modify, fd, EpollEvent::new(events, source(token)))
     }
 
-    /// Forgets a descriptor; closing the last copy of it does the same.
+    /// Stops watching a descriptor; closing the last copy of it does the same.
     pub(crate) fn remove(&self, fd: &impl AsRawFd) -> io::Result<()> {
         self.control(ControlOperation::Delete, fd, EpollEvent::default())
     }
@@ -136,13 +136,13 @@ pub(crate) struct Worker<S> {
 }
 
 impl<S: Serve> Worker<S> {
-    /// Starts the thread; gives the logic back, stopped, when that is not possible.
+    /// Starts the thread; if that fails, stops the logic and returns it.
     fn spawn(mut logic: S, activation: Activation) -> Result<Self, (S, io::Error)> {
         let (stop, sources) = match watch(&activation.queues) {
             Ok(watched) => watched,
             Err(error) => return Err((logic, error)),
         };
-        // A thread that cannot be started would take with it what it was given.
+        // If a thread cannot be started, what it was given is lost, so it gets the logic later.
         let (hand_over, handed_over) = mpsc::sync_channel(1);
         let begun = logic
             .start(activation.features, &sources)
@@ -172,7 +172,7 @@ impl<S: Serve> Worker<S> {
     }
 }
 
-/// The stop order, and what waits for it and for kicks.
+/// The eventfd of the stop order, and the epoll instance that waits for it and for kicks.
 fn watch(queues: &[DeviceQueue]) -> io::Result<(Arc<EventFd>, Sources)> {
     // Blocking: a failed device waits by reading it.
     let stop = Arc::new(EventFd::new(0)?);

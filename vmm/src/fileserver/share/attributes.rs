@@ -90,7 +90,7 @@ impl Share {
         Ok(())
     }
 
-    /// STATX, which has the time of birth.
+    /// STATX, which has the birth time.
     pub(super) fn get_extended_attributes(
         &self,
         request: &Request,
@@ -100,7 +100,7 @@ impl Share {
         reply.put_u64s([VALID_SECONDS]);
         reply.put_u32s([0, 0]);
         reply.put_u64s([0, 0]);
-        // Basic attributes and the time of birth, of what the file system has.
+        // Of what the file system has: the basic attributes and the birth time.
         reply.put_u32s([stat.stx_mask & 0xfff, stat.stx_blksize]);
         reply.put_u64s([stat.stx_attributes.bits()]);
         reply.put_u32s([stat.stx_nlink, stat.stx_uid, stat.stx_gid, stat.stx_mode.into()]);
@@ -123,7 +123,7 @@ impl Share {
     ) -> Result<(), Errno> {
         let changes = Changes::read(body)?;
         let inode = self.inodes.get(request.node)?;
-        // Before the mode: a new owner costs a file its set-id bits.
+        // Before the mode, because a change of the owner clears the set-id bits.
         if changes.has(valid::UID | valid::GID) {
             if changes.uid == u32::MAX || changes.gid == u32::MAX {
                 return Err(Errno::INVAL);

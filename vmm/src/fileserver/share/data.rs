@@ -1,8 +1,9 @@
-//! Requests about the contents of a file: open, read, write, and what else `fcntl` and friends do.
+//! Requests about the contents of a file: open, read, write and the like.
 //!
-//! `O_DIRECT` ends in the guest: its cache is bypassed there, and the host's page cache is used
-//! here, since a message's data has no alignment. `O_APPEND` is honoured write by write, because
-//! one open file of the guest sends both appending writes and the pages of a mapping.
+//! `O_DIRECT` has an effect in the guest only, whose page cache is bypassed. Here the host's page
+//! cache is used, because the data in a message is not aligned. `O_APPEND` is honoured write by
+//! write, because one open file of the guest sends both appending writes and the pages of a
+//! mapping.
 
 use std::io::IoSlice;
 use std::os::fd::{AsFd, OwnedFd};
@@ -22,7 +23,7 @@ use crate::fileserver::inodes::Inode;
 use crate::fileserver::slots::{Kept, Slot};
 use crate::fileserver::wire::{Body, DATA_MAX, Reply, Request};
 
-/// `FOPEN_KEEP_CACHE`: pages that the guest has of this file are still good.
+/// `FOPEN_KEEP_CACHE`: the pages that the guest has of this file are still valid.
 const KEEP_CACHE: u32 = 1 << 1;
 /// `FUSE_OPEN_KILL_SUIDGID`.
 const OPEN_KILL_SUIDGID: u32 = 1;
@@ -34,10 +35,10 @@ const WRITE_KILL_SUIDGID: u32 = 1 << 2;
 const RELEASE_FLUSH: u32 = 1;
 /// `FUSE_FSYNC_FDATASYNC`.
 const DATA_ONLY: u32 = 1;
-/// How much one COPY_FILE_RANGE copies: no thread is busy with it for long.
+/// The most that one COPY_FILE_RANGE copies, so that no thread is busy with it for long.
 const COPY_MAX: u64 = 16 << 20;
-/// How long ago a file must have changed for its change time to tell the next change apart: file
-/// times tick only every few milliseconds.
+/// How long ago a file must have changed so that the next change is sure to have another change
+/// time: file times tick only every few milliseconds.
 const SETTLED_NS: i128 = 50_000_000;
 
 impl Share {
@@ -72,9 +73,9 @@ impl Share {
         let (flags, mode, umask, open_flags) = (body.u32()?, body.u32()?, body.u32()?, body.u32()?);
         let name = body.name()?;
         let directory = self.inodes.get(request.node)?;
-        // Both are needed once the file is there.
+        // Taken before the file is created, after which both are needed.
         let slots = (self.slots.take()?, self.slots.take()?);
-        // Exclusively first: opening what another user put there has other rules.
+        // First with O_EXCL: opening a file that another user created has other rules.
         let exclusive =
             open_mode(flags) | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let create = || openat(&directory, name, exclusive, permissions(mode));
@@ -89,7 +90,7 @@ impl Share {
         }
     }
 
-    /// Opens what has the name already, and counts a lookup of it only if that works.
+    /// Opens an existing file, and counts a lookup of it only if that works.
     fn put_existing(
         &self,
         path: OwnedFd,
@@ -100,7 +101,7 @@ impl Share {
         let (inode, _) = self.inodes.remember(path, Some(slot))?;
         let open = || {
             if inode.kind != FileType::RegularFile {
-                // Not what the guest looked for a moment ago: it looks again.
+                // The name has changed since the guest looked it up; ESTALE makes it look again.
                 return Err(Errno::STALE);
             }
             let file = stripping_set_id(strip, || self.reopen(&inode, flags))?;
@@ -124,7 +125,7 @@ impl Share {
         if directory.kind != FileType::Directory {
             return Err(Errno::NOTDIR);
         }
-        // Whether it may be given a name later is the caller's flag.
+        // O_EXCL: the caller decides whether the file may be given a name later.
         let exclusive = OFlags::from_bits_retain(flags) & OFlags::EXCL;
         let flags = open_mode(flags) | OFlags::TMPFILE | OFlags::CLOEXEC | exclusive;
         let slots = (self.slots.take()?, self.slots.take()?);
@@ -139,7 +140,7 @@ impl Share {
         (slot, open_slot): (Slot, Slot),
         reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
-        // From the file itself: its name may be another's by now.
+        // Opened through the file itself: its name may be another file's by now.
         let path = self.reopen(&file, OFlags::PATH)?;
         let inode = self.put_entry(path, Some(slot), reply)?;
         self.put_open(inode.node, open_slot.keep(file), 0, reply);
@@ -152,8 +153,8 @@ impl Share {
         reply.put_u32s([flags, 0]);
     }
 
-    /// Whether pages that the guest cached since it opened this file the last time are what the
-    /// file has now: nobody has changed it since. A guest that wrote to it itself loses its pages
+    /// Whether the pages that the guest has cached since it last opened this file are still valid:
+    /// nobody has changed the file since. If the guest wrote to the file itself, it loses its pages
     /// once.
     fn cache_is_good(&self, inode: &Inode) -> Result<bool, Errno> {
         let changed = inode.stat()?.stx_ctime;
@@ -162,7 +163,7 @@ impl Share {
             |seconds: i64, rest: i64| i128::from(seconds) * 1_000_000_000 + i128::from(rest);
         let age = nanoseconds(now.tv_sec, now.tv_nsec)
             - nanoseconds(changed.tv_sec, changed.tv_nsec.into());
-        // 34 bits of seconds and 30 of nanoseconds; 0 stands for a file that may change unseen.
+        // 34 bits of seconds and 30 of nanoseconds; 0 means that the next change could be missed.
         let stamp = if age < SETTLED_NS {
             0
         } else {
@@ -224,7 +225,7 @@ impl Share {
         let position = match whence {
             DATA => SeekFrom::Data(offset),
             HOLE => SeekFrom::Hole(offset),
-            // The guest does the others itself.
+            // The guest handles the others itself.
             _ => return Err(Errno::INVAL),
         };
         reply.put_u64s([seek(&handle, position)?]);
@@ -255,7 +256,7 @@ impl Share {
         Ok(())
     }
 
-    /// FLUSH: a process closed a descriptor of the file, which costs it its locks there.
+    /// FLUSH: a process closed a descriptor of the file, and so loses its locks of the file.
     pub(super) fn flush(&self, request: &Request, body: &mut Body<'_>) -> Result<(), Errno> {
         let (handle, _unused, _padding) = (body.u64()?, body.u32()?, body.u32()?);
         let handle = self.handles.get(handle, request.node)?;
@@ -274,7 +275,7 @@ impl Share {
         if handle.locked_ranges.load(Ordering::Relaxed) {
             self.locks.release_handle(number);
         }
-        // A lock of the whole file goes with it.
+        // Closing the file releases its lock of the whole file.
         drop(handle);
         self.locks.wake();
         Ok(())
@@ -291,7 +292,7 @@ fn sync(file: impl AsFd, data_only: bool) -> Result<(), Errno> {
     if data_only { fdatasync(file) } else { fsync(file) }
 }
 
-/// What of the guest's open flags is meant for the host.
+/// The guest's open flags that are meant for the host.
 fn open_mode(flags: u32) -> OFlags {
     let meant = OFlags::ACCMODE
         | OFlags::TRUNC

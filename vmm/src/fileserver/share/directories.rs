@@ -1,7 +1,7 @@
 //! Requests about whole directories, `getdents64(2)`.
 //!
-//! A position is the host's own cookie, so a listing survives changes as it does on the host. What
-//! `readdir` calls the inode number of a mount point is that of the directory below it, as on the
+//! A position is the host's own cookie, so a listing survives changes as it does on the host. For a
+//! mount point, `readdir` returns the inode number of the directory below the mount, as on the
 //! host.
 
 use std::mem::MaybeUninit;
@@ -54,7 +54,7 @@ impl Share {
         })
     }
 
-    /// READDIRPLUS: every entry is looked up as well, and counts as that.
+    /// READDIRPLUS: every entry is looked up as well, which counts as a lookup.
     pub(super) fn read_directory_plus(
         &self,
         request: &Request,
@@ -66,7 +66,7 @@ impl Share {
         self.list(request, body, reply, |entry, reply| {
             let start = reply.body_len();
             let number = self.put_lookup(&directory, entry, reply).unwrap_or_else(|_| {
-                // Number 0 says that the entry was not looked up.
+                // Node 0 says that the entry was not looked up.
                 reply.truncate(start);
                 reply.put(&[0; ENTRY]);
                 self.inodes.number(device, entry.ino())
@@ -101,13 +101,13 @@ impl Share {
     ) -> Result<(), Errno> {
         let (handle, offset, size) = (body.u64()?, body.u64()?, body.u32()? as usize);
         let handle = self.handles.get(handle, request.node)?;
-        // The host's position is one for all readers of this handle.
+        // All readers of this handle share the host's position.
         let _position = handle.position.lock().map_err(|_| Errno::IO)?;
         seek(&handle, SeekFrom::Start(offset))?;
         let plus = request.opcode == crate::fileserver::wire::opcode::READDIRPLUS;
         let before_name = if plus { ENTRY + ENTRY_HEADER } else { ENTRY_HEADER };
         let size = size.min(reply.room(size).len());
-        // About what fits into the reply: entries that do not are read again.
+        // About as much as fits into the reply: entries that do not fit are read again.
         let share = if plus { size / 4 } else { size };
         let mut chunk = vec![MaybeUninit::uninit(); share.clamp(CHUNK_MIN, CHUNK_MAX)];
         let mut entries = RawDir::new(&handle, &mut chunk);
@@ -115,7 +115,7 @@ impl Share {
             let entry = match entry {
                 Ok(entry) => entry,
                 Err(error) if reply.body_len() == 0 => return Err(error),
-                // What was listed stands; the error comes again at the next request.
+                // Returns what was listed so far; the next request gets the error again.
                 Err(_) => break,
             };
             let len = before_name + entry.file_name().count_bytes().next_multiple_of(8);

@@ -1,15 +1,15 @@
-//! Locks on files, `fcntl_locking(2)` and `flock(2)`, which count between the guest and the host.
+//! File locks, `fcntl_locking(2)` and `flock(2)`, which hold between the guest and the host.
 //!
-//! A lock of a whole file belongs to an open file description, and there is one of the host for
-//! each of the guest: it takes the lock. A lock of a range belongs to a process of the guest, or to
-//! an open file description of it: each such owner has one open file description per inode here,
-//! which takes its locks (`F_OFD_SETLK`). They are released when the guest says that the process
-//! closed a descriptor of the file (FLUSH), or that the open file description through which the
-//! first one was taken is gone (RELEASE): Linux's FUSE says the latter only of an `F_OFD_SETLK`.
+//! A lock of a whole file belongs to an open file description. Each one of the guest has one on the
+//! host, which takes the lock. A lock of a range belongs to a process of the guest, or to one of
+//! its open file descriptions. Each such owner has one open file description per inode here, which
+//! takes its locks (`F_OFD_SETLK`). They are released when the guest says that the process closed a
+//! descriptor of the file (FLUSH), or that the open file description through which the first one
+//! was taken is gone (RELEASE). Linux's FUSE says the latter only for an `F_OFD_SETLK`.
 //!
-//! A thread never waits for a lock. What has to wait is kept in a bounded list that one thread tries
-//! again: at once when the guest released something, otherwise every [`RETRY_MIN`] to [`RETRY_MAX`],
-//! since the host does not say when its processes do.
+//! No thread waits for a lock. Requests that have to wait are kept in a bounded list, which one
+//! thread tries again: at once when the guest released something, otherwise every [`RETRY_MIN`] to
+//! [`RETRY_MAX`], since the host does not say when its own processes release a lock.
 
 // UNSAFETY: locks of open file descriptions have no safe wrapper.
 #![expect(unsafe_code, reason = "fcntl(2)")]
@@ -30,10 +30,10 @@ use crate::fileserver::wire::{Body, Reply, Request};
 
 const RETRY_MIN: Duration = Duration::from_millis(5);
 const RETRY_MAX: Duration = Duration::from_millis(100);
-/// How many locks may wait. A guest has fewer requests in flight, but one that resets its device
-/// forgets them without an end.
+/// How many requests may wait for a lock. A guest has fewer in flight, but each time that it resets
+/// its device it forgets those and can send as many again.
 const WAITING_MAX: usize = 512;
-/// How many interruptions are remembered that came before what they interrupt.
+/// How many INTERRUPTs are remembered that came before the request that they interrupt.
 const EARLY_MAX: usize = 16;
 /// `FUSE_LK_FLOCK`: a lock of the whole file.
 const WHOLE: u32 = 1;
@@ -75,7 +75,7 @@ enum Lock {
 /// An inode, and what the guest calls the owner of its locks.
 type Owner = (u64, u64);
 
-/// What takes the locks of an owner.
+/// The open file description that takes the locks of an owner.
 #[derive(Clone, Debug)]
 struct Held {
     file: Arc<Kept>,
@@ -113,20 +113,20 @@ impl Locks {
         }
     }
 
-    /// Releases what was taken through a handle that is gone: whoever took it has no other, or has
-    /// lost its locks when it closed this one.
+    /// Releases the locks of owners that took their first one through this handle, which is gone:
+    /// such an owner has no other handle, or has lost its locks when it closed this one.
     pub(super) fn release_handle(&self, handle: u64) {
         self.owners().retain(|_, held| held.handle != handle);
         self.wake();
     }
 
-    /// Releases everything, and waits for nothing any more.
+    /// Releases all locks, and drops all requests that wait.
     pub(super) fn clear(&self) {
         *self.owners() = HashMap::new();
         *self.queue() = Queue::default();
     }
 
-    /// Something was released: whoever waits tries again.
+    /// Lets all requests that wait try again, because something was released.
     pub(super) fn wake(&self) {
         let mut queue = self.queue();
         if !queue.waiting.is_empty() {
@@ -135,7 +135,7 @@ impl Locks {
         }
     }
 
-    /// Tries the waiting locks again and again; hands out what became of each. Never returns.
+    /// Tries the waiting requests again and again; calls `done` with each result. Never returns.
     pub(in crate::fileserver) fn run(&self, done: impl Fn(u64, Result<(), Errno>)) -> ! {
         let mut pause = RETRY_MIN;
         loop {
@@ -173,8 +173,8 @@ impl Locks {
         match lock {
             Lock::Whole { handle, operation } => flock(handle, *operation),
             Lock::Range { owner, held, range } => {
-                // Another thread may have taken the first lock of this owner, or released all,
-                // since the request was read: all its locks must be of one open file description.
+                // All locks of an owner must be of one open file description. Another thread may
+                // have taken the first of them, or released all, since the request was read.
                 let file = Arc::clone(&self.owners().entry(*owner).or_insert(held.clone()).file);
                 control(file, libc::F_OFD_SETLK, *range).map(drop)
             }
@@ -196,7 +196,7 @@ impl Share {
         let Some(lock) = self.lock_of(request.node, wanted)? else { return Ok(()) };
         self.locks.take(&lock)?;
         if wanted.kind != WRITE {
-            // Released, or let others read as well.
+            // The lock was released, or now lets others read as well.
             self.locks.wake();
         }
         Ok(())
@@ -209,7 +209,7 @@ impl Share {
             Ok((_, None)) => return Outcome::Done(Ok(())),
             Err(error) => return Outcome::Done(Err(error)),
         };
-        // Under the lock of the queue, so that no interruption passes by unseen.
+        // Under the lock of the queue, so that no INTERRUPT is missed.
         let mut queue = self.locks.queue();
         if let Some(index) = queue.early.iter().position(|unique| *unique == request.unique) {
             queue.early.remove(index);
@@ -225,7 +225,7 @@ impl Share {
                 Outcome::Later
             }
             Ok(()) if wanted.kind != WRITE => {
-                // `flock(2)` releases with a request that may wait.
+                // `flock(2)` also releases with the request that may wait.
                 drop(queue);
                 self.locks.wake();
                 Outcome::Done(Ok(()))
@@ -254,7 +254,7 @@ impl Share {
             len => start.saturating_add(len.cast_unsigned()).saturating_sub(1),
         };
         reply.put_u64s([start, end]);
-        // Whose it is cannot be known: the holder may be a process of the host.
+        // The process is unknown: it may be one of the host.
         reply.put_u32s([u32::try_from(found.l_type).map_err(|_| Errno::IO)?, 0]);
         Ok(())
     }
@@ -304,7 +304,7 @@ impl Share {
         Ok(Some(Lock::Range { owner, held, range: range(wanted)? }))
     }
 
-    /// For both kinds of lock where the file can be written at all.
+    /// Opened for both kinds of lock if the file can be written at all.
     fn open_for_locks(&self, node: u64) -> Result<OwnedFd, Errno> {
         let inode = self.inodes.get(node)?;
         self.reopen(&inode, OFlags::RDWR | OFlags::NONBLOCK)

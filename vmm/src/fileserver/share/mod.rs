@@ -6,11 +6,11 @@
 //! allowed that the jail's capabilities allow.
 //!
 //! What the guest may cache: names and attributes for [`VALID_SECONDS`], and file pages until the
-//! file changes. The host's processes may change files too, so the time is short, pages are
-//! dropped at an open that finds another change time ([`data`]), and nothing is written back later
-//! than the guest's `write` returns. Negative answers are not cached.
+//! file changes. The host's processes may change files too. So the time is short, pages are dropped
+//! at an open that finds another change time ([`data`]), and all data is written before the guest's
+//! `write` returns. Lookups of names that do not exist are not cached.
 //!
-//! Opening devices, fifos and sockets is the guest's own business; here they are only names.
+//! The guest opens devices, FIFOs and sockets itself; here they are only names.
 
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
@@ -34,7 +34,7 @@ mod names;
 /// How long the guest may believe a name or an attribute, in seconds.
 const VALID_SECONDS: u64 = 1;
 
-/// What came of a request.
+/// The result of a request.
 #[derive(Debug)]
 pub(super) enum Outcome {
     /// To be answered now; the body is in the reply.
@@ -47,10 +47,10 @@ pub(super) enum Outcome {
     Interrupted(u64),
 }
 
-/// All that is served.
+/// Everything that is served.
 #[derive(Debug)]
 pub(super) struct Share {
-    /// `/proc/self/fd`, which no path leads to.
+    /// `/proc/self/fd`, which is not reachable by a path.
     proc_self_fd: OwnedFd,
     slots: Arc<Slots>,
     inodes: Inodes,
@@ -77,7 +77,7 @@ impl Share {
         &self.locks
     }
 
-    /// Does what a request asks.
+    /// Executes a request.
     pub(super) fn handle(
         &self,
         request: &Request,
@@ -150,12 +150,12 @@ impl Share {
         if major != 7 || minor < MINOR_MIN {
             return Err(Errno::PROTO);
         }
-        // A guest that negotiates has just started: nothing of the one before it counts.
+        // A guest that negotiates has just started: no state of an earlier one counts.
         self.reset();
         reply.put_u32s([7, MINOR, readahead.min(DATA_MAX), low & WANTED]);
-        // Background requests: how many, and from how many on the guest holds back.
+        // Background requests: how many there may be, and from how many on the guest holds back.
         reply.put_u32s([BACKGROUND_MAX | (BACKGROUND_MAX * 3 / 4) << 16, DATA_MAX]);
-        // Nanosecond times; pages of one request.
+        // Unit of times, in nanoseconds; the most pages in one request.
         reply.put_u32s([1, DATA_MAX / 4096]);
         reply.put(&[0; 32]);
         Ok(())
@@ -175,7 +175,7 @@ impl Share {
     }
 
     fn batch_forget(&self, body: &mut Body<'_>) -> Outcome {
-        // Ends with the message, whatever number it claims.
+        // Ends with the message, whatever count it claims.
         let Ok(count) = body.u64() else { return Outcome::Silent };
         for _ in 0..count & 0xffff_ffff {
             let (Ok(node), Ok(lookups)) = (body.u64(), body.u64()) else { break };
@@ -184,14 +184,14 @@ impl Share {
         Outcome::Silent
     }
 
-    /// Opens an inode anew; the kernel follows the link to the very file, whatever its name.
+    /// Reopens an inode; the kernel follows the link to the file itself, whatever its name is.
     fn reopen(&self, inode: &impl AsFd, flags: OFlags) -> Result<OwnedFd, Errno> {
         let flags = (flags | OFlags::CLOEXEC) - OFlags::NOFOLLOW - OFlags::CREATE;
         openat(&self.proc_self_fd, link_name(inode), flags, Mode::empty())
     }
 
-    /// Writes `struct fuse_entry_out` for a file whose lookup the guest shall count; `slot` is for
-    /// one that is new.
+    /// Writes `struct fuse_entry_out` for a file whose lookup the guest is to count; `slot` is used
+    /// if the file is new.
     fn put_entry(
         &self,
         path: OwnedFd,
@@ -204,7 +204,7 @@ impl Share {
     }
 
     fn put_known_entry(&self, node: u64, attributes: &Statx, reply: &mut Reply<'_>) {
-        // Node, generation, seconds and nanoseconds that name and attributes are valid.
+        // Node, generation, seconds for which name and attributes are valid; then nanoseconds.
         reply.put_u64s([node, 0, VALID_SECONDS, VALID_SECONDS]);
         reply.put_u32s([0, 0]);
         self.put_attributes(attributes, reply);
@@ -222,14 +222,14 @@ fn link_name(file: &impl AsFd) -> String {
     file.as_fd().as_raw_fd().to_string()
 }
 
-/// In whose name something is created, under the umask that came with the request.
+/// The ids under which something is created, with the umask of the request.
 fn caller(request: &Request, umask: u32) -> Caller {
     Caller { uid: request.uid, gid: request.gid, umask }
 }
 
-/// The protocol's version 7.38, Linux 6.2: all that is answered here.
+/// The protocol's version 7.38, Linux 6.2, which has all that is answered here.
 const MINOR: u32 = 38;
-/// The oldest that has the fields that are read here: Linux 4.20.
+/// The oldest version that has the fields that are read here: Linux 4.20.
 const MINOR_MIN: u32 = 28;
 /// How many background requests (read-ahead, asynchronous direct writes) the guest has in flight.
 const BACKGROUND_MAX: u32 = 64;

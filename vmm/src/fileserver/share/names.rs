@@ -22,9 +22,9 @@ impl Share {
     ) -> Result<(), Errno> {
         let directory = self.inodes.get(request.node)?;
         let path = open_name(&directory, body.name()?).map_err(|error| match error {
-            // The guest's kernel takes any other error for a name that is gone, and takes away what
-            // is mounted there. Here the host is out of descriptors: of its own the server has some
-            // set aside.
+            // The host is out of descriptors; the server itself has some set aside. The guest's
+            // kernel takes any error other than ENOMEM to mean that the name is gone, and detaches
+            // what is mounted there.
             Errno::NFILE | Errno::MFILE => Errno::NOMEM,
             other => other,
         })?;
@@ -95,7 +95,7 @@ impl Share {
         let (node, name) = (body.u64()?, body.name()?);
         let inode = self.inodes.get(node)?;
         let directory = self.inodes.get(request.node)?;
-        // Not by AT_EMPTY_PATH, which takes CAP_DAC_READ_SEARCH.
+        // Without AT_EMPTY_PATH, which requires CAP_DAC_READ_SEARCH.
         let (from, follow) = (&self.proc_self_fd, AtFlags::SYMLINK_FOLLOW);
         let link = || linkat(from, link_name(&inode), &directory, name, follow);
         caller(request, 0).run(link)?;
@@ -135,7 +135,7 @@ impl Share {
     }
 }
 
-/// Holds what a name stands for, without opening or following it.
+/// Opens a name with `O_PATH`: neither opens the file nor follows a link.
 pub(super) fn open_name(directory: &Inode, name: &CStr) -> Result<OwnedFd, Errno> {
     let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     openat(directory, name, flags, Mode::empty())

@@ -1,4 +1,4 @@
-//! Pages that go and pages that stay.
+//! Which pages are given back and which stay.
 
 use vm_memory::Bytes;
 

@@ -1,7 +1,7 @@
-//! What a block device keeps its sectors on.
+//! The storage behind a block device.
 //!
-//! No virtio here: offsets and lengths are bytes, and the caller has checked them against
-//! [`Disk::size`]. Nothing grows a disk.
+//! This module knows nothing of virtio: offsets and lengths are bytes, and the caller has checked
+//! them against [`Disk::size`]. A disk does not grow.
 
 use std::fs::File;
 use std::io;
@@ -13,18 +13,18 @@ use vm_memory::VolatileSlice;
 
 use super::super::vectored;
 
-/// Zeroes written at once where the file system cannot make them.
+/// Zeroes written at once if the file system cannot make them itself.
 const ZERO_BYTES: usize = 128 << 10;
 
-/// Sectors, somewhere.
+/// The sectors of a disk.
 pub(crate) trait Disk: Send + 'static {
     /// Bytes in all.
     fn size(&self) -> u64;
 
-    /// Reads into `room` from `offset`, possibly less than it holds.
+    /// Reads into `room` from `offset`; may read less than `room` holds.
     fn read_at(&self, room: &[VolatileSlice<'_>], offset: u64) -> io::Result<usize>;
 
-    /// Writes `data` at `offset`, possibly not all of it.
+    /// Writes `data` at `offset`; may write less than all of it.
     fn write_at(&self, data: &[VolatileSlice<'_>], offset: u64) -> io::Result<usize>;
 
     /// Makes what was written durable.
@@ -45,7 +45,7 @@ pub(crate) struct RawDisk {
 }
 
 impl RawDisk {
-    /// Takes a file, whose size is fixed from now on.
+    /// Takes over a file; the disk keeps the size that the file has now.
     ///
     /// # Errors
     /// When it is neither a regular file nor a block device.
@@ -55,7 +55,7 @@ impl RawDisk {
             let what = format!("disk is a {kind:?}, not a file or block device");
             return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
         }
-        // The end of a block device is its size too, while its metadata say 0.
+        // Seeking finds the size of a block device as well, for which `st_size` is 0.
         let size = seek(&file, SeekFrom::End(0))?;
         Ok(Self { file, size })
     }
@@ -88,7 +88,7 @@ impl Disk for RawDisk {
     }
 
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
-        // Where it cannot be done it need not be done: a discard promises nothing.
+        // A file system that cannot do this is no error: a discard promises nothing.
         self.allocate(FallocateFlags::PUNCH_HOLE, offset, len).map(drop)
     }
 
@@ -118,7 +118,7 @@ fn write_zeroes(file: impl AsFd, offset: u64, len: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// File offsets are signed; nothing lies beyond.
+/// File offsets are signed; larger ones do not exist.
 fn signed(offset: u64) -> io::Result<i64> {
     i64::try_from(offset).map_err(|_| io::ErrorKind::InvalidInput.into())
 }

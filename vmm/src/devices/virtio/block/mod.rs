@@ -1,7 +1,7 @@
 //! The block device, VIRTIO 1.2 §5.2: a file or block device of the host as a disk.
 //!
-//! One queue, served in order by one thread. Image formats, several queues, geometry and
-//! lifetimes are not offered: a disk is its bytes.
+//! There is one queue, which one thread serves in order. Image formats, several queues, geometry
+//! and lifetimes are not offered: the bytes of the file are those of the disk.
 
 use std::fs::File;
 use std::io;
@@ -26,7 +26,7 @@ const F_BLK_SIZE: u64 = 1 << 6;
 const F_FLUSH: u64 = 1 << 9;
 const F_DISCARD: u64 = 1 << 13;
 const F_WRITE_ZEROES: u64 = 1 << 14;
-/// Data buffers of one request: what a queue holds less header and status.
+/// Data buffers of one request: the size of the queue less header and status.
 const BUFFERS_MAX: u32 = 126;
 /// Ranges in one discard or request for zeroes.
 const SEGMENTS_MAX: usize = 32;
@@ -34,7 +34,7 @@ const SEGMENTS_MAX: usize = 32;
 const SERIAL_BYTES: usize = 20;
 const CONFIG_BYTES: usize = 60;
 
-/// Makes a disk of `file`, whose serial the guest sees.
+/// Makes a disk of `file`; the guest sees `serial` as its serial number.
 ///
 /// # Errors
 /// When `file` is neither a regular file nor a block device, or the serial is longer than 20
@@ -61,7 +61,7 @@ fn logic<D: Disk>(disk: D, read_only: bool, serial: &str) -> io::Result<Block<D>
 /// The configuration space, §5.2.4; fields of features that are not offered stay 0.
 fn config(disk_bytes: u64) -> Vec<u8> {
     let mut bytes = vec![0; CONFIG_BYTES];
-    // A sector that the end of the disk cuts off does not count.
+    // An incomplete sector at the end of the disk does not count.
     bytes[0..8].copy_from_slice(&(disk_bytes / SECTOR_BYTES).to_le_bytes());
     let segments = 32_u32;
     for (offset, value) in [
@@ -75,7 +75,7 @@ fn config(disk_bytes: u64) -> Vec<u8> {
     ] {
         bytes[offset..offset + 4].copy_from_slice(&value.to_le_bytes());
     }
-    // Zeroes may be holes.
+    // `write_zeroes_may_unmap`: zeroes may become holes.
     bytes[56] = 1;
     bytes
 }

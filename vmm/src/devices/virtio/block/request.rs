@@ -9,9 +9,9 @@ pub(super) const SECTOR_BYTES: u64 = 512;
 pub(super) const HEADER_BYTES: usize = 16;
 /// Bytes of one range of a discard or of zeroes.
 pub(super) const SEGMENT_BYTES: usize = 16;
-/// The most sectors that one such range may have: 2 GiB of a discard, which is one system call.
+/// The most sectors in one range of a discard: 2 GiB, which is one system call.
 pub(super) const DISCARD_SECTORS_MAX: u32 = 1 << 22;
-/// For zeroes it is 16 MiB, which may have to be written.
+/// The most sectors in one range of zeroes: 16 MiB, because they may have to be written.
 pub(super) const ZERO_SECTORS_MAX: u32 = 1 << 15;
 
 /// How a request ended; the status byte of §5.2.6.
@@ -26,7 +26,7 @@ pub(super) enum Status {
     Unsupported = 2,
 }
 
-/// What is asked for.
+/// A request of the driver.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Request {
     /// Reads from this sector.
@@ -35,16 +35,16 @@ pub(super) enum Request {
     Write(u64),
     /// Makes completed writes durable.
     Flush,
-    /// The disk's serial.
+    /// Reads the disk's serial.
     Identify,
-    /// The contents of ranges are not needed any more.
+    /// Discards ranges, whose contents are not needed any more.
     Discard,
-    /// Ranges shall read as zeroes.
+    /// Makes ranges read as zeroes.
     Zero,
 }
 
 impl Request {
-    /// Takes a header apart.
+    /// Parses a header.
     pub(super) fn parse(header: &[u8; HEADER_BYTES]) -> Result<Self, Status> {
         let [kind @ .., _, _, _, _, _, _, _, _, _, _, _, _] = *header;
         let [_, _, _, _, _, _, _, _, sector @ ..] = *header;
@@ -61,7 +61,7 @@ impl Request {
     }
 }
 
-/// Where on the disk, in bytes.
+/// A range of the disk, in bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Range {
     pub(super) start: u64,
@@ -88,7 +88,7 @@ pub(super) struct Segment {
 }
 
 impl Segment {
-    /// Takes a segment of `request` apart.
+    /// Parses a segment of `request`.
     pub(super) fn parse(
         bytes: &[u8; SEGMENT_BYTES],
         request: Request,
@@ -98,7 +98,7 @@ impl Segment {
         let [_, _, _, _, _, _, _, _, sectors @ .., _, _, _, _] = *bytes;
         let [_, _, _, _, _, _, _, _, _, _, _, _, flags @ ..] = *bytes;
         let flags = u32::from_le_bytes(flags);
-        // §5.2.6.2: reserved flags, and the one flag in a discard, are unsupported.
+        // §5.2.6.2: reserved flags are unsupported, and so is the one flag in a discard.
         let (flags_known, sectors_max) = match request {
             Request::Discard => (0, DISCARD_SECTORS_MAX),
             _ => (1, ZERO_SECTORS_MAX),

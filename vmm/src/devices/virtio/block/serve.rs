@@ -1,7 +1,7 @@
 //! Answers the requests of a block device's queue.
 //!
-//! Data go straight between guest memory and the disk. Whatever is wrong with a request is told in
-//! its status byte; only a chain that has no place for one makes the device fail.
+//! Data goes directly between guest memory and the disk. An error in a request is reported in its
+//! status byte; the device fails only if a chain has no room for that byte.
 
 use std::io;
 
@@ -14,7 +14,7 @@ use super::request::{HEADER_BYTES, Range, Request, SEGMENT_BYTES, Segment, Statu
 use super::{F_FLUSH, SEGMENTS_MAX, SERIAL_BYTES};
 use crate::devices::rate_limit::guest_warn;
 
-/// The most data that one request moves, so that one does not hold up a reset for long.
+/// The most data that one request moves, so that it does not delay a reset for long.
 const TRANSFER_MAX: usize = 64 << 20;
 
 /// The logic of the device.
@@ -23,7 +23,7 @@ pub(crate) struct Block<D = RawDisk> {
     pub(super) disk: D,
     pub(super) read_only: bool,
     pub(super) serial: [u8; SERIAL_BYTES],
-    /// The driver does not flush, so each write must be durable by itself, §5.2.6.2.
+    /// The driver did not negotiate flushes, so each write must be durable by itself, §5.2.6.2.
     pub(super) write_through: bool,
 }
 
@@ -50,20 +50,21 @@ impl<D: Disk> Serve for Block<D> {
 }
 
 impl<D: Disk> Block<D> {
-    /// Does what a chain asks for and writes its status; says how much was written without a gap.
+    /// Executes the request of a chain and writes its status; returns how many bytes were written
+    /// without a gap.
     fn answer(&self, chain: &mut Chain, memory: &GuestMemory) -> Result<usize, ServeError> {
         let Some(room) = chain.writable.left().checked_sub(1) else {
             return Err(ServeError::Request("block request has no status byte"));
         };
         let result = self.execute(chain, memory, room)?;
-        // The status byte is the last one, whatever lies before it.
+        // The status is the last byte, whatever room is before it.
         chain.writable.slices(memory, chain.writable.left() - 1)?;
         let (status, filled) = result.map_or_else(|status| (status, 0), |n| (Status::Done, n));
         chain.writable.write(memory, &[status as u8])?;
         Ok(if filled == room { room + 1 } else { filled })
     }
 
-    /// Does what a chain asks for; says how much of its `room` for data was filled.
+    /// Executes the request of a chain; returns how much of its `room` for data was filled.
     fn execute(
         &self,
         chain: &mut Chain,
@@ -165,7 +166,7 @@ fn transfer(
     let end = range.start + range.len;
     while offset < end {
         match call(&rest, offset) {
-            // The file became shorter than it was.
+            // The file has shrunk.
             Ok(0) => return Err(Status::Failed),
             Ok(count) => {
                 offset += count as u64;

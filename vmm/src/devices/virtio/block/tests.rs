@@ -1,4 +1,4 @@
-//! Disks against a driver, malformed requests most of all.
+//! A driver's requests to disks, most of all malformed ones.
 
 use std::os::unix::fs::{FileExt, MetadataExt};
 
@@ -50,7 +50,7 @@ fn segment(sector: u64, sectors: u32, flags: u32) -> Vec<u8> {
     [&sector.to_le_bytes()[..], &sectors.to_le_bytes(), &flags.to_le_bytes()].concat()
 }
 
-/// One request: its status, and the bytes that it was given.
+/// Makes one request; returns its status and the bytes that the device wrote.
 fn request(logic: &mut Block, parts: &[Part<'_>]) -> (Status, Vec<u8>) {
     let memory = mock::memory();
     let mut driver = Driver::new(&memory, QUEUE_SIZES);

@@ -2,7 +2,7 @@
 //!
 //! The device knows nothing of files. It passes FUSE messages between its queues and a SEQPACKET
 //! socket ([`relay`]), and checks their headers on the way. Many requests are in flight at once, as
-//! many as the queues hold. Without DAX and without the notification queue.
+//! many as the queues hold. DAX and the notification queue are not offered.
 
 use std::io;
 use std::os::fd::OwnedFd;
@@ -40,7 +40,7 @@ pub(crate) fn device(tag: &str, server: OwnedFd) -> Device<Fs> {
 #[derive(Debug)]
 pub(crate) struct Fs {
     relay: Relay,
-    /// The socket takes nothing more; queues wait until it does.
+    /// The socket is full; the queues wait until it is writable.
     full: bool,
 }
 
@@ -80,13 +80,13 @@ impl Fs {
         Ok(())
     }
 
-    /// Nothing is sent before the socket takes something again.
+    /// Sends nothing until the socket is writable.
     fn wait_for_room(&mut self, sources: &Sources) -> io::Result<()> {
         self.full = true;
         sources.modify(self.relay.server(), SERVER, EventSet::IN | EventSet::OUT)
     }
 
-    /// Sends what waits: what was held back first, then what a full socket left in the queues.
+    /// Sends held-back requests, then those that a full socket left in the queues.
     fn send_on(&mut self, context: &mut Context<'_>) -> Result<(), ServeError> {
         let was_full = std::mem::take(&mut self.full);
         if !self.relay.is_gone() {
@@ -103,7 +103,7 @@ impl Fs {
         (0..queues).try_for_each(|index| self.take(index, context))
     }
 
-    /// Gives back what the file server answered.
+    /// Completes the requests that the file server has answered.
     fn give_back(&mut self, context: &mut Context<'_>) -> Result<(), ServeError> {
         let mut answers = Vec::new();
         for _ in 0..BATCH {
@@ -116,15 +116,15 @@ impl Fs {
         complete(&answers, context)
     }
 
-    /// Fails what a file server that has ended was asked.
+    /// Fails the requests that a file server has not answered before it ended.
     fn give_up(&mut self, context: &mut Context<'_>) -> Result<(), ServeError> {
-        // Its end would be reported again and again.
+        // epoll would report the closed socket again and again.
         context.sources.remove(self.relay.server())?;
         complete(&self.relay.fail_all(context.memory)?, context)
     }
 }
 
-/// Gives chains back, and interrupts the driver once for each queue.
+/// Completes chains, and interrupts the driver once for each queue.
 fn complete(answers: &[Answer], context: &mut Context<'_>) -> Result<(), ServeError> {
     let memory = context.memory;
     for (index, queue) in context.queues.iter_mut().enumerate() {
@@ -163,7 +163,7 @@ impl Serve for Fs {
                 self.send_on(context)?;
             }
         }
-        // Sending may have found that it has ended, as well as receiving.
+        // Sending, as well as receiving, may have found that the file server has ended.
         if self.relay.has_ended() { self.give_up(context) } else { Ok(()) }
     }
 

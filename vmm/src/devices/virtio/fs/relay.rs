@@ -1,18 +1,20 @@
-//! FUSE messages between queue and socket, with numbers of our own.
+//! Passes FUSE messages between queue and socket, and numbers them anew.
 //!
-//! The guest numbers its requests, and a hostile one may use a number twice. So each request gets
-//! a number here that is never used again, and the guest's own comes back in the reply.
+//! The guest numbers its requests, and a hostile guest may use a number twice. So the relay gives
+//! each request a number that is never used again, and puts the guest's number into the reply.
 //!
-//! The file server may have been taken over, so what it says is checked as well. A reply must have
-//! a header that is true, and answer a request that waits for it or that the driver forgot when it
-//! reset the device; those are dropped. The first packet that is anything else ends the relay: from
-//! then on every request fails with EIO. A reply that is too long for its request fails that one.
+//! The file server may have been taken over, so its packets are checked as well. A reply must have
+//! a consistent header and belong to a request that waits for it, or to one that the driver forgot
+//! when it reset the device; in the second case it is dropped. Any other packet ends the relay:
+//! from then on every request fails with EIO. If a reply is too long for its request, only that
+//! request fails.
 //!
-//! The file server is not given more at once than leaves it a thread for quick requests ([`Class`]);
-//! what is held back waits in guest memory, of which only the addresses are kept here.
+//! Slow requests never occupy all threads of the file server: one is left for quick requests
+//! ([`Class`]). A request that is held back stays in guest memory; only its addresses are kept
+//! here.
 //!
-//! The header of a request is copied out of guest memory, checked and then used; what follows goes
-//! to the socket without a copy, and nobody here looks at it.
+//! The header of a request is copied out of guest memory, checked and then used; the rest goes to
+//! the socket without a copy and is not looked at here.
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
@@ -34,31 +36,31 @@ use crate::fileserver::wire::{
 
 /// The most runs of guest memory in one message, below what one system call takes.
 const RUNS_MAX: usize = 1000;
-/// The last error number of user space; those above are the kernel's own.
+/// The last error number of user space; larger ones are internal to the kernel.
 const ERROR_MAX: i32 = 511;
-/// Where in a header the number of the request stands.
+/// Offset of a request's number in a header.
 const UNIQUE: usize = 8;
 
 /// What became of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Forwarded {
-    /// The chain is kept until the file server answers: it has the request, or will have it when it
-    /// has answered others.
+    /// The chain is kept until the file server answers. The request was sent, or will be when
+    /// others have been answered.
     Kept,
-    /// The chain is to be given back, so many bytes written.
+    /// The chain is to be completed, with this many bytes written.
     Done(usize),
     /// Nothing happened: the socket is full.
     Full,
 }
 
-/// What became of a request that was to be sent.
+/// The result of sending a request.
 #[derive(Debug)]
 enum Passed {
     /// The file server has it.
     Sent,
     /// The socket is full; nothing happened.
     Full(Asked),
-    /// It has no reply, or it was answered here.
+    /// The request has no reply, or the relay has answered it.
     Done(Answer),
 }
 
@@ -73,7 +75,7 @@ pub(super) enum Received {
     Reply(Answer),
 }
 
-/// A chain to be given back.
+/// A chain to be completed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Answer {
     pub(super) queue: usize,
@@ -101,7 +103,7 @@ struct InFlight {
     waiting: Option<Waiting>,
 }
 
-/// Who waits for a reply.
+/// The chain that waits for a reply.
 #[derive(Debug)]
 struct Waiting {
     queue: usize,
@@ -114,7 +116,7 @@ struct Waiting {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Server {
     Alive,
-    /// Found dead; what it was asked is not answered yet.
+    /// It has ended; the requests that it has not answered still wait.
     Ended,
     Gone,
 }
@@ -125,7 +127,7 @@ pub(super) struct Relay {
     socket: OwnedFd,
     server: Server,
     in_flight: HashMap<u64, InFlight>,
-    /// What is not in flight yet, for each of [`Class::BOUNDED`].
+    /// Requests that are held back, for each of [`Class::BOUNDED`].
     held: [VecDeque<Asked>; Class::BOUNDED.len()],
     /// How many replies may still come to requests of other classes that the driver forgot.
     forgotten: u64,
@@ -153,13 +155,13 @@ impl Relay {
         self.server == Server::Ended
     }
 
-    /// Whether the socket is of no use any more.
+    /// Whether the file server has ended, so that the socket cannot be used any more.
     pub(super) fn is_gone(&self) -> bool {
         self.server != Server::Alive
     }
 
-    /// The driver has forgotten its requests; answers to them go nowhere. Slow ones still keep a
-    /// thread of the file server.
+    /// Forgets the driver's requests; replies to them are dropped. Slow ones still count, because
+    /// they occupy a thread of the file server.
     pub(super) fn forget_all(&mut self) {
         self.held = Default::default();
         let forgotten = &mut self.forgotten;
@@ -196,9 +198,9 @@ impl Relay {
         })
     }
 
-    /// Passes on what was held back, as far as there is room for it, the slowest first: quicker ones
-    /// cannot take all of the room. Gives the chains that are done without the file server, and
-    /// whether the socket is full.
+    /// Sends requests that were held back, as far as there is room for them. The slowest go first,
+    /// so that quicker ones cannot take all of the room. Returns the chains that are done without
+    /// the file server, and whether the socket is full.
     pub(super) fn resume(
         &mut self,
         memory: &GuestMemory,
@@ -221,8 +223,8 @@ impl Relay {
         Ok((done, false))
     }
 
-    /// Reads what the relay has to know of a request. One that it answers itself is given as the
-    /// number of bytes written.
+    /// Reads and checks what the relay needs of a request. If it answers the request itself,
+    /// returns the number of bytes written.
     fn read(
         &self,
         memory: &GuestMemory,
@@ -297,8 +299,8 @@ impl Relay {
     fn send(&mut self, packet: &[VolatileSlice<'_>]) -> Result<bool, Errno> {
         let Err(error) = vectored::send(&self.socket, packet) else { return Ok(true) };
         match error.raw_os_error() {
-            // The last two: the kernel has no memory in one piece now. The socket is writable, so
-            // the worker comes back at once, and the kernel makes room meanwhile.
+            // ENOBUFS and ENOMEM: the kernel has no contiguous memory now. The socket is writable,
+            // so the worker tries again at once, and the kernel makes room meanwhile.
             Some(libc::EAGAIN | libc::ENOBUFS | libc::ENOMEM) => Ok(false),
             Some(libc::EMSGSIZE) => {
                 let len: usize = packet.iter().map(VolatileSlice::len).sum();
@@ -312,7 +314,7 @@ impl Relay {
         }
     }
 
-    /// Takes the next packet.
+    /// Handles the next packet of the file server.
     pub(super) fn receive(&mut self, memory: &GuestMemory) -> Result<Received, ServeError> {
         if self.server != Server::Alive {
             return Ok(Received::Nothing);
@@ -357,13 +359,13 @@ impl Relay {
         Some((reply?, total))
     }
 
-    /// Believes the file server no more.
+    /// Ends the relay, because the file server cannot be trusted any more.
     fn end(&mut self, why: &str) {
         log::error!("fs: the file server {why}; every request fails from now on");
         self.server = Server::Ended;
     }
 
-    /// Fails what the dead file server will not answer.
+    /// Fails the requests that the ended file server will not answer.
     pub(super) fn fail_all(&mut self, memory: &GuestMemory) -> Result<Vec<Answer>, ServeError> {
         self.server = Server::Gone;
         let mut answers = Vec::new();
@@ -379,7 +381,7 @@ impl Relay {
         Ok(answers)
     }
 
-    /// Receives the reply at hand into the buffers of its request.
+    /// Receives the reply that was peeked at into the buffers of its request.
     fn deliver(
         &self,
         memory: &GuestMemory,
@@ -413,7 +415,7 @@ impl Relay {
         Ok(Answer { queue, head, written })
     }
 
-    /// Drops the packet at hand.
+    /// Drops the packet that was peeked at.
     fn discard(&self) -> Result<(), ServeError> {
         match recv(&self.socket, &mut [0; OUT_HEADER], RecvFlags::DONTWAIT) {
             Ok(_) | Err(Errno::AGAIN) => Ok(()),
@@ -421,14 +423,14 @@ impl Relay {
         }
     }
 
-    /// Our number of the request that the guest calls `unique`.
+    /// The relay's number of the request that has the guest's number `unique`.
     fn number_of(&self, unique: u64) -> Option<u64> {
         let called = |it: &InFlight| it.waiting.as_ref().is_some_and(|it| it.unique == unique);
         Some(*self.in_flight.iter().find(|(_, in_flight)| called(in_flight))?.0)
     }
 }
 
-/// Whether the header fits a packet of so many bytes, as Linux checks what it reads from /dev/fuse.
+/// Whether a header is consistent with its packet: what Linux checks in writes to /dev/fuse.
 fn is_true(header: &ReplyHeader, total: usize) -> bool {
     let errors = -ERROR_MAX..=-1;
     header.len as usize == total
@@ -437,14 +439,14 @@ fn is_true(header: &ReplyHeader, total: usize) -> bool {
 
 /// Whether one more request of a class may be in flight.
 fn has_room(in_flight: &HashMap<u64, InFlight>, class: Class) -> bool {
-    // What is passed on counts for its class and for the quicker ones.
+    // A request in flight counts for its own class and for the quicker ones.
     Class::BOUNDED.into_iter().filter(|bounded| *bounded >= class).all(|bounded| {
         let busy = in_flight.values().filter(|it| it.class <= bounded).count();
         busy < usize::from(bounded.at_once())
     })
 }
 
-/// Answers a request without the file server; gives the number of bytes written.
+/// Answers a request without the file server; returns the number of bytes written.
 fn refuse(
     memory: &GuestMemory,
     chain: &mut Chain,

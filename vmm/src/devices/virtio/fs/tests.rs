@@ -38,7 +38,7 @@ fn reply(unique: u64, error: i32, body: &[u8]) -> Vec<u8> {
     message
 }
 
-/// What the file server gets next; `None` when nothing is there.
+/// The next packet for the file server; `None` if there is none.
 fn received(server: &OwnedFd) -> Option<Vec<u8>> {
     let mut packet = vec![0; 1 << 20];
     let (len, _) = recv(server, packet.as_mut_slice(), RecvFlags::DONTWAIT).ok()?;
@@ -178,7 +178,7 @@ fn a_dead_file_server_fails_requests_and_nothing_else() {
     for made in [before, after] {
         assert_eq!(driver.written(&made, 16), reply(3, -5, b""));
     }
-    // A driver that comes back finds the same.
+    // The same holds for a driver that comes back.
     fs.stop(&driver.sources);
     fs.start(0, &driver.sources).unwrap();
 }

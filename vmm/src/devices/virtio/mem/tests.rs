@@ -1,4 +1,4 @@
-//! Blocks that are plugged and blocks that are not.
+//! Which blocks are plugged and which are not.
 
 use vm_memory::{Bytes, GuestRegionMmap};
 
@@ -14,14 +14,14 @@ fn region() -> Region {
     Region::new(GuestAddress(START), STEP, 60)
 }
 
-/// Memory whose pluggable part has so many bytes.
+/// Memory whose pluggable part has this many bytes.
 fn memory(bytes: u64) -> GuestMemory {
     let size = usize::try_from(bytes).unwrap();
     let region = GuestRegionMmap::from_range(GuestAddress(START), size, None).unwrap();
     mock::memory().insert_region(Arc::new(region)).unwrap()
 }
 
-/// A device of which so much is requested.
+/// A device with this much memory requested.
 fn logic(requested: u64) -> (Mem, MemHandle) {
     let (device, handle) = device(region()).unwrap();
     let config = device.config().clone();
@@ -181,7 +181,7 @@ fn the_driver_is_told_of_the_sizes_and_cannot_change_them() {
     device.config().write(0, &[0xff; CONFIG_BYTES]);
     let grown = [BLOCK_BYTES, START, 64 * MIB, 24 * MIB, 0, 24 * MIB];
     assert_eq!(sizes(device.config()), grown);
-    // What was usable stays so: it is memory for good.
+    // The usable size does not shrink: what became memory stays memory.
     handle.request(8 * MIB).unwrap();
     assert_eq!(sizes(device.config())[3..], [24 * MIB, 0, 8 * MIB]);
 }

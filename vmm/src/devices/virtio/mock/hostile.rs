@@ -1,4 +1,5 @@
-//! Drivers that break the rules of a queue, for every device: chains that no driver may make, and noise.
+//! Drivers that break the rules of a queue, for every device: chains that no driver may make, and
+//! random noise.
 
 use virtio_queue::desc::RawDescriptor;
 use virtio_queue::desc::split::Descriptor;
@@ -134,7 +135,7 @@ pub(crate) fn survives_noise<S: Serve>(sizes: &[u16], rounds: u32, make: impl Fn
     }
 }
 
-/// A small generator (xorshift64*), so that a failure repeats itself.
+/// A small random generator (xorshift64*): the same seed repeats a failure.
 pub(crate) struct Random(pub(crate) u64);
 
 impl Random {
@@ -145,7 +146,7 @@ impl Random {
         (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 16) % limit
     }
 
-    /// Fewer than `limit` of them.
+    /// Fewer than `limit` random bytes.
     pub(crate) fn bytes(&mut self, limit: u64) -> Vec<u8> {
         (0..self.below(limit)).map(|_| u8::try_from(self.below(256)).unwrap()).collect()
     }
@@ -154,7 +155,7 @@ impl Random {
         u16::try_from(self.below(limit)).unwrap()
     }
 
-    /// A descriptor that is often nearly right.
+    /// A random descriptor, often nearly valid.
     fn descriptor(&mut self, size: u16) -> Raw {
         let addr = match self.below(8) {
             0 => self.below(u64::MAX),

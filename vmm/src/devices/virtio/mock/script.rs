@@ -1,13 +1,13 @@
 //! What a guest does, taken from a string of bytes: numbers, buffers and descriptors that are often
-//! nearly right.
+//! nearly valid.
 
 use super::*;
 
 /// The decisions of a guest.
 pub(crate) struct Script<'a> {
-    /// What is left of the bytes; behind their end they are 0.
+    /// The bytes that are left; after their end, zeroes are read.
     bytes: &'a [u8],
-    /// Buffers may lie in the rings, which then say anything.
+    /// Buffers may overlap the rings, which can then have any contents.
     pub(crate) in_rings: bool,
 }
 
@@ -30,7 +30,7 @@ impl<'a> Script<'a> {
         u16::from_le_bytes([self.byte(), self.byte()])
     }
 
-    /// Often short, so that something is left for the rest.
+    /// A length, often short so that bytes are left for the rest.
     pub(crate) fn length(&mut self) -> u16 {
         match self.byte() {
             frame if frame % 8 == 6 => self.number() % 0x800,
@@ -39,7 +39,7 @@ impl<'a> Script<'a> {
         }
     }
 
-    /// Bytes behind their length.
+    /// A length, then that many bytes.
     pub(crate) fn sized(&mut self) -> &'a [u8] {
         let len = usize::from(self.length());
         self.piece(len)
@@ -51,7 +51,7 @@ impl<'a> Script<'a> {
         piece
     }
 
-    /// Inside of memory, at its edges, in a table, or anywhere.
+    /// An address inside of memory, at its edges, in a table, or anywhere.
     pub(crate) fn address(&mut self) -> u64 {
         let offset = u64::from(self.number());
         match self.byte() % 8 {

@@ -1,13 +1,13 @@
-//! What a driver asks of the control queue, VIRTIO 1.3 §5.1.6.5: bytes in, commands out.
+//! Parses the commands of the control queue, VIRTIO 1.3 §5.1.6.5.
 //!
-//! Pure: a command that comes out of here is well-formed; whether it can be done is for the device
-//! to say. A command that is malformed or unknown is refused, and nothing is changed.
+//! Pure: a parsed command is well-formed, and the device decides whether it can be executed. A
+//! malformed or unknown command is refused and changes nothing.
 
 use super::filter::{LISTED_MAX, Listed, Mac};
 use super::{F_CTRL_MAC_ADDR, F_CTRL_RX, F_MQ};
 
-/// The longest command; a driver that listens to more addresses than this has room for is not asked
-/// for them.
+/// The longest command. If a driver sends longer lists of addresses, they are not read and match
+/// all addresses.
 pub(super) const COMMAND_MAX: usize = 4096;
 /// The two answers.
 pub(super) const DONE: u8 = 0;
@@ -23,23 +23,23 @@ const ADDRESS_SET: u8 = 1;
 const PAIRS: u8 = 4;
 const PAIRS_SET: u8 = 0;
 
-/// What is asked for.
+/// A command of the driver.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Command {
-    /// All frames are wanted, or not.
+    /// Turns the reception of all frames on or off.
     Promiscuous(bool),
-    /// All frames to groups are.
+    /// Turns the reception of all multicast frames on or off.
     AllMulticast(bool),
-    /// Frames to these are.
+    /// Sets the addresses whose frames are received.
     Listen { unicast: Listed, multicast: Listed },
-    /// The interface has another address.
+    /// Sets the address of the interface.
     SetAddress(Mac),
-    /// So many pairs of queues are used.
+    /// Sets how many pairs of queues are used.
     SetPairs(u16),
 }
 
 impl Command {
-    /// Takes apart all that a driver wrote, or the first [`COMMAND_MAX`] bytes of it.
+    /// Parses all that a driver wrote, or the first [`COMMAND_MAX`] bytes of it.
     pub(super) fn parse(bytes: &[u8]) -> Option<Self> {
         let ([class, command], data) = bytes.split_first_chunk()?;
         Some(match (*class, *command, data) {
@@ -55,7 +55,7 @@ impl Command {
             }
             (ADDRESS, ADDRESS_SET, mac) => {
                 let mac = Mac(mac.try_into().ok()?);
-                // The specification does not forbid a group's; nobody could reach it.
+                // The specification does not forbid a multicast address, but nobody could reach it.
                 return (!mac.is_multicast()).then_some(Self::SetAddress(mac));
             }
             (PAIRS, PAIRS_SET, pairs) => Self::SetPairs(u16::from_le_bytes(pairs.try_into().ok()?)),
@@ -63,7 +63,7 @@ impl Command {
         })
     }
 
-    /// The feature that a driver has negotiated when it may ask for this.
+    /// The feature that a driver must have negotiated for this command.
     pub(super) fn needs(&self) -> u64 {
         match self {
             Self::Promiscuous(_) | Self::AllMulticast(_) | Self::Listen { .. } => F_CTRL_RX,
@@ -73,7 +73,7 @@ impl Command {
     }
 }
 
-/// Splits a list of addresses off: their number, then they.
+/// Splits a list of addresses off: a count, then that many addresses.
 fn list(bytes: &[u8]) -> Option<(Listed, &[u8])> {
     let (count, bytes) = bytes.split_first_chunk()?;
     let count = usize::try_from(u32::from_le_bytes(*count)).ok()?;

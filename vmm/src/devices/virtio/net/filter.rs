@@ -1,6 +1,6 @@
 //! Which frames a driver wants to receive, VIRTIO 1.3 §5.1.6.5.1 and §5.1.6.5.2.
 //!
-//! It spares the guest work and protects nobody: a driver that wants all frames gets them.
+//! The filter spares the guest work. It protects nobody: a driver that wants all frames gets them.
 
 /// An Ethernet address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,7 +14,7 @@ impl Mac {
     }
 }
 
-/// The most addresses of a list that are compared with; a longer one lets all pass.
+/// The longest list of addresses that is compared; a longer one matches all addresses.
 pub(super) const LISTED_MAX: usize = 64;
 
 /// Addresses of one kind that a driver listens to.
@@ -33,7 +33,7 @@ impl Listed {
     }
 }
 
-/// What a driver has asked for.
+/// What a driver has asked to receive.
 #[derive(Debug)]
 pub(super) struct Filter {
     /// The address of the interface.

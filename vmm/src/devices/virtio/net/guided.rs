@@ -1,8 +1,8 @@
-//! A guest that does what a string of bytes says: chains, headers, commands, and frames that come to it.
+//! A guest that acts as a string of bytes says: chains, headers, commands, and incoming frames.
 //!
-//! The bytes are noise, or what a fuzzer makes of it. The device may answer or fail. It may neither
-//! panic, nor give back more than it was offered, nor keep quiet about what it gave back, nor take an
-//! address that nobody can have.
+//! The bytes are noise, or come from a fuzzer. The device may answer or fail. It must not panic,
+//! complete more chains than it was offered, complete chains without an interrupt, or take a
+//! multicast address.
 
 #![expect(clippy::unwrap_used, reason = "a guest that cannot be set up is a failed test")]
 
@@ -16,7 +16,7 @@ use super::mock::{ALL, Guest, TIMER};
 use super::*;
 use crate::config::RateLimit;
 
-/// More than that is the same again.
+/// More steps would only repeat.
 const STEPS_MAX: usize = 64;
 
 /// Does what the bytes say.
@@ -24,10 +24,10 @@ pub(crate) fn drive(bytes: &[u8]) {
     let mut script = Script::new(bytes);
     let shape = script.byte();
     let pairs = usize::from(shape % 2) + 1;
-    // One packet is let pass, the next would be a second later.
+    // The limit lets one packet pass; the next would pass a second later.
     let packets_per_s = if shape & 2 == 0 { None } else { Some(1.try_into().unwrap()) };
     let limit = RateLimit { packets_per_s, ..RateLimit::default() };
-    // The control queue of a device with one pair is another one than with two.
+    // The control queue has another index with two pairs than with one.
     let asked = ALL & !u64::from(script.number()).rotate_right(u32::from(script.byte()) % 64);
     let features = if pairs > 1 { asked | F_MQ } else { asked & !F_MQ };
     let memory = mock::memory();
@@ -46,7 +46,7 @@ pub(crate) fn drive(bytes: &[u8]) {
     net.stop(&driver.sources);
 }
 
-/// The rings say what happened.
+/// Checks what the used rings say against what was offered.
 fn count(guest: &mut Guest<'_>, offered: &mut [usize]) {
     let told = guest.driver.line.irq().read().is_ok();
     for (queue, offered) in offered.iter_mut().enumerate() {
@@ -57,7 +57,7 @@ fn count(guest: &mut Guest<'_>, offered: &mut [usize]) {
     }
 }
 
-/// What must hold whatever the guest has done; and nobody else empties the taps.
+/// Checks what must hold whatever the guest has done, and empties the taps, which nobody else does.
 fn look(guest: &Guest<'_>) {
     let mut mac = [0; 6];
     guest.space.read(MAC as u64, &mut mac);
@@ -87,12 +87,12 @@ fn step(
         }
         2 => {
             guest.driver.set_available(queue, script.number());
-            // Chains that were never offered count, up to all that an index can say.
+            // The index can make up to 65535 chains available that were never offered.
             offered[queue] += usize::from(u16::MAX);
         }
         3 => {
             let at = GuestAddress(script.address());
-            // What lies in no memory cannot be written.
+            // Fails if the address is outside of memory.
             let _ = memory.write_slice(script.sized(), at);
         }
         4 => {
@@ -106,7 +106,7 @@ fn step(
         5 => {
             let mut frame = script.sized().to_vec();
             frame.resize(frame.len() + usize::from(script.length()), 0);
-            // A full pair of sockets drops it, as a tap does.
+            // If the socket is full the frame is dropped, as by a tap.
             let _ = write(&guest.wires[tap], &frame);
             return guest.call(Ready::Source(u32::try_from(tap).unwrap_or_default()));
         }

@@ -1,7 +1,7 @@
-//! The header before each frame, VIRTIO 1.3 §5.1.6: what is left to do to it.
+//! The header before each frame, VIRTIO 1.3 §5.1.6: which offloads the frame still needs.
 //!
-//! Pure: bytes that were copied out of the guest come in, and what a tap may be told comes out.
-//! Nothing is in there that the driver did not negotiate or that lies outside of the frame.
+//! Pure: takes bytes that were copied out of the guest and returns the header for a tap. It asks
+//! for nothing that the driver did not negotiate or that lies outside of the frame.
 
 use libc::c_uint;
 
@@ -12,12 +12,12 @@ use super::{
 
 /// Bytes of a header.
 pub(super) const HEADER_BYTES: usize = 12;
-/// Where the flags are, and the number of buffers that a frame was put into.
+/// Offsets of the flags and of the number of buffers that a frame was put into.
 pub(super) const FLAGS: usize = 0;
 pub(super) const BUFFERS: usize = 10;
 /// Bytes of the shortest frame: two addresses and a type.
 pub(super) const FRAME_MIN: usize = 14;
-/// Of the longest: a packet of 64 KiB behind an Ethernet header and two VLAN tags.
+/// Bytes of the longest frame: a packet of 64 KiB, an Ethernet header and two VLAN tags.
 pub(super) const FRAME_MAX: usize = FRAME_MIN + 8 + 0x1_0000;
 
 /// The checksum is to be computed.
@@ -29,13 +29,13 @@ const GSO_TCPV6: u8 = 4;
 const GSO_UDP: u8 = 5;
 const GSO_ECN: u8 = 0x80;
 
-/// What a tap is to be told of a driver that negotiated `features`, `TUN_F_*`.
+/// The offloads (`TUN_F_*`) to set on a tap for a driver that negotiated `features`.
 pub(super) fn offloads(features: u64) -> c_uint {
     let csum = features & F_GUEST_CSUM != 0;
     let tso = features & (F_GUEST_TSO4 | F_GUEST_TSO6) != 0;
-    // A tap knows USO of both kinds or none.
+    // A tap has USO for both versions of IP or for none.
     let uso = features & F_GUEST_USO4 != 0 && features & F_GUEST_USO6 != 0;
-    // §5.1.3.1: each needs another, and a tap refuses those whose other is missing.
+    // §5.1.3.1: each offload depends on another, and a tap refuses one without the other.
     let table = [
         (csum, libc::TUN_F_CSUM),
         (csum && features & F_GUEST_TSO4 != 0, libc::TUN_F_TSO4),
@@ -46,7 +46,7 @@ pub(super) fn offloads(features: u64) -> c_uint {
     table.iter().filter(|(on, _)| *on).fold(0, |flags, (_, flag)| flags | flag)
 }
 
-/// Checks the header of a frame of `len` bytes that the driver sends, and gives what is handed on.
+/// Checks the header of a frame of `len` bytes that the driver sends; returns the one for the tap.
 ///
 /// # Errors
 /// Says why the frame is to be dropped.
@@ -87,7 +87,7 @@ pub(super) fn check(
         if flags & NEEDS_CSUM == 0 || (s0, s1) == (0, 0) {
             return Err("it is to be segmented without a checksum or a size");
         }
-        // A hint, §5.1.6.2.2; a tap refuses one that is longer than the frame.
+        // The length is a hint, §5.1.6.2.2; a tap refuses one that is longer than the frame.
         let hint = usize::from(u16::from_le_bytes([h0, h1])).min(len);
         let [h0, h1] = u16::try_from(hint).unwrap_or(u16::MAX).to_le_bytes();
         told[1..6].copy_from_slice(&[gso, h0, h1, s0, s1]);
@@ -181,7 +181,7 @@ mod tests {
             assert!(told[1] == 0 || (told[0] == NEEDS_CSUM && field(4) > 0 && field(2) <= len));
             assert_eq!(field(BUFFERS), 0);
         }
-        // Each way out was taken often.
+        // Each outcome occurred often.
         let ways = [refused, checksums, segments];
         assert!(ways.iter().all(|taken| *taken > 100), "{ways:?}");
     }

@@ -1,8 +1,9 @@
-//! Frames that the host's kernel moves between the driver's queues and the taps, by vhost-net.
+//! vhost-net: the host's kernel moves frames between the driver's queues and the taps.
 //!
-//! A frame then costs no switch to this process. What remains here is the control queue, and the
-//! choice of which pairs are used. Two things are lost: what the driver does not listen to reaches it
-//! all the same, which §5.1.6.5.1 allows, and nothing is limited, so who has limits does not come here.
+//! A frame then costs no switch to this process, which still serves the control queue and chooses
+//! the pairs that are used. Two functions are lost. The driver gets all frames, whatever its
+//! filter, which §5.1.6.5.1 allows. And there are no limits, so an interface with limits does not
+//! use this.
 
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -19,8 +20,8 @@ use super::F_MRG_RXBUF;
 use super::vhost::{Direction, Ends, Vhost};
 use crate::memory::{Memory, Onlooker};
 
-/// What the kernel has to do as the driver expects: how rings and headers look. The rest is between
-/// driver and tap.
+/// Features that the kernel must have as the driver negotiated them: how rings and headers look.
+/// The other features concern only driver and tap.
 const FEATURES: u64 = F_MRG_RXBUF
     | 1 << VIRTIO_F_VERSION_1
     | 1 << VIRTIO_RING_F_EVENT_IDX
@@ -37,10 +38,10 @@ pub(super) struct Kernel {
 }
 
 impl Kernel {
-    /// Takes `/dev/vhost-net` as often as there are pairs.
+    /// Takes one `/dev/vhost-net` for each pair.
     ///
     /// # Errors
-    /// When it is something else, or lacks what drivers are offered.
+    /// When a descriptor is something else, or the kernel lacks a feature that drivers are offered.
     pub(super) fn new(devices: Vec<OwnedFd>, memory: &Memory) -> io::Result<Self> {
         let pairs = devices.into_iter().map(|device| {
             let vhost = Vhost::new(device)?;
@@ -58,10 +59,10 @@ impl Kernel {
         Ok(Self { pairs, broken: EventFd::new(EFD_NONBLOCK)? })
     }
 
-    /// Has it serve the pairs that the driver set up; `token` is told of when it cannot go on.
+    /// Lets the kernel serve the pairs that the driver set up; `token` is ready when it fails.
     ///
     /// # Errors
-    /// When it does not take them; it serves none then.
+    /// When the kernel refuses a queue; it may serve others until [`Kernel::stop`].
     pub(super) fn start<'t>(
         &self,
         activation: &Activation,
@@ -91,7 +92,7 @@ impl Kernel {
         Ok(())
     }
 
-    /// What the kernel has to say of the driver, if it has.
+    /// Returns an error if the kernel has reported that the driver broke the rules.
     pub(super) fn complaint(&self) -> Result<(), ServeError> {
         if self.broken.read().is_err() {
             // Nonblocking: this was a spurious wake-up.
@@ -101,10 +102,10 @@ impl Kernel {
         Err(ServeError::Request("a queue is broken, says the host's kernel"))
     }
 
-    /// The driver has its memory back.
+    /// Stops the kernel: it does not touch the driver's memory any more.
     pub(super) fn stop(&self, sources: &Sources) {
         self.let_go();
-        // Does not fail: it was registered. A complaint about this driver is not for the next.
+        // Does not fail: it was registered. A report about this driver is not for the next one.
         let _ = sources.remove(&self.broken);
         let _ = self.broken.read();
     }

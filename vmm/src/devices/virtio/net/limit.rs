@@ -1,4 +1,4 @@
-//! What may pass in one direction: bytes and packets, each with a bucket of its own.
+//! The rate limits of one direction: a bucket for bytes and one for packets.
 
 use std::time::{Duration, Instant};
 
@@ -19,13 +19,13 @@ impl Limit {
         Self { bytes, packets }
     }
 
-    /// How long nothing may pass; `None` when something may now.
+    /// Time until something may pass; `None` if it may pass now.
     pub(super) fn wait(&self, now: Instant) -> Option<Duration> {
         let waits = [&self.bytes, &self.packets].map(|bucket| bucket.as_ref().map(|b| b.wait(now)));
         waits.into_iter().flatten().max().filter(|wait| !wait.is_zero())
     }
 
-    /// A frame of so many bytes passed.
+    /// Counts a frame of this many bytes.
     pub(super) fn take(&mut self, bytes: usize, now: Instant) {
         for (bucket, amount) in [(&mut self.bytes, bytes as u64), (&mut self.packets, 1)] {
             if let Some(bucket) = bucket {

@@ -1,10 +1,10 @@
 //! The network device, VIRTIO 1.3 §5.1: Ethernet frames between the guest and a tap of the host.
 //!
-//! Frames go straight between guest memory and the tap, which takes and gives the same header as
-//! the device does; so checksums and segmentation are left to whoever comes last, on either side.
-//! One thread serves all pairs of queues. What comes too fast waits in the tap or in the guest's
-//! queue, never here: the device holds no frame. Where the host lends it, its kernel does all this in
-//! place of the thread ([`kernel`]).
+//! Frames go directly between guest memory and the tap, whose header is the same as that of the
+//! device. So checksums and segmentation are left to the last one on the path, on either side. One
+//! thread serves all pairs of queues. Frames beyond the limit wait in the tap or in the guest's
+//! queue: the device holds no frame. If the monitor is given vhost-net, the host's kernel does all
+//! this in place of the thread ([`kernel`]).
 //!
 //! VLAN filtering, receive steering by a key, announcements and changing the offloads of a running
 //! driver are not offered.
@@ -39,7 +39,7 @@ use tap::Tap;
 
 /// The device type, §5.1.1.
 pub(crate) const DEVICE_ID: u32 = 1;
-/// Of every queue: which one is the control queue depends on what the driver negotiates.
+/// The size of every queue; which one is the control queue depends on the negotiated features.
 const QUEUE_SIZE: u16 = 256;
 const QUEUE_SIZES: &[u16] = &[QUEUE_SIZE; 2 * PAIRS_MAX + 1];
 
@@ -64,9 +64,9 @@ const F_GUEST_USO4: u64 = 1 << 54;
 const F_GUEST_USO6: u64 = 1 << 55;
 const F_HOST_USO: u64 = 1 << 56;
 const F_USO: u64 = F_GUEST_USO4 | F_GUEST_USO6 | F_HOST_USO;
-/// Frames that are longer than the MTU.
+/// Features with which frames can be longer than the MTU.
 const F_GUEST_LARGE: u64 = F_GUEST_TSO4 | F_GUEST_TSO6 | F_GUEST_USO4 | F_GUEST_USO6;
-/// What every tap can do.
+/// Features that every tap supports.
 const FEATURES: u64 = F_CSUM
     | F_GUEST_CSUM
     | F_MTU
@@ -89,11 +89,11 @@ const STATUS: usize = 6;
 const PAIRS: usize = 8;
 const MTU: usize = 10;
 const CONFIG_BYTES: usize = 12;
-/// The link is up, the one bit of the status.
+/// The one bit of the status: the link is up.
 const LINK_UP: u16 = 1;
 
-/// Makes an interface whose other end are `taps`. With `vhost`, as in [`NetConfig::vhost`], the host's
-/// kernel is shown the memory and moves the frames.
+/// Makes an interface whose frames go to and come from `taps`. With `vhost` (see
+/// [`NetConfig::vhost`]), the host's kernel is shown the memory and moves the frames.
 ///
 /// # Errors
 /// When they are not taps of one interface, or not set up as [`NetConfig::taps`] says.
@@ -107,7 +107,7 @@ pub(crate) fn device(
     if taps.len() > 1 {
         features |= F_MQ;
     }
-    // Linux 6.2 taught it to taps.
+    // Taps have USO since Linux 6.2.
     if taps.iter().all(|tap| tap.set_offloads(header::offloads(features | F_USO)).is_ok()) {
         features |= F_USO;
     }
@@ -118,7 +118,7 @@ pub(crate) fn device(
     Ok(Device::new(identity, space, logic))
 }
 
-/// Plugs the cable of an interface, or unplugs it; the driver has to be told.
+/// Sets the link state of an interface; the caller must notify the driver.
 pub(crate) fn set_link(config: &ConfigSpace, up: bool) {
     config.set(STATUS, if up { LINK_UP } else { 0 }.to_le_bytes());
 }

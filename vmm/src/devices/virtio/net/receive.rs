@@ -1,10 +1,10 @@
 //! From a tap to the driver, VIRTIO 1.3 §5.1.6.3 and §5.1.6.4.
 //!
-//! The driver's buffers are taken until the longest frame fits, but a frame is read straight into only
-//! as many of them as the frames before it have filled: looking up all of them each time costs more
-//! than a small frame does. The end of one that is longer comes over a buffer of the device. Buffers
-//! that were not filled are kept for the next frame. There is nothing else to keep: a frame for which
-//! there is no room stays in the tap.
+//! The device takes chains from the queue until the longest frame fits, but it reads a frame
+//! directly into only as many of them as earlier frames have filled: translating the addresses of
+//! all of them each time costs more than a small frame. The end of a longer frame is copied from a
+//! buffer of the device. Chains that were not filled are kept for the next frame. Nothing else is
+//! kept: a frame for which there is no room stays in the tap.
 
 use std::collections::VecDeque;
 use std::io;
@@ -27,35 +27,35 @@ const BATCH: usize = 64;
 /// Why a round ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Ended {
-    /// The tap has no more frames, or may have but was served for long enough: it says when.
+    /// The tap has no more frames, or a whole batch was taken; epoll reports the next ones.
     Served,
     /// The driver has no more buffers.
     NoRoom,
     /// The limit is reached.
     Limited,
-    /// The tap is of no interface any more.
+    /// The tap's interface was removed.
     Gone,
 }
 
 /// One queue of the driver's buffers.
 #[derive(Debug, Default)]
 pub(super) struct Receive {
-    /// Taken from the queue and not yet used, at most as many as the queue has.
+    /// Chains taken from the queue and not yet filled, at most as many as the queue has.
     held: VecDeque<Chain>,
-    /// What those have room for, in bytes, and in how many pieces.
+    /// Room in the held chains: in bytes, and in pieces of memory.
     room: usize,
     pieces: usize,
-    /// As many of them a frame will fill, going by those before.
+    /// How many chains the next frame is expected to fill, judging by earlier ones.
     expected: usize,
-    /// For the end of a frame that fills more.
+    /// Receives the end of a frame that is longer than expected.
     rest: Vec<u8>,
-    /// Chains that were given back; their room is used again.
+    /// Completed chains, kept to reuse their allocations.
     spare: Vec<Chain>,
     /// A frame may be put into several buffers.
     mergeable: bool,
-    /// The driver understands what a tap says of checksums.
+    /// The driver accepts frames whose checksum is not computed yet.
     checksums: bool,
-    /// The longest frame that is to be expected, with its header.
+    /// The longest frame to expect, with its header.
     longest: usize,
 }
 
@@ -68,7 +68,7 @@ pub(super) struct Round<'a, T> {
 }
 
 impl Receive {
-    /// What a driver that negotiated `features` expects.
+    /// Prepares for a driver that negotiated `features`.
     pub(super) fn start(&mut self, features: u64, mtu: u16) {
         self.mergeable = features & F_MRG_RXBUF != 0;
         self.checksums = features & F_GUEST_CSUM != 0;
@@ -76,24 +76,24 @@ impl Receive {
         let frame = if large { FRAME_MAX } else { FRAME_MIN + 8 + usize::from(mtu) };
         self.longest = HEADER_BYTES + frame;
         self.expected = 1;
-        // Memory that is not touched until a frame is longer than expected.
+        // Untouched memory costs nothing; it is used only if a frame is longer than expected.
         self.rest = vec![0; HEADER_BYTES + FRAME_MAX];
     }
 
-    /// The driver has its buffers back.
+    /// Forgets the driver's buffers.
     pub(super) fn stop(&mut self) {
         self.held.clear();
         self.spare.clear();
         (self.room, self.pieces) = (0, 0);
     }
 
-    /// Chains that there is memory for.
+    /// How many chains are allocated.
     #[cfg(test)]
     pub(super) fn chains(&self) -> usize {
         self.held.len() + self.spare.len()
     }
 
-    /// Gives the driver frames until there is a reason not to.
+    /// Gives the driver frames until a reason of [`Ended`] occurs.
     pub(super) fn round<T: Tap>(
         &mut self,
         queue: &mut DeviceQueue,
@@ -128,7 +128,7 @@ impl Receive {
                 Ok(bytes) => bytes,
                 Err(error) => match error.raw_os_error() {
                     Some(libc::EAGAIN) => return Ok(Ended::Served),
-                    // A frame that cannot be told to a reader is lost by itself.
+                    // The tap dropped a frame, which it could not describe or had no memory for.
                     Some(libc::EINVAL | libc::ENOMEM) => {
                         queue.line().count_dropped();
                         continue;
@@ -171,15 +171,15 @@ impl Receive {
     }
 
     fn suffices(&self, queue: &DeviceQueue) -> bool {
-        // Of a queue that is short of room for the longest frame half must do: a driver may wait
-        // for that many to be used before it makes new ones available.
+        // If the queue has too little room for the longest frame, half of its chains must do: a
+        // driver may wait until that many are used before it makes new ones available.
         let most = if self.mergeable { usize::from(queue.size() / 2).max(1) } else { 1 };
-        // A driver may cut its buffers into pieces without number.
+        // A driver may split its buffers into any number of pieces.
         let full = self.held.len() >= most || self.pieces >= RUNS_MAX;
         full || (self.room >= self.longest && !self.held.is_empty())
     }
 
-    /// Copies the end of a frame of `bytes` bytes to where it belongs; `false` if it is too long.
+    /// Copies the end of a frame of `bytes` bytes to its place; `false` if the frame is too long.
     fn spread<'m>(
         &self,
         memory: &'m GuestMemory,
@@ -201,7 +201,7 @@ impl Receive {
         Ok(true)
     }
 
-    /// Lets the driver have the frame that is in the first `bytes` bytes of the room.
+    /// Completes the chains with the frame, which is in the first `bytes` bytes of the room.
     fn give(
         &mut self,
         queue: &mut DeviceQueue,
@@ -226,7 +226,7 @@ impl Receive {
             room.put(FLAGS, &[0]);
         }
         room.put(BUFFERS, &count.to_le_bytes());
-        // More at once, fewer by and by.
+        // Grows at once and shrinks slowly.
         self.expected = usize::from(count).max((3 * self.expected + usize::from(count)) / 4);
         queue.publish(memory, count)
     }
@@ -238,14 +238,14 @@ fn gone(error: &io::Error) -> Ended {
     Ended::Gone
 }
 
-/// Slices that are read into at once; one more is for what does not fit.
+/// The slices of one read; one more iovec is for what does not fit.
 const SLICES_MAX: usize = RUNS_MAX - 1;
 
-/// The first chains of those that are held, as host memory, front to back.
+/// The first of the held chains, as host memory in order.
 #[derive(Default)]
 struct Room<'m> {
     slices: Vec<VolatileSlice<'m>>,
-    /// In all of them.
+    /// The length of all slices.
     bytes: usize,
 }
 
@@ -269,7 +269,7 @@ impl<'m> Room<'m> {
         Ok(())
     }
 
-    /// Those that one call takes.
+    /// The slices that one call takes.
     fn usable(&self) -> &[VolatileSlice<'m>] {
         self.slices.get(..SLICES_MAX).unwrap_or(&self.slices)
     }
@@ -281,7 +281,7 @@ impl<'m> Room<'m> {
         self.usable().iter().map(VolatileSlice::len).sum()
     }
 
-    /// Copies out of a frame.
+    /// Copies bytes of the frame.
     fn get<const N: usize>(&self, offset: usize) -> [u8; N] {
         let mut bytes = [0; N];
         self.visit(offset, N, |slice, at| {
@@ -291,12 +291,12 @@ impl<'m> Room<'m> {
         bytes
     }
 
-    /// Changes a frame.
+    /// Overwrites bytes of the frame.
     fn put(&self, offset: usize, bytes: &[u8]) {
         self.visit(offset, bytes.len(), |slice, at| slice.copy_from(&bytes[at..at + slice.len()]));
     }
 
-    /// Shows the parts of a range that exist, each with its place in it.
+    /// Calls `each` for the parts of a range that exist, with the offset of each in the range.
     fn visit(&self, offset: usize, len: usize, mut each: impl FnMut(VolatileSlice<'m>, usize)) {
         let (mut skip, mut done) = (offset, 0);
         for slice in &self.slices {

@@ -1,7 +1,7 @@
-//! Which queue and which tap is served when.
+//! Decides when each queue and each tap is served.
 //!
 //! A tap is watched only while its frames may be taken, and a queue asks for kicks only while its
-//! frames may be sent, so what has to wait wakes nobody. Only limits wait for time.
+//! frames may be sent, so frames that have to wait cause no wake-ups. The timer is for limits only.
 
 use std::fmt;
 use std::io;
@@ -28,25 +28,25 @@ use super::transmit::{self, Transmit};
 use super::{F_CTRL_VQ, F_MQ, MAC};
 use crate::config::NetConfig;
 
-/// Token of the timer and of the kernel's complaints; a tap's is its place.
+/// Tokens of the timer and of the errors of vhost-net; the token of a tap is its index.
 const TIMER: u32 = u32::MAX;
 const BROKEN: u32 = u32::MAX - 1;
 
 /// The logic of the device.
 pub(crate) struct Net<T = HostTap> {
     config: ConfigSpace,
-    /// The address that a reset brings back.
+    /// The address that a reset restores.
     mac: Mac,
     mtu: u16,
     features: u64,
     pub(super) filter: Filter,
     pub(super) pairs: Vec<Pair<T>>,
-    /// As many of them the driver uses.
+    /// How many pairs the driver uses.
     used: usize,
-    /// Of what the driver receives and of what it sends.
+    /// Limits of what the driver receives and of what it sends.
     limits: (Limit, Limit),
     timer: OwnedFd,
-    /// Who moves the frames in place of this device.
+    /// Moves the frames in place of this device, if there is one.
     kernel: Option<Kernel>,
 }
 
@@ -55,12 +55,12 @@ pub(super) struct Pair<T> {
     pub(super) tap: T,
     pub(super) receive: Receive,
     transmit: Transmit,
-    /// What the frames of the tap wait for.
+    /// Why the last round of receiving ended: what the frames of the tap wait for.
     receiving: receive::Ended,
-    /// What the frames of the queue wait for.
+    /// Why the last round of sending ended: what the frames of the queue wait for.
     sending: transmit::Ended,
     pub(super) watched: EventSet,
-    /// The interface gives frames to the tap.
+    /// The interface gives frames to the tap (`TUNSETQUEUE`).
     attached: bool,
 }
 
@@ -101,11 +101,11 @@ impl<T: Tap> Serve for Net<T> {
         libc::SYS_readv,           // frames from a tap
         libc::SYS_writev,          // frames to a tap
         libc::SYS_timerfd_settime, // limits
-        libc::SYS_clock_gettime,   // limits, where the kernel maps no clock
-        libc::SYS_ioctl,           // which taps are used, and the end, when the kernel serves
+        libc::SYS_clock_gettime,   // limits, where the vDSO has no clock
+        libc::SYS_ioctl,           // with vhost-net: which taps are used, and the end
     ];
 
-    // This and the next run on the thread of the processor that activates the device.
+    // `start` and `delegate` run on the thread of the processor that activates the device.
     fn start(&mut self, features: u64, sources: &Sources) -> io::Result<()> {
         self.features = features;
         if let Some(first) = self.pairs.first() {
@@ -149,7 +149,7 @@ impl<T: Tap> Serve for Net<T> {
         for pair in &mut self.pairs {
             pair.receive.stop();
             if !pair.watched.is_empty() {
-                // Does not fail, nor does the next: they were registered.
+                // This and the next call do not fail: both were registered.
                 let _ = sources.remove(&pair.tap);
             }
         }
@@ -161,13 +161,13 @@ impl<T: Tap> Serve for Net<T> {
 }
 
 impl<T: Tap> Net<T> {
-    /// §5.1.2: it comes after the last pair that the driver can use.
+    /// The control queue comes after the last pair that the driver can use, §5.1.2.
     fn control_queue(&self) -> Option<usize> {
         let pairs = if self.features & F_MQ != 0 { self.pairs.len() } else { 1 };
         (self.features & F_CTRL_VQ != 0).then_some(2 * pairs)
     }
 
-    /// Where the kernel serves, an interface gives frames only to the taps of pairs that are used.
+    /// With vhost-net, lets the interface give frames only to the taps of pairs that are used.
     fn share_out(&mut self) -> io::Result<()> {
         if self.kernel.is_none() {
             return Ok(());
@@ -191,7 +191,7 @@ impl<T: Tap> Net<T> {
         if blocked { self.transmit(place, context) } else { Ok(()) }
     }
 
-    /// The driver has made buffers available, or other queues are used than before.
+    /// Continues after the driver has made buffers available, or uses other queues than before.
     fn make_room(&mut self, context: &mut Context<'_>) -> Result<(), ServeError> {
         for place in 0..self.pairs.len() {
             if self.pairs[place].receiving == receive::Ended::NoRoom {
@@ -201,7 +201,7 @@ impl<T: Tap> Net<T> {
         Ok(())
     }
 
-    /// What was limited may pass.
+    /// Continues where a limit was reached.
     fn retry(&mut self, context: &mut Context<'_>) -> Result<(), ServeError> {
         // Nonblocking: a spurious wake-up finds nothing to clear.
         let _ = rustix::io::read(&self.timer, &mut [0; 8]);
@@ -216,8 +216,8 @@ impl<T: Tap> Net<T> {
         Ok(())
     }
 
-    /// Gives the frames of a tap to the driver. The taps of pairs that it does not use have frames
-    /// too: they go to the queues that it does.
+    /// Gives the frames of a tap to the driver. The taps of unused pairs have frames too, which go
+    /// to the queues that are used.
     fn receive(&mut self, place: usize, context: &mut Context<'_>) -> Result<(), ServeError> {
         let to = place % self.used;
         let Some(queue) = context.queues.get_mut(2 * to).filter(|queue| queue.ready()) else {
@@ -246,7 +246,7 @@ impl<T: Tap> Net<T> {
         Ok(())
     }
 
-    /// Sends what the driver has for a tap.
+    /// Sends the driver's frames to a tap.
     fn transmit(&mut self, place: usize, context: &mut Context<'_>) -> Result<(), ServeError> {
         let queue = context.queues.get_mut(2 * place + 1).filter(|queue| queue.ready());
         let (Some(queue), Some(pair)) = (queue, self.pairs.get_mut(place)) else { return Ok(()) };
@@ -260,7 +260,7 @@ impl<T: Tap> Net<T> {
         Ok(())
     }
 
-    /// Does what the driver asks of the control queue.
+    /// Executes the commands of the control queue.
     fn control(&mut self, index: usize, context: &mut Context<'_>) -> Result<(), ServeError> {
         let usable = context.queues.chunks_exact(2).take_while(|pair| {
             let [receive, transmit] = pair else { return false };
@@ -294,7 +294,7 @@ impl<T: Tap> Net<T> {
         Ok(1)
     }
 
-    /// `false` when the driver must not ask for this.
+    /// Executes a command; `false` if the driver must not use it.
     fn execute(&mut self, command: Command, usable: usize) -> bool {
         if self.features & command.needs() == 0 {
             return false;
@@ -320,7 +320,7 @@ impl<T: Tap> Net<T> {
         true
     }
 
-    /// Watches each tap for what it is wanted for, and not at all when it is for nothing: a tap
+    /// Watches each tap for the events that are needed, and not at all if there are none: a tap
     /// whose interface is gone would be ready for ever.
     fn watch(&mut self, sources: &Sources) -> io::Result<()> {
         if self.kernel.is_some() {
@@ -343,7 +343,7 @@ impl<T: Tap> Net<T> {
         Ok(())
     }
 
-    /// Wakes this device when the first of what is limited may pass.
+    /// Sets the timer to the moment when the first limited direction may continue.
     fn set_timer(&self) -> io::Result<()> {
         let now = Instant::now();
         let (receive, transmit) = &self.limits;
@@ -351,7 +351,7 @@ impl<T: Tap> Net<T> {
         let receiving = any(|pair| pair.receiving == receive::Ended::Limited);
         let sending = any(|pair| pair.sending == transmit::Ended::Limited);
         let waits = [receiving.then(|| receive.wait(now)), sending.then(|| transmit.wait(now))];
-        // A wait that has just ended is still waited for, shortly.
+        // A wait that has just ended still gets a short timer.
         let wait = waits.into_iter().flatten().map(Option::unwrap_or_default).min();
         let wait = wait.unwrap_or_default().max(Duration::from_millis(1));
         let it_value = Timespec::try_from(wait).map_err(io::Error::other)?;

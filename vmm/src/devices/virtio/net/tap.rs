@@ -1,9 +1,9 @@
 //! The host's end of an interface, `Documentation/networking/tuntap.rst` of Linux.
 //!
-//! Nothing is opened or named here: a tap arrives as a descriptor, and is refused when it does not
-//! look as the device needs it. One read or write is one frame with its header.
+//! Nothing is opened or named here: a tap arrives as a descriptor, and is refused if it is not set
+//! up as the device needs it. One read or write is one frame with its header.
 
-// UNSAFETY: what a tap is set to is asked and changed by ioctl.
+// UNSAFETY: the settings of a tap are read and changed by ioctl.
 #![expect(
     unsafe_code,
     reason = "TUNGETIFF, TUNGETVNETHDRSZ, TUNSETOFFLOAD and TUNSETQUEUE of a descriptor"
@@ -21,14 +21,14 @@ use super::header::HEADER_BYTES;
 
 /// The other end of one pair of queues.
 pub(crate) trait Tap: AsFd + AsRawFd + Send + 'static {
-    /// Says what the reader can do with frames, `TUN_F_*`; it holds for the whole interface.
+    /// Sets the offloads (`TUN_F_*`) that the reader supports, for the whole interface.
     fn set_offloads(&self, flags: c_uint) -> io::Result<()>;
 
-    /// Says whether the interface has frames for this one, of several; it has at first.
+    /// Sets whether the interface gives frames to this tap, if it has several; it does at first.
     fn set_used(&self, used: bool) -> io::Result<()>;
 }
 
-/// One of the kernel's.
+/// A tap of the host's kernel.
 #[derive(Debug)]
 pub(crate) struct HostTap(File);
 
@@ -42,7 +42,7 @@ impl Tap for HostTap {
         let flags = if used { libc::IFF_ATTACH_QUEUE } else { libc::IFF_DETACH_QUEUE };
         // SAFETY: all zeroes is a valid request.
         let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
-        // Both fit.
+        // Both flags fit.
         request.ifr_ifru.ifru_flags = libc::c_short::try_from(flags).unwrap_or(0);
         // SAFETY: the kernel reads one request.
         done(unsafe { ioctl_with_ref(&self.0, libc::TUNSETQUEUE as c_ulong, &request) })
@@ -95,7 +95,7 @@ fn refused(what: impl std::fmt::Display) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidInput, format!("a tap {what}"))
 }
 
-/// Its name and what it is, `IFF_*`.
+/// The name and the flags (`IFF_*`) of the interface.
 fn interface(tap: &OwnedFd) -> io::Result<([libc::c_char; libc::IFNAMSIZ], c_int)> {
     // SAFETY: all zeroes is a valid request.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };

@@ -1,4 +1,4 @@
-//! Networks against a driver.
+//! The network device against a driver.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -30,7 +30,7 @@ impl<'m> Guest<'m> {
 
     /// A frame comes to a tap.
     fn arrive(&mut self, tap: usize, frame: &[u8]) {
-        // What a tap leaves in the field that it does not know.
+        // A tap does not set the last field, which it does not know.
         let header = [1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff];
         write(&self.wires[tap], &[&header, frame].concat()).unwrap();
         self.call(Ready::Source(u32::try_from(tap).unwrap())).unwrap();
@@ -49,7 +49,7 @@ impl<'m> Guest<'m> {
         self.driver.add(1, &[Part::Out(header), Part::Out(frame)])
     }
 
-    /// A command and its answer.
+    /// Sends a command; returns the answer.
     fn command(&mut self, queue: usize, bytes: &[u8]) -> u8 {
         let request = self.driver.add(queue, &[Part::Out(bytes), Part::In(1)]);
         self.call(Ready::Queue(queue)).unwrap();
@@ -200,7 +200,7 @@ fn a_frame_is_sent_behind_a_header_that_was_checked() {
     let mut guest = Guest::new(&memory, ALL);
     let told = [0x81, 1, 54, 0, 0xa8, 5, 34, 0, 16, 0, 0x77, 0x77];
     let first = guest.send(&told, &frame(OTHER, 5000));
-    // The header in two pieces, one of which begins the frame.
+    // The header in two pieces, the second of which has the frame as well.
     let whole = [&NO_HEADER[..], &frame(OTHER, 60)].concat();
     let second = guest.driver.add(1, &[Part::Out(&whole[..5]), Part::Out(&whole[5..])]);
     guest.call(Ready::Queue(1)).unwrap();

@@ -1,7 +1,8 @@
 //! From the driver to a tap, VIRTIO 1.3 §5.1.6.2.
 //!
-//! A frame is written straight out of the driver's buffers, behind a copy of its header that was
-//! checked. What a tap does not take now stays in the queue; what it never takes is dropped.
+//! A frame is written directly from the driver's buffers, after a copy of its header that was
+//! checked. A frame that the tap cannot take now stays in the queue; one that it refuses is
+//! dropped.
 
 use std::time::Instant;
 
@@ -21,7 +22,7 @@ const BATCH: usize = 64;
 /// Why a round ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Ended {
-    /// The driver has no more frames and kicks at the next.
+    /// The driver has no more frames, and will kick at the next one.
     Served,
     /// There may be more, but others are to be served first.
     Batch,
@@ -34,25 +35,25 @@ pub(super) enum Ended {
 /// One queue of the driver's frames.
 #[derive(Debug, Default)]
 pub(super) struct Transmit {
-    /// The frame that is being sent; its room is used again.
+    /// The chain of the frame that is being sent; its allocations are reused.
     chain: Chain,
     features: u64,
 }
 
-/// What became of a frame.
+/// The result of sending a frame.
 enum Sent {
-    /// It is gone, sent or dropped.
+    /// The frame was sent or dropped.
     Done,
     Later,
 }
 
 impl Transmit {
-    /// What the driver may ask for.
+    /// Prepares for a driver that negotiated `features`.
     pub(super) fn start(&mut self, features: u64) {
         self.features = features;
     }
 
-    /// Sends frames until there is a reason not to.
+    /// Sends frames until a reason of [`Ended`] occurs.
     pub(super) fn round<T: Tap>(
         &mut self,
         queue: &mut DeviceQueue,
@@ -127,7 +128,7 @@ impl Transmit {
         match vectors.write(tap, &header, slices) {
             Ok(_) => Sent::Done,
             Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => Sent::Later,
-            // The interface is down or gone, or does not like the frame.
+            // The interface is down or gone, or refuses the frame.
             Err(_) => {
                 queue.line().count_dropped();
                 Sent::Done

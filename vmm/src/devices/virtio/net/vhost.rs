@@ -1,10 +1,10 @@
 //! The host kernel's side of a pair of queues, `include/uapi/linux/vhost.h` of Linux.
 //!
-//! Nothing is opened here: `/dev/vhost-net` arrives as a descriptor. The kernel reads and writes the
-//! memory that it was shown, of this process and no other, and checks what the guest says against
+//! Nothing is opened here: `/dev/vhost-net` arrives as a descriptor. The kernel reads and writes
+//! only memory of this process, and only what it was shown; it checks the guest's addresses against
 //! that.
 
-// UNSAFETY: the kernel is told addresses of this process, at which it reads and writes.
+// UNSAFETY: the kernel is given addresses of this process, at which it reads and writes.
 #![expect(unsafe_code, reason = "ioctls of /dev/vhost-net")]
 
 use std::fs::File;
@@ -24,7 +24,7 @@ const VHOST: u32 = 0xaf;
 ioctl_ior_nr!(GET_FEATURES, VHOST, 0x00, u64);
 ioctl_iow_nr!(SET_FEATURES, VHOST, 0x00, u64);
 ioctl_io_nr!(SET_OWNER, VHOST, 0x01);
-// The size is that of the header, which regions follow.
+// The size is that of the header only; the regions follow it.
 ioctl_iow_nr!(SET_MEM_TABLE, VHOST, 0x03, u64);
 ioctl_iow_nr!(SET_VRING_NUM, VHOST, 0x10, RingState);
 ioctl_iow_nr!(SET_VRING_ADDR, VHOST, 0x11, RingAddresses);
@@ -34,7 +34,7 @@ ioctl_iow_nr!(SET_VRING_CALL, VHOST, 0x21, RingFile);
 ioctl_iow_nr!(SET_VRING_ERR, VHOST, 0x22, RingFile);
 ioctl_iow_nr!(NET_SET_BACKEND, VHOST, 0x30, RingFile);
 
-/// In place of a descriptor: none any more.
+/// Takes a descriptor back from the kernel.
 const NONE: RawFd = -1;
 
 /// `struct vhost_vring_state`.
@@ -71,7 +71,7 @@ pub(super) enum Direction {
     Transmit,
 }
 
-/// What the kernel is told of a queue.
+/// The eventfds of a queue.
 pub(super) struct Ends<'a> {
     /// Readable when the driver kicked.
     pub(super) kick: &'a EventFd,
@@ -97,7 +97,7 @@ impl Vhost {
         Ok(Self(device))
     }
 
-    /// What it can do, of the features of the device and of the transport.
+    /// Features of the device and of the transport that the kernel supports.
     pub(super) fn features(&self) -> io::Result<u64> {
         let mut features = 0_u64;
         // SAFETY: the kernel writes a number of this size.
@@ -105,13 +105,13 @@ impl Vhost {
         Ok(features)
     }
 
-    /// What it shall do; of [`Vhost::features`].
+    /// Sets the features to use, out of [`Vhost::features`].
     pub(super) fn set_features(&self, features: u64) -> io::Result<()> {
         // SAFETY: the kernel reads a number of this size.
         done(unsafe { ioctl_with_ref(&self.0, SET_FEATURES(), &features) })
     }
 
-    /// Has the kernel serve a queue, whose frames are those of `tap`.
+    /// Lets the kernel serve a queue with the frames of `tap`.
     pub(super) fn start(
         &self,
         direction: Direction,
@@ -133,7 +133,7 @@ impl Vhost {
         self.set_file(NET_SET_BACKEND(), direction, tap.as_raw_fd())
     }
 
-    /// Has it serve a queue no longer. When this returns it does not touch its memory any more.
+    /// Stops the kernel from serving a queue. After this it does not touch the memory any more.
     pub(super) fn stop(&self, direction: Direction) -> io::Result<()> {
         self.set_file(NET_SET_BACKEND(), direction, NONE)?;
         self.set_file(SET_VRING_KICK(), direction, NONE)?;
@@ -163,8 +163,8 @@ impl Onlooker for Vhost {
     }
 }
 
-/// `struct vhost_memory`: how many regions, then each: its guest physical address, its length, where
-/// it is in this process, flags.
+/// `struct vhost_memory`: how many regions, then each: its guest physical address, its length,
+/// where it is in this process, flags.
 fn table(memory: &GuestMemory) -> Vec<u64> {
     let mut table = vec![memory.num_regions() as u64];
     for region in memory.iter() {
@@ -174,7 +174,7 @@ fn table(memory: &GuestMemory) -> Vec<u64> {
 }
 
 impl Direction {
-    /// Of the queue within its pair.
+    /// The index of the queue within its pair.
     fn index(self) -> u32 {
         match self {
             Self::Receive => 0,

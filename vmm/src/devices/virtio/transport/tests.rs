@@ -34,7 +34,7 @@ const FEATURES_OK: u32 = 8;
 const NEEDS_RESET: u32 = 64;
 const FAILED: u32 = 128;
 
-/// Gives every chain back; fails at an "x".
+/// Completes every chain; fails at an "x".
 #[derive(Debug)]
 struct Mirror;
 
@@ -232,12 +232,12 @@ fn a_device_that_fails_says_so_until_it_is_reset() {
     assert_eq!(machine.read(INTERRUPT_STATUS), INTERRUPT_CONFIG);
     machine.write(STATUS, 0);
     assert_eq!(machine.read(STATUS), 0);
-    // What the old driver left in memory is still there: a new one starts from nothing.
+    // The rings of the old driver are still in memory; the new driver starts with empty ones.
     let _driver = Driver::new(&memory, SIZES);
     assert_eq!(machine.start(), RUNNING);
 }
 
-/// Fails to start, or to give its queues away, as often as it is told; else a [`Mirror`].
+/// A [`Mirror`] whose `start` and `delegate` fail as often as they are told to.
 #[derive(Debug)]
 struct Reluctant {
     /// How often each fails before it works.
@@ -294,7 +294,7 @@ fn a_device_whose_activation_failed_works_after_a_reset() {
         let memory = machine.memory.clone();
         let mut driver = Driver::new(&memory, SIZES);
         let request = driver.add(1, &[Part::Out(b"a")]);
-        // The line still has the interrupt that told of the failure.
+        // The eventfd still has the interrupt that reported the failure.
         let _ = machine.transport.wiring().unwrap().0.irq().read();
         machine.write(QUEUE_NOTIFY, 1);
         machine.wait_for_interrupt();
@@ -341,7 +341,7 @@ fn queues_must_lie_in_memory() {
             let mut wrong = good;
             wrong[place] = bad;
             machine.set_queue(0, wrong);
-            // Some wrong addresses are not even taken, and the queue then has none.
+            // Some wrong addresses are not accepted at all; the queue then has none.
             let status = machine.drive();
             let taken = status & NEEDS_RESET == 0;
             if taken {
@@ -359,7 +359,7 @@ fn a_queue_without_use_may_be_left_alone() {
     machine.negotiate(1 << VIRTIO_F_VERSION_1);
     machine.set_queue(0, addresses(0));
     assert_eq!(machine.drive(), RUNNING);
-    // Kicking it all the same is the driver's mistake.
+    // A driver must not kick a queue that it did not set up.
     machine.write(QUEUE_NOTIFY, 1);
     machine.wait_for_interrupt();
     assert_eq!(machine.read(STATUS), RUNNING | NEEDS_RESET);
@@ -460,6 +460,6 @@ fn no_sequence_of_accesses_breaks_a_slot() {
             transport.read(offset, &mut [0; 8][..len]);
         }
     }
-    // It wrote nothing where no queue of its could be.
+    // The device wrote nothing where none of its queues could be.
     assert_eq!(memory.read_obj::<u64>(GuestAddress(HIGH_END - 8)).unwrap(), 0);
 }

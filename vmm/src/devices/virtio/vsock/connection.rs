@@ -1,15 +1,16 @@
 //! One stream between a host socket and a guest socket: its state, VIRTIO 1.2 §5.10.6.3–5.
 //!
 //! Pure: no descriptor and no guest memory, so that credit and shutdown can be tested alone.
-//! [`super::stream`] moves the bytes. "Ended" sides are always seen from who ended them.
+//! [`super::stream`] moves the bytes. "Ended" sides are always named from the point of view of the
+//! peer that ended them.
 
 use std::collections::VecDeque;
 
 use super::packet::{Header, Sides};
 
-/// Guest bytes that may wait for a host reader, which is the credit a guest has at first.
+/// Guest bytes that may wait for a host reader: the credit of a guest at first.
 pub(super) const BUFFER_BYTES: u32 = 256 << 10;
-/// Consumed bytes that are worth a packet of their own to tell.
+/// After this many consumed bytes the guest is told its credit in a packet of its own.
 const UPDATE_BYTES: u32 = 64 << 10;
 /// The largest payload of one packet to the guest; more would let one stream hold up the others.
 const PAYLOAD_MAX: u32 = 64 << 10;
@@ -21,9 +22,9 @@ pub(super) enum Outgoing {
     Shutdown(Sides),
     /// The guest has room again, or asked how much it has.
     CreditUpdate,
-    /// The host waits for room.
+    /// The host has bytes to send and waits for credit.
     CreditRequest,
-    /// Up to so many bytes of the host's.
+    /// Up to this many bytes of the host.
     Data(u32),
 }
 
@@ -34,7 +35,7 @@ pub(super) enum Incoming {
     Deliver,
     /// Nobody reads them any more.
     Discard,
-    /// The guest sent more than it may, or after it said that it would not.
+    /// The guest sent more than its credit allows, or sent after it had ended sending.
     Violation,
 }
 
@@ -44,14 +45,14 @@ pub(super) struct Connection {
     guest_port: u32,
     guest_ended: Sides,
     host_ended: Sides,
-    /// What of `host_ended` the guest was told.
+    /// The part of `host_ended` that the guest was told.
     told: Sides,
     /// Guest bytes that the host socket did not take yet.
     backlog: VecDeque<u8>,
     credit: Credit,
     /// The guest asked for its credit.
     update_asked: bool,
-    /// The host asked for credit and did not get any since.
+    /// The host asked for credit and has not got any since.
     credit_asked: bool,
 }
 
@@ -77,7 +78,7 @@ impl Credit {
 }
 
 impl Connection {
-    /// A stream that the guest's listener at `guest_port` took with this response.
+    /// A stream that the guest's listener at `guest_port` accepted with this response.
     pub(super) fn new(guest_port: u32, response: &Header) -> Self {
         let mut connection = Self {
             guest_port,
@@ -111,7 +112,7 @@ impl Connection {
         self.update_asked = true;
     }
 
-    /// The guest ended directions; those ended before stay so.
+    /// The guest ended directions; those that it ended before stay ended.
     pub(super) fn note_guest_end(&mut self, sides: Sides) {
         self.guest_ended = self.guest_ended.union(sides);
     }
@@ -132,7 +133,7 @@ impl Connection {
         self.note_forwarded(lost);
     }
 
-    /// Judges `len` bytes that the guest sends.
+    /// Decides what to do with `len` bytes that the guest sends.
     pub(super) fn judge(&self, len: usize) -> Incoming {
         if self.guest_ended.send || self.backlog.len() + len > BUFFER_BYTES as usize {
             Incoming::Violation
@@ -143,7 +144,7 @@ impl Connection {
         }
     }
 
-    /// The host socket took, or nobody wants, `len` bytes.
+    /// `len` bytes have left the buffer: the host socket took them, or they were discarded.
     pub(super) fn note_forwarded(&mut self, len: usize) {
         // The counter wraps by design, and `len` is at most the buffer.
         let len = u32::try_from(len).unwrap_or(0);
@@ -155,8 +156,8 @@ impl Connection {
         &mut self.backlog
     }
 
-    /// The guest ended both directions: it is to be answered with a reset, and the stream is over
-    /// once the backlog is.
+    /// The guest ended both directions: the answer is a reset, and the stream is over once the
+    /// backlog is empty.
     pub(super) fn ended_by_guest(&self) -> bool {
         self.guest_ended == Sides::BOTH
     }
@@ -176,7 +177,7 @@ impl Connection {
         self.guest_ended.receive
     }
 
-    /// The host socket's end was seen, or does not matter.
+    /// The host socket is at its end, or the guest does not read any more.
     pub(super) fn reads_no_more(&self) -> bool {
         self.host_ended.send || self.guest_ended.receive
     }
@@ -203,13 +204,13 @@ impl Connection {
         }
     }
 
-    /// The host's ends; when neither side sends any more, nobody receives either.
+    /// The directions that the host has ended; both if neither side sends any more.
     fn ended(&self) -> Sides {
         if self.host_ended.send && self.delivered_all() { Sides::BOTH } else { self.host_ended }
     }
 
-    /// Notes what was sent, `len` bytes of payload, and gives the credit fields
-    /// (`buf_alloc`, `fwd_cnt`) of its header.
+    /// Notes what was sent, with `len` bytes of payload, and returns the credit fields
+    /// (`buf_alloc`, `fwd_cnt`) for its header.
     pub(super) fn note_sent(&mut self, packet: Outgoing, len: u32) -> (u32, u32) {
         match packet {
             Outgoing::Shutdown(sides) => self.told = sides,

@@ -5,10 +5,10 @@
 //!                        ▲ ▼
 //!          tx queue ─────┘ └────► rx queue
 //! ```
-//! Only the host opens streams, so a guest cannot reach anything that did not reach out for it.
-//! What is read from a host socket goes straight into a buffer of the guest's, and is read only
-//! when there is one: no data waits in the monitor on that way. On the other way at most
-//! [`connection::BUFFER_BYTES`] wait for each stream, which is the credit that the guest has.
+//! Only the host opens streams, so a guest cannot reach anything that has not opened a stream to
+//! it. A host socket is read only when the guest has a buffer, and directly into that buffer: in
+//! this direction no data waits in the monitor. In the other direction at most
+//! [`connection::BUFFER_BYTES`] wait for each stream, which is the guest's credit.
 //! Datagrams and sequenced packets are not offered; transport events are never sent.
 
 use std::io;
@@ -46,7 +46,7 @@ const QUEUE_SIZES: &[u16] = &[256, 256, 16];
 const FIRST_GUEST_CID: u32 = 3;
 /// Chains served before others get their turn.
 const BATCH: usize = 256;
-/// Tokens of sources that are no stream.
+/// Tokens of the sources that are not streams.
 const WAKE: u32 = 0;
 const TIMER: u32 = 1;
 
@@ -82,7 +82,7 @@ pub(crate) struct Vsock {
     timer: OwnedFd,
     /// What the timer is set to.
     timer_set: Option<Instant>,
-    /// Packets of the guest wait until it takes some of ours.
+    /// The guest's packets wait until it takes some of the host's.
     tx_held: bool,
 }
 
@@ -92,7 +92,7 @@ impl Serve for Vsock {
         libc::SYS_socketpair,      // a stream opens
         libc::SYS_recvmsg,         // host to guest
         libc::SYS_sendmsg,         // guest to host
-        libc::SYS_sendto,          // guest to host, what had to wait
+        libc::SYS_sendto,          // guest to host, from the backlog
         libc::SYS_poll,            // whether a host end closed
         libc::SYS_shutdown,        // half-close
         libc::SYS_timerfd_settime, // repeats and deadlines of requests
@@ -103,14 +103,14 @@ impl Serve for Vsock {
         self.timer_set = None;
         self.tx_held = false;
         sources.add(&self.timer, TIMER, EventSet::IN)?;
-        // Readable already when streams were asked for before the driver came.
+        // This is readable already if streams were requested before the driver came.
         sources.add(self.opener.event(), WAKE, EventSet::IN)
     }
 
     fn serve(&mut self, ready: Ready, context: &mut Context<'_>) -> Result<(), ServeError> {
         let served = self.serve_all(ready, context);
         if served.is_err() {
-            // The device is dead until a reset that may never come: nobody shall wait for it.
+            // The device is dead until a reset that may never come: no caller must wait for it.
             for request in self.muxer.reset().chain(self.opener.take()) {
                 (request.answer)(Err(OpenError::Gone));
             }
@@ -119,7 +119,7 @@ impl Serve for Vsock {
     }
 
     fn stop(&mut self, sources: &Sources) {
-        // Neither fails: both were registered, or the set is about to go away.
+        // Neither fails: both are registered, or the epoll instance is about to be closed.
         let _ = sources.remove(&self.timer);
         let _ = sources.remove(self.opener.event());
         self.opener.put_back(self.muxer.reset());
@@ -158,7 +158,7 @@ impl Vsock {
         self.set_timer()
     }
 
-    /// Takes what the guest sends.
+    /// Handles the packets that the guest has sent.
     fn drain_tx(&mut self, context: &mut Context<'_>) -> Result<(), ServeError> {
         let Context { memory, sources, .. } = *context;
         let Some(queue) = context.queues.get_mut(TX) else { return Ok(()) };
@@ -189,7 +189,7 @@ impl Vsock {
         Ok(())
     }
 
-    /// Sends what there is, as far as the guest has buffers for it.
+    /// Sends the packets that wait, as far as the guest has buffers for them.
     fn fill_rx(&mut self, context: &mut Context<'_>) -> Result<(), ServeError> {
         let memory = context.memory;
         let Some(queue) = context.queues.get_mut(RX) else { return Ok(()) };
@@ -225,13 +225,13 @@ impl Vsock {
         Ok(())
     }
 
-    /// Sets the timer to the next thing that is due.
+    /// Sets the timer to the next deadline.
     fn set_timer(&mut self) -> Result<(), ServeError> {
         let next = self.muxer.next_tick();
         if next == self.timer_set {
             return Ok(());
         }
-        // All zeroes disarm; what is due already rings at once.
+        // All zeroes disarm the timer; 1 ns makes a deadline that has passed expire at once.
         let wait = next.map(|at| at.saturating_duration_since(Instant::now()));
         let nanoseconds = |value: std::time::Duration| i64::from(value.subsec_nanos().max(1));
         let it_value = Timespec {

@@ -1,12 +1,12 @@
 //! All streams of one guest, by port, and what waits to be sent into it.
 //!
-//! Connections are opened by the host only; a guest that asks for one is refused. Host ports are
-//! taken in turn and name a stream alone, so the port serves as the key and as the token of its
-//! socket; a packet must name the guest's port as well.
+//! Only the host opens connections; a guest that requests one is refused. Host ports are assigned
+//! in turn and each names one stream, so the port is the key of the stream and the epoll token of
+//! its socket. A packet must name the right guest port as well.
 //!
-//! A request is sent once for each try. Virtqueues lose nothing: a guest that has not answered
-//! will, and asking twice would make its listener accept twice. A refusal, on the other hand,
-//! means that nothing listens yet, so the try is repeated until the deadline.
+//! Each try sends one request. Virtqueues lose nothing: a guest that has not answered will do so,
+//! and a second request would make its listener accept twice. A refusal, on the other hand, means
+//! that nothing listens yet, so the request is repeated until the deadline.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
@@ -28,7 +28,7 @@ use crate::devices::rate_limit::guest_warn;
 pub(super) const STREAMS_MAX: usize = 1024;
 /// Resets that may wait for a buffer before the guest's packets have to wait themselves.
 const RESETS_MAX: usize = 64;
-/// Host ports; also tokens, so they stay clear of the device's own.
+/// Range of host ports, which are also tokens and must not be those of the device itself.
 const FIRST_PORT: u32 = 1 << 30;
 const LAST_PORT: u32 = u32::MAX - 1;
 /// Time until a refused request is repeated, doubled each time.
@@ -46,7 +46,7 @@ struct Opening {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
-    /// Stands in the line.
+    /// In the line, to be sent.
     Due,
     /// Sent.
     Asked,
@@ -91,7 +91,7 @@ impl Muxer {
         self.line.push_back(port);
     }
 
-    /// Gives up what is overdue, repeats what was refused.
+    /// Fails requests that are overdue, and repeats those that were refused.
     pub(super) fn tick(&mut self, now: Instant) {
         let overdue = self.openings.extract_if(.., |_, opening| opening.request.deadline <= now);
         for (_, opening) in overdue {
@@ -164,8 +164,8 @@ impl Muxer {
         !self.resets.is_empty() || !self.line.is_empty()
     }
 
-    /// Fills one buffer of the guest with the next packet; `None` when it was not needed after
-    /// all. In that case part of `room` may be consumed.
+    /// Fills one buffer of the guest with the next packet; `None` if there was nothing to send. In
+    /// that case part of `room` may be consumed.
     pub(super) fn fill(
         &mut self,
         memory: &GuestMemory,
@@ -194,7 +194,7 @@ impl Muxer {
         Ok(None)
     }
 
-    /// Bytes of the guest's that wait for hosts.
+    /// Bytes of the guest that wait for host sockets.
     #[cfg(test)]
     pub(super) fn kept_bytes(&mut self) -> usize {
         self.streams.values_mut().map(|stream| stream.state.backlog().len()).sum()
@@ -272,12 +272,12 @@ impl Muxer {
                 opening.phase = Phase::Waiting(Instant::now() + opening.delay);
                 opening.delay = (opening.delay * 2).min(RETRY_MAX);
             }
-            // Nothing else can be said before the stream is open.
+            // No other packet is valid before the stream is open.
             _ => self.refuse(header),
         }
     }
 
-    /// After a packet: resets, removes or queues the stream as its state demands.
+    /// After a packet: resets, removes or queues the stream as its state requires.
     fn look_after(&mut self, port: u32, header: &Header, alive: bool) {
         let Some(stream) = self.streams.get(&port) else { return };
         let reset_by_guest = header.operation == Some(Operation::Reset);
@@ -286,7 +286,7 @@ impl Muxer {
         if !alive || (ended && !reset_by_guest && header.operation == Some(Operation::Shutdown)) {
             self.refuse(header);
         }
-        // What a guest sent before it ended the stream in order still reaches the host.
+        // After an orderly shutdown, the bytes before it must still reach the host.
         if !alive || over || (reset_by_guest && !ended) {
             self.streams.remove(&port);
         } else {
@@ -317,7 +317,7 @@ impl Muxer {
         }
     }
 
-    /// Forgets a stream that waits for nothing but the guest's last word.
+    /// Removes a stream that only waits for the guest's reset; `false` if there is none.
     fn evict(&mut self) -> bool {
         let closing = self.streams.iter().find(|(_, stream)| stream.is_closing());
         let Some((&port, stream)) = closing else { return false };
@@ -326,11 +326,11 @@ impl Muxer {
         self.streams.remove(&port).is_some()
     }
 
-    /// A host port that names nothing at present.
+    /// A host port that is not in use.
     pub(super) fn take_port(&mut self) -> u32 {
         loop {
             let port = self.next_port;
-            // The highest number means "any port" to whoever listens.
+            // The highest number is reserved (VMADDR_PORT_ANY).
             self.next_port = if port >= LAST_PORT { FIRST_PORT } else { port + 1 };
             if !self.streams.contains_key(&port) && !self.openings.contains_key(&port) {
                 return port;
@@ -378,7 +378,7 @@ fn receive_in(
     }
 }
 
-/// A socket for the muxer, watched, and one for whoever asked.
+/// Makes a pair of sockets: one for the muxer, which is watched, and one for the caller.
 fn connect(port: u32, sources: &Sources) -> io::Result<(OwnedFd, OwnedFd)> {
     let flags = SocketFlags::CLOEXEC;
     let (own, theirs) = socketpair(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;

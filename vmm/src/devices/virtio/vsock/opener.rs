@@ -1,9 +1,9 @@
 //! How the rest of the monitor asks for streams into the guest.
 //!
-//! Requests wait in a bounded queue that outlives the device's thread: those asked for before the
-//! driver is there are taken up when it comes. While no thread serves, nobody watches deadlines
-//! here; whoever holds an [`Opener`] calls [`Opener::expire`] when it wakes up anyway. A caller
-//! that must not wait for that keeps a timeout of its own.
+//! Requests wait in a bounded queue that outlives the device's thread: those made before the driver
+//! has started are served once it has. While no thread serves, nothing watches deadlines here, so
+//! the holder of an [`Opener`] calls [`Opener::expire`] each time that it wakes up. A caller that
+//! must not depend on that keeps a timeout of its own.
 
 use std::collections::VecDeque;
 use std::fmt;
@@ -38,16 +38,16 @@ pub(crate) enum OpenError {
     Host(#[from] io::Error),
 }
 
-/// Takes the host's end of a stream, or learns why there is none. Must not block.
+/// Takes the host's end of a stream, or the reason why there is none. Must not block.
 pub(crate) type Answer = Box<dyn FnOnce(Result<OwnedFd, OpenError>) + Send>;
 
 /// One stream, asked for.
 pub(crate) struct OpenRequest {
     /// The guest's port.
     pub(crate) port: u32,
-    /// When to give up; until then a refusal is taken for "does not listen yet".
+    /// When to give up; until then a refusal means that nothing listens yet.
     pub(crate) deadline: Instant,
-    /// Called once, from whichever thread finds out.
+    /// Called once, from any thread.
     pub(crate) answer: Answer,
 }
 
@@ -91,8 +91,8 @@ impl Opener {
         self.wake();
     }
 
-    /// Answers what waited past its deadline and says when the next one is due. Needed only while
-    /// the device does not serve; calling it at any time does no harm.
+    /// Fails the requests that are past their deadline and returns the next deadline. Needed only
+    /// while the device does not serve; calling it at any time does no harm.
     pub(crate) fn expire(&self, now: Instant) -> Option<Instant> {
         let mut waiting = self.lock();
         let (overdue, rest): (VecDeque<_>, VecDeque<_>) =
@@ -118,7 +118,7 @@ impl Opener {
         std::mem::take(&mut *self.lock())
     }
 
-    /// Puts back what the device could not do before its driver left.
+    /// Puts back the requests that the device had not finished when its driver left.
     pub(super) fn put_back(&self, requests: impl Iterator<Item = OpenRequest>) {
         self.lock().extend(requests);
         self.wake();

@@ -64,7 +64,7 @@ impl Sides {
         u32::from(self.receive) | u32::from(self.send) << 1
     }
 
-    /// What either has.
+    /// The directions that either has.
     pub(super) fn union(self, other: Self) -> Self {
         Self { receive: self.receive || other.receive, send: self.send || other.send }
     }
@@ -92,7 +92,7 @@ pub(super) struct Header {
 }
 
 impl Header {
-    /// Takes a header apart; every value of every field is representable.
+    /// Parses a header; every value of every field is representable.
     pub(super) fn parse(bytes: &[u8; HEADER_BYTES]) -> Self {
         Self {
             src_cid: u64::from_le_bytes(field(bytes, 0)),
@@ -125,8 +125,8 @@ impl Header {
         bytes
     }
 
-    /// The answer to a packet that belongs to no connection; `None` for what must not be answered,
-    /// or two peers would send resets back and forth.
+    /// The answer to a packet that belongs to no connection; `None` for a reset, because two peers
+    /// would otherwise send resets back and forth.
     pub(super) fn refusal(&self) -> Option<Self> {
         (self.operation != Some(Operation::Reset)).then_some(Self {
             src_cid: self.dst_cid,

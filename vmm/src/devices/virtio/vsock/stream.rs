@@ -1,8 +1,8 @@
 //! The host end of one stream: moves bytes between its socket and guest memory.
 //!
-//! The socket is watched edge-triggered from its first day to its last, so nothing is ever
-//! re-armed: an edge sets what may be possible, a call that would block clears it. A stream that
-//! waits for the guest, for a buffer or for credit, thus costs no wake-up.
+//! The socket is watched edge-triggered for as long as it is open, so nothing is ever re-armed. An
+//! edge sets `readable` and `writable`, and a call that would block clears one of them. A stream
+//! that waits for the guest, for a buffer or for credit, thus costs no wake-up.
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -31,7 +31,7 @@ pub(super) struct Stream {
     write_ended: bool,
     /// The host was told that the guest reads no more.
     read_ended: bool,
-    /// It stands in the muxer's line already.
+    /// The stream is in the muxer's line already.
     pub(super) queued: bool,
 }
 
@@ -58,7 +58,7 @@ impl Stream {
         self.state.ended_by_guest() && self.socket.is_none()
     }
 
-    /// Only the guest's last word is missing.
+    /// Only the guest's reset is missing.
     pub(super) fn is_closing(&self) -> bool {
         self.socket.is_none()
     }
@@ -103,7 +103,7 @@ impl Stream {
                 self.readable = false;
                 return None;
             }
-            // A peer that closed without reading all leaves an error instead of an end.
+            // After a peer that closed without reading all, there is an error in place of the end.
             Err(_) => {
                 self.state.note_host_end();
                 self.state.note_host_gone();
@@ -114,14 +114,14 @@ impl Stream {
         None
     }
 
-    /// Writes what waits, as far as the socket takes it.
+    /// Writes the backlog, as far as the socket takes it.
     fn flush(&mut self) {
         while self.writable
             && let Some(socket) = &self.socket
         {
             let (chunk, _) = self.state.backlog().as_slices();
             if chunk.is_empty() {
-                // A stream that stalled once shall not keep its buffer for ever.
+                // A stream that stalled once must not keep its buffer for ever.
                 self.state.backlog().shrink_to_fit();
                 break;
             }
@@ -138,7 +138,7 @@ impl Stream {
         self.settle();
     }
 
-    /// Sends guest bytes if none wait before them; says how many need no keeping.
+    /// Sends guest bytes unless others wait before them; returns how many need not be kept.
     fn write(&mut self, slices: &[VolatileSlice<'_>]) -> usize {
         let Some(socket) = &self.socket else { return 0 };
         if !self.writable || !self.state.backlog().is_empty() {
@@ -162,7 +162,7 @@ impl Stream {
         }
     }
 
-    /// Copies what lies behind the first `skip` bytes to the backlog; `judge` saw to its size.
+    /// Copies all but the first `skip` bytes to the backlog; `judge` has checked that they fit.
     fn keep(&mut self, slices: &[VolatileSlice<'_>], mut skip: usize) {
         let mut chunk = [0; CHUNK_BYTES];
         for slice in slices {
@@ -178,7 +178,7 @@ impl Stream {
         }
     }
 
-    /// Whether the host closed its end altogether, which reading alone cannot tell.
+    /// Notes whether the host closed its end altogether, which reading alone cannot tell.
     fn check_hang_up(&mut self) {
         let Some(socket) = &self.socket else { return };
         let mut watched = [PollFd::new(socket, PollFlags::empty())];
@@ -190,7 +190,7 @@ impl Stream {
         }
     }
 
-    /// Tells the host what the guest ended, and lets the socket go when nothing moves any more.
+    /// Shuts down what the guest ended, and closes the socket when no byte moves any more.
     pub(super) fn settle(&mut self) {
         let Some(socket) = &self.socket else { return };
         let delivered = self.state.delivered_all();

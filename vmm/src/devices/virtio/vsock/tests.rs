@@ -119,7 +119,7 @@ fn ask(opener: &Opener, wait: Duration) -> Opened {
     opener.open(OpenRequest {
         port: PORT,
         deadline: Instant::now() + wait,
-        // A test that has seen enough no longer listens.
+        // The test may have dropped the receiver.
         answer: Box::new(move |result| drop(sender.send(result))),
     });
     receiver
@@ -342,7 +342,7 @@ fn when_both_sides_sent_all_the_stream_is_over() {
     assert_eq!(guest.received().last().unwrap().0.sides, Sides::BOTH);
 }
 
-/// Fills the host socket until the device keeps bytes itself; gives how many were sent.
+/// Sends this many bytes, more than the host socket takes, and returns them.
 fn send_until_kept(guest: &mut Guest<'_>, to_host: Header, total: usize) -> Vec<u8> {
     let bytes: Vec<u8> = (0..total).map(|at| u8::try_from(at % 251).unwrap()).collect();
     for chunk in bytes.chunks(0x8000) {

@@ -5,7 +5,7 @@ use crate::devices::virtio::queue::GuestMemory;
 use crate::fileserver::config::THREADS_MIN;
 use crate::fileserver::wire::Class;
 
-/// How many of them there are at once.
+/// How many requests of the slowest class are in flight at once.
 const SYNCS: usize = Class::Sync.at_once() as usize;
 const FSYNC: u32 = opcode::FSYNC;
 const WRITE: u32 = opcode::WRITE;
@@ -27,7 +27,7 @@ impl<'m> Scene<'m> {
         Self { driver, fs, server, asked: 0 }
     }
 
-    /// The guest asks so often, under numbers that count up.
+    /// The guest makes `count` requests, with ascending numbers.
     fn ask(&mut self, op: u32, count: usize) {
         for _ in 0..count {
             self.asked += 1;
@@ -37,7 +37,7 @@ impl<'m> Scene<'m> {
         self.driver.call(&mut self.fs, Ready::Queue(1)).unwrap();
     }
 
-    /// What the file server was given since the last time: what is asked, and under which number.
+    /// The requests that the file server was given since the last call: opcode and number.
     fn given(&self) -> Vec<(u32, u64)> {
         let packets = std::iter::from_fn(|| received(&self.server));
         packets.map(|it| (u32_at(&it, 4).unwrap(), u64_at(&it, 8).unwrap())).collect()
@@ -48,13 +48,13 @@ impl<'m> Scene<'m> {
         self.driver.call(&mut self.fs, Ready::Source(SERVER)).unwrap();
     }
 
-    /// The requests that the guest has answers to since the last time.
+    /// How many requests of the guest were answered since the last call.
     fn answered(&mut self) -> usize {
         self.driver.used(1).len()
     }
 }
 
-/// How many of a kind there are.
+/// How many of the given requests have this opcode.
 fn count(given: &[(u32, u64)], op: u32) -> usize {
     given.iter().filter(|(it, _)| *it == op).count()
 }
@@ -73,7 +73,7 @@ fn many_fsyncs_delay_no_lookup_no_read_and_no_write() {
         scene.answer(given[0].1);
     }
     assert_eq!(scene.answered(), 3);
-    // Each that is done lets the next one go.
+    // Each fsync that is done lets the next one go.
     let mut waiting = first;
     for done in 1..=20 {
         assert!(!waiting.is_empty() && waiting.len() <= SYNCS);
@@ -97,7 +97,7 @@ fn a_thread_is_left_for_each_quicker_class() {
     assert_eq!(given.len() + 1, usize::from(THREADS_MIN));
     scene.ask(LOOKUP, 50);
     assert_eq!(scene.given().len(), 50);
-    // A quick one's end lets no slow one in beyond its share.
+    // The end of a quick request lets no slow one exceed its limit.
     while let Some(place) = given.iter().position(|(op, _)| *op == READ) {
         let (_, number) = given.remove(place);
         scene.answer(number);
@@ -115,7 +115,7 @@ fn quick_ones_alone_may_have_what_slow_ones_leave() {
         scene.ask(op, 30);
         assert_eq!(scene.given().len(), expected, "{op}");
     }
-    // However many wait, a slower one gets the first place that is free.
+    // However many requests wait, a slower one gets the first place that is free.
     let memory = mock::memory();
     let mut scene = Scene::new(&memory);
     scene.ask(READ, 30);

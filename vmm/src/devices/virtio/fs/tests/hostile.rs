@@ -1,4 +1,5 @@
-//! A file server that was taken over: whatever it sends, the monitor neither ends, blocks nor grows.
+//! A file server that was taken over. Whatever it sends, the monitor neither ends, blocks nor
+//! grows.
 
 use std::io::Read;
 use std::os::fd::AsFd;
@@ -12,7 +13,7 @@ use crate::fileserver::wire::OUT_HEADER;
 /// The number of a relay's first request.
 const FIRST: u64 = 1;
 
-/// One request in flight, and what the guest is told once `packets` came from the file server.
+/// The guest's reply to one request in flight, after the file server has sent `packets`.
 fn answered(packets: &[&[u8]]) -> Vec<u8> {
     let memory = mock::memory();
     let mut driver = Driver::new(&memory, QUEUE_SIZES);
@@ -31,7 +32,7 @@ fn answered(packets: &[&[u8]]) -> Vec<u8> {
     driver.written(&made, len)
 }
 
-/// What every request gets once the file server is not believed any more.
+/// The reply to every request after the relay has ended.
 fn failure() -> Vec<u8> {
     reply(8, -libc::EIO, b"")
 }
@@ -43,7 +44,7 @@ fn a_reply_without_a_whole_header_ends_the_relay() {
         packet[..4].copy_from_slice(&u32::try_from(len).unwrap().to_le_bytes());
         assert_eq!(answered(&[&packet[..len]]), failure(), "{len} bytes");
     }
-    // A packet without a byte reads like the end of the socket.
+    // An empty packet looks like the end of the socket.
     assert_eq!(answered(&[b""]), failure());
 }
 
@@ -60,7 +61,8 @@ fn a_reply_that_lies_about_its_length_ends_the_relay() {
 
 #[test]
 fn an_error_that_no_file_server_may_send_ends_the_relay() {
-    // From 512 on they are the kernel's own: a guest's system call would start again, and again.
+    // Errors from 512 on are internal to the kernel: the guest's system call would be restarted
+    // again and again.
     for error in [1, i32::MAX, i32::MIN, -512, -4095] {
         assert_eq!(answered(&[&reply(FIRST, error, b"")]), failure(), "{error}");
     }
@@ -179,7 +181,7 @@ fn a_file_server_that_listens_no_more_fails_what_it_was_asked() {
     }
     driver.call(&mut fs, Ready::Queue(1)).unwrap();
     assert!(fs.full);
-    // The other direction stays open, so that nothing tells of an end but a request that fails.
+    // The other direction stays open, so that only a request that fails shows the end.
     shutdown(&server, Shutdown::Read).unwrap();
     driver.call(&mut fs, Ready::Source(SERVER)).unwrap();
     assert_eq!(driver.used(1).len(), 100, "processes of the guest wait for ever");
@@ -201,6 +203,6 @@ fn descriptors_that_come_with_a_reply_are_not_kept() {
         assert_eq!(driver.used(1).len(), 1);
     }
     drop(writer);
-    // The end comes once nobody holds the other side.
+    // End of file: nobody holds the other end any more.
     assert_eq!(std::fs::File::from(reader).read(&mut [0]).unwrap(), 0);
 }

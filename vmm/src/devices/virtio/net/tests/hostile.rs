@@ -5,7 +5,7 @@ use super::super::super::worker::Sources;
 use super::super::super::{Context, Serve};
 use super::*;
 
-/// A device whose taps always have frames, and which is asked for them whatever happens.
+/// A device whose taps have frames, and which serves them after every event.
 struct Flooded {
     net: Net<SocketTap>,
     wires: Vec<OwnedFd>,

@@ -1,5 +1,5 @@
-//! The host's kernel in place of the device, against a driver that breaks the rules. Who sends the
-//! frames is a packet socket, which vhost-net takes as well as a tap.
+//! vhost-net in place of the device, against a driver that breaks the rules. A packet socket sends
+//! the frames, which vhost-net takes as well as a tap.
 
 use std::fs::File;
 use std::time::Instant;
@@ -10,7 +10,7 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use super::*;
 use crate::devices::virtio::{Activation, Context};
 
-/// Token of the kernel's complaints.
+/// Token of the errors of vhost-net.
 const BROKEN: Ready = Ready::Source(u32::MAX - 1);
 const PATIENCE: Duration = Duration::from_secs(10);
 const FEATURES: u64 = F_MRG_RXBUF | F_CTRL_VQ | 1 << VIRTIO_F_VERSION_1;

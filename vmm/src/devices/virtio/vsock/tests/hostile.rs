@@ -203,7 +203,7 @@ fn no_sequence_of_packets_breaks_the_device() {
     }
 }
 
-/// A packet that is often nearly right, and the length of its payload.
+/// A packet that is often nearly valid, and the length of its payload.
 fn any_packet(random: &mut mock::Random, to_host: Header) -> (Header, usize) {
     let operation = match random.below(12) {
         0 => None,

@@ -65,7 +65,7 @@ const REPLACEMENTS: &str = "cd /etc; tail -n 1 shells; ls -lnd --time-style=+%s 
 #[test]
 #[ignore = "long: --suite callers_long"]
 fn a_debian_image_does_as_under_runc() {
-    let docker = Docker::start_with(&["--default-runtime", "bulkhead"]).unwrap();
+    let docker = Docker::start().unwrap();
     docker.import_debian().unwrap();
     let script = |options: &[&str], script: &str, status: i32| {
         assert_same(&docker, options, &["debian", "bash", "-c", script], status);

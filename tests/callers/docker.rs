@@ -42,7 +42,7 @@ fn call(docker: &Docker, runtime: &str, line: &[String]) -> Output {
 
 #[test]
 fn a_container_is_as_under_runc() {
-    let docker = Docker::start().unwrap();
+    let docker = Docker::shared().unwrap();
     let many = "--rm -e A=1 --user 5:6 -w /tmp --read-only --tmpfs /t:size=1m --cap-drop ALL \
                 --cap-add CHOWN --ulimit nofile=100:200 --memory 64m --pids-limit 50 --cpus 0.5 \
                 --init --hostname named --security-opt no-new-privileges --shm-size 32m";
@@ -102,7 +102,7 @@ fn dockers_own_profile(docker: &Docker) {
 
 #[test]
 fn a_container_joins_the_machine_of_another() {
-    let docker = Docker::start().unwrap();
+    let docker = Docker::shared().unwrap();
     let sleep = ["box", "sleep", "1000"];
     docker.ok(&ours(&["run", "-d", "--name", "one", "--ipc", "shareable"], &sleep)).unwrap();
     let joined = ["--runtime", "bulkhead", "--network", "container:one"];
@@ -140,7 +140,7 @@ fn limits_that_change(docker: &Docker) {
 
 #[test]
 fn a_running_container_does_what_docker_asks() {
-    let docker = Docker::start().unwrap();
+    let docker = Docker::shared().unwrap();
     let shared = docker.directory().join("shared");
     fs::create_dir(&shared).unwrap();
     fs::write(shared.join("from-host"), "host\n").unwrap();
@@ -219,7 +219,7 @@ fn copies_of_files(docker: &Docker) {
 
 #[test]
 fn terminals_and_input_reach_the_container() {
-    let docker = Docker::start().unwrap();
+    let docker = Docker::shared().unwrap();
     let mut command = docker.command(&ours(&["run", "--rm", "-i"], &["box", "cat"]));
     let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
     child.stdin.take().unwrap().write_all(b"through and through\n").unwrap();
@@ -242,7 +242,7 @@ fn terminals_and_input_reach_the_container() {
 
 #[test]
 fn an_image_is_built_by_the_default_runtime() {
-    let docker = Docker::start_with(&["--default-runtime", "bulkhead"]).unwrap();
+    let docker = Docker::shared().unwrap();
     let context = docker.directory().join("context");
     fs::create_dir(&context).unwrap();
     fs::write(context.join("copied"), "from the context\n").unwrap();
@@ -264,7 +264,7 @@ fn an_image_is_built_by_the_default_runtime() {
 
 #[test]
 fn docker_knows_that_memory_ran_out() {
-    let docker = Docker::start().unwrap();
+    let docker = Docker::shared().unwrap();
     let holds = "x=a; while :; do x=$x$x; done";
     let told = |runtime: &str, name: &str| {
         let options = ["run", "--runtime", runtime, "--network", "none", "--memory", "32m"];
@@ -282,7 +282,7 @@ fn docker_knows_that_memory_ran_out() {
 
 #[test]
 fn callers_come_and_go_while_it_talks() {
-    let docker = Docker::start().unwrap();
+    let docker = Docker::shared().unwrap();
     let script = "while read line; do echo heard $line; done; echo end";
     let options = ["run", "-d", "-i", "--name", "talk"];
     docker.ok(&ours(&options, &["box", "sh", "-c", script])).unwrap();
@@ -316,7 +316,7 @@ fn callers_come_and_go_while_it_talks() {
 
 #[test]
 fn health_is_checked_and_failures_are_started_again() {
-    let docker = Docker::start().unwrap();
+    let docker = Docker::shared().unwrap();
     let options =
         ["run", "-d", "--name", "well", "--health-cmd", "true", "--health-interval", "1s"];
     docker.ok(&ours(&options, &["box", "sleep", "1000"])).unwrap();

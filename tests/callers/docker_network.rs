@@ -5,37 +5,24 @@ use std::net::UdpSocket;
 use std::thread;
 use std::time::Duration;
 
-use bulkhead_tests::docker::Docker;
+use bulkhead_tests::docker::{Docker, Shared};
 use bulkhead_tests::netns::of_host;
 use bulkhead_tests::runtime::{comes_true, told};
 use bulkhead_tests::traffic::{echoed_by_udp, says};
 
 use super::{NETWORK, wait_for_nothing};
 
-/// Options for a daemon with its bridge; they override the earlier ones.
-const BRIDGED: [&str; 3] = ["--bridge", "", "--iptables=true"];
 /// The network of most containers.
 const OWN: [&str; 2] = ["--network", "own"];
 
-/// A daemon with the IPv4 and IPv6 network `own`. Dropping this removes the network, which the
-/// daemon would leave behind.
-struct Networked(Docker);
-
-impl Networked {
-    fn new() -> Self {
-        let docker = Docker::start_with(&BRIDGED).unwrap();
+/// Returns the shared daemon with the IPv4 and IPv6 network `own`.
+fn networked() -> Shared {
+    let docker = Docker::shared().unwrap();
+    if !docker.call(&["network", "inspect", "own"]).unwrap().status.success() {
         let subnets = ["--subnet", "10.51.0.0/24", "--ipv6", "--subnet", "fd51::/64"];
         docker.ok(&[&["network", "create"][..], &subnets, &["own"]].concat()).unwrap();
-        Self(docker)
     }
-}
-
-impl Drop for Networked {
-    fn drop(&mut self) {
-        // They exist only if the test has failed.
-        let _ = self.0.call(&["rm", "--force", "seen", "ours", "theirs"]);
-        let _ = self.0.call(&["network", "rm", "own"]);
-    }
+    docker
 }
 
 /// Runs a script in a new container, with options that are split at spaces.
@@ -75,8 +62,7 @@ fn wait_for(before: &str) {
 
 #[test]
 fn addresses_and_names_that_are_asked_for_are_as_under_runc() {
-    let networked = Networked::new();
-    let docker = &networked.0;
+    let docker = &*networked();
     let all = "--network own --ip 10.51.0.9 --ip6 fd51::9 --mac-address 02:00:00:00:51:09 \
                --add-host friend:10.51.0.1 --add-host six:fd51::1 --hostname named --domainname of \
                --dns 10.51.0.1 --dns-search there --dns-opt timeout:2";
@@ -122,8 +108,7 @@ fn answer_names(place: &str) -> thread::JoinHandle<()> {
 
 #[test]
 fn names_of_elsewhere_are_asked_where_the_option_says() {
-    let networked = Networked::new();
-    let docker = &networked.0;
+    let docker = &*networked();
     let server = answer_names("10.51.0.1:53");
     let script = "timeout 30 nslookup -type=a elsewhere.example";
     let [theirs, ours] = ["runc", "bulkhead"]
@@ -141,8 +126,7 @@ const SERVES: &str = "hostname > /index.html; for port in 80 81 82; do httpd -p 
 
 #[test]
 fn containers_reach_each_other_by_both_families_and_are_reached_by_published_ports() {
-    let networked = Networked::new();
-    let docker = &networked.0;
+    let docker = &*networked();
     run(docker, "runc", "--network own", "true");
     let before = of_host().unwrap();
     let program = format!("{}:/datagrams:ro", env!("CARGO_BIN_EXE_datagrams"));

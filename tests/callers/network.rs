@@ -9,8 +9,6 @@ use bulkhead_tests::runtime::{comes_true, told};
 
 use super::wait_for_nothing;
 
-/// Options for a daemon with its bridge; they override the earlier ones.
-const BRIDGED: [&str; 3] = ["--bridge", "", "--iptables=true"];
 /// Serves its name on port 80.
 const SERVES: &str = "hostname > /index.html; exec httpd -f -p 80 -h /";
 
@@ -37,7 +35,7 @@ fn says(place: &str) -> String {
 
 #[test]
 fn containers_of_a_bridge_reach_each_other_and_are_reached() {
-    let docker = Docker::start_with(&BRIDGED).unwrap();
+    let docker = Docker::shared().unwrap();
     let ours = serve(&docker, "bulkhead", &["--publish", "127.0.0.1:8080:80"]);
     let theirs = serve(&docker, "runc", &[]);
     assert_eq!(says("127.0.0.1:8080"), "bulkhead");
@@ -77,15 +75,15 @@ const BY_CONNECTION: &str = "printf '\\000\\025\\022\\064\\001\\000\\000\\001\\0
 
 #[test]
 fn networks_of_a_daemon_have_names_and_are_joined_and_left_while_a_container_runs() {
-    let docker = Docker::start_with(&BRIDGED).unwrap();
-    docker.ok(&["network", "create", "own"]).unwrap();
+    let docker = Docker::shared().unwrap();
+    docker.ok(&["network", "create", "named"]).unwrap();
     let serve = |runtime: &str, name: &str, network: &str| {
         let fixed = ["run", "-d", "--runtime", runtime, "--name", name, "--hostname", name];
         let line = [&fixed[..], &["--network", network, "box", "sh", "-c", SERVES]].concat();
         docker.ok(&line).unwrap();
     };
-    serve("bulkhead", "one", "own");
-    serve("runc", "two", "own");
+    serve("bulkhead", "one", "named");
+    serve("runc", "two", "named");
     let inside = |name: &str, line: &str| {
         let (_, out, err) = told(&docker.call(&["exec", name, "sh", "-c", line]).unwrap());
         (out + &err).trim().to_owned()
@@ -93,7 +91,7 @@ fn networks_of_a_daemon_have_names_and_are_joined_and_left_while_a_container_run
     let asks = |who: &str, whom: &str| inside(who, &format!("wget -q -O - http://{whom}/"));
     assert_eq!((asks("one", "two"), asks("two", "one")), ("two".to_owned(), "one".to_owned()));
     for line in
-        ["nslookup two | sort", "nslookup one.own | sort", "cat /etc/resolv.conf", BY_CONNECTION]
+        ["nslookup two | sort", "nslookup one.named | sort", "cat /etc/resolv.conf", BY_CONNECTION]
     {
         assert_eq!(inside("one", line), inside("two", line), "{line}");
     }
@@ -105,15 +103,16 @@ fn networks_of_a_daemon_have_names_and_are_joined_and_left_while_a_container_run
     assert_eq!(interfaces(), "eth0");
     // The daemon uses a new number for each interface.
     for added in ["eth1", "eth2"] {
-        docker.ok(&["network", "connect", "own", "late"]).unwrap();
+        docker.ok(&["network", "connect", "named", "late"]).unwrap();
         assert_eq!(interfaces(), format!("eth0\n{added}"));
         assert_eq!(
             (asks("late", "two"), asks("two", "late")),
             ("two".to_owned(), "late".to_owned())
         );
-        docker.ok(&["network", "disconnect", "own", "late"]).unwrap();
+        docker.ok(&["network", "disconnect", "named", "late"]).unwrap();
         assert_eq!(interfaces(), "eth0");
     }
     docker.ok(&["rm", "--force", "one", "two", "late"]).unwrap();
+    docker.ok(&["network", "rm", "named"]).unwrap();
     wait_for_nothing(docker.directory());
 }

@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use bulkhead_tests::runtime::{comes_true, finish, output, told};
@@ -21,7 +22,14 @@ pub(super) struct Podman {
 }
 
 impl Podman {
-    pub(super) fn new() -> Self {
+    /// Returns the one that all tests share, one after the other. Its storage lasts as long as the
+    /// test host.
+    pub(super) fn shared() -> &'static Self {
+        static SHARED: OnceLock<Podman> = OnceLock::new();
+        SHARED.get_or_init(Self::new)
+    }
+
+    fn new() -> Self {
         let podman = Self { directory: TempDir::with_prefix("podman-").unwrap() };
         let applets =
             ["cat", "echo", "false", "httpd", "ping", "readlink", "sh", "sleep", "true", "wget"];
@@ -62,7 +70,7 @@ impl Podman {
 
 #[test]
 fn health_is_asked() {
-    let podman = Podman::new();
+    let podman = Podman::shared();
     for (name, program, expected) in [("well", "true", 0), ("ill", "false", 1)] {
         let options = ["run", "-d", "--network", "none", "--name", name, "--health-cmd", program];
         let rest = ["--health-interval", "disable", "box", "sleep", "1000"];
@@ -76,7 +84,7 @@ fn health_is_asked() {
 
 #[test]
 fn descriptors_that_are_preserved_arrive() {
-    let podman = Podman::new();
+    let podman = Podman::shared();
     let given = |args: &[&str]| {
         let mut command = Command::new("/bin/sh");
         command.args(["-c", "printf given | (exec 3<&0 0</dev/null; exec \"$0\" \"$@\")"]);
@@ -94,7 +102,7 @@ fn descriptors_that_are_preserved_arrive() {
 
 #[test]
 fn the_containers_of_a_pod_share_one_machine() {
-    let podman = Podman::new();
+    let podman = Podman::shared();
     // Without systemd, this version of Podman denies a pod's cgroup all devices, /dev/null too.
     let pod = ["pod", "create", "--name", "p", "--share-parent=false", "--network", "none"];
     podman.ok(&[&pod[..], &["--infra-image", "box", "--infra-command", "sleep 1000"]].concat());
@@ -125,7 +133,7 @@ fn the_containers_of_a_pod_share_one_machine() {
 
 #[test]
 fn a_container_does_what_podman_asks() {
-    let podman = Podman::new();
+    let podman = Podman::shared();
     let run = ["run", "--rm", "--network", "none", "box", "sh", "-c", "echo out; exit 7"];
     let ran = output(&mut podman.command(&run)).unwrap();
     assert_eq!(told(&ran), (Some(7), "out\n".to_owned(), String::new()));
@@ -169,8 +177,9 @@ fn a_container_does_what_podman_asks() {
 }
 
 #[test]
+#[ignore = "long: --suite callers_long"]
 fn a_system_container_boots_to_its_default_target_and_ends_when_it_is_asked() {
-    let podman = Podman::new();
+    let podman = Podman::shared();
     let root = systemd::root(podman.directory()).unwrap();
     let options = ["run", "-d", "--systemd=always", "--network", "none", "--name", "system"];
     podman.ok(&[&options[..], &["--rootfs", root.to_str().unwrap(), "/lib/systemd/systemd"]].concat());

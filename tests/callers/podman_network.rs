@@ -1,6 +1,7 @@
 //! Podman's networks with netavark and aardvark-dns: what a container sees, whom it reaches and how
 //! it is reached are as under runc.
 
+use std::thread;
 use std::time::Duration;
 
 use bulkhead_tests::netns::of_host;
@@ -15,18 +16,21 @@ const RUNC: [&str; 2] = ["--runtime", "/usr/bin/runc"];
 /// Bulkhead.
 const RUNTIMES: [&[&str]; 2] = [&RUNC, &[]];
 
-/// Podman with the IPv4 and IPv6 network `own`; dropping this removes the network.
-struct Networked(Podman);
+/// Podman with the IPv4 and IPv6 network `own`.
+struct Networked(&'static Podman);
 
 impl Networked {
     fn new() -> Self {
-        let podman = Podman::new();
-        assert_eq!(podman.ok(&["info", "--format", "{{.Host.NetworkBackend}}"]), "netavark");
-        let subnets = ["--subnet", "10.52.0.0/24", "--ipv6", "--subnet", "fd52::/64"];
-        podman.ok(&[&["network", "create"][..], &subnets, &["own"]].concat());
-        let networked = Self(podman);
-        // The first container leaves iptables chains behind under every runtime; create them now.
-        networked.run(&RUNC, "--network own -p 8080:80", "true");
+        let networked = Self(Podman::shared());
+        let podman = networked.0;
+        if !output(&mut podman.command(&["network", "exists", "own"])).unwrap().status.success() {
+            assert_eq!(podman.ok(&["info", "--format", "{{.Host.NetworkBackend}}"]), "netavark");
+            let subnets = ["--subnet", "10.52.0.0/24", "--ipv6", "--subnet", "fd52::/64"];
+            podman.ok(&[&["network", "create"][..], &subnets, &["own"]].concat());
+            // The first container leaves iptables chains behind under every runtime; create them
+            // now.
+            networked.run(&RUNC, "--network own -p 8080:80", "true");
+        }
         networked
     }
 
@@ -59,10 +63,11 @@ impl Networked {
 
 impl Drop for Networked {
     fn drop(&mut self) {
-        // They exist only if the test has failed.
-        let _ = output(&mut self.0.command(&["pod", "rm", "--force", "--all"]));
-        let _ = output(&mut self.0.command(&["rm", "--force", "--all", "--time", "0"]));
-        let _ = output(&mut self.0.command(&["network", "rm", "own"]));
+        // A test that fails must not make the next one fail.
+        if thread::panicking() {
+            let _ = output(&mut self.0.command(&["pod", "rm", "--force", "--all"]));
+            let _ = output(&mut self.0.command(&["rm", "--force", "--all", "--time", "0"]));
+        }
     }
 }
 
@@ -89,6 +94,7 @@ fn addresses_and_names_that_are_asked_for_are_as_under_runc() {
 const SERVES: &str = "hostname > /index.html; httpd -p 80 -h /; exec /datagrams echo 9";
 
 #[test]
+#[ignore = "long: --suite callers_long"]
 fn containers_reach_each_other_by_both_families_and_are_reached_by_published_ports() {
     let podman = Networked::new();
     reach_each_other(&podman, &RUNC);

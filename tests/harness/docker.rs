@@ -1,8 +1,10 @@
 //! Debian's Docker with Bulkhead as one of its runtimes, in a directory of its own.
 
 use std::fs::{self, File};
+use std::ops::Deref;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
@@ -20,7 +22,11 @@ const APPLETS: [&str; 22] = [
     "nc", "nslookup", "od", "ping", "sed", "sh", "sleep", "touch", "true", "wget",
 ];
 
-/// A daemon; dropping it ends it.
+/// The daemon of [`Docker::shared`], once it has been started.
+static SHARED: Mutex<Option<&Docker>> = Mutex::new(None);
+
+/// A daemon with the image `box`, made from Debian's busybox, whose default runtime is Bulkhead;
+/// dropping it ends it.
 #[derive(Debug)]
 pub struct Docker {
     directory: TempDir,
@@ -28,7 +34,7 @@ pub struct Docker {
 }
 
 impl Docker {
-    /// Starts a daemon and gives it the image `box`, made from Debian's busybox.
+    /// Starts a daemon without a bridge.
     ///
     /// # Errors
     /// With the daemon's log when it does not come up.
@@ -36,11 +42,25 @@ impl Docker {
         Self::start_with(&[])
     }
 
-    /// Starts a daemon with further options.
+    /// Returns a daemon with a bridge, which starts at the first call and ends with the test host. A
+    /// test has it for itself, and removes what it has created.
     ///
     /// # Errors
     /// As [`Docker::start`].
-    pub fn start_with(options: &[&str]) -> Result<Self> {
+    pub fn shared() -> Result<Shared> {
+        let mut shared = SHARED.lock().unwrap_or_else(PoisonError::into_inner);
+        let docker = match *shared {
+            Some(docker) => docker,
+            None => {
+                let docker = Self::start_with(&["--bridge", "", "--iptables=true"])?;
+                shared.insert(Box::leak(Box::new(docker)))
+            }
+        };
+        Ok(Shared { docker, _turn: shared })
+    }
+
+    /// Starts a daemon with further options, which override the earlier ones.
+    fn start_with(options: &[&str]) -> Result<Self> {
         let directory = TempDir::with_prefix("docker-")?;
         let path = |name: &str| directory.path().join(name).display().to_string();
         let log = File::create(directory.path().join("log"))?;
@@ -48,7 +68,7 @@ impl Docker {
         let daemon = Command::new("/usr/sbin/dockerd")
             .args(["--add-runtime", &runtime, "--host", &format!("unix://{}", path("socket"))])
             .args(["--data-root", &path("data"), "--exec-root", &path("exec")])
-            .args(["--pidfile", &path("pid"), "--bridge", "none"])
+            .args(["--pidfile", &path("pid"), "--default-runtime", "bulkhead", "--bridge", "none"])
             .args(["--iptables=false", "--ip6tables=false"])
             .args(options)
             .stdin(Stdio::null())
@@ -121,6 +141,33 @@ impl Docker {
         let log = fs::read_to_string(self.directory.path().join("log")).unwrap_or_default();
         let lines: Vec<_> = log.lines().collect();
         lines.get(lines.len().saturating_sub(20)..).unwrap_or_default().join("\n")
+    }
+}
+
+/// The daemon that tests share, for one of them.
+#[derive(Debug)]
+pub struct Shared {
+    docker: &'static Docker,
+    _turn: MutexGuard<'static, Option<&'static Docker>>,
+}
+
+impl Deref for Shared {
+    type Target = Docker;
+
+    fn deref(&self) -> &Docker {
+        self.docker
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        // A test that fails must not make the next one fail.
+        if std::thread::panicking()
+            && let Ok(containers) = self.ok(&["ps", "--all", "--quiet"])
+        {
+            let containers: Vec<&str> = containers.lines().collect();
+            let _ = self.call(&[&["rm", "--force"], &containers[..]].concat());
+        }
     }
 }
 

@@ -1,4 +1,4 @@
-//! A pod that a test keeps for its containers, so that many of them need one boot.
+//! A pod that a test keeps for its containers, so that all of them together need one boot.
 
 use std::process::Output;
 
@@ -11,8 +11,8 @@ use crate::runtime::Runtime;
 /// The id of the container that keeps the pod.
 const KEEPER: &str = "keeper";
 
-/// A container that sleeps, and the runtime that further containers join it under: of Bulkhead they are
-/// in the same machine, under runc in the same network namespace.
+/// A sleeping container whose network namespace further containers join. Under Bulkhead they run in
+/// the same machine.
 #[derive(Debug)]
 pub struct Pod {
     runtime: Runtime,
@@ -21,10 +21,10 @@ pub struct Pod {
 }
 
 impl Pod {
-    /// Starts the container that keeps it.
+    /// Starts the container that keeps the pod.
     ///
     /// # Errors
-    /// With what the runtime says when it cannot.
+    /// When the container cannot be started.
     pub fn of(runtime: Runtime) -> Result<Self> {
         let bundle = Bundle::new(&["/bin/sleep", "10000"])?;
         runtime.create(KEEPER, &bundle)?;
@@ -33,7 +33,7 @@ impl Pod {
         Ok(Self { runtime, network: format!("/proc/{pid}/ns/net"), _bundle: bundle })
     }
 
-    /// One of Bulkhead and one of runc.
+    /// Returns a pod of Bulkhead and one of runc.
     ///
     /// # Errors
     /// As [`Pod::of`].
@@ -41,13 +41,7 @@ impl Pod {
         Ok([Self::of(Runtime::new()?)?, Self::of(Runtime::runc()?)?])
     }
 
-    /// The runtime, for what its containers share no more of.
-    #[must_use]
-    pub fn runtime(&self) -> &Runtime {
-        &self.runtime
-    }
-
-    /// Runs a bundle's container in it, to its end.
+    /// Runs a container in the pod and waits for its end.
     ///
     /// # Errors
     /// When it does not end in time.
@@ -64,5 +58,13 @@ impl Pod {
     pub fn end(self) -> Result<()> {
         self.runtime.ok(&["delete", "--force", KEEPER])?;
         self.runtime.assert_clean()
+    }
+
+    /// Ends several pods.
+    ///
+    /// # Errors
+    /// As [`Pod::end`].
+    pub fn end_all(pods: impl IntoIterator<Item = Self>) -> Result<()> {
+        pods.into_iter().try_for_each(Self::end)
     }
 }

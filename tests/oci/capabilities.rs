@@ -2,6 +2,7 @@
 //! alone and combined, with and without a seccomp filter, for root and for another user.
 
 use bulkhead_tests::bundle::Bundle;
+use bulkhead_tests::pod::Pod;
 use bulkhead_tests::runtime::{Runtime, told};
 use serde_json::{Value, json};
 
@@ -78,12 +79,6 @@ fn words((status, output, errors): Told) -> Told {
     (status, output, cause.trim().trim_end_matches('"').to_owned())
 }
 
-fn first(runtime: &Runtime, bundle: &Bundle) -> Told {
-    let told = words(told(&runtime.run("able", bundle).unwrap()));
-    runtime.assert_clean().unwrap();
-    told
-}
-
 /// The name of the sets, the user and no_new_privs of a process, and its output.
 type Said = (&'static str, u32, bool, Told);
 
@@ -153,22 +148,23 @@ fn a_filter_changes_no_set() {
 /// The first process uses the same code as further processes, so a few combinations are enough.
 #[test]
 fn the_sets_of_a_first_process_are_as_asked_for() {
-    let runtimes = [Runtime::new().unwrap(), Runtime::runc().unwrap()];
+    let pods = Pod::beside_runc().unwrap();
     for (name, sets) in combinations() {
         let user = match name {
             "permitted in bounding" | "ambient of some" | "effective beyond permitted" => 0,
             "ambient and all else" | "inheritable" => 1000,
             _ => continue,
         };
-        let [ours, theirs] = [&runtimes[0], &runtimes[1]].map(|runtime| {
-            let bundle = bundle(&["/bin/sh", "-c", PROBE], &sets, |spec| {
+        let [ours, theirs] = pods.each_ref().map(|pod| {
+            let mut bundle = bundle(&["/bin/sh", "-c", PROBE], &sets, |spec| {
                 spec["process"]["noNewPrivileges"] = json!(false);
                 spec["process"]["user"] = json!({"uid": user, "gid": user});
             });
-            first(runtime, &bundle)
+            words(told(&pod.run("able", &mut bundle).unwrap()))
         });
         assert_eq!(ours, theirs, "{name}");
     }
+    Pod::end_all(pods).unwrap();
 }
 
 #[test]

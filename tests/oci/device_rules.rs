@@ -89,7 +89,7 @@ fn rules_mean_what_they_mean_to_runc() {
         assert_eq!(ours, theirs, "{name}");
         assert_eq!(ours.0, Some(0), "{name}: {ours:?}");
     }
-    pods.into_iter().for_each(|pod| pod.end().unwrap());
+    Pod::end_all(pods).unwrap();
 }
 
 #[test]

@@ -6,6 +6,7 @@ use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 
 use bulkhead_tests::bundle::{Bundle, bind};
+use bulkhead_tests::pod::Pod;
 use bulkhead_tests::runtime::{Runtime, told};
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 use serde_json::{Value, json};
@@ -197,7 +198,7 @@ fn a_file_system_that_cannot_be_mapped_is_named() {
 
 #[test]
 fn the_root_has_the_propagation_that_is_asked_for() {
-    let runtime = Runtime::new().unwrap();
+    let pod = Pod::of(Runtime::new().unwrap()).unwrap();
     for (name, expected) in [
         ("shared", "shared\n"),
         ("rshared", "shared\n"),
@@ -208,9 +209,9 @@ fn the_root_has_the_propagation_that_is_asked_for() {
         let script = "while read -r _ _ _ _ at _ tag _; do
             test $at = / && test $tag != - && echo ${tag%:*}; done < /proc/self/mountinfo; true";
         let bundle = Bundle::script(script).unwrap();
-        let bundle = bundle.with(|spec| spec["linux"]["rootfsPropagation"] = json!(name)).unwrap();
-        let output = told(&runtime.run("root", &bundle).unwrap());
+        let change = |spec: &mut Value| spec["linux"]["rootfsPropagation"] = json!(name);
+        let output = told(&pod.run("root", &mut bundle.with(change).unwrap()).unwrap());
         assert_eq!(output, (Some(0), expected.to_owned(), String::new()), "{name}");
     }
-    runtime.assert_clean().unwrap();
+    pod.end().unwrap();
 }

@@ -5,6 +5,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt;
 
 use bulkhead_tests::bundle::Bundle;
+use bulkhead_tests::pod::Pod;
 use bulkhead_tests::runtime::{Runtime, told};
 use serde_json::json;
 
@@ -48,13 +49,15 @@ fn words((status, output, errors): (Option<i32>, String, String)) -> (Option<i32
 
 #[test]
 fn a_run_ends_as_under_runc() {
-    let runtimes = [Runtime::new().unwrap(), Runtime::runc().unwrap()];
+    let pods = Pod::beside_runc().unwrap();
     for (path, _, _) in PROGRAMS {
-        let [ours, theirs] = [&runtimes[0], &runtimes[1]]
-            .map(|runtime| words(told(&runtime.run("unrunnable", &bundle(&[path])).unwrap())));
+        let [ours, theirs] = pods.each_ref().map(|pod| {
+            let mut bundle = bundle(&[path]);
+            words(told(&pod.run("unrunnable", &mut bundle).unwrap()))
+        });
         assert_eq!(ours, theirs, "{path}");
     }
-    runtimes.iter().for_each(|runtime| runtime.assert_clean().unwrap());
+    Pod::end_all(pods).unwrap();
 }
 
 #[test]

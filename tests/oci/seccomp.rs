@@ -6,6 +6,7 @@ use std::collections::BTreeSet;
 use std::fs;
 
 use bulkhead_tests::bundle::Bundle;
+use bulkhead_tests::pod::Pod;
 use bulkhead_tests::runtime::{Runtime, told};
 use serde_json::{Value, json};
 
@@ -103,22 +104,18 @@ fn bundle(profile: &Value, no_new_privileges: bool, calls: &[String]) -> Bundle 
     bundle
 }
 
-/// The result of system calls under a profile and a runtime.
-fn under(runtime: &Runtime, profile: &Value, no_new_privileges: bool, calls: &[String]) -> Told {
-    let bundle = bundle(profile, no_new_privileges, calls);
-    let told = told(&runtime.run("filtered", &bundle).unwrap());
-    runtime.assert_clean().unwrap();
-    told
+/// The result of system calls under a profile in a pod.
+fn under(pod: &Pod, profile: &Value, no_new_privileges: bool, calls: &[String]) -> Told {
+    told(&pod.run("filtered", &mut bundle(profile, no_new_privileges, calls)).unwrap())
 }
 
 /// Makes system calls under both runtimes, with and without no_new_privs. The results must be the
 /// same; returns them, one for each line.
-fn answers(profile: &Value, calls: &[String]) -> Vec<String> {
-    let (ours, runc) = (Runtime::new().unwrap(), Runtime::runc().unwrap());
-    let expected = under(&runc, profile, true, calls);
+fn answers([ours, runc]: &[Pod; 2], profile: &Value, calls: &[String]) -> Vec<String> {
+    let expected = under(runc, profile, true, calls);
     assert_eq!(expected.0, Some(0), "runc: {expected:?}");
     for no_new_privileges in [true, false] {
-        let own = under(&ours, profile, no_new_privileges, calls);
+        let own = under(ours, profile, no_new_privileges, calls);
         let lines = own.1.lines().zip(expected.1.lines()).filter(|(own, theirs)| own != theirs);
         let lines: Vec<_> = lines.collect();
         assert!(lines.is_empty(), "ours and runc's: {lines:#?}");
@@ -185,7 +182,30 @@ fn ordinary(left_out: &[&str]) -> Value {
 }
 
 #[test]
-fn every_comparison_is_the_one_that_is_asked_for() {
+fn profiles_are_as_under_runc() {
+    let pods = Pod::beside_runc().unwrap();
+    for case in [
+        every_comparison_is_the_one_that_is_asked_for,
+        a_masked_comparison_masks_the_argument_by_the_first_value,
+        comparisons_of_several_arguments_all_hold_and_of_one_argument_are_alternatives,
+        every_action_is_what_becomes_of_a_call,
+        every_default_action_is_what_becomes_of_other_calls,
+        a_call_that_is_newer_than_the_profile_is_not_there,
+        a_call_that_is_newer_is_not_there_whatever_the_default_kills,
+        calls_of_other_architectures_are_killed_unless_the_profile_has_them,
+        names_that_nobody_knows_are_left_out,
+        a_rule_that_says_the_same_as_the_default_changes_nothing,
+        a_profile_need_not_allow_what_the_runtime_does,
+        an_ordinary_profile_keeps_a_container_from_making_namespaces,
+        nothing_but_the_program_comes_after_the_filter,
+        an_error_number_that_the_kernel_does_not_have_is_refused_as_by_runc,
+    ] {
+        case(&pods);
+    }
+    Pod::end_all(pods).unwrap();
+}
+
+fn every_comparison_is_the_one_that_is_asked_for(pods: &[Pod; 2]) {
     let datums = [5, 0x1_0000_0005];
     let arguments =
         [0, 4, 5, 6, 0x1_0000_0004, 0x1_0000_0005, 0x1_0000_0006, 0x2_0000_0005, u64::MAX];
@@ -204,14 +224,13 @@ fn every_comparison_is_the_one_that_is_asked_for() {
         })
         .collect();
     let made: Vec<_> = calls.iter().map(|(call, _, _)| call.clone()).collect();
-    let answers = answers(&allowing(&rules.collect::<Vec<_>>()), &made);
+    let answers = answers(pods, &allowing(&rules.collect::<Vec<_>>()), &made);
     for ((_, holds, words), answer) in calls.iter().zip(answers) {
         assert_eq!(is_marked(&answer), *holds, "{words}: {answer}");
     }
 }
 
-#[test]
-fn a_masked_comparison_masks_the_argument_by_the_first_value() {
+fn a_masked_comparison_masks_the_argument_by_the_first_value(pods: &[Pod; 2]) {
     let cases = [
         (NAMESPACES, 0),
         (0xff00, 0x1200),
@@ -248,13 +267,12 @@ fn a_masked_comparison_masks_the_argument_by_the_first_value() {
             expected.push((argument & mask == *value, format!("{argument:#x} & {mask:#x}")));
         }
     }
-    for (answer, (holds, words)) in answers(&allowing(&rules), &calls).iter().zip(expected) {
+    for (answer, (holds, words)) in answers(pods, &allowing(&rules), &calls).iter().zip(expected) {
         assert_eq!(is_marked(answer), holds, "{words}: {answer}");
     }
 }
 
-#[test]
-fn comparisons_of_several_arguments_all_hold_and_of_one_argument_are_alternatives() {
+fn comparisons_of_several_arguments_all_hold_and_of_one_argument_are_alternatives(pods: &[Pod; 2]) {
     let rules = [
         // All conditions of one rule must hold.
         marked(
@@ -281,13 +299,12 @@ fn comparisons_of_several_arguments_all_hold_and_of_one_argument_are_alternative
     ];
     let calls: Vec<_> =
         cases.iter().map(|(number, arguments, _)| call(*number, arguments)).collect();
-    for (answer, case) in answers(&allowing(&rules), &calls).iter().zip(cases) {
+    for (answer, case) in answers(pods, &allowing(&rules), &calls).iter().zip(cases) {
         assert_eq!(is_marked(answer), case.2, "{case:?}: {answer}");
     }
 }
 
-#[test]
-fn every_action_is_what_becomes_of_a_call() {
+fn every_action_is_what_becomes_of_a_call(pods: &[Pod; 2]) {
     let rules = [
         rule("getpgrp", "KILL"),
         rule("getegid", "KILL_THREAD"),
@@ -321,15 +338,13 @@ fn every_action_is_what_becomes_of_a_call() {
         ("x86_64:39", "ok"),
     ];
     let calls: Vec<_> = expected.iter().map(|(call, _)| (*call).to_owned()).collect();
-    let answers = answers(&allowing(&rules), &calls);
+    let answers = answers(pods, &allowing(&rules), &calls);
     for (answer, (call, expected)) in answers.iter().zip(expected) {
         assert_eq!(answer, expected, "{call}");
     }
 }
 
-#[test]
-#[ignore = "long: --suite oci_long"]
-fn every_default_action_is_what_becomes_of_other_calls() {
+fn every_default_action_is_what_becomes_of_other_calls(pods: &[Pod; 2]) {
     let mut profile = ordinary(&["getpgrp", "getegid"]);
     let calls = ["x86_64:111", "thread/x86_64:108", "caught/x86_64:111", "x86_64:39"];
     let calls = calls.map(str::to_owned);
@@ -342,7 +357,7 @@ fn every_default_action_is_what_becomes_of_other_calls() {
     ] {
         profile["defaultAction"] = json!(format!("SCMP_ACT_{action}"));
         profile["defaultErrnoRet"] = json!(number);
-        assert_eq!(answers(&profile, &calls), expected, "{action} {number:?}");
+        assert_eq!(answers(pods, &profile, &calls), expected, "{action} {number:?}");
     }
     let killed = "did not return, signal 31";
     for (action, expected) in [
@@ -352,43 +367,40 @@ fn every_default_action_is_what_becomes_of_other_calls() {
     ] {
         profile["defaultAction"] = json!(format!("SCMP_ACT_{action}"));
         profile["defaultErrnoRet"] = Value::Null;
-        assert_eq!(answers(&profile, &calls), expected, "{action}");
+        assert_eq!(answers(pods, &profile, &calls), expected, "{action}");
     }
 }
 
-#[test]
-fn a_call_that_is_newer_than_the_profile_is_not_there() {
+fn a_call_that_is_newer_than_the_profile_is_not_there(pods: &[Pod; 2]) {
     let numbers = [425, 435, 439, 449, 450, 451, 460, 470, 500, 600, 1000, 0x3fff_ffff];
     let abis = ["x86_64", "x32"];
     let calls = abis.iter().flat_map(|abi| numbers.map(|number| format!("{abi}:{number}")));
     let mut calls: Vec<_> = calls.collect();
     calls.push("x86_64:-1".to_owned());
-    let answers = answers(&ordinary(&[]), &calls);
+    let answers = answers(pods, &ordinary(&[]), &calls);
     for number in [460, 470, 500, 1000] {
         let at = calls.iter().position(|call| *call == format!("x86_64:{number}")).unwrap();
         assert_eq!(answers[at], "errno 38", "{number}");
     }
 }
 
-#[test]
-fn a_call_that_is_newer_is_not_there_whatever_the_default_kills() {
+fn a_call_that_is_newer_is_not_there_whatever_the_default_kills(pods: &[Pod; 2]) {
     let calls = ["x86_64:600".to_owned(), "x86_64:111".to_owned()];
     let mut profile = ordinary(&["getpgrp"]);
     for action in ["KILL_PROCESS", "TRAP", "KILL"] {
         profile["defaultAction"] = json!(format!("SCMP_ACT_{action}"));
         let expected = ["errno 38", "did not return, signal 31"];
-        assert_eq!(answers(&profile, &calls), expected, "{action}");
+        assert_eq!(answers(pods, &profile, &calls), expected, "{action}");
     }
     // If a profile names no architecture, runc 1.1 does not filter the native one; runc 1.2 does.
     profile["defaultAction"] = json!("SCMP_ACT_ERRNO");
     profile["architectures"] = json!([]);
-    let told = under(&Runtime::new().unwrap(), &profile, true, &calls);
+    let told = under(&pods[0], &profile, true, &calls);
     let expected = "x86_64:600 errno 38\nx86_64:111 errno 1\n";
     assert_eq!(told, (Some(0), expected.to_owned(), String::new()));
 }
 
-#[test]
-fn calls_of_other_architectures_are_killed_unless_the_profile_has_them() {
+fn calls_of_other_architectures_are_killed_unless_the_profile_has_them(pods: &[Pod; 2]) {
     let calls = ["x86_64:111", "x32:111", "x32:39", "i386:65", "i386:20", "x32:600", "i386:600"];
     let calls = calls.map(str::to_owned);
     let all = ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32", "SCMP_ARCH_AARCH64"];
@@ -396,7 +408,7 @@ fn calls_of_other_architectures_are_killed_unless_the_profile_has_them() {
     for list in lists {
         let mut profile = allowing(&[marked("getpgrp", &[])]);
         profile["architectures"] = json!(list);
-        let answers = answers(&profile, &calls);
+        let answers = answers(pods, &profile, &calls);
         assert_eq!(answers[0], "errno 90", "{list:?}");
         let x32 =
             if list.contains(&"SCMP_ARCH_X32") { "errno 90" } else { "did not return, signal 31" };
@@ -410,7 +422,7 @@ fn calls_of_other_architectures_are_killed_unless_the_profile_has_them() {
 #[ignore = "long: --suite oci_long"]
 fn flags_are_taken_as_by_crun() {
     // Debian's runc does not support this yet, so crun is used.
-    let (ours, crun) = (Runtime::new().unwrap(), Runtime::crun().unwrap());
+    let pods = [Runtime::new(), Runtime::crun()].map(|runtime| Pod::of(runtime.unwrap()).unwrap());
     let calls = ["x86_64:111".to_owned(), "x86_64:39".to_owned()];
     let known = ["LOG", "SPEC_ALLOW", "TSYNC"].map(|flag| format!("SECCOMP_FILTER_FLAG_{flag}"));
     let mut profile = allowing(&[marked("getpgrp", &[])]);
@@ -418,7 +430,7 @@ fn flags_are_taken_as_by_crun() {
         profile["flags"] = json!(flags);
         let expected = "x86_64:111 errno 90\nx86_64:39 ok\n";
         for no_new_privileges in [true, false] {
-            let told = [&ours, &crun].map(|it| under(it, &profile, no_new_privileges, &calls));
+            let told = pods.each_ref().map(|pod| under(pod, &profile, no_new_privileges, &calls));
             let expected = (Some(0), expected.to_owned(), String::new());
             assert_eq!(told, [expected.clone(), expected], "{flags:?}");
         }
@@ -426,41 +438,38 @@ fn flags_are_taken_as_by_crun() {
     // The flag needs a listener, which is not supported. runc does not know the flag.
     let flag = "SECCOMP_FILTER_FLAG_WAIT_KILLABLE_RECV";
     profile["flags"] = json!([flag]);
-    let (status, output, errors) = under(&ours, &profile, true, &calls);
+    let (status, output, errors) = under(&pods[0], &profile, true, &calls);
     assert_eq!(status, Some(1), "{output}{errors}");
     assert!(errors.contains(flag), "{errors}");
+    Pod::end_all(pods).unwrap();
 }
 
-#[test]
-fn an_error_number_that_the_kernel_does_not_have_is_refused_as_by_runc() {
+fn an_error_number_that_the_kernel_does_not_have_is_refused_as_by_runc(pods: &[Pod; 2]) {
     let rule = json!({"names": ["getpgrp"], "action": "SCMP_ACT_ERRNO", "errnoRet": 5000});
-    for runtime in [Runtime::new().unwrap(), Runtime::runc().unwrap()] {
+    for pod in pods {
         let calls = ["x86_64:111".to_owned()];
         let (status, output, errors) =
-            under(&runtime, &allowing(std::slice::from_ref(&rule)), true, &calls);
+            under(pod, &allowing(std::slice::from_ref(&rule)), true, &calls);
         assert_eq!(status, Some(1), "{output}");
         assert!(errors.contains("getpgrp"), "{errors}");
     }
 }
 
-#[test]
-fn names_that_nobody_knows_are_left_out() {
+fn names_that_nobody_knows_are_left_out(pods: &[Pod; 2]) {
     let names =
         json!(["no_such_call", "getpgrp", "renamed_by_nobody2", "s390_pci_mmio_read", "waitpid"]);
     let rule = json!({"names": names, "action": "SCMP_ACT_ERRNO", "errnoRet": MARK});
     let calls = ["x86_64:111".to_owned(), "x86_64:39".to_owned()];
-    assert_eq!(answers(&allowing(&[rule]), &calls), ["errno 90", "ok"]);
+    assert_eq!(answers(pods, &allowing(&[rule]), &calls), ["errno 90", "ok"]);
 }
 
-#[test]
-fn a_rule_that_says_the_same_as_the_default_changes_nothing() {
+fn a_rule_that_says_the_same_as_the_default_changes_nothing(pods: &[Pod; 2]) {
     let rules = [rule("getpgrp", "ALLOW"), marked("getegid", &[])];
     let calls = ["x86_64:111".to_owned(), "x86_64:108".to_owned()];
-    assert_eq!(answers(&allowing(&rules), &calls), ["ok", "errno 90"]);
+    assert_eq!(answers(pods, &allowing(&rules), &calls), ["ok", "errno 90"]);
 }
 
-#[test]
-fn a_profile_need_not_allow_what_the_runtime_does() {
+fn a_profile_need_not_allow_what_the_runtime_does(pods: &[Pod; 2]) {
     // System calls that runc does not need.
     let left_out = [
         "faccessat",
@@ -481,26 +490,23 @@ fn a_profile_need_not_allow_what_the_runtime_does() {
         "shutdown",
     ];
     let calls = ["x86_64:439".to_owned(), "x86_64:39".to_owned()];
-    assert_eq!(answers(&ordinary(&left_out), &calls), ["errno 1", "ok"]);
+    assert_eq!(answers(pods, &ordinary(&left_out), &calls), ["errno 1", "ok"]);
 }
 
-#[test]
-fn nothing_but_the_program_comes_after_the_filter() {
+fn nothing_but_the_program_comes_after_the_filter(pods: &[Pod; 2]) {
     let profile = json!({
         "defaultAction": "SCMP_ACT_KILL_PROCESS",
         "architectures": ["SCMP_ARCH_X86_64"],
         "syscalls": [{"names": NEEDED, "action": "SCMP_ACT_ALLOW"}],
     });
-    let ours = Runtime::new().unwrap();
     for no_new_privileges in [true, false] {
-        let told = under(&ours, &profile, no_new_privileges, &["x86_64:39".to_owned()]);
+        let told = under(&pods[0], &profile, no_new_privileges, &["x86_64:39".to_owned()]);
         let expected = "x86_64:39 did not return, signal 31\n";
         assert_eq!(told, (Some(0), expected.to_owned(), String::new()), "{no_new_privileges}");
     }
 }
 
-#[test]
-fn an_ordinary_profile_keeps_a_container_from_making_namespaces() {
+fn an_ordinary_profile_keeps_a_container_from_making_namespaces(pods: &[Pod; 2]) {
     let child = 0x11;
     let new =
         [0x0002_0000, 0x0200_0000, 0x0400_0000, 0x0800_0000, 0x1000_0000, 0x2000_0000, 0x4000_0000];
@@ -513,7 +519,7 @@ fn an_ordinary_profile_keeps_a_container_from_making_namespaces() {
     let others =
         [435, 165, 166, 101, 250, 248, 249, 321, 308, 304, 298, 323, 175, 246, 169, 167, 135];
     calls.extend(others.map(|number| call(number, &[0xffff_fffe])));
-    let answers = answers(&ordinary(&[]), &calls);
+    let answers = answers(pods, &ordinary(&[]), &calls);
     assert_eq!(answers[..refused], vec!["errno 1"; refused]);
     assert_eq!(answers[refused..refused + 2], ["ok", "errno 38"]);
     assert_eq!(answers.last().unwrap(), "errno 1", "personality");

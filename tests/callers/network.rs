@@ -1,11 +1,10 @@
 //! Docker's networks: containers on a bridge reach each other under either runtime.
 
 use std::fs;
-use std::process::Command;
-use std::time::Duration;
 
 use bulkhead_tests::docker::Docker;
-use bulkhead_tests::runtime::{comes_true, told};
+use bulkhead_tests::runtime::told;
+use bulkhead_tests::traffic::says;
 
 use super::wait_for_nothing;
 
@@ -20,27 +19,14 @@ fn serve(docker: &Docker, runtime: &str, options: &[&str]) -> String {
     docker.ok(&["inspect", "--format", format, runtime]).unwrap().trim().to_owned()
 }
 
-/// The answer of a server to this host; waits until there is one.
-fn says(place: &str) -> String {
-    let mut said = String::new();
-    let url = format!("http://{place}/");
-    let asked = || {
-        let output = Command::new("busybox").args(["wget", "-q", "-O", "-", &url]).output();
-        said = output.map(|output| told(&output).1).unwrap_or_default();
-        !said.is_empty()
-    };
-    comes_true(Duration::from_secs(60), asked);
-    said.trim().to_owned()
-}
-
 #[test]
 fn containers_of_a_bridge_reach_each_other_and_are_reached() {
     let docker = Docker::shared().unwrap();
     let ours = serve(&docker, "bulkhead", &["--publish", "127.0.0.1:8080:80"]);
     let theirs = serve(&docker, "runc", &[]);
-    assert_eq!(says("127.0.0.1:8080"), "bulkhead");
-    assert_eq!(says(&ours), "bulkhead");
-    assert_eq!(says(&theirs), "runc");
+    assert_eq!(says("127.0.0.1:8080").unwrap(), "bulkhead");
+    assert_eq!(says(&ours).unwrap(), "bulkhead");
+    assert_eq!(says(&theirs).unwrap(), "runc");
 
     let asks = |runtime: &str, whom: &str| {
         let url = format!("http://{whom}/");

@@ -41,13 +41,27 @@ impl Pod {
         Ok([Self::of(Runtime::new()?)?, Self::of(Runtime::runc()?)?])
     }
 
+    /// The runtime, for the containers of the pod.
+    #[must_use]
+    pub fn runtime(&self) -> &Runtime {
+        &self.runtime
+    }
+
+    /// Makes the container of a bundle join the pod.
+    ///
+    /// # Errors
+    /// When its specification cannot be written.
+    pub fn take_in(&self, bundle: &mut Bundle) -> Result<()> {
+        netns::set(&mut bundle.spec, &self.network);
+        bundle.write()
+    }
+
     /// Runs a container in the pod and waits for its end.
     ///
     /// # Errors
     /// When it does not end in time.
     pub fn run(&self, id: &str, bundle: &mut Bundle) -> Result<Output> {
-        netns::set(&mut bundle.spec, &self.network);
-        bundle.write()?;
+        self.take_in(bundle)?;
         self.runtime.run(id, bundle)
     }
 

@@ -7,8 +7,10 @@ use std::fmt::Write as _;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
+use std::process::Output;
 
 use bulkhead_tests::bundle::{Bundle, bind};
+use bulkhead_tests::pod::Pod;
 use bulkhead_tests::runtime::{Runtime, told};
 use serde_json::{Value, json};
 
@@ -61,8 +63,8 @@ struct Told {
     left: BTreeSet<String>,
 }
 
-fn told_by(runtime: &Runtime, bundle: &Bundle) -> Told {
-    let (status, output, errors) = told(&runtime.run("probe", bundle).unwrap());
+fn told_by(output: &Output, bundle: &Bundle) -> Told {
+    let (status, output, errors) = told(output);
     let mut sections: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
     let mut section = String::new();
     let host = host(&output);
@@ -74,7 +76,6 @@ fn told_by(runtime: &Runtime, bundle: &Bundle) -> Told {
             sections.entry(section.clone()).or_default().insert(line);
         }
     }
-    runtime.assert_clean().unwrap();
     Told { status, errors, sections, left: files(&bundle.rootfs()) }
 }
 
@@ -175,21 +176,42 @@ fn differences(ours: &Told, theirs: &Told) -> String {
     words
 }
 
-/// Runs the probe under both runtimes after `change`, and fails on any difference.
-fn same(change: impl Fn(&Bundle, &mut Value)) {
-    let [ours, theirs] = [Runtime::new().unwrap(), Runtime::runc().unwrap()].map(|runtime| {
-        let mut bundle = Bundle::script(PROBE).unwrap();
-        fs::create_dir(bundle.path().join("given")).unwrap();
-        fs::write(bundle.path().join("given/file"), "given\n").unwrap();
-        let mut spec = bundle.spec.clone();
-        change(&bundle, &mut spec);
-        bundle.spec = spec;
-        bundle.write().unwrap();
-        told_by(&runtime, &bundle)
-    });
+/// A bundle that runs the probe, after `change`.
+fn probing(change: impl Fn(&Bundle, &mut Value)) -> Bundle {
+    let mut bundle = Bundle::script(PROBE).unwrap();
+    fs::create_dir(bundle.path().join("given")).unwrap();
+    fs::write(bundle.path().join("given/file"), "given\n").unwrap();
+    let mut spec = bundle.spec.clone();
+    change(&bundle, &mut spec);
+    bundle.spec = spec;
+    bundle.write().unwrap();
+    bundle
+}
+
+/// Fails on any difference between Bulkhead and runc.
+fn compare([ours, theirs]: [Told; 2]) {
     let words = differences(&ours, &theirs);
     assert!(words.is_empty(), "\n{words}");
     assert_eq!(ours.status, Some(42), "{ours:?}");
+}
+
+/// Compares a container that has its machine for itself.
+fn same_alone(change: impl Fn(&Bundle, &mut Value)) {
+    compare([Runtime::new().unwrap(), Runtime::runc().unwrap()].map(|runtime| {
+        let bundle = probing(&change);
+        let output = runtime.run("probe", &bundle).unwrap();
+        runtime.assert_clean().unwrap();
+        told_by(&output, &bundle)
+    }));
+}
+
+/// Compares a container that joins a pod.
+fn same(pods: &[Pod; 2], change: impl Fn(&Bundle, &mut Value)) {
+    compare(pods.each_ref().map(|pod| {
+        let mut bundle = probing(&change);
+        let output = pod.run("probe", &mut bundle).unwrap();
+        told_by(&output, &bundle)
+    }));
 }
 
 #[test]
@@ -203,12 +225,31 @@ fn accepted_differences_have_their_reasons() {
 
 #[test]
 fn a_plain_container() {
-    same(|_, _| {});
+    same_alone(|_, _| {});
 }
 
 #[test]
-fn identity_and_rights() {
-    same(|_, spec| {
+fn containers_of_a_pod() {
+    let pods = Pod::beside_runc().unwrap();
+    for case in [
+        identity_and_rights,
+        environment_place_and_limits,
+        resources_inside,
+        paths_that_are_closed,
+        mounts_of_all_kinds,
+        devices_that_are_named,
+        propagation_of_the_root,
+        propagation_of_mounts,
+        a_filter_of_system_calls,
+        namespaces_that_are_left_out,
+    ] {
+        case(&pods);
+    }
+    Pod::end_all(pods).unwrap();
+}
+
+fn identity_and_rights(pods: &[Pod; 2]) {
+    same(pods, |_, spec| {
         let some = json!(["CAP_KILL", "CAP_NET_RAW", "CAP_CHOWN"]);
         spec["process"]["user"] =
             json!({"uid": 5, "gid": 6, "additionalGids": [7, 8, 6], "umask": 0o27});
@@ -221,9 +262,8 @@ fn identity_and_rights() {
     });
 }
 
-#[test]
-fn environment_place_and_limits() {
-    same(|_, spec| {
+fn environment_place_and_limits(pods: &[Pod; 2]) {
+    same(pods, |_, spec| {
         spec["process"]["env"] = json!(["PATH=/bin", "A=1", "B=two words", "A=2", "EMPTY="]);
         spec["process"]["cwd"] = json!("/made/by/runtime");
         spec["hostname"] = json!("a-name");
@@ -238,9 +278,8 @@ fn environment_place_and_limits() {
     });
 }
 
-#[test]
-fn resources_inside() {
-    same(|_, spec| {
+fn resources_inside(pods: &[Pod; 2]) {
+    same(pods, |_, spec| {
         spec["linux"]["resources"] = json!({
             "devices": [
                 {"allow": false, "access": "rwm"},
@@ -253,9 +292,8 @@ fn resources_inside() {
     });
 }
 
-#[test]
-fn paths_that_are_closed() {
-    same(|_, spec| {
+fn paths_that_are_closed(pods: &[Pod; 2]) {
+    same(pods, |_, spec| {
         spec["root"]["readonly"] = json!(true);
         spec["linux"]["maskedPaths"] =
             json!(["/proc/kcore", "/proc/keys", "/sys/firmware", "/nosuch"]);
@@ -263,9 +301,8 @@ fn paths_that_are_closed() {
     });
 }
 
-#[test]
-fn mounts_of_all_kinds() {
-    same(|bundle, spec| {
+fn mounts_of_all_kinds(pods: &[Pod; 2]) {
+    same(pods, |bundle, spec| {
         let given = bundle.path().join("given");
         let mounts = spec["mounts"].as_array_mut().unwrap();
         mounts.extend([
@@ -283,7 +320,7 @@ fn mounts_of_all_kinds() {
 
 #[test]
 fn settings_of_the_kernel() {
-    same(|_, spec| {
+    same_alone(|_, spec| {
         spec["linux"]["sysctl"] = json!({
             "kernel.msgmax": "9000",
             "kernel.shm_rmid_forced": "1",
@@ -293,9 +330,8 @@ fn settings_of_the_kernel() {
     });
 }
 
-#[test]
-fn devices_that_are_named() {
-    same(|_, spec| {
+fn devices_that_are_named(pods: &[Pod; 2]) {
+    same(pods, |_, spec| {
         spec["linux"]["devices"] = json!([
             {"path": "/dev/also-null", "type": "c", "major": 1, "minor": 3, "fileMode": 0o600,
              "uid": 5, "gid": 6},
@@ -305,16 +341,14 @@ fn devices_that_are_named() {
     });
 }
 
-#[test]
-fn propagation_of_the_root() {
-    same(|_, spec| spec["linux"]["rootfsPropagation"] = json!("private"));
-    same(|_, spec| spec["linux"]["rootfsPropagation"] = json!("slave"));
-    same(|_, spec| spec["linux"]["rootfsPropagation"] = json!("rshared"));
+fn propagation_of_the_root(pods: &[Pod; 2]) {
+    same(pods, |_, spec| spec["linux"]["rootfsPropagation"] = json!("private"));
+    same(pods, |_, spec| spec["linux"]["rootfsPropagation"] = json!("slave"));
+    same(pods, |_, spec| spec["linux"]["rootfsPropagation"] = json!("rshared"));
 }
 
-#[test]
-fn propagation_of_mounts() {
-    same(|bundle, spec| {
+fn propagation_of_mounts(pods: &[Pod; 2]) {
+    same(pods, |bundle, spec| {
         let given = bundle.path().join("given");
         fs::create_dir(given.join("deep er")).unwrap();
         let mounts = spec["mounts"].as_array_mut().unwrap();
@@ -349,9 +383,8 @@ fn propagation_of_mounts() {
     });
 }
 
-#[test]
-fn a_filter_of_system_calls() {
-    same(|_, spec| {
+fn a_filter_of_system_calls(pods: &[Pod; 2]) {
+    same(pods, |_, spec| {
         spec["linux"]["seccomp"] = json!({
             "defaultAction": "SCMP_ACT_ALLOW",
             "architectures": ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32"],
@@ -366,9 +399,8 @@ fn a_filter_of_system_calls() {
     });
 }
 
-#[test]
-fn namespaces_that_are_left_out() {
-    same(|_, spec| {
+fn namespaces_that_are_left_out(pods: &[Pod; 2]) {
+    same(pods, |_, spec| {
         let namespaces = spec["linux"]["namespaces"].as_array_mut().unwrap();
         namespaces.retain(|entry| entry["type"] != "cgroup");
         // The default path has the runtime's name, so set one.

@@ -214,6 +214,7 @@ fn files_of_memory_are_raised_by_what_a_machine_takes() {
 }
 
 #[test]
+#[ignore = "long: --suite oci_long"]
 fn a_machine_is_as_large_as_a_file_says() {
     let _place = Place::new();
     let [ours, runc] = both();

@@ -56,10 +56,6 @@ mod mounts;
 #[cfg(test)]
 mod nested;
 #[cfg(test)]
-mod network;
-#[cfg(test)]
-mod network_load;
-#[cfg(test)]
 mod pause;
 #[cfg(test)]
 mod pods;
@@ -93,5 +89,3 @@ mod terminal_user;
 mod unified;
 #[cfg(test)]
 mod user_namespace;
-#[cfg(test)]
-mod workloads;

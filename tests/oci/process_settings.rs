@@ -2,15 +2,17 @@
 //! and to further processes, or refused by name. Debian's runc knows few of them.
 
 use bulkhead_tests::bundle::Bundle;
+use bulkhead_tests::pod::Pod;
 use bulkhead_tests::runtime::Runtime;
 use serde_json::{Value, json};
 
 /// The output of a container's first process with these settings, and that of a further process
 /// with the same settings.
-fn said(script: &str, change: impl Fn(&mut Value)) -> [String; 2] {
-    let runtime = Runtime::new().unwrap();
+fn said(pod: &Pod, script: &str, change: impl Fn(&mut Value)) -> [String; 2] {
+    let runtime = pod.runtime();
     let first = format!("({script}) > /mnt/said; touch /mnt/done; exec sleep 1000");
-    let bundle = Bundle::script(&first).unwrap().with(|spec| change(spec)).unwrap();
+    let mut bundle = Bundle::script(&first).unwrap().with(|spec| change(spec)).unwrap();
+    pod.take_in(&mut bundle).unwrap();
     runtime.create("set", &bundle).unwrap();
     runtime.ok(&["start", "set"]).unwrap();
     let mut process = bundle.spec["process"].clone();
@@ -21,7 +23,6 @@ fn said(script: &str, change: impl Fn(&mut Value)) -> [String; 2] {
     let wait = "until test -e /mnt/done; do sleep 0.1; done; cat /mnt/said";
     let first = runtime.ok(&["exec", "set", "/bin/sh", "-c", wait]).unwrap();
     runtime.ok(&["delete", "--force", "set"]).unwrap();
-    runtime.assert_clean().unwrap();
     [first, further]
 }
 
@@ -36,8 +37,16 @@ fn refused(change: impl Fn(&mut Value)) -> String {
 }
 
 #[test]
-#[ignore = "long: --suite oci_long"]
-fn a_scheduler_is_kept() {
+fn what_is_set_is_kept() {
+    let pod = Pod::of(Runtime::new().unwrap()).unwrap();
+    a_scheduler_is_kept(&pod);
+    an_io_priority_is_kept(&pod);
+    clocks_of_a_time_namespace_are_kept(&pod);
+    a_personality_is_kept(&pod);
+    pod.end().unwrap();
+}
+
+fn a_scheduler_is_kept(pod: &Pod) {
     // Fields of proc_pid_stat(5): nice, rt_priority, policy.
     let script = "set -- $(cat /proc/self/stat); shift 18; echo $1 ${22} ${23}";
     for (scheduler, expected) in [
@@ -47,30 +56,28 @@ fn a_scheduler_is_kept() {
         (json!({"policy": "SCHED_RR", "priority": 5}), "0 5 2\n"),
         (json!({"policy": "SCHED_FIFO", "priority": 9}), "0 9 1\n"),
     ] {
-        let said = said(script, |spec| spec["process"]["scheduler"] = scheduler.clone());
+        let said = said(pod, script, |spec| spec["process"]["scheduler"] = scheduler.clone());
         assert_eq!(said, [expected; 2], "{scheduler}");
     }
 }
 
-#[test]
-fn an_io_priority_is_kept() {
+fn an_io_priority_is_kept(pod: &Pod) {
     for (class, priority, expected) in [
         ("IOPRIO_CLASS_BE", 3, "best-effort: prio 3\n"),
         ("IOPRIO_CLASS_RT", 1, "realtime: prio 1\n"),
         ("IOPRIO_CLASS_IDLE", 0, "idle\n"),
     ] {
-        let said = said("busybox ionice -p $$", |spec| {
+        let said = said(pod, "busybox ionice -p $$", |spec| {
             spec["process"]["ioPriority"] = json!({"class": class, "priority": priority});
         });
         assert!(said.iter().all(|said| said.starts_with(expected.trim())), "{class}: {said:?}");
     }
 }
 
-#[test]
-fn clocks_of_a_time_namespace_are_kept() {
+fn clocks_of_a_time_namespace_are_kept(pod: &Pod) {
     let script = "cat /proc/self/timens_offsets | tr -s ' '; cut -d. -f1 /proc/uptime";
     let script = script.replace("cut -d. -f1", "sed 's/\\..*//'");
-    let [first, further] = said(&script, |spec| {
+    let [first, further] = said(pod, &script, |spec| {
         spec["linux"]["namespaces"].as_array_mut().unwrap().push(json!({"type": "time"}));
         spec["linux"]["timeOffsets"] = json!({
             "monotonic": {"secs": 7000, "nanosecs": 5}, "boottime": {"secs": 1_000_000},
@@ -85,10 +92,9 @@ fn clocks_of_a_time_namespace_are_kept() {
     assert!(errors.contains("linux.timeOffsets"), "{errors}");
 }
 
-#[test]
-fn a_personality_is_kept() {
+fn a_personality_is_kept(pod: &Pod) {
     for (domain, expected) in [("LINUX32", "00000008\n"), ("LINUX", "00000000\n")] {
-        let said = said("cat /proc/self/personality", |spec| {
+        let said = said(pod, "cat /proc/self/personality", |spec| {
             spec["linux"]["personality"] = json!({"domain": domain});
         });
         assert_eq!(said, [expected; 2], "{domain}");

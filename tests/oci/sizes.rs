@@ -76,6 +76,7 @@ fn a_further_process_is_as_large_as_linux_takes_it() {
 }
 
 #[test]
+#[ignore = "long: --suite oci_long"]
 fn more_mounts_than_a_process_has_descriptors() {
     let [ours, runc] = both();
     let source = tempfile::tempdir().unwrap();

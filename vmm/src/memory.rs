@@ -206,8 +206,8 @@ fn register(vm: &VmFd, slot: u32, region: &GuestRegionMmap) -> Result<(), Memory
         userspace_addr: region.as_ptr() as u64,
     };
     // SAFETY: the region is mapped with this size, and stays so for the life of the process: it is
-    // never taken out of the memory that the bus holds, which outlives every processor. One that does
-    // not get there is not unmapped either.
+    // never taken out of the memory that the bus holds, which outlives every processor. Only a machine
+    // whose construction fails unmaps it, and that has no processor yet.
     unsafe { vm.set_user_memory_region(kvm_region) }.map_err(MemoryError::Kvm)
 }
 

@@ -26,9 +26,10 @@ const LONG: &str = "_long";
 
 /// All suites in the order in which they start: the longest first, so that it does not run alone at
 /// the end.
-const ALL: [Suite; 6] = [
-    Suite { name: "callers", debian: true, ..PLAIN },
+const ALL: [Suite; 7] = [
     Suite { name: "oci", ..PLAIN },
+    Suite { name: "callers", debian: true, ..PLAIN },
+    Suite { name: "network", ..PLAIN },
     Suite { name: "cgroup_v1", host: &["--cgroup-v1"], ..PLAIN },
     Suite { name: "systemd", host: &["--systemd"], ..PLAIN },
     Suite { name: "vm", ..PLAIN },
@@ -157,7 +158,7 @@ mod tests {
         for name in ["oic", PACKAGE] {
             let error = check(name, &metadata).unwrap_err().to_string();
             assert!(
-                error.contains(&format!("no suite {name}: there are callers, oci, ")),
+                error.contains(&format!("no suite {name}: there are oci, callers, ")),
                 "{error}"
             );
             assert!(error.ends_with("its name: bulkhead-vmm"), "{error}");

@@ -3,7 +3,7 @@
 
 use std::fmt::Write as _;
 use std::fs::File;
-use std::io::{Seek, SeekFrom};
+use std::io::{self, Seek, SeekFrom};
 
 use linux_loader::loader::bootparam::{boot_e820_entry, boot_params};
 use linux_loader::loader::{Elf, KernelLoader};
@@ -30,14 +30,14 @@ pub(crate) enum BootError {
     Kernel(#[source] linux_loader::loader::Error),
     /// The initramfs file cannot be read.
     #[error("cannot read the initramfs")]
-    Initramfs(#[source] std::io::Error),
+    Initramfs(#[source] io::Error),
     /// The memory is too small.
     #[error("kernel and initramfs of {needs} MiB do not fit in {has} MiB of memory")]
     Memory { needs: u64, has: u64 },
     /// The command line is longer than the kernel accepts.
     #[error("kernel command line has {0} bytes, at most {CMDLINE_MAX} fit")]
     Cmdline(usize),
-    /// A bug, since the addresses are fixed in `layout`; or the initramfs cannot be read.
+    /// A bug, since the addresses are fixed in `layout`.
     #[error("cannot write the boot structures")]
     Write(#[from] vm_memory::GuestMemoryError),
 }
@@ -115,7 +115,8 @@ fn load_initramfs(
         return Err(BootError::Memory { needs, has: low_end >> 20 });
     };
     let count = usize::try_from(len).unwrap_or(usize::MAX);
-    memory.read_exact_volatile_from(GuestAddress(address), file, count)?;
+    let read = memory.read_exact_volatile_from(GuestAddress(address), file, count);
+    read.map_err(|error| BootError::Initramfs(io::Error::other(error)))?;
     Ok((address, len))
 }
 

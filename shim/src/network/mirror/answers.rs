@@ -19,7 +19,8 @@ use super::redirect::{INGRESS, NEW, mirred};
 /// How many filters there are; the first has the priority 1.
 pub(super) const COUNT: u32 = 4;
 /// The message if the kernel does not support u32 filters.
-pub(super) const UNSHARED: &str = "answers to name servers of its namespace do not reach them";
+pub(super) const UNSHARED: &str =
+    "cannot pass answers on to the name servers of its network namespace";
 
 /// Frames of a protocol that contain certain 32-bit words.
 struct Answer {

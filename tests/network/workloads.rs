@@ -152,7 +152,7 @@ fn a_container_filters_translates_and_bridges_for_networks_of_its_own() {
 }
 
 #[test]
-#[ignore = "long: --suite oci_long"]
+#[ignore = "long: --suite network_long"]
 fn the_older_iptables_filters_too_and_ports_are_translated_to_a_nested_network() {
     let wired = Wired::new().unwrap();
     let script = format!(

@@ -48,6 +48,7 @@ fn wait_for_flow() {
 }
 
 #[test]
+#[ignore = "long: --suite network_long"]
 fn whoever_is_killed_under_load_the_network_is_as_it_was_and_good_for_the_next() {
     let wired = Wired::new().unwrap();
     let before = wired.pod.seen().unwrap();
@@ -71,7 +72,7 @@ fn whoever_is_killed_under_load_the_network_is_as_it_was_and_good_for_the_next()
 }
 
 #[test]
-#[ignore = "long: --suite oci_long"]
+#[ignore = "long: --suite network_long"]
 fn a_flood_from_both_sides_lets_others_work_and_takes_no_memory() {
     // First the kernel moves the frames, then the monitor.
     for switch in ["1", "0"] {

@@ -15,12 +15,12 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bulkhead_vmm::{jail, seqpacket};
 use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd};
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FileType, fstat, major, minor};
 use rustix::termios::isatty;
 
@@ -30,6 +30,9 @@ use super::preserved::Preserved;
 use super::terminal::Terminal;
 use super::{linger, own_text};
 
+/// How long after its streams are connected a stand-in gives its code back. By then its threads
+/// have started and mostly the first output has come, which maps code again.
+const SETTLED: Duration = Duration::from_secs(1);
 /// How long a reader may pause before the end of the process is reported without waiting for it.
 const QUIET: Duration = Duration::from_secs(1);
 /// How long reading the process's output may take in total before its end is reported.
@@ -200,12 +203,20 @@ impl Relay {
     /// # Errors
     /// When the supervisor goes away before.
     pub fn serve(mut self, signals: &Signals) -> io::Result<Ended> {
-        let mut streams = None;
+        let (mut streams, mut settled) = (None, None::<Instant>);
         loop {
             let mut ready =
                 [PollFd::new(&self.supervisor, PollFlags::IN), PollFd::new(signals, PollFlags::IN)];
-            match poll(&mut ready, None) {
+            let left = settled.map(|settled| settled.saturating_duration_since(Instant::now()));
+            let left = left.map(Timespec::try_from).transpose().map_err(io::Error::other)?;
+            match poll(&mut ready, left.as_ref()) {
                 Err(rustix::io::Errno::INTR) => continue,
+                Ok(0) => {
+                    // From here on it mostly waits, for as long as the container lives.
+                    own_text::give_back();
+                    settled = None;
+                    continue;
+                }
                 other => other?,
             };
             if !ready[1].revents().is_empty() {
@@ -219,10 +230,7 @@ impl Relay {
             match serde_json::from_slice(&message.bytes)? {
                 ToStandIn::Streams => {
                     streams = Some(self.relay(message.descriptors)?);
-                    if self.detached {
-                        // From here on it mostly waits, for as long as the container lives.
-                        own_text::give_back();
-                    }
+                    settled = self.detached.then(|| Instant::now() + SETTLED);
                 }
                 ToStandIn::Exited { status, reason, written } => {
                     if let Some(streams) = streams {

@@ -1,9 +1,11 @@
 //! Debian's Podman, with conmon as the monitor of its containers.
 
 use std::io::Write;
+use std::ops::Deref;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::OnceLock;
+use std::thread;
 use std::time::Duration;
 
 use bulkhead_tests::runtime::{comes_true, finish, output, told};
@@ -24,9 +26,9 @@ pub(super) struct Podman {
 impl Podman {
     /// Returns the one that all tests share, one after the other. Its storage lasts as long as the
     /// test host.
-    pub(super) fn shared() -> &'static Self {
+    pub(super) fn shared() -> Shared {
         static SHARED: OnceLock<Podman> = OnceLock::new();
-        SHARED.get_or_init(Self::new)
+        Shared(SHARED.get_or_init(Self::new))
     }
 
     fn new() -> Self {
@@ -65,6 +67,27 @@ impl Podman {
         let (status, out, err) = told(&output);
         assert_eq!(status, Some(0), "{args:?}: {err}");
         out.trim_end_matches('\n').to_owned()
+    }
+}
+
+/// The storage that tests share, for one of them.
+pub(super) struct Shared(&'static Podman);
+
+impl Deref for Shared {
+    type Target = Podman;
+
+    fn deref(&self) -> &Podman {
+        self.0
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        // A test that fails must not make the next one fail.
+        if thread::panicking() {
+            let _ = output(&mut self.command(&["pod", "rm", "--force", "--all"]));
+            let _ = output(&mut self.command(&["rm", "--force", "--all", "--time", "0"]));
+        }
     }
 }
 

@@ -1,14 +1,13 @@
 //! Podman's networks with netavark and aardvark-dns: what a container sees, whom it reaches and how
 //! it is reached are as under runc.
 
-use std::thread;
 use std::time::Duration;
 
 use bulkhead_tests::netns::of_host;
 use bulkhead_tests::runtime::{comes_true, output, told};
 use bulkhead_tests::traffic::{echoed_by_udp, says};
 
-use super::podman::Podman;
+use super::podman::{Podman, Shared};
 use super::{NETWORK, wait_for_nothing};
 
 const RUNC: [&str; 2] = ["--runtime", "/usr/bin/runc"];
@@ -17,12 +16,12 @@ const RUNC: [&str; 2] = ["--runtime", "/usr/bin/runc"];
 const RUNTIMES: [&[&str]; 2] = [&RUNC, &[]];
 
 /// Podman with the IPv4 and IPv6 network `own`.
-struct Networked(&'static Podman);
+struct Networked(Shared);
 
 impl Networked {
     fn new() -> Self {
         let networked = Self(Podman::shared());
-        let podman = networked.0;
+        let podman = &networked.0;
         if !output(&mut podman.command(&["network", "exists", "own"])).unwrap().status.success() {
             assert_eq!(podman.ok(&["info", "--format", "{{.Host.NetworkBackend}}"]), "netavark");
             let subnets = ["--subnet", "10.52.0.0/24", "--ipv6", "--subnet", "fd52::/64"];
@@ -58,16 +57,6 @@ impl Networked {
         });
         assert!(same, "before: {before}\nnow: {now}");
         wait_for_nothing(self.0.directory());
-    }
-}
-
-impl Drop for Networked {
-    fn drop(&mut self) {
-        // A test that fails must not make the next one fail.
-        if thread::panicking() {
-            let _ = output(&mut self.0.command(&["pod", "rm", "--force", "--all"]));
-            let _ = output(&mut self.0.command(&["rm", "--force", "--all", "--time", "0"]));
-        }
     }
 }
 

@@ -129,6 +129,16 @@ impl Bundle {
         Ok(self)
     }
 
+    /// Changes the specification by what is in the bundle, and writes it.
+    ///
+    /// # Errors
+    /// When `config.json` cannot be written.
+    pub fn with_own(self, change: impl FnOnce(&Self, &mut Value)) -> Result<Self> {
+        let mut spec = self.spec.clone();
+        change(&self, &mut spec);
+        self.with(|own| *own = spec)
+    }
+
     /// Adds a mount and writes the specification.
     ///
     /// # Errors

@@ -41,6 +41,16 @@ impl Pod {
         Ok([Self::of(Runtime::new()?)?, Self::of(Runtime::runc()?)?])
     }
 
+    /// Runs cases that share a pod of Bulkhead and one of runc, one after the other.
+    ///
+    /// # Errors
+    /// As [`Pod::of`] and [`Pod::end`].
+    pub fn share_beside_runc(cases: &[fn(&[Self; 2])]) -> Result<()> {
+        let pods = Self::beside_runc()?;
+        cases.iter().for_each(|case| case(&pods));
+        Self::end_all(pods)
+    }
+
     /// The runtime, for the containers of the pod.
     #[must_use]
     pub fn runtime(&self) -> &Runtime {

@@ -305,8 +305,7 @@ pub fn signal(pid: u32, signal: Signal) -> Result<()> {
 /// # Errors
 /// When there is no such process.
 pub fn kill_9(pid: u32) -> Result<()> {
-    signal(pid, Signal::KILL)?;
-    Ok(())
+    signal(pid, Signal::KILL)
 }
 
 pub(crate) struct Process {

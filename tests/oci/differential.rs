@@ -178,14 +178,10 @@ fn differences(ours: &Told, theirs: &Told) -> String {
 
 /// A bundle that runs the probe, after `change`.
 fn probing(change: impl Fn(&Bundle, &mut Value)) -> Bundle {
-    let mut bundle = Bundle::script(PROBE).unwrap();
+    let bundle = Bundle::script(PROBE).unwrap();
     fs::create_dir(bundle.path().join("given")).unwrap();
     fs::write(bundle.path().join("given/file"), "given\n").unwrap();
-    let mut spec = bundle.spec.clone();
-    change(&bundle, &mut spec);
-    bundle.spec = spec;
-    bundle.write().unwrap();
-    bundle
+    bundle.with_own(change).unwrap()
 }
 
 /// Fails on any difference between Bulkhead and runc.
@@ -230,8 +226,7 @@ fn a_plain_container() {
 
 #[test]
 fn containers_of_a_pod() {
-    let pods = Pod::beside_runc().unwrap();
-    for case in [
+    Pod::share_beside_runc(&[
         identity_and_rights,
         environment_place_and_limits,
         resources_inside,
@@ -242,10 +237,8 @@ fn containers_of_a_pod() {
         propagation_of_mounts,
         a_filter_of_system_calls,
         namespaces_that_are_left_out,
-    ] {
-        case(&pods);
-    }
-    Pod::end_all(pods).unwrap();
+    ])
+    .unwrap();
 }
 
 fn identity_and_rights(pods: &[Pod; 2]) {

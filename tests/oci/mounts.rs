@@ -39,12 +39,8 @@ fn given(bundle: &Bundle) -> PathBuf {
 }
 
 /// A bundle whose container has a user namespace, as [`with_user_namespace`] gives it.
-pub(crate) fn mapped(mut bundle: Bundle) -> Bundle {
-    let mut spec = bundle.spec.clone();
-    with_user_namespace(&bundle, &mut spec);
-    bundle.spec = spec;
-    bundle.write().unwrap();
-    bundle
+pub(crate) fn mapped(bundle: Bundle) -> Bundle {
+    bundle.with_own(with_user_namespace).unwrap()
 }
 
 /// Gives a container a user namespace, and makes its root user own its root file system.
@@ -84,13 +80,10 @@ fn owners(directory: &Path) -> Vec<String> {
 fn same(change: impl Fn(&Bundle, &mut Value), seen: &[&str], left: &[&str]) {
     let runtimes = [Runtime::new().unwrap(), Runtime::crun().unwrap()];
     let [ours, theirs] = runtimes.map(|runtime| {
-        let mut bundle = Bundle::script(PROBE).unwrap();
+        let bundle = Bundle::script(PROBE).unwrap();
         fs::set_permissions(bundle.path(), fs::Permissions::from_mode(0o755)).unwrap();
         let directory = given(&bundle);
-        let mut spec = bundle.spec.clone();
-        change(&bundle, &mut spec);
-        bundle.spec = spec;
-        bundle.write().unwrap();
+        let bundle = bundle.with_own(&change).unwrap();
         let told = told(&runtime.run("mapped", &bundle).unwrap());
         runtime.assert_clean().unwrap();
         (told, owners(&directory))

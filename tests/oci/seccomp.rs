@@ -183,8 +183,7 @@ fn ordinary(left_out: &[&str]) -> Value {
 
 #[test]
 fn profiles_are_as_under_runc() {
-    let pods = Pod::beside_runc().unwrap();
-    for case in [
+    Pod::share_beside_runc(&[
         every_comparison_is_the_one_that_is_asked_for,
         a_masked_comparison_masks_the_argument_by_the_first_value,
         comparisons_of_several_arguments_all_hold_and_of_one_argument_are_alternatives,
@@ -199,10 +198,8 @@ fn profiles_are_as_under_runc() {
         an_ordinary_profile_keeps_a_container_from_making_namespaces,
         nothing_but_the_program_comes_after_the_filter,
         an_error_number_that_the_kernel_does_not_have_is_refused_as_by_runc,
-    ] {
-        case(&pods);
-    }
-    Pod::end_all(pods).unwrap();
+    ])
+    .unwrap();
 }
 
 fn every_comparison_is_the_one_that_is_asked_for(pods: &[Pod; 2]) {

@@ -1,6 +1,6 @@
-//! A container's cgroup (cgroup v2, Documentation/admin-guide/cgroup-v2.rst): lists, freezes and
-//! kills its processes, sets its limits, removes it, and tells whether its memory limit has killed
-//! a process. libcontainer sets the first limits.
+//! A container's cgroup (cgroup v2, Documentation/admin-guide/cgroup-v2.rst), which is below that of
+//! all containers: lists, freezes and kills its processes, sets its limits, removes it, and tells
+//! whether its memory limit has killed a process. libcontainer sets the first limits.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -15,6 +15,8 @@ use tokio::time::{Instant, sleep};
 
 /// Where the cgroup file system is.
 pub(crate) const ROOT: &str = "/sys/fs/cgroup";
+/// The cgroup of all containers, below [`ROOT`].
+pub(crate) const CONTAINERS: &str = "containers";
 /// The most processes that are listed.
 const PROCESSES: usize = 100_000;
 /// How long the processes of a removed cgroup may take to die.
@@ -27,9 +29,14 @@ const FREEZING: Duration = Duration::from_secs(10);
 pub(crate) struct Cgroup(PathBuf);
 
 impl Cgroup {
+    /// The path of a container's cgroup in the hierarchy, as specifications have it.
+    pub(crate) fn path(container_id: &str) -> PathBuf {
+        Path::new("/").join(CONTAINERS).join(container_id)
+    }
+
     /// The cgroup of the container with this id.
     pub(crate) fn of(container_id: &str) -> Self {
-        Self(Path::new(ROOT).join(container_id))
+        Self(Path::new(ROOT).join(CONTAINERS).join(container_id))
     }
 
     /// The pids in it and below it, in order; at most [`PROCESSES`].

@@ -137,7 +137,7 @@ fn prepare() -> Result<(), InitError> {
         }
     }
     let prepared = |path| move |source| InitError::Prepare { path, source };
-    enable_controllers().map_err(prepared(cgroup::ROOT))?;
+    prepare_cgroups().map_err(prepared(cgroup::ROOT))?;
     raise_loopback().map_err(|error| InitError::Loopback(error.into()))?;
     raise_limits().map_err(|error| InitError::Limit(error.into()))
 }
@@ -163,19 +163,33 @@ fn leave_initial_root() -> rustix::io::Result<()> {
     chdir("/")
 }
 
-/// Enables every controller that the kernel has for cgroups below the root.
-fn enable_controllers() -> io::Result<()> {
+/// Makes the cgroup of all containers, and enables every controller that the kernel has for cgroups
+/// below it.
+fn prepare_cgroups() -> io::Result<()> {
     let root = Path::new(cgroup::ROOT);
+    let containers = root.join(cgroup::CONTAINERS);
     let controllers = fs::read_to_string(root.join("cgroup.controllers"))?;
+    enable(&controllers, root);
+    match fs::create_dir(&containers) {
+        // In a PID namespace of a running system it may be there already.
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+        Ok(()) | Err(_) => {}
+    }
+    enable(&controllers, &containers);
+    Ok(())
+}
+
+/// Enables controllers for the cgroups below `cgroup`.
+fn enable(controllers: &str, cgroup: &Path) {
     for controller in controllers.split_whitespace() {
         // A controller may be bound to a v1 hierarchy where the agent is tested; a container that
         // needs it then fails with its name.
-        if let Err(error) = fs::write(root.join("cgroup.subtree_control"), format!("+{controller}"))
+        if let Err(error) =
+            fs::write(cgroup.join("cgroup.subtree_control"), format!("+{controller}"))
         {
             tracing::warn!(controller, %error, "cannot enable a cgroup controller");
         }
     }
-    Ok(())
 }
 
 /// Brings up the loopback of the network namespace that the caller is in: one `RTM_NEWLINK` of

@@ -27,6 +27,7 @@ mod inherit;
 mod init;
 mod io;
 mod logging;
+mod memory;
 mod mount_options;
 mod names;
 mod network;

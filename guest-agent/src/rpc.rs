@@ -9,11 +9,12 @@ use std::time::UNIX_EPOCH;
 use bulkhead_protocol::agent::agent_server::{Agent, AgentServer};
 use bulkhead_protocol::agent::{
     ConfigureReply, ConfigureRequest, CreateReply, CreateRequest, DeleteReply, DeleteRequest,
-    ExecReply, ExecRequest, HelloReply, HelloRequest, KillReply, KillRequest, NameQuery,
-    NamesRequest, PauseReply, PauseRequest, ProcessesReply, ProcessesRequest, ReleaseReply,
-    ReleaseRequest, RescanReply, RescanRequest, ResizeReply, ResizeRequest, ResumeReply,
-    ResumeRequest, StartProcessorsReply, StartProcessorsRequest, StartReply, StartRequest,
-    SyncReply, SyncRequest, UpdateReply, UpdateRequest, WaitReply, WaitRequest,
+    ExecReply, ExecRequest, HelloReply, HelloRequest, KillReply, KillRequest, MemorySize,
+    MemoryWanted, NameQuery, NamesRequest, PauseReply, PauseRequest, ProcessesReply,
+    ProcessesRequest, ReleaseReply, ReleaseRequest, RescanReply, RescanRequest, ResizeReply,
+    ResizeRequest, ResumeReply, ResumeRequest, StartProcessorsReply, StartProcessorsRequest,
+    StartReply, StartRequest, SyncReply, SyncRequest, UpdateReply, UpdateRequest, WaitReply,
+    WaitRequest,
 };
 use bulkhead_protocol::{MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES, VERSION};
 use rustix::system::uname;
@@ -27,11 +28,12 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::container::exec::ExecOrder;
 use crate::container::{ContainerError, Containers, CreateOrder};
+use crate::memory::Watch;
 use crate::names::Names;
 use crate::network::Network;
 use crate::share::Share;
 use crate::sysctl::Setting;
-use crate::{clock, hotplug, logging};
+use crate::{clock, hotplug, logging, memory};
 
 /// The longest reason that is sent: a status is a header, whose size is limited.
 const REASON_BYTES: usize = 2048;
@@ -45,6 +47,8 @@ struct Calls {
     network: Arc<Mutex<Network>>,
     /// Set once the host has asked for it.
     names: Mutex<Option<Names>>,
+    /// Held by the call that watches the containers' memory.
+    memory: Arc<Mutex<()>>,
 }
 
 /// Serves the calls that come from the vsock address `host`, for ever.
@@ -62,6 +66,7 @@ pub(crate) async fn serve(
         share,
         network: Arc::default(),
         names: Mutex::default(),
+        memory: Arc::default(),
     })
     .max_decoding_message_size(MAX_REQUEST_BYTES)
     .max_encoding_message_size(MAX_MESSAGE_BYTES);
@@ -81,7 +86,8 @@ fn from_host(request: Request<()>, host: u32) -> Result<Request<()>, Status> {
 #[tonic::async_trait]
 impl Agent for Calls {
     async fn hello(&self, request: Request<HelloRequest>) -> Result<Response<HelloReply>, Status> {
-        let HelloRequest { version, time_ns, entropy, hostname, sysctls } = request.into_inner();
+        let HelloRequest { version, time_ns, entropy, hostname, sysctls, settings } =
+            request.into_inner();
         if version != VERSION {
             return Err(Status::failed_precondition(format!(
                 "host speaks version {version} of the protocol, this guest version {VERSION}"
@@ -101,6 +107,12 @@ impl Agent for Calls {
             clock::set_hostname(&hostname)
                 .map_err(|error| Status::invalid_argument(format!("host name: {error}")))?;
         }
+        for (name, value) in settings {
+            if let Err(error) = Setting::of_the_machine(&name, value).and_then(Setting::make) {
+                tracing::info!(%error, "a setting of the host is not the guest's");
+            }
+        }
+        // The caller's own settings come last.
         for (name, value) in sysctls {
             Setting::new(&name, value)
                 .and_then(Setting::make)
@@ -286,6 +298,29 @@ impl Agent for Calls {
             .map_err(internal("cannot start a processor of the guest"))?;
         tracing::info!(count = started as u64, "processors started");
         Ok(Response::new(StartProcessorsReply {}))
+    }
+
+    type MemoryStream = ReceiverStream<Result<MemoryWanted, Status>>;
+
+    async fn memory(
+        &self,
+        request: Request<Streaming<MemorySize>>,
+    ) -> Result<Response<Self::MemoryStream>, Status> {
+        let held = self.memory.clone().try_lock_owned();
+        let held = held.map_err(|_| Status::failed_precondition("memory is watched already"))?;
+        let mut sizes = request.into_inner();
+        let first = sizes.message().await?;
+        let first = first.ok_or_else(|| Status::invalid_argument("no size is named"))?;
+        let watch = Watch::open(&first).await.map_err(internal("cannot watch the memory"))?;
+        let (wants, wanted) = mpsc::channel(1);
+        let watched = memory::watch(watch, sizes, wants);
+        tokio::spawn(async move {
+            if let Err(error) = watched.await {
+                tracing::warn!(%error, "cannot see how much memory the containers need");
+            }
+            drop(held);
+        });
+        Ok(Response::new(ReceiverStream::new(wanted)))
     }
 
     async fn sync(&self, _: Request<SyncRequest>) -> Result<Response<SyncReply>, Status> {

@@ -14,6 +14,7 @@ use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, mkdirat, openat, openat2};
 use rustix::io::Errno;
 use rustix::process::{Resource, getrlimit};
 
+use crate::cgroup::Cgroup;
 use crate::confinement::Restrictions;
 use crate::device_rules::{self, DeviceRuleError};
 use crate::disks::BoundDisk;
@@ -91,7 +92,7 @@ pub(crate) fn prepare(
         refuse_host_hooks(hooks)?;
     }
     let linux = spec.linux_mut().as_mut().ok_or(SpecError::Missing("linux"))?;
-    linux.set_cgroups_path(Some(Path::new("/").join(container_id)));
+    linux.set_cgroups_path(Some(Cgroup::path(container_id)));
     let propagation = linux.rootfs_propagation().as_deref().map(plain_propagation);
     linux.set_rootfs_propagation(propagation.map(str::to_owned));
     for disk in disks {

@@ -1,4 +1,5 @@
-//! Settings of the guest's network, which all of its containers share: sysctl(8).
+//! Settings that all containers of the guest share: sysctl(8). A caller names those of the network;
+//! the host names those that no namespace has, with its own values.
 //!
 //! libcontainer makes the settings of the container's own namespaces; the network is the machine's.
 
@@ -6,7 +7,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
-/// A setting of the network by its path below `/proc/sys`.
+/// A setting by its path below `/proc/sys`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Setting {
     path: PathBuf,
@@ -23,13 +24,25 @@ pub(crate) enum SettingError {
 }
 
 impl Setting {
-    /// A setting whose name begins with `net.`.
+    /// A setting of the network, whose name begins with `net.`.
     ///
     /// # Errors
     /// [`SettingError::Name`] for a name that could lead elsewhere.
     pub(crate) fn new(name: &str, value: String) -> Result<Self, SettingError> {
+        let setting = Self::of_the_machine(name, value)?;
+        if !name.starts_with("net.") {
+            return Err(SettingError::Name(name.to_owned()));
+        }
+        Ok(setting)
+    }
+
+    /// A setting with any name.
+    ///
+    /// # Errors
+    /// [`SettingError::Name`] for a name that could lead elsewhere.
+    pub(crate) fn of_the_machine(name: &str, value: String) -> Result<Self, SettingError> {
         // Without a slash of its own, a name cannot lead elsewhere.
-        if !name.starts_with("net.") || name.contains('/') || name.ends_with('.') {
+        if name.is_empty() || name.contains('/') || name.ends_with('.') || name.starts_with('.') {
             return Err(SettingError::Name(name.to_owned()));
         }
         Ok(Self { path: name.replace('.', "/").into(), value })

@@ -141,7 +141,7 @@ fn ran(mut failure: PipeReader) -> Result<(), TenantError> {
 /// The cgroup of the process: the container's, or the one below it that the container's init is in.
 fn cgroup(container_id: &str, init: &str) -> io::Result<CgroupConfig> {
     let init = init.parse().map_err(io::Error::other)?;
-    let mut cgroup_path = Path::new("/").join(container_id);
+    let mut cgroup_path = Cgroup::path(container_id);
     if let Some(below) = Cgroup::of(container_id).joined(init)? {
         cgroup_path.push(below);
     }

@@ -20,7 +20,7 @@ use std::thread;
 use anyhow::{Context, Result, bail, ensure};
 
 use crate::progress::{Step, say};
-use crate::source::Source;
+use crate::source::{Patch, Source};
 use crate::{cache, elf, kconfig};
 
 /// Increased when this file builds a different kernel from the same inputs.
@@ -35,6 +35,15 @@ pub struct Recipe<'a> {
     pub name: &'a str,
     /// The text of the fragment.
     pub fragment: &'a str,
+    /// What is changed in the source, in this order.
+    pub patches: &'a [Patch<'a>],
+}
+
+impl<'a> Recipe<'a> {
+    /// The texts of the patches.
+    fn changes(self) -> impl Iterator<Item = &'a str> {
+        self.patches.iter().map(|patch| patch.text)
+    }
 }
 
 /// A kernel in the cache.
@@ -46,10 +55,16 @@ pub struct Kernel {
     pub symbols: PathBuf,
 }
 
+/// What the guest's kernel has beyond its source (`docs/decisions/0021-memory-on-demand.md`).
+const PATCHES: [Patch<'static>; 1] = [Patch {
+    name: "0001-mm-count-ram-that-is-plugged-on-demand.patch",
+    text: include_str!("../kernel/patches/0001-mm-count-ram-that-is-plugged-on-demand.patch"),
+}];
+
 /// The kernel of a pod.
 #[must_use]
 pub const fn guest() -> Recipe<'static> {
-    Recipe { name: "guest", fragment: include_str!("../kernel/x86_64.config") }
+    Recipe { name: "guest", fragment: include_str!("../kernel/x86_64.config"), patches: &PATCHES }
 }
 
 /// Builds the kernel unless the cache has it.
@@ -71,7 +86,7 @@ pub fn build(recipe: Recipe<'_>, source: &Source) -> Result<Kernel> {
     if kernel.vmlinux.exists() {
         return Ok(kernel);
     }
-    let tree = source.unpack(&cache)?;
+    let tree = source.unpack(&cache, recipe.patches)?;
     let objects = Objects::open(&cache, recipe, source)?;
     let log = cache.join(format!("kernel-{}.log", recipe.name));
     cache::publish(&entry, |partial| {
@@ -103,7 +118,8 @@ impl Objects {
     /// caller holds the lock of that kernel.
     fn open(cache: &Path, recipe: Recipe<'_>, source: &Source) -> Result<Self> {
         let (gcc, ld) = (version("gcc")?, version("ld")?);
-        let key = cache::key([RECIPE, &source.identity(), &gcc, &ld]);
+        let inputs = [RECIPE, &source.identity(), &gcc, &ld];
+        let key = cache::key(inputs.into_iter().chain(recipe.changes()));
         let directory = cache.join(format!("objects-{}-{key:.16}", recipe.name));
         if directory.join(Self::CHANGING).exists() {
             cache::remove(&directory)?;
@@ -132,7 +148,8 @@ impl Objects {
 /// The hash of all inputs of a build.
 fn inputs(recipe: Recipe<'_>, source: &Source) -> Result<String> {
     let (gcc, ld) = (version("gcc")?, version("ld")?);
-    Ok(cache::key([RECIPE, recipe.fragment, &source.identity(), &gcc, &ld]))
+    let inputs = [RECIPE, recipe.fragment, &source.identity(), &gcc, &ld];
+    Ok(cache::key(inputs.into_iter().chain(recipe.changes())))
 }
 
 fn version(tool: &str) -> Result<String> {
@@ -267,17 +284,20 @@ mod tests {
     #[test]
     fn every_input_changes_the_hash() {
         let source = |version: &str| Source::Debian { version: version.to_owned() };
-        let recipe = |fragment| Recipe { name: "guest", fragment };
+        let recipe = |fragment| Recipe { name: "guest", fragment, patches: &[] };
         let first = inputs(recipe("CONFIG_A=y\n"), &source("1")).unwrap();
         assert_eq!(first, inputs(recipe("CONFIG_A=y\n"), &source("1")).unwrap());
         assert_ne!(first, inputs(recipe("CONFIG_A=n\n"), &source("1")).unwrap());
         assert_ne!(first, inputs(recipe("CONFIG_A=y\n"), &source("2")).unwrap());
+        let patches = &[Patch { name: "a", text: "" }];
+        let patched = Recipe { patches, ..recipe("CONFIG_A=y\n") };
+        assert_ne!(first, inputs(patched, &source("1")).unwrap());
     }
 
     #[test]
     fn objects_are_kept_unless_a_later_build_was_interrupted() {
         let cache = tempfile::tempdir().unwrap();
-        let recipe = Recipe { name: "guest", fragment: "" };
+        let recipe = Recipe { name: "guest", fragment: "", patches: &[] };
         let source = Source::Debian { version: "1".to_owned() };
         let open = || Objects::open(cache.path(), recipe, &source).unwrap();
         let has_one = |objects: &Objects| objects.directory.join("one.o").exists();

@@ -4,9 +4,9 @@
 
 use std::env;
 use std::fs::{self, File};
-use std::io;
+use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
 use sha2::{Digest, Sha256};
@@ -68,6 +68,15 @@ pub enum Source {
     },
 }
 
+/// A change to the source, for `patch -p1`.
+#[derive(Debug, Clone, Copy)]
+pub struct Patch<'a> {
+    /// Its name in messages.
+    pub name: &'a str,
+    /// A unified difference; what stands before it says why.
+    pub text: &'a str,
+}
+
 impl Source {
     /// `$BULKHEAD_KERNEL_TARBALL` with `$BULKHEAD_KERNEL_SHA256`, else Debian's package.
     ///
@@ -117,14 +126,15 @@ impl Source {
         }
     }
 
-    /// Unpacks the source into the cache unless it is there, and returns its directory.
+    /// Unpacks the source into the cache and changes it, unless it is there; returns its directory.
     ///
     /// # Errors
-    /// When the archive is missing, has another sum, or tar fails.
-    pub fn unpack(&self, cache: &Path) -> Result<PathBuf> {
+    /// When the archive is missing, has another sum, or tar fails; when a patch does not apply.
+    pub fn unpack(&self, cache: &Path, patches: &[Patch<'_>]) -> Result<PathBuf> {
         let mut hash = Sha256::new();
         hash.update(self.identity());
         LEFT_OUT.iter().for_each(|pattern| hash.update(pattern));
+        patches.iter().for_each(|patch| hash.update(patch.text));
         let name = format!("source-{:.16}", hex(&hash.finalize()));
         let tree = cache.join(&name);
         let _lock = cache::lock(cache, &name, || say("waiting for another unpacking"))?;
@@ -134,7 +144,10 @@ impl Source {
         let archive = self.archive();
         let step = Step::start(format!("unpack {}", archive.display()));
         self.verify()?;
-        cache::publish(&tree, |partial| untar(archive, partial))?;
+        cache::publish(&tree, |partial| {
+            untar(archive, partial)?;
+            patches.iter().try_for_each(|patch| apply(patch, partial))
+        })?;
         step.done("unpacked");
         Ok(tree)
     }
@@ -172,6 +185,29 @@ fn untar(archive: &Path, directory: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Applies a patch exactly: hunks that fit only nearby are refused, because they may be in a place
+/// that means something else.
+fn apply(patch: &Patch<'_>, tree: &Path) -> Result<()> {
+    let mut child = Command::new("patch")
+        .args(["--strip=1", "--fuzz=0", "--batch", "--forward", "--reject-file=-", "-d"])
+        .arg(tree)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("run patch (apt-get install patch)")?;
+    let mut input = child.stdin.take().context("patch has no input")?;
+    input.write_all(patch.text.as_bytes()).context("write to patch")?;
+    drop(input);
+    let output = child.wait_with_output().context("wait for patch")?;
+    let words = String::from_utf8_lossy(&output.stdout);
+    ensure!(
+        output.status.success(),
+        "{} does not apply to the kernel's source: {words}",
+        patch.name
+    );
+    Ok(())
+}
+
 /// Lower-case hexadecimal digits.
 pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
@@ -197,6 +233,23 @@ mod tests {
     fn sum_must_be_hexadecimal() {
         assert!(Source::tarball("x".into(), "abc").is_err());
         assert!(Source::tarball("x".into(), &"g".repeat(64)).is_err());
+    }
+
+    #[test]
+    fn a_patch_is_applied_exactly_or_refused_by_its_name() {
+        let tree = tempfile::tempdir().unwrap();
+        let file = tree.path().join("file");
+        let text = "--- a/file\n+++ b/file\n@@ -1,3 +1,3 @@\n one\n-two\n+deux\n three\n";
+        let patch = Patch { name: "french.patch", text };
+        fs::write(&file, "one\ntwo\nthree\n").unwrap();
+        apply(&patch, tree.path()).unwrap();
+        assert_eq!(fs::read_to_string(&file).unwrap(), "one\ndeux\nthree\n");
+        for other in ["one\ndeux\nthree\n", "one\ntwo\n3\n", "zero\n"] {
+            fs::write(&file, other).unwrap();
+            let error = apply(&patch, tree.path()).unwrap_err().to_string();
+            assert!(error.contains("french.patch does not apply"), "{error}");
+            assert_eq!(fs::read_to_string(&file).unwrap(), other);
+        }
     }
 
     #[test]

@@ -50,6 +50,8 @@ mod limits;
 #[cfg(test)]
 mod load;
 #[cfg(test)]
+mod memory;
+#[cfg(test)]
 mod mount_flags;
 #[cfg(test)]
 mod mounts;

@@ -63,6 +63,20 @@ fn processors_are_there_when_the_quota_is_raised_and_do_work() {
 }
 
 #[test]
+fn without_a_quota_there_are_as_many_as_the_host_has() {
+    stay_on_the_first();
+    let said = [Runtime::runc(), Runtime::new()].map(|runtime| {
+        let runtime = runtime.unwrap();
+        let script = "grep -c ^processor /proc/cpuinfo; cat /sys/devices/system/cpu/online";
+        let output = told(&runtime.run("c", &Bundle::script(script).unwrap()).unwrap());
+        runtime.assert_clean().unwrap();
+        output
+    });
+    assert_eq!(said[0], said[1]);
+    assert_eq!(said[0].1, "2\n0-1\n");
+}
+
+#[test]
 fn an_interface_has_queues_for_each_processor() {
     const TURN: &str = "nc -w 20 10.9.0.1 7 < /tmp/sent | cmp - /tmp/sent && echo same";
     stay_on_the_first();

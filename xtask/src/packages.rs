@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::cargo::succeed;
 
-const NEEDED: [&str; 37] = [
+const NEEDED: [&str; 38] = [
     "aardvark-dns",
     "bc",
     "binutils",
@@ -32,6 +32,7 @@ const NEEDED: [&str; 37] = [
     "make",
     "netavark",
     "nftables",
+    "patch",
     "pkgconf",
     "podman",
     "procps",

@@ -63,7 +63,7 @@ fn settings_of_the_guests_network_are_taken_out() {
 fn the_cgroup_is_named_by_the_id() {
     let spec = prepared(&minimal()).unwrap().spec;
     let linux = spec.linux().as_ref().unwrap();
-    assert_eq!(linux.cgroups_path().as_deref(), Some(Path::new("/one")));
+    assert_eq!(linux.cgroups_path().as_deref(), Some(Path::new("/containers/one")));
 }
 
 #[test]

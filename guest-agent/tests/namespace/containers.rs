@@ -41,7 +41,7 @@ fn a_program_that_is_missing_and_one_that_is_none_have_their_codes() {
             let status = guest.create("one", &spec).await.unwrap_err();
             assert_eq!((status.code(), status.message()), (code, words));
         }
-        assert!(!Path::new("/sys/fs/cgroup/one").exists());
+        assert!(!Path::new("/sys/fs/cgroup/containers/one").exists());
     });
 }
 
@@ -101,7 +101,7 @@ fn a_killed_container_has_128_and_the_signal() {
             let status = kill(&mut guest, "one", 9, false).await.unwrap_err();
             assert_eq!(status.message(), "container one has ended");
             guest.delete("one").await.unwrap();
-            assert!(!Path::new("/sys/fs/cgroup/one").exists());
+            assert!(!Path::new("/sys/fs/cgroup/containers/one").exists());
             assert_eq!(guest.delete("one").await.unwrap_err().code(), Code::NotFound);
         }
     });
@@ -134,7 +134,7 @@ fn processes_that_outlive_their_init_are_deleted_with_it() {
         assert_eq!(guest.wait("one").await.exit_status, 5);
         assert_eq!(processes(&mut guest, "one").await.len(), 1);
         guest.delete("one").await.unwrap();
-        assert!(!Path::new("/sys/fs/cgroup/one").exists());
+        assert!(!Path::new("/sys/fs/cgroup/containers/one").exists());
     });
 }
 

@@ -42,6 +42,10 @@ fn hello_seeds_the_generator_and_names_the_guest() {
             entropy: vec![7; 64],
             hostname: "pod-1".to_owned(),
             sysctls: HashMap::from([("net.core.somaxconn".to_owned(), "4097".to_owned())]),
+            // A setting of the host that this kernel lacks is left out.
+            settings: [("net.core.somaxconn", "1"), ("vm.no_such", "1")]
+                .map(|(name, value)| (name.to_owned(), value.to_owned()))
+                .into(),
         };
         let reply = guest.agent.hello(request).await.unwrap().into_inner();
         assert_eq!(reply.version, VERSION);

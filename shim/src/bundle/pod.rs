@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
-use super::{Bundle, HostSize, MachineSize, namespaces};
+use super::{Bundle, HostSize, MachineSize, namespaces, size};
 use crate::network::namespace::Network;
 
 /// The properties of a pod.
@@ -21,6 +21,8 @@ pub struct PodPlan {
     /// Sysctls of the machine's network, which all containers of the pod share, by their names in
     /// sysctl(8).
     pub sysctls: BTreeMap<String, String>,
+    /// How many pairs of queues each network interface has.
+    pub queue_pairs: u8,
     /// The network namespace of the host whose interfaces the machine gets.
     pub network: Network,
     /// The resolv.conf(5) of the host that may name servers in that namespace.
@@ -31,12 +33,16 @@ impl PodPlan {
     /// The plan of the pod that is started for a bundle's container.
     #[must_use]
     pub fn of(bundle: &Bundle, host: HostSize) -> Self {
-        let size = MachineSize::of(&[&bundle.resources()], host);
+        let resources = bundle.resources();
+        let size = MachineSize::of(&[&resources], host);
         Self {
             hostname: hostname(&bundle.spec),
             size,
             most: size.most(host),
             sysctls: sysctls(&bundle.spec),
+            // Each pair takes a megabyte of the guest. A container without a quota may never need
+            // more than one.
+            queue_pairs: size::processors(&resources).map_or(1, |_| size.vcpus),
             network: bundle.network(),
             resolv_conf: bundle.resolv_conf(),
         }

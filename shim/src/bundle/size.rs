@@ -5,15 +5,16 @@ use std::fs;
 use bulkhead_vmm::config::VCPUS_MAX;
 use oci_spec::runtime::LinuxResources;
 
-/// Memory for a container that has no limit, in MiB.
+/// Memory at the start for a container that has no limit, in MiB. The machine gets more when it is
+/// needed: docs/decisions/0021-memory-on-demand.md.
 const MEMORY_DEFAULT_MIB: u64 = 128;
 /// The least memory of a machine, in MiB.
 const MEMORY_MIN_MIB: u64 = 128;
 /// What the guest kernel and the agent use themselves, in MiB. It is added to the container's
 /// limit, so that the container reaches its limit before the machine is out of memory.
 pub const MACHINE_OVERHEAD_MIB: u64 = 128;
-/// The most processors that are declared to a guest for later growth. Each costs memory:
-/// docs/decisions/0014-growing-machines.md.
+/// The most processors that are declared to a guest for later growth, and that a container without
+/// a quota gets. Each costs memory: docs/decisions/0014-growing-machines.md.
 const DECLARED_MAX: u8 = 8;
 /// The list of the host's online processors.
 const PROCESSORS_ONLINE: &str = "/sys/devices/system/cpu/online";
@@ -36,6 +37,9 @@ pub struct MachineSize {
     pub vcpus: u8,
     /// Memory, in MiB.
     pub memory_mib: u32,
+    /// Memory that programs can count on, in MiB: what is more than [`MachineSize::memory_mib`] is
+    /// plugged when the containers need it.
+    pub expected_mib: u32,
 }
 
 impl HostSize {
@@ -60,11 +64,14 @@ impl MachineSize {
         let memory = all.iter().map(|it| limit_mib(it).unwrap_or(MEMORY_DEFAULT_MIB));
         let wanted = memory.fold(MACHINE_OVERHEAD_MIB, u64::saturating_add);
         let memory = wanted.min(host.memory_mib).max(MEMORY_MIN_MIB);
-        let cpus = all.iter().map(|it| processors(it)).fold(0, u64::saturating_add);
+        let unlimited = all.iter().any(|it| limit_mib(it).is_none());
+        let expected = if unlimited { host.memory_mib.max(memory) } else { memory };
+        let cpus = all.iter().map(|it| processors(it).unwrap_or(DECLARED_MAX.into()));
         let most = host.cpus.min(VCPUS_MAX.into()).max(1);
         Self {
-            vcpus: u8::try_from(cpus.clamp(1, most)).unwrap_or(1),
+            vcpus: u8::try_from(cpus.fold(0, u64::saturating_add).clamp(1, most)).unwrap_or(1),
             memory_mib: u32::try_from(memory).unwrap_or(u32::MAX),
+            expected_mib: u32::try_from(expected).unwrap_or(u32::MAX),
         }
     }
 
@@ -73,7 +80,11 @@ impl MachineSize {
     pub fn most(self, host: HostSize) -> Self {
         let vcpus = u8::try_from(host.cpus.min(DECLARED_MAX.into())).unwrap_or(DECLARED_MAX);
         let memory_mib = u32::try_from(host.memory_mib).unwrap_or(u32::MAX);
-        Self { vcpus: self.vcpus.max(vcpus), memory_mib: self.memory_mib.max(memory_mib) }
+        Self {
+            vcpus: self.vcpus.max(vcpus),
+            memory_mib: self.memory_mib.max(memory_mib),
+            expected_mib: self.expected_mib.max(memory_mib),
+        }
     }
 }
 
@@ -91,10 +102,10 @@ fn quota(resources: &LinuxResources) -> Option<u64> {
     (quota > 0).then(|| quota.div_ceil(period))
 }
 
-/// The number of processors by the quota; without one, by the cpuset; 0 without either.
-fn processors(resources: &LinuxResources) -> u64 {
+/// The number of processors by the quota; without one, by the cpuset; `None` without either.
+pub(super) fn processors(resources: &LinuxResources) -> Option<u64> {
     let cpuset = resources.cpu().as_ref().and_then(|cpu| cpu.cpus().as_deref());
-    quota(resources).unwrap_or_else(|| cpuset.map_or(0, listed))
+    quota(resources).or_else(|| cpuset.filter(|list| !list.is_empty()).map(listed))
 }
 
 /// How many processors a list such as `0-3,8` names; parts that cannot be parsed count as 0.
@@ -120,8 +131,22 @@ mod tests {
 
     #[test]
     fn a_container_without_limits_gets_the_default() {
-        assert_eq!(size(&json!({})), (1, 256));
-        assert_eq!(size(&json!({"memory": {"limit": -1}, "cpu": {"quota": -1}})), (1, 256));
+        assert_eq!(size(&json!({})), (8, 256));
+        assert_eq!(size(&json!({"memory": {"limit": -1}, "cpu": {"quota": -1}})), (8, 256));
+        let large = HostSize { cpus: 64, memory_mib: 1 << 20 };
+        let size = MachineSize::of(&[&LinuxResources::default()], large);
+        let expected = MachineSize { vcpus: 8, memory_mib: 256, expected_mib: 1 << 20 };
+        assert_eq!(size, expected);
+    }
+
+    #[test]
+    fn a_container_with_a_limit_counts_on_no_more() {
+        let host = HostSize { cpus: 1, memory_mib: 4096 };
+        let limited = json!({"memory": {"limit": 512 << 20}});
+        let limited: LinuxResources = serde_json::from_value(limited).unwrap();
+        assert_eq!(MachineSize::of(&[&limited], host).expected_mib, 640);
+        let both = MachineSize::of(&[&limited, &LinuxResources::default()], host);
+        assert_eq!((both.memory_mib, both.expected_mib), (768, 4096));
     }
 
     #[test]
@@ -141,8 +166,8 @@ mod tests {
             let size = MachineSize::of(all, host);
             (size.vcpus, size.memory_mib)
         };
-        assert_eq!(size(&[&none, &none]), (1, 384));
-        assert_eq!(size(&[&none, &limited]), (2, 320));
+        assert_eq!(size(&[&none, &none]), (8, 384));
+        assert_eq!(size(&[&none, &limited]), (8, 320));
         assert_eq!(size(&[&limited, &limited]), (4, 256));
     }
 
@@ -150,7 +175,8 @@ mod tests {
     fn a_machine_can_become_as_large_as_the_host() {
         let most = |vcpus, memory_mib, cpus| {
             let host = HostSize { cpus, memory_mib: 4096 };
-            let most = MachineSize { vcpus, memory_mib }.most(host);
+            let size = MachineSize { vcpus, memory_mib, expected_mib: memory_mib };
+            let most = size.most(host);
             (most.vcpus, most.memory_mib)
         };
         assert_eq!(most(1, 256, 4), (4, 4096));

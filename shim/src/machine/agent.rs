@@ -13,9 +13,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use bulkhead_protocol::agent::agent_client::AgentClient;
 use bulkhead_protocol::agent::{
     ConfigureRequest, CreateRequest, DeleteRequest, ExecRequest, HelloRequest, KillRequest,
-    NameQuery, NamesRequest, PauseRequest, ProcessInfo, ProcessesRequest, ReleaseRequest,
-    RescanRequest, ResizeRequest, ResumeRequest, StartProcessorsRequest, StartRequest, SyncRequest,
-    UpdateRequest, WaitReply, WaitRequest,
+    MemorySize, MemoryWanted, NameQuery, NamesRequest, PauseRequest, ProcessInfo, ProcessesRequest,
+    ReleaseRequest, RescanRequest, ResizeRequest, ResumeRequest, StartProcessorsRequest,
+    StartRequest, SyncRequest, UpdateRequest, WaitReply, WaitRequest,
 };
 use bulkhead_protocol::{MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES, VERSION};
 use hyper_util::rt::TokioIo;
@@ -136,9 +136,9 @@ impl Agent {
     /// When the agent speaks another version, or the guest refuses a sysctl.
     pub async fn hello(
         &self,
-        hostname: &str,
-        entropy: &[u8],
+        (hostname, entropy): (&str, &[u8]),
         sysctls: &BTreeMap<String, String>,
+        settings: BTreeMap<String, String>,
     ) -> Result<String, AgentError> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let request = HelloRequest {
@@ -147,6 +147,7 @@ impl Agent {
             entropy: entropy.to_vec(),
             hostname: hostname.to_owned(),
             sysctls: sysctls.clone().into_iter().collect(),
+            settings: settings.into_iter().collect(),
         };
         let mut client = self.client.clone();
         Ok(within(SHORT, "Hello", client.hello(request)).await?.kernel_release)
@@ -317,6 +318,19 @@ impl Agent {
         let requests = tokio_stream::once(first).chain(ReceiverStream::new(answers));
         let mut client = self.client.clone();
         within(SHORT, "Names", client.names(requests)).await
+    }
+
+    /// Lets the agent ask for memory whenever the containers need more than the machine has; the
+    /// answer to each is the next of `sizes`. The first is settled when this returns.
+    ///
+    /// # Errors
+    /// When the agent does so already, or fails.
+    pub async fn memory(
+        &self,
+        sizes: mpsc::Receiver<MemorySize>,
+    ) -> Result<Streaming<MemoryWanted>, AgentError> {
+        let mut client = self.client.clone();
+        within(SHORT, "Memory", client.memory(ReceiverStream::new(sizes))).await
     }
 
     /// Brings processors online until `count` of them run.

@@ -1,14 +1,17 @@
 //! Growth of a running machine: memory is plugged, and vCPUs are created and started.
 //!
-//! A machine starts as large as its first container needs; its maximum size is fixed then. It does
-//! not shrink: memory that the guest frees returns to the host anyway (the balloon's free page
+//! A machine starts as large as the limits of its first container need; its maximum size is fixed
+//! then. Memory that containers without a limit use beyond that is plugged when the guest asks
+//! (`docs/decisions/0021-memory-on-demand.md`). A machine does not shrink: memory that the guest frees returns to the host anyway (the balloon's free page
 //! reporting), and an idle vCPU costs only a thread.
 
 use std::time::{Duration, Instant};
 
+use bulkhead_protocol::agent::{MemorySize, MemoryWanted};
 use thiserror::Error;
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, mpsc};
 use tokio::time::sleep;
+use tonic::Streaming;
 
 use crate::bundle::MachineSize;
 use crate::machine::agent::{Agent, AgentError};
@@ -18,6 +21,11 @@ use crate::machine::monitor::{Machine, MachineError};
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How often the plugged memory is checked.
 const STEP: Duration = Duration::from_millis(5);
+/// The least memory that is added when the guest asks for more, in MiB: a block of the guest's
+/// kernel.
+const DEMAND_MIN_MIB: u32 = 128;
+/// How long a guest that is given no memory waits before it may ask again.
+const RETRY: Duration = Duration::from_secs(1);
 
 /// Why the machine did not grow.
 #[derive(Debug, Error)]
@@ -57,13 +65,16 @@ struct Now {
     size: MachineSize,
     /// The virtio-mem device is attached.
     attached: bool,
+    /// Tells the agent the size, once it watches the containers' memory.
+    sizes: Option<mpsc::Sender<MemorySize>>,
 }
 
 impl Growth {
     /// The size of a machine that has just booted.
     #[must_use]
     pub fn new(boot: MachineSize, most: MachineSize) -> Self {
-        Self { boot, most, now: Mutex::new(Now { size: boot, attached: false }) }
+        let now = Now { size: boot, attached: false, sizes: None };
+        Self { boot, most, now: Mutex::new(now) }
     }
 
     /// Returns whether [`Growth::grow`] would have something to do.
@@ -85,9 +96,14 @@ impl Growth {
     ) -> Result<(), GrowthError> {
         let mut now = self.now.lock().await;
         let to = self.within_reach(now.size, to);
+        let counted_on = now.size.expected_mib;
+        now.size.expected_mib = to.expected_mib;
         if to.memory_mib > now.size.memory_mib {
             self.plug(machine, agent, &mut now, to.memory_mib).await?;
             now.size.memory_mib = to.memory_mib;
+            now.tell();
+        } else if to.expected_mib > counted_on {
+            now.tell();
         }
         if to.vcpus > now.size.vcpus {
             machine.add_processors(to.vcpus).await?;
@@ -101,7 +117,48 @@ impl Growth {
         MachineSize {
             vcpus: to.vcpus.min(self.most.vcpus).max(now.vcpus),
             memory_mib: to.memory_mib.min(self.most.memory_mib).max(now.memory_mib),
+            expected_mib: to.expected_mib.min(self.most.expected_mib).max(now.expected_mib),
         }
+    }
+
+    /// Lets the agent ask for memory from now on; returns its requests, for [`Growth::meet`].
+    ///
+    /// # Errors
+    /// When the agent cannot watch the containers' memory.
+    pub async fn listen(&self, agent: &Agent) -> Result<Streaming<MemoryWanted>, GrowthError> {
+        let mut now = self.now.lock().await;
+        // One size that the machine has by itself, and one that answers a request.
+        let (sizes, told) = mpsc::channel(2);
+        now.sizes = Some(sizes);
+        now.tell();
+        Ok(agent.memory(told).await?)
+    }
+
+    /// Answers a request of the agent: half of the machine's memory is added, as far as the
+    /// containers can count on it.
+    pub async fn meet(&self, machine: &Machine, agent: &Agent) {
+        match self.add(machine, agent).await {
+            Ok(true) => {}
+            // A guest that goes on asking must not keep the host busy.
+            Ok(false) => sleep(RETRY).await,
+            Err(error) => {
+                tracing::warn!(error = %error, "cannot add the memory that the containers need");
+                sleep(RETRY).await;
+            }
+        }
+        self.now.lock().await.tell();
+    }
+
+    /// Plugs what a request of the agent brings; returns whether that is anything.
+    async fn add(&self, machine: &Machine, agent: &Agent) -> Result<bool, GrowthError> {
+        let mut now = self.now.lock().await;
+        let memory_mib = now.next_mib(self.most);
+        if memory_mib <= now.size.memory_mib {
+            return Ok(false);
+        }
+        self.plug(machine, agent, &mut now, memory_mib).await?;
+        now.size.memory_mib = memory_mib;
+        Ok(true)
     }
 
     async fn plug(
@@ -135,12 +192,45 @@ impl Growth {
     }
 }
 
+impl Now {
+    /// The memory after the next request of the agent, in MiB.
+    fn next_mib(&self, most: MachineSize) -> u32 {
+        let step = (self.size.memory_mib / 2).next_multiple_of(DEMAND_MIN_MIB);
+        let limit = self.size.expected_mib.min(most.memory_mib);
+        self.size.memory_mib.saturating_add(step).min(limit).max(self.size.memory_mib)
+    }
+
+    /// Tells the agent how large the machine is, if it wants to know. An agent that does not take
+    /// the sizes does not delay the host.
+    fn tell(&self) {
+        let size = MemorySize { mib: self.size.memory_mib, expected_mib: self.size.expected_mib };
+        if let Some(sizes) = &self.sizes
+            && let Err(error) = sizes.try_send(size)
+        {
+            tracing::debug!(error = %error, "the agent does not take the size of the machine");
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn size(vcpus: u8, memory_mib: u32) -> MachineSize {
-        MachineSize { vcpus, memory_mib }
+        MachineSize { vcpus, memory_mib, expected_mib: memory_mib }
+    }
+
+    #[test]
+    fn a_machine_grows_by_half_as_far_as_its_containers_count_on_it() {
+        let next = |memory_mib, expected_mib, most| {
+            let now = MachineSize { vcpus: 1, memory_mib, expected_mib };
+            Now { size: now, attached: false, sizes: None }.next_mib(size(1, most))
+        };
+        assert_eq!(next(256, 4096, 4096), 384);
+        assert_eq!(next(384, 4096, 4096), 640);
+        assert_eq!(next(3000, 4096, 4096), 4096);
+        assert_eq!(next(256, 256, 4096), 256);
+        assert_eq!(next(300, 4096, 256), 300);
     }
 
     #[tokio::test]

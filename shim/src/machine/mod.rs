@@ -16,6 +16,7 @@ pub mod growth;
 pub mod kvm;
 pub mod monitor;
 mod mount_points;
+pub mod settings;
 pub mod share;
 pub mod spawn;
 mod user_namespace;

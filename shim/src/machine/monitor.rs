@@ -413,7 +413,7 @@ mod tests {
             file_server: file.as_fd(),
             console: file.try_clone().unwrap(),
             jail: JailConfig { uid: 1, gid: 1 },
-            size: MachineSize { vcpus: 1, memory_mib: 128 },
+            size: MachineSize { vcpus: 1, memory_mib: 128, expected_mib: 128 },
             vcpus_max: 2,
         };
         let (config, descriptors) = configuration(&parts, &file);

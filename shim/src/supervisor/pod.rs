@@ -5,6 +5,7 @@
 //! the guest write everything back.
 
 mod boot;
+mod memory;
 mod network;
 
 use std::fs::File;
@@ -23,10 +24,11 @@ use rustix::fs::OFlags;
 use rustix::net::sockopt::{set_socket_recv_buffer_size_force, set_socket_send_buffer_size_force};
 use thiserror::Error;
 use tokio::sync::watch;
+use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 
 use self::boot::boot;
-use self::network::{AbortOnDrop, NameService};
+use self::network::NameService;
 use crate::bundle::{DISKS_MAX, Disk, FileKind, MachineSize, PodPlan};
 use crate::machine::agent::{Agent, AgentError, Target};
 use crate::machine::assets::{AssetError, Assets};
@@ -119,6 +121,7 @@ pub struct Pod {
     disks: tokio::sync::Mutex<u8>,
     interfaces: Interfaces,
     follower: OnceLock<AbortOnDrop>,
+    provider: OnceLock<AbortOnDrop>,
     names: tokio::sync::Mutex<NameService>,
     condemned: watch::Sender<bool>,
 }
@@ -172,8 +175,9 @@ impl Pod {
             growth,
             agent,
             disks: tokio::sync::Mutex::default(),
-            interfaces: Interfaces::new(plan.size.vcpus),
+            interfaces: Interfaces::new(plan.queue_pairs),
             follower: OnceLock::new(),
+            provider: OnceLock::new(),
             names: tokio::sync::Mutex::default(),
             condemned: watch::channel(false).0,
         })
@@ -339,6 +343,16 @@ impl Pod {
         self.machine.stop().await;
         drop(self.file_server);
         phase.end();
+    }
+}
+
+/// A task that ends with the pod.
+#[derive(Debug)]
+struct AbortOnDrop(AbortHandle);
+
+impl Drop for AbortOnDrop {
+    fn drop(&mut self) {
+        self.0.abort();
     }
 }
 

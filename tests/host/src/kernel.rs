@@ -68,7 +68,8 @@ impl Kernel {
                 Err(error) => say(&format!("cannot get Debian's kernel: {error:#}; building one")),
             }
         }
-        let recipe = Recipe { name: "host", fragment: include_str!("../x86_64.config") };
+        let fragment = include_str!("../x86_64.config");
+        let recipe = Recipe { name: "host", fragment, patches: &[] };
         let built = kernel::build(recipe, &Source::from_environment()?)?;
         Ok(Self { image: built.vmlinux, modules: None })
     }

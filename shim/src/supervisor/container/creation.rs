@@ -106,6 +106,7 @@ impl Container {
                 Source::New(origin) => {
                     let pod = Arc::new(Pod::start(&self.home, pod_plan, origin).await?);
                     self.sandbox.is_up(&pod)?;
+                    pod.provide_memory().await?;
                     Ok(pod)
                 }
             }

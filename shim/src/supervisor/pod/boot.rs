@@ -12,6 +12,7 @@ use super::{CONSOLE, PodError, random};
 use crate::bundle::PodPlan;
 use crate::machine::agent::Agent;
 use crate::machine::monitor::{self, Machine, MachineError};
+use crate::machine::settings;
 use crate::state::Home;
 use crate::trace::Phase;
 
@@ -35,7 +36,8 @@ pub(super) async fn boot(
         let agent = Agent::connect(stream).await?;
         let mut entropy = [0; 64];
         random(&mut entropy).map_err(|error| PodError::Io("/dev/urandom", error))?;
-        let kernel = agent.hello(&plan.hostname, &entropy, &plan.sysctls).await?;
+        let settings = settings::of_host();
+        let kernel = agent.hello((&plan.hostname, &entropy), &plan.sysctls, settings).await?;
         tracing::debug!(kernel, "guest is up");
         // A pod with fewer processors than planned can still run.
         if plan.size.vcpus > 1

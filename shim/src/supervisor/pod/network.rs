@@ -4,9 +4,7 @@
 use std::path::PathBuf;
 use std::sync::{Arc, Weak};
 
-use tokio::task::AbortHandle;
-
-use super::{Pod, PodError};
+use super::{AbortOnDrop, Pod, PodError};
 use crate::network::interfaces::Bell;
 use crate::network::names;
 
@@ -87,16 +85,6 @@ pub(super) enum NameService {
     Unasked { file: PathBuf, namespace: PathBuf },
     /// They do.
     Asked { _by: AbortOnDrop },
-}
-
-/// A task that ends with the pod.
-#[derive(Debug)]
-pub(super) struct AbortOnDrop(AbortHandle);
-
-impl Drop for AbortOnDrop {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
 }
 
 /// Updates a pod's network whenever the namespace changes.

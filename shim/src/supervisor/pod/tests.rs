@@ -15,12 +15,13 @@ fn a_pod_lives_and_ends_without_a_container() {
     let home = Home::claim(root.path(), &"p".parse().unwrap(), Path::new("/")).unwrap();
     let dist = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/dist/bin");
     let assets = Assets::find_beside(&dist, |_| None).unwrap();
-    let size = MachineSize { vcpus: 1, memory_mib: 256 };
+    let size = MachineSize { vcpus: 1, memory_mib: 256, expected_mib: 256 };
     let plan = PodPlan {
         hostname: "pod".to_owned(),
         size,
         most: size,
         sysctls: [("net.core.somaxconn".to_owned(), "4097".to_owned())].into(),
+        queue_pairs: 1,
         network: Network::New,
         resolv_conf: None,
     };

@@ -44,6 +44,7 @@ mod sysctl;
 mod table;
 mod tenant;
 mod terminal;
+mod timekeeping;
 
 use std::env;
 use std::process::ExitCode;

@@ -6,6 +6,8 @@
 //! that outruns it. At an event, a part of the headroom is given out at once, so that few wait while
 //! the host plugs more (Documentation/admin-guide/cgroup-v2.rst, "Memory Interface Files").
 
+// UNSAFETY: tokio takes a descriptor by number, and the caller has to promise that it stays the
+// same.
 #![expect(unsafe_code, reason = "AsyncFd::register_with_interest has no safe form")]
 
 use std::fs::{self, File};

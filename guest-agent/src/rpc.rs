@@ -8,17 +8,17 @@ use std::time::UNIX_EPOCH;
 
 use bulkhead_protocol::agent::agent_server::{Agent, AgentServer};
 use bulkhead_protocol::agent::{
-    ConfigureReply, ConfigureRequest, CreateReply, CreateRequest, DeleteReply, DeleteRequest,
-    ExecReply, ExecRequest, HelloReply, HelloRequest, KillReply, KillRequest, MemorySize,
-    MemoryWanted, NameQuery, NamesRequest, PauseReply, PauseRequest, ProcessesReply,
-    ProcessesRequest, ReleaseReply, ReleaseRequest, RescanReply, RescanRequest, ResizeReply,
-    ResizeRequest, ResumeReply, ResumeRequest, StartProcessorsReply, StartProcessorsRequest,
-    StartReply, StartRequest, SyncReply, SyncRequest, UpdateReply, UpdateRequest, WaitReply,
-    WaitRequest,
+    ClockReply, ClockRequest, ConfigureReply, ConfigureRequest, CreateReply, CreateRequest,
+    DeleteReply, DeleteRequest, ExecReply, ExecRequest, HelloReply, HelloRequest, KillReply,
+    KillRequest, MemorySize, MemoryWanted, NameQuery, NamesRequest, PauseReply, PauseRequest,
+    ProcessesReply, ProcessesRequest, ReleaseReply, ReleaseRequest, RescanReply, RescanRequest,
+    ResizeReply, ResizeRequest, ResumeReply, ResumeRequest, StartProcessorsReply,
+    StartProcessorsRequest, StartReply, StartRequest, SyncReply, SyncRequest, UpdateReply,
+    UpdateRequest, WaitReply, WaitRequest,
 };
 use bulkhead_protocol::{MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES, VERSION};
 use rustix::system::uname;
-use tokio::sync::{Mutex, mpsc};
+use tokio::sync::{Mutex, Notify, mpsc};
 use tokio::task::spawn_blocking;
 use tokio_vsock::{VsockConnectInfo, VsockListener};
 use tonic::codegen::tokio_stream::wrappers::ReceiverStream;
@@ -33,7 +33,7 @@ use crate::names::Names;
 use crate::network::Network;
 use crate::share::Share;
 use crate::sysctl::Setting;
-use crate::{clock, hotplug, logging, memory};
+use crate::{clock, hotplug, logging, memory, timekeeping};
 
 /// The longest reason that is sent: a status is a header, whose size is limited.
 const REASON_BYTES: usize = 2048;
@@ -49,6 +49,8 @@ struct Calls {
     names: Mutex<Option<Names>>,
     /// Held by the call that watches the containers' memory.
     memory: Arc<Mutex<()>>,
+    /// Rung when the host's clock was set.
+    clock: Arc<Notify>,
 }
 
 /// Serves the calls that come from the vsock address `host`, for ever.
@@ -61,12 +63,15 @@ pub(crate) async fn serve(
     containers: Containers,
     share: Share,
 ) -> Result<(), tonic::transport::Error> {
+    let clock = Arc::new(Notify::new());
+    tokio::spawn(timekeeping::keep(clock.clone()));
     let service = AgentServer::new(Calls {
         containers,
         share,
         network: Arc::default(),
         names: Mutex::default(),
         memory: Arc::default(),
+        clock: clock.clone(),
     })
     .max_decoding_message_size(MAX_REQUEST_BYTES)
     .max_encoding_message_size(MAX_MESSAGE_BYTES);
@@ -98,7 +103,7 @@ impl Agent for Calls {
             return Err(Status::invalid_argument(format!("entropy has more than {limit} bytes")));
         }
         if time_ns != 0 {
-            clock::set_time(time_ns).map_err(internal("cannot set the clock"))?;
+            set_time(time_ns)?;
         }
         if !entropy.is_empty() {
             clock::add_entropy(&entropy).map_err(internal("cannot add entropy"))?;
@@ -300,6 +305,12 @@ impl Agent for Calls {
         Ok(Response::new(StartProcessorsReply {}))
     }
 
+    async fn clock(&self, request: Request<ClockRequest>) -> Result<Response<ClockReply>, Status> {
+        set_time(request.into_inner().time_ns)?;
+        self.clock.notify_one();
+        Ok(Response::new(ClockReply {}))
+    }
+
     type MemoryStream = ReceiverStream<Result<MemoryWanted, Status>>;
 
     async fn memory(
@@ -362,6 +373,15 @@ impl From<ContainerError> for Status {
             ContainerError::Step { .. } => Self::internal(reason),
         }
     }
+}
+
+/// Takes over the host's time: exactly if the kernel can read it, else as it was sent.
+fn set_time(time_ns: u64) -> Result<(), Status> {
+    let set = match timekeeping::ahead() {
+        Ok(ahead) => timekeeping::step(ahead),
+        Err(_) => clock::set_time(time_ns),
+    };
+    set.map_err(internal("cannot set the clock"))
 }
 
 /// Names the part of the guest that failed.

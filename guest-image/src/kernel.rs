@@ -55,11 +55,20 @@ pub struct Kernel {
     pub symbols: PathBuf,
 }
 
-/// What the guest's kernel has beyond its source (`docs/decisions/0021-memory-on-demand.md`).
-const PATCHES: [Patch<'static>; 1] = [Patch {
-    name: "0001-mm-count-ram-that-is-plugged-on-demand.patch",
-    text: include_str!("../kernel/patches/0001-mm-count-ram-that-is-plugged-on-demand.patch"),
-}];
+/// What the guest's kernel has beyond its source: `docs/decisions/0021-memory-on-demand.md` and
+/// `docs/decisions/0022-the-guests-clock.md` say why.
+const PATCHES: [Patch<'static>; 2] = [
+    Patch {
+        name: "0001-mm-count-ram-that-is-plugged-on-demand.patch",
+        text: include_str!("../kernel/patches/0001-mm-count-ram-that-is-plugged-on-demand.patch"),
+    },
+    Patch {
+        name: "0002-timekeeping-show-how-far-the-persistent-clock-is-ahead.patch",
+        text: include_str!(
+            "../kernel/patches/0002-timekeeping-show-how-far-the-persistent-clock-is-ahead.patch"
+        ),
+    },
+];
 
 /// The kernel of a pod.
 #[must_use]

@@ -8,6 +8,8 @@ mod capabilities;
 #[cfg(test)]
 mod cgroup;
 #[cfg(test)]
+mod clock;
+#[cfg(test)]
 mod command_line;
 #[cfg(test)]
 mod descriptors;

@@ -12,10 +12,10 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bulkhead_protocol::agent::agent_client::AgentClient;
 use bulkhead_protocol::agent::{
-    ConfigureRequest, CreateRequest, DeleteRequest, ExecRequest, HelloRequest, KillRequest,
-    MemorySize, MemoryWanted, NameQuery, NamesRequest, PauseRequest, ProcessInfo, ProcessesRequest,
-    ReleaseRequest, RescanRequest, ResizeRequest, ResumeRequest, StartProcessorsRequest,
-    StartRequest, SyncRequest, UpdateRequest, WaitReply, WaitRequest,
+    ClockRequest, ConfigureRequest, CreateRequest, DeleteRequest, ExecRequest, HelloRequest,
+    KillRequest, MemorySize, MemoryWanted, NameQuery, NamesRequest, PauseRequest, ProcessInfo,
+    ProcessesRequest, ReleaseRequest, RescanRequest, ResizeRequest, ResumeRequest,
+    StartProcessorsRequest, StartRequest, SyncRequest, UpdateRequest, WaitReply, WaitRequest,
 };
 use bulkhead_protocol::{MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES, VERSION};
 use hyper_util::rt::TokioIo;
@@ -140,10 +140,9 @@ impl Agent {
         sysctls: &BTreeMap<String, String>,
         settings: BTreeMap<String, String>,
     ) -> Result<String, AgentError> {
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         let request = HelloRequest {
             version: VERSION,
-            time_ns: u64::try_from(now.as_nanos()).unwrap_or(0),
+            time_ns: now_ns(),
             entropy: entropy.to_vec(),
             hostname: hostname.to_owned(),
             sysctls: sysctls.clone().into_iter().collect(),
@@ -320,6 +319,15 @@ impl Agent {
         within(SHORT, "Names", client.names(requests)).await
     }
 
+    /// Has the guest take over the host's time.
+    ///
+    /// # Errors
+    /// When the guest fails.
+    pub async fn set_clock(&self) -> Result<(), AgentError> {
+        let mut client = self.client.clone();
+        within(SHORT, "Clock", client.clock(ClockRequest { time_ns: now_ns() })).await.map(drop)
+    }
+
     /// Lets the agent ask for memory whenever the containers need more than the machine has; the
     /// answer to each is the next of `sizes`. The first is settled when this returns.
     ///
@@ -363,6 +371,11 @@ impl<'a> Target<'a> {
     fn names(self) -> (String, String) {
         (self.container.to_string(), self.exec.to_owned())
     }
+}
+
+fn now_ns() -> u64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(now.as_nanos()).unwrap_or(0)
 }
 
 async fn within<T>(

@@ -24,6 +24,8 @@ const STEP: Duration = Duration::from_millis(5);
 /// The least memory that is added when the guest asks for more, in MiB: a block of the guest's
 /// kernel.
 const DEMAND_MIN_MIB: u32 = 128;
+/// The most sizes that wait to be sent: one that answers a request, and those of updates meanwhile.
+const SIZES: usize = 4;
 /// How long a guest that is given no memory waits before it may ask again.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -65,6 +67,9 @@ struct Now {
     size: MachineSize,
     /// The virtio-mem device is attached.
     attached: bool,
+    /// The machine could not be given what its containers needed: they have to do with what it has,
+    /// and the guest's out-of-memory killer decides.
+    is_full: bool,
     /// Tells the agent the size, once it watches the containers' memory.
     sizes: Option<mpsc::Sender<MemorySize>>,
 }
@@ -73,7 +78,7 @@ impl Growth {
     /// The size of a machine that has just booted.
     #[must_use]
     pub fn new(boot: MachineSize, most: MachineSize) -> Self {
-        let now = Now { size: boot, attached: false, sizes: None };
+        let now = Now { size: boot, attached: false, is_full: false, sizes: None };
         Self { boot, most, now: Mutex::new(now) }
     }
 
@@ -101,6 +106,7 @@ impl Growth {
         if to.memory_mib > now.size.memory_mib {
             self.plug(machine, agent, &mut now, to.memory_mib).await?;
             now.size.memory_mib = to.memory_mib;
+            now.is_full = false;
             now.tell();
         } else if to.expected_mib > counted_on {
             now.tell();
@@ -127,15 +133,14 @@ impl Growth {
     /// When the agent cannot watch the containers' memory.
     pub async fn listen(&self, agent: &Agent) -> Result<Streaming<MemoryWanted>, GrowthError> {
         let mut now = self.now.lock().await;
-        // One size that the machine has by itself, and one that answers a request.
-        let (sizes, told) = mpsc::channel(2);
+        let (sizes, told) = mpsc::channel(SIZES);
         now.sizes = Some(sizes);
         now.tell();
         Ok(agent.memory(told).await?)
     }
 
     /// Answers a request of the agent: half of the machine's memory is added, as far as the
-    /// containers can count on it.
+    /// containers can count on it. After a failure the machine is as large as it gets by itself.
     pub async fn meet(&self, machine: &Machine, agent: &Agent) {
         match self.add(machine, agent).await {
             Ok(true) => {}
@@ -143,7 +148,7 @@ impl Growth {
             Ok(false) => sleep(RETRY).await,
             Err(error) => {
                 tracing::warn!(error = %error, "cannot add the memory that the containers need");
-                sleep(RETRY).await;
+                self.now.lock().await.is_full = true;
             }
         }
         self.now.lock().await.tell();
@@ -203,7 +208,8 @@ impl Now {
     /// Tells the agent how large the machine is, if it wants to know. An agent that does not take
     /// the sizes does not delay the host.
     fn tell(&self) {
-        let size = MemorySize { mib: self.size.memory_mib, expected_mib: self.size.expected_mib };
+        let Self { size: MachineSize { memory_mib: mib, expected_mib, .. }, is_full, .. } = *self;
+        let size = MemorySize { mib, expected_mib: if is_full { mib } else { expected_mib } };
         if let Some(sizes) = &self.sizes
             && let Err(error) = sizes.try_send(size)
         {
@@ -224,7 +230,8 @@ mod tests {
     fn a_machine_grows_by_half_as_far_as_its_containers_count_on_it() {
         let next = |memory_mib, expected_mib, most| {
             let now = MachineSize { vcpus: 1, memory_mib, expected_mib };
-            Now { size: now, attached: false, sizes: None }.next_mib(size(1, most))
+            let now = Now { size: now, attached: false, is_full: false, sizes: None };
+            now.next_mib(size(1, most))
         };
         assert_eq!(next(256, 4096, 4096), 384);
         assert_eq!(next(384, 4096, 4096), 640);

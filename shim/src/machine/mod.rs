@@ -13,6 +13,7 @@ pub mod assets;
 pub mod channel;
 pub mod file_server;
 pub mod growth;
+pub mod host_clock;
 pub mod kvm;
 pub mod monitor;
 mod mount_points;

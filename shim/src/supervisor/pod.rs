@@ -34,6 +34,7 @@ use crate::machine::agent::{Agent, AgentError, Target};
 use crate::machine::assets::{AssetError, Assets};
 use crate::machine::file_server::{FileServer, FileServerError};
 use crate::machine::growth::{Growth, GrowthError};
+use crate::machine::host_clock::HostClock;
 use crate::machine::kvm::{self, KvmError};
 use crate::machine::monitor::{Machine, MachineError, Parts};
 use crate::machine::share::{Files, ShareDir, ShareError};
@@ -122,6 +123,7 @@ pub struct Pod {
     interfaces: Interfaces,
     follower: OnceLock<AbortOnDrop>,
     provider: OnceLock<AbortOnDrop>,
+    _timekeeper: AbortOnDrop,
     names: tokio::sync::Mutex<NameService>,
     condemned: watch::Sender<bool>,
 }
@@ -167,7 +169,9 @@ impl Pod {
             phase.end();
             Ok::<_, PodError>(server)
         };
+        let clock = HostClock::watch().map_err(|error| PodError::Io("clock", error))?;
         let ((machine, agent), file_server) = tokio::try_join!(machine, files)?;
+        let timekeeper = AbortOnDrop::spawn(keep_clock(clock, agent.clone()));
         let growth = Growth::new(plan.size, plan.most);
         Ok(Self {
             machine,
@@ -178,6 +182,7 @@ impl Pod {
             interfaces: Interfaces::new(plan.queue_pairs),
             follower: OnceLock::new(),
             provider: OnceLock::new(),
+            _timekeeper: timekeeper,
             names: tokio::sync::Mutex::default(),
             condemned: watch::channel(false).0,
         })
@@ -350,6 +355,12 @@ impl Pod {
 #[derive(Debug)]
 struct AbortOnDrop(AbortHandle);
 
+impl AbortOnDrop {
+    fn spawn(task: impl Future<Output = ()> + Send + 'static) -> Self {
+        Self(tokio::spawn(task).abort_handle())
+    }
+}
+
 impl Drop for AbortOnDrop {
     fn drop(&mut self) {
         self.0.abort();
@@ -376,6 +387,15 @@ impl Drop for Lent<'_> {
     fn drop(&mut self) {
         if let Err(error) = self.pod.leave_share_dir(self.dir) {
             tracing::debug!(error = %error, "cannot take passed files out of the share");
+        }
+    }
+}
+
+/// Has the guest take over the host's time whenever that is set.
+async fn keep_clock(clock: HostClock, agent: Agent) {
+    while let Ok(()) = clock.was_set().await {
+        if let Err(error) = agent.set_clock().await {
+            tracing::warn!(error = %error, "the guest did not take over the host's time");
         }
     }
 }

@@ -15,9 +15,8 @@ impl Pod {
     /// When the guest cannot watch what its containers need.
     pub async fn provide_memory(self: &Arc<Self>) -> Result<(), PodError> {
         let wanted = self.growth.listen(&self.agent).await?;
-        let provider = tokio::spawn(provide(Arc::downgrade(self), wanted));
         // This is the only call: a pod is brought up once.
-        let _ = self.provider.set(AbortOnDrop(provider.abort_handle()));
+        let _ = self.provider.set(AbortOnDrop::spawn(provide(Arc::downgrade(self), wanted)));
         Ok(())
     }
 }

@@ -20,9 +20,8 @@ impl Pod {
         resolv_conf: Option<PathBuf>,
     ) -> Result<(), PodError> {
         let bell = self.interfaces.attach((&self.machine, &self.agent), namespace.clone()).await?;
-        let follower = tokio::spawn(follow(Arc::downgrade(self), bell));
         // This is the only call: a pod has one network.
-        let _ = self.follower.set(AbortOnDrop(follower.abort_handle()));
+        let _ = self.follower.set(AbortOnDrop::spawn(follow(Arc::downgrade(self), bell)));
         if let Some(file) = resolv_conf {
             *self.names.lock().await = NameService::Unasked { file, namespace };
             self.learn_names().await;
@@ -64,8 +63,7 @@ impl Pod {
         }
         match names::NameServers::open(&self.agent, namespace, &servers).await {
             Ok(opened) => {
-                let serving = tokio::spawn(opened.serve());
-                *names = NameService::Asked { _by: AbortOnDrop(serving.abort_handle()) };
+                *names = NameService::Asked { _by: AbortOnDrop::spawn(opened.serve()) };
             }
             Err(error) => {
                 let error = format!("{:#}", anyhow::Error::from(error));

@@ -373,8 +373,8 @@ impl Containers {
         (mut streams, descriptors): (Streams, Vec<Descriptor>),
     ) -> Result<(Made, Connected), ContainerError> {
         let files = ContainerFiles::of(id);
-        let Prepared { mut spec, restrictions, stream_owner, network_settings } = prepared;
-        network_settings.into_iter().try_for_each(Setting::make)?;
+        let Prepared { mut spec, restrictions, stream_owner, machine_settings } = prepared;
+        machine_settings.into_iter().try_for_each(Setting::make)?;
         if let Some(process) = spec.process() {
             size_terminal(&mut streams, process);
         }

@@ -21,6 +21,16 @@ use crate::disks::BoundDisk;
 use crate::mount_options;
 use crate::sysctl::{Setting, SettingError};
 
+/// What the names of settings begin with that IPC, UTS and user namespaces have (namespaces(7)).
+const NAMESPACED: [&str; 7] = [
+    "fs.mqueue.",
+    "kernel.domainname",
+    "kernel.hostname",
+    "kernel.msg",
+    "kernel.sem",
+    "kernel.shm",
+    "user.",
+];
 /// The most of the container's user table that is read.
 const PASSWD_BYTES: u64 = 1 << 20;
 
@@ -55,8 +65,8 @@ pub(crate) struct Prepared {
     pub(crate) restrictions: Restrictions,
     /// The user that owns the standard streams, as the guest numbers it.
     pub(crate) stream_owner: u32,
-    /// Settings of the network that is the guest's own.
-    pub(crate) network_settings: Vec<Setting>,
+    /// Settings that no namespace of the container has.
+    pub(crate) machine_settings: Vec<Setting>,
 }
 
 /// Checks an id, which becomes the name of a file and of a cgroup.
@@ -105,8 +115,7 @@ pub(crate) fn prepare(
     linux.set_resources(Some(resources));
     name_sources(&mut spec);
     mount_options::fit(&mut spec, &root);
-    let network_settings =
-        if has_new_network(&spec) { Vec::new() } else { take_network_settings(&mut spec)? };
+    let machine_settings = take_machine_settings(&mut spec)?;
     if has_new(&spec, LinuxNamespaceType::User) && !has_new_network(&spec) {
         share_sysfs(&mut spec);
     }
@@ -116,7 +125,7 @@ pub(crate) fn prepare(
     let uid = process.user().uid();
     let stream_owner = in_guest(uid, &spec);
     let restrictions = Restrictions::take(&mut spec);
-    Ok(Prepared { spec, restrictions, stream_owner, network_settings })
+    Ok(Prepared { spec, restrictions, stream_owner, machine_settings })
 }
 
 /// A process as a container gets it, and the user that owns its standard streams.
@@ -170,15 +179,21 @@ fn has_new(spec: &Spec, kind: LinuxNamespaceType) -> bool {
     namespaces.any(|namespace| namespace.typ() == kind && namespace.path().is_none())
 }
 
-/// Takes the network's settings out: libcontainer makes them only in a network of the container's
-/// own.
-fn take_network_settings(spec: &mut Spec) -> Result<Vec<Setting>, SettingError> {
+/// Takes out the settings that no namespace of the container has, which libcontainer refuses: those
+/// of the network, unless the container has one of its own, and those that Linux has only once. The
+/// machine has no other user, so that a container may have them as it likes.
+fn take_machine_settings(spec: &mut Spec) -> Result<Vec<Setting>, SettingError> {
+    let own_network = has_new_network(spec);
     let linux = spec.linux_mut().as_mut();
     let Some(settings) = linux.and_then(|linux| linux.sysctl_mut().as_mut()) else {
         return Ok(Vec::new());
     };
-    let taken = settings.extract_if(|name, _| name.starts_with("net."));
-    taken.map(|(name, value)| Setting::new(&name, value)).collect()
+    let is_the_machines = |name: &str| match name {
+        _ if name.starts_with("net.") => !own_network,
+        _ => !NAMESPACED.iter().any(|prefix| name.starts_with(prefix)),
+    };
+    let taken = settings.extract_if(|name, _| is_the_machines(name));
+    taken.map(|(name, value)| Setting::of_the_machine(&name, value)).collect()
 }
 
 /// The root's propagation by the name that libcontainer knows. Nothing is mounted below the root

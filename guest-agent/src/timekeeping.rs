@@ -51,7 +51,8 @@ pub(crate) fn step(nanoseconds: i64) -> io::Result<()> {
 /// Keeps the clock for ever; `rung` says that it was stepped, so that the difference until then was
 /// no drift. Returns at once where the kernel does not show the host's clock.
 pub(crate) async fn keep(rung: Arc<Notify>) {
-    let [mut pause, longest] = PAUSES;
+    let [shortest, longest] = PAUSES;
+    let mut pause = shortest;
     let mut last = Instant::now();
     let mut rate = 0.0;
     while ahead().is_ok() {
@@ -64,17 +65,21 @@ pub(crate) async fn keep(rung: Arc<Notify>) {
         }
         let passed = last.elapsed();
         last = Instant::now();
-        if let Err(error) = ahead().and_then(|ahead| correct(ahead, passed, &mut rate)) {
-            tracing::warn!(%error, "cannot correct the clock");
+        match ahead().and_then(|ahead| correct(ahead, passed, &mut rate)) {
+            Ok(false) => {}
+            // Whoever has set the clock may have changed its rate too.
+            Ok(true) => pause = shortest,
+            Err(error) => tracing::warn!(%error, "cannot correct the clock"),
         }
     }
 }
 
-/// Corrects a difference that has come about in the time that has passed.
-fn correct(ahead: i64, passed: Duration, rate: &mut f64) -> io::Result<()> {
+/// Corrects a difference that has come about in the time that has passed; returns whether the clock
+/// was stepped.
+fn correct(ahead: i64, passed: Duration, rate: &mut f64) -> io::Result<bool> {
     if ahead.abs() >= STEP {
         tracing::info!(ahead_ns = ahead, "the clock is stepped");
-        return step(ahead);
+        return step(ahead).map(|()| true);
     }
     *rate = faster(*rate, ahead, passed);
     let mut change = unchanged(libc::ADJ_FREQUENCY);
@@ -85,7 +90,7 @@ fn correct(ahead: i64, passed: Duration, rate: &mut f64) -> io::Result<()> {
     adjust(&mut change)?;
     let mut change = unchanged(libc::ADJ_OFFSET_SINGLESHOT);
     change.offset = ahead / 1000;
-    adjust(&mut change)
+    adjust(&mut change).map(|()| false)
 }
 
 /// The rate in millionths with which the difference would not have come about.

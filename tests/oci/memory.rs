@@ -111,6 +111,23 @@ fn a_machine_grows_for_programs_and_gives_back_what_they_leave() {
     runtime.assert_clean().unwrap();
 }
 
+/// runc refuses these, because they would be the host's.
+#[test]
+fn a_container_may_have_settings_of_its_machine() {
+    let host = fs::read_to_string("/proc/sys/vm/max_map_count").unwrap();
+    let runtime = Runtime::new().unwrap();
+    let bundle = Bundle::script("cat /proc/sys/vm/max_map_count /proc/sys/fs/aio-max-nr").unwrap();
+    let settings = json!({"vm.max_map_count": "262145", "fs.aio-max-nr": "70001"});
+    let bundle = bundle.with(|spec| spec["linux"]["sysctl"] = settings).unwrap();
+    let output = told(&runtime.run("c", &bundle).unwrap());
+    assert_eq!(output, (Some(0), "262145\n70001\n".to_owned(), String::new()));
+    assert_eq!(fs::read_to_string("/proc/sys/vm/max_map_count").unwrap(), host);
+    let bundle = bundle.with(|spec| spec["linux"]["sysctl"] = json!({"vm.no_such": "1"})).unwrap();
+    let errors = runtime.fails(&["run", "--bundle", bundle.path().to_str().unwrap(), "c"]).unwrap();
+    assert!(errors.contains("no_such"), "{errors}");
+    runtime.assert_clean().unwrap();
+}
+
 #[test]
 fn settings_without_a_namespace_are_the_hosts() {
     const NAMES: [&str; 12] = [

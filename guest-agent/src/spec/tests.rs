@@ -45,16 +45,20 @@ fn a_further_process_has_the_containers_limits_and_restrictions() {
 }
 
 #[test]
-fn settings_of_the_guests_network_are_taken_out() {
+fn settings_of_the_machine_are_taken_out() {
     let mut spec = minimal();
     spec["linux"]["sysctl"] = json!({"net.ipv4.ip_forward": "1", "kernel.shmmax": "5"});
-    assert!(prepared(&spec).unwrap().network_settings.is_empty(), "the container has its own");
+    assert!(prepared(&spec).unwrap().machine_settings.is_empty(), "the container has its own");
     spec["linux"]["namespaces"] = json!([]);
     let taken = prepared(&spec).unwrap();
     let expected = Setting::new("net.ipv4.ip_forward", "1".to_owned()).unwrap();
-    assert_eq!(taken.network_settings, [expected]);
+    assert_eq!(taken.machine_settings, [expected]);
     let left = taken.spec.linux().as_ref().unwrap().sysctl().clone().unwrap();
     assert_eq!(left.keys().collect::<Vec<_>>(), ["kernel.shmmax"]);
+    spec["linux"]["sysctl"] = json!({"vm.max_map_count": "9", "kernel.msgmax": "5"});
+    let taken = prepared(&spec).unwrap().machine_settings;
+    let expected = Setting::of_the_machine("vm.max_map_count", "9".to_owned()).unwrap();
+    assert_eq!(taken, [expected]);
     spec["linux"]["sysctl"] = json!({"net.//../x": "1"});
     assert!(matches!(prepared(&spec), Err(SpecError::Setting(_))));
 }

@@ -44,7 +44,7 @@ exit 42
 
 /// The differences that are accepted; `docs/COMPATIBILITY.md` has each with its reason, and
 /// [`meaning`] leaves it out.
-const ACCEPTED: [&str; 7] = [
+const ACCEPTED: [&str; 8] = [
     "file system of the host",
     "peer group of the host",
     "propagation of the root",
@@ -52,6 +52,7 @@ const ACCEPTED: [&str; 7] = [
     "superblock of sysfs and cgroup2",
     "cpu.weight",
     "mode of a file that is made to mount on",
+    "path of the cgroup",
 ];
 
 /// The result of a bundle under one runtime.
@@ -84,6 +85,8 @@ fn told_by(output: &Output, bundle: &Bundle) -> Told {
 fn meaning(section: &str, line: &str, host: &str) -> Option<String> {
     match section {
         "mounts" => Some(mount(line, host)),
+        // "path of the cgroup"
+        "place" => Some(line.replacen("0::/containers/", "0::/", 1)),
         // Computed with another formula: "cpu.weight".
         "cgroup" if line.starts_with("cpu.weight") => None,
         _ => Some(line.to_owned()),

@@ -16,6 +16,8 @@ mod descriptors;
 #[cfg(test)]
 mod device_rules;
 #[cfg(test)]
+mod differences;
+#[cfg(test)]
 mod differential;
 #[cfg(test)]
 mod disks;

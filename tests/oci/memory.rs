@@ -111,6 +111,24 @@ fn a_machine_grows_for_programs_and_gives_back_what_they_leave() {
     runtime.assert_clean().unwrap();
 }
 
+/// As PostgreSQL recommends it: vm.overcommit_memory is 2.
+#[test]
+fn where_the_host_refuses_overcommit_a_container_may_commit_as_much() {
+    let mode = "/proc/sys/vm/overcommit_memory";
+    let before = fs::read_to_string(mode).unwrap();
+    fs::write(mode, "2").unwrap();
+    let script = "
+        cat /proc/sys/vm/overcommit_memory
+        dd if=/dev/zero of=/dev/null bs=1024M count=1 2>/dev/null; echo used $?
+        dd if=/dev/zero of=/dev/null bs=2047M count=0 2>/dev/null; echo reserved $?
+        for i in 1 2 3 4 5 6; do dd if=/dev/zero of=/dev/null bs=2047M count=0 2>/dev/null; done
+        (ulimit -v unlimited; dd if=/dev/zero of=/dev/null bs=12G count=0 2>/dev/null); echo too much $?";
+    let [runc, ours] = beside_runc(&json!({}), script);
+    fs::write(mode, before).unwrap();
+    assert_eq!(ours, runc);
+    assert_eq!(runc.1, "2\nused 0\nreserved 0\ntoo much 1\n");
+}
+
 /// runc refuses these, because they would be the host's.
 #[test]
 fn a_container_may_have_settings_of_its_machine() {

@@ -81,9 +81,11 @@ const FOLLOWED: [&str; 63] = [
     "net.ipv4.tcp_wmem",
     "net.ipv4.udp_mem",
 ];
-/// The ratio and the amount of memory that may be committed where overcommit is refused. Writing
-/// either makes the other 0, so only the one in force is taken over.
-const COMMIT: [&str; 2] = ["vm.overcommit_kbytes", "vm.overcommit_ratio"];
+/// The memory that may be committed where overcommit is refused. The host may have a ratio of its
+/// memory instead, which would be one of the guest's.
+const COMMIT: &str = "vm.overcommit_kbytes";
+/// That amount on the host, in `/proc/meminfo`.
+const COMMIT_LIMIT: &str = "CommitLimit:";
 /// The memory by which the guest's kernel judges a single reservation, by a patch of ours: the
 /// host's, as if the container ran there.
 const GUESS: &str = "vm.overcommit_guess_kbytes";
@@ -95,6 +97,8 @@ pub(crate) fn of_host() -> BTreeMap<String, String> {
     let units = u128::from(info.totalram) + u128::from(info.totalswap);
     let kilobytes = (units * u128::from(info.mem_unit)) >> 10;
     settings.insert(GUESS.to_owned(), kilobytes.to_string());
+    let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    settings.extend(commit_limit(&meminfo).map(|limit| (COMMIT.to_owned(), limit)));
     settings
 }
 
@@ -106,8 +110,14 @@ fn read(directory: &Path) -> BTreeMap<String, String> {
         let usable = !value.is_empty() && !value.starts_with('|');
         usable.then(|| (name.to_owned(), value.to_owned()))
     };
-    let commit = COMMIT.iter().filter_map(|name| value(name)).find(|(_, value)| value != "0");
-    FOLLOWED.iter().filter_map(|name| value(name)).chain(commit).collect()
+    FOLLOWED.iter().filter_map(|name| value(name)).collect()
+}
+
+/// The memory that the host may commit, in KiB.
+fn commit_limit(meminfo: &str) -> Option<String> {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix(COMMIT_LIMIT))?;
+    let kilobytes: u64 = line.split_whitespace().next()?.parse().ok()?;
+    Some(kilobytes.to_string())
 }
 
 #[cfg(test)]
@@ -140,11 +150,10 @@ mod tests {
     }
 
     #[test]
-    fn what_may_be_committed_is_taken_over_in_the_form_that_is_in_force() {
-        let ratio = [("vm/overcommit_kbytes", "0\n"), ("vm/overcommit_ratio", "80\n")];
-        assert_eq!(host(&ratio).into_keys().collect::<Vec<_>>(), ["vm.overcommit_ratio"]);
-        let amount = [("vm/overcommit_kbytes", "4096\n"), ("vm/overcommit_ratio", "0\n")];
-        assert_eq!(host(&amount).into_keys().collect::<Vec<_>>(), ["vm.overcommit_kbytes"]);
+    fn what_the_host_may_commit_is_an_amount() {
+        let meminfo = "Bounce: 0 kB\nCommitLimit:     4081332 kB\nCommitted_AS:    1 kB\n";
+        assert_eq!(commit_limit(meminfo).as_deref(), Some("4081332"));
+        assert_eq!(commit_limit("CommitLimit: many kB\n"), None);
     }
 
     #[test]

@@ -8,6 +8,8 @@ use std::fs;
 use std::io;
 use std::net::Ipv6Addr;
 use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use bulkhead_netlink::route::RouteNetlinkMessage;
 use bulkhead_netlink::route::address::AddressAttribute;
@@ -25,6 +27,10 @@ const LOOPBACK_NUMBER: u32 = 1;
 const IPV6_OFF: &str = "disable_ipv6";
 /// The switch of duplicate address detection.
 const DETECTION: &str = "accept_dad";
+/// The kernel's list of IPv6 addresses.
+const ADDRESSES: &str = "/proc/net/if_inet6";
+/// How long addresses may take that need no detection.
+const SETTLING: Duration = Duration::from_millis(500);
 /// How the kernel makes an interface's link-local address: from the MAC address, "0", or not at
 /// all, "1".
 const GENERATION: &str = "addr_gen_mode";
@@ -84,6 +90,7 @@ impl Network {
             // Without duplicate address detection: the host has done it.
             self.detect("0", &mut errors);
             self.set(&mut connection, wanted, changed, &mut errors);
+            self.settle();
             self.detect("1", &mut errors);
             self.generate(&mut errors);
         }
@@ -149,6 +156,23 @@ impl Network {
         for (interface, _) in &self.interfaces {
             let name = &interface.name;
             errors.extend(of(name, switch(name, DETECTION, value)));
+        }
+    }
+
+    /// Waits until the kernel has seen that it need not look for duplicates: it does so for each
+    /// address in a task of its own, and would look after all if detection were on again by then.
+    fn settle(&self) {
+        let usable = |name: &&str| {
+            fs::read_to_string(format!("/sys/class/net/{name}/carrier"))
+                .is_ok_and(|carrier| carrier.trim() == "1")
+        };
+        let names = self.interfaces.iter().map(|(interface, _)| interface.name.as_str());
+        let names: Vec<&str> = names.filter(usable).collect();
+        let deadline = Instant::now() + SETTLING;
+        let tentative =
+            || fs::read_to_string(ADDRESSES).is_ok_and(|all| is_tentative(&all, &names));
+        while tentative() && Instant::now() < deadline {
+            sleep(Duration::from_millis(1));
         }
     }
 
@@ -237,6 +261,19 @@ fn set_up(
     // On the host it may have got its address when it had another MAC address, or have none.
     switch(&interface.name, GENERATION, "1")?;
     connection.set_link(number, Some(interface.up), Vec::new())
+}
+
+/// Whether an address of one of these interfaces is still checked for duplicates.
+fn is_tentative(addresses: &str, names: &[&str]) -> bool {
+    const TENTATIVE: u32 = 0x40; // IFA_F_TENTATIVE
+    addresses.lines().any(|line| {
+        // The address, the interface's number, the prefix's length, the scope, flags, the name.
+        let [_, _, _, _, flags, name] = line.split_whitespace().collect::<Vec<_>>()[..] else {
+            return false;
+        };
+        let flags = u32::from_str_radix(flags, 16).unwrap_or(0);
+        names.contains(&name) && flags & TENTATIVE != 0
+    })
 }
 
 /// Whether a setting is the address that follows from a MAC address: RFC 4291, appendix A.
@@ -335,6 +372,15 @@ mod tests {
     use super::*;
     use bulkhead_netlink::route::address::AddressMessage;
     use bulkhead_netlink::route::route::{RouteMessage, RouteNextHop};
+
+    #[test]
+    fn an_address_that_is_checked_for_duplicates_is_known_by_its_flag() {
+        let list = "fe8000000000000000fc00fffe000001 04 40 20 c0     eth0\n\
+                    fd000000000000000000000000000002 05 40 00 80     eth1\n";
+        assert!(is_tentative(list, &["eth1", "eth0"]));
+        assert!(!is_tentative(list, &["eth1"]));
+        assert!(!is_tentative("", &["eth0"]));
+    }
 
     #[test]
     fn an_interface_is_found_by_its_slot() {

@@ -207,8 +207,14 @@ fn tree(top: &Path) -> io::Result<Vec<PathBuf>> {
 
 /// The kills that `memory.events` counts.
 fn oom_kills(events: &str) -> u64 {
-    let count = events.lines().find_map(|line| line.strip_prefix("oom_kill "));
-    count.and_then(|count| count.trim().parse().ok()).unwrap_or(0)
+    number(events, "oom_kill")
+}
+
+/// The value on the line of that name in a file of a cgroup or of `/proc/vmstat`; 0 without one.
+pub(crate) fn number(text: &str, name: &str) -> u64 {
+    let mut lines = text.lines().filter_map(|line| line.split_once(' '));
+    let value = lines.find(|(found, _)| *found == name).map(|(_, value)| value.trim());
+    value.and_then(|value| value.parse().ok()).unwrap_or(0)
 }
 
 #[cfg(test)]

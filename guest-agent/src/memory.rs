@@ -24,7 +24,7 @@ use tokio::task::spawn_blocking;
 use tokio::time::sleep;
 use tonic::{Status, Streaming};
 
-use crate::cgroup;
+use crate::cgroup::{self, number};
 use crate::sysctl::Setting;
 
 /// The least headroom, in bytes: what the guest's kernel needs for itself and to describe more.
@@ -169,13 +169,6 @@ fn droppable(stat: &str) -> u64 {
         .map(|name| number(stat, name))
         .into_iter()
         .fold(0, u64::saturating_add)
-}
-
-/// The value on the line of that name; 0 without one.
-fn number(text: &str, name: &str) -> u64 {
-    let mut lines = text.lines().filter_map(|line| line.split_once(' '));
-    let value = lines.find(|(found, _)| *found == name).map(|(_, value)| value.trim());
-    value.and_then(|value| value.parse().ok()).unwrap_or(0)
 }
 
 /// `avg10` of the line `some` of a pressure file (Documentation/accounting/psi.rst); 0 without one.

@@ -129,6 +129,19 @@ impl Bundle {
         Ok(self)
     }
 
+    /// Gives the process a capability beyond Docker's, and writes the specification.
+    ///
+    /// # Errors
+    /// When `config.json` cannot be written, or the process has no sets of capabilities.
+    pub fn with_capability(mut self, name: &str) -> Result<Self> {
+        for set in ["bounding", "effective", "permitted"] {
+            let set = self.spec["process"]["capabilities"][set].as_array_mut();
+            set.context("no set of capabilities")?.push(name.into());
+        }
+        self.write()?;
+        Ok(self)
+    }
+
     /// Changes the specification by what is in the bundle, and writes it.
     ///
     /// # Errors

@@ -29,14 +29,7 @@ impl Sleeper {
         let shared = tempfile::tempdir().unwrap();
         let bundle = Bundle::script("exec sleep 1000").unwrap();
         let bundle = bundle.mount(bundle::bind(shared.path(), "/shared", &["rbind"])).unwrap();
-        let bundle = bundle
-            .with(|spec| {
-                for set in ["bounding", "effective", "permitted"] {
-                    let set = spec["process"]["capabilities"][set].as_array_mut().unwrap();
-                    set.push("CAP_SYS_TIME".into());
-                }
-            })
-            .unwrap();
+        let bundle = bundle.with_capability("CAP_SYS_TIME").unwrap();
         fs::copy(PROGRAM, bundle.rootfs().join("bin/clock")).unwrap();
         runtime.create("c", &bundle).unwrap();
         runtime.ok(&["start", "c"]).unwrap();

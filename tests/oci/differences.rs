@@ -41,14 +41,7 @@ impl Shared {
         let bundle = bundle.mount(bundle::bind(&volume, "/v", &["rbind"])).unwrap();
         let usr = bundle::bind("/usr".as_ref(), "/usr", &["rbind", "ro"]);
         let bundle = bundle.mount(usr).unwrap();
-        let bundle = bundle
-            .with(|spec| {
-                for set in ["bounding", "effective", "permitted"] {
-                    let set = spec["process"]["capabilities"][set].as_array_mut().unwrap();
-                    set.push("CAP_SYS_ADMIN".into());
-                }
-            })
-            .unwrap();
+        let bundle = bundle.with_capability("CAP_SYS_ADMIN").unwrap();
         runtime.create("c", &bundle).unwrap();
         runtime.ok(&["start", "c"]).unwrap();
         Self { runtime, volume, _bundle: bundle, _directory: directory }

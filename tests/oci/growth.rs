@@ -37,7 +37,7 @@ fn use_memory(runtime: &Runtime, mib: u64) -> Option<i32> {
 }
 
 /// The host memory that the monitor uses, in MiB.
-fn resident(runtime: &Runtime) -> u64 {
+pub(crate) fn resident(runtime: &Runtime) -> u64 {
     let [monitor] = runtime.processes("bulkhead-vmm").unwrap()[..] else { panic!("one monitor") };
     let rollup = fs::read_to_string(format!("/proc/{monitor}/smaps_rollup")).unwrap();
     let line = rollup.lines().find_map(|line| line.strip_prefix("Pss:")).unwrap();

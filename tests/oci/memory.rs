@@ -7,6 +7,8 @@ use bulkhead_tests::bundle::Bundle;
 use bulkhead_tests::runtime::{Runtime, comes_true, told};
 use serde_json::{Value, json};
 
+use crate::growth::resident;
+
 /// Lines of a container's output by their first word.
 fn number(output: &str, name: &str) -> u64 {
     let line = output.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
@@ -88,12 +90,7 @@ fn a_machine_grows_for_programs_and_gives_back_what_they_leave() {
     let bundle = Bundle::script("exec sleep 1000").unwrap();
     runtime.create("c", &bundle).unwrap();
     runtime.ok(&["start", "c"]).unwrap();
-    let [monitor] = runtime.processes("bulkhead-vmm").unwrap()[..] else { panic!("one monitor") };
-    let resident = || {
-        let rollup = fs::read_to_string(format!("/proc/{monitor}/smaps_rollup")).unwrap();
-        number(&rollup, "Pss:") / 1024
-    };
-    let idle = resident();
+    let idle = resident(&runtime);
     let plugged = || runtime.ok(&["exec", "c", "grep", "managed", "/proc/zoneinfo"]).unwrap();
     let small = plugged();
     let caches = "dd if=/dev/zero of=/f bs=1M count=250 2>/dev/null; cat /f > /dev/null; rm /f";
@@ -102,9 +99,9 @@ fn a_machine_grows_for_programs_and_gives_back_what_they_leave() {
     let used = ["exec", "c", "dd", "if=/dev/zero", "of=/dev/null", "bs=400M", "count=1"];
     runtime.ok(&used).unwrap();
     assert!(
-        comes_true(Duration::from_secs(60), || resident() < idle + 80),
+        comes_true(Duration::from_secs(60), || resident(&runtime) < idle + 80),
         "{} MiB are not given back, {idle} MiB were taken before",
-        resident()
+        resident(&runtime)
     );
     assert_ne!(plugged(), small);
     runtime.ok(&["delete", "--force", "c"]).unwrap();

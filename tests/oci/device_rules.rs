@@ -60,12 +60,7 @@ fn bundle(rules: &[Value]) -> Bundle {
     bundle.spec["linux"]["devices"] = json!([
         {"path": "/dev/log", "type": "c", "major": LOG.0, "minor": LOG.1, "fileMode": 0o666},
     ]);
-    for set in ["bounding", "effective", "permitted"] {
-        let set = bundle.spec["process"]["capabilities"][set].as_array_mut().unwrap();
-        set.push(json!("CAP_SYSLOG"));
-    }
-    bundle.write().unwrap();
-    bundle
+    bundle.with_capability("CAP_SYSLOG").unwrap()
 }
 
 /// With rules that allow all devices but one, a container can still make a node of that one,

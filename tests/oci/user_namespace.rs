@@ -18,12 +18,8 @@ const PROBE: &str = "id -u; id -g; id -G; cat /proc/self/uid_map; \
     mknod /mnt/null c 1 3; echo mknod $?; echo 1 > /proc/sys/kernel/sysrq; echo sysrq $?";
 
 fn bundle() -> Bundle {
-    let mut bundle = mapped(Bundle::new(&["/bin/sleep", "1000"]).unwrap());
-    for set in ["bounding", "effective", "permitted"] {
-        let set = bundle.spec["process"]["capabilities"][set].as_array_mut().unwrap();
-        set.push("CAP_SYS_ADMIN".into());
-    }
-    bundle.write().unwrap();
+    let bundle = mapped(Bundle::new(&["/bin/sleep", "1000"]).unwrap());
+    let bundle = bundle.with_capability("CAP_SYS_ADMIN").unwrap();
     fs::set_permissions(
         bundle.rootfs().join("mnt"),
         std::os::unix::fs::PermissionsExt::from_mode(0o1777),

@@ -55,9 +55,9 @@ pub struct Kernel {
     pub symbols: PathBuf,
 }
 
-/// What the guest's kernel has beyond its source: `docs/decisions/0021-memory-on-demand.md` and
-/// `docs/decisions/0022-the-guests-clock.md` say why.
-const PATCHES: [Patch<'static>; 2] = [
+/// What the guest's kernel has beyond its source: `docs/decisions/0021-memory-on-demand.md`,
+/// `docs/decisions/0022-the-guests-clock.md` and `docs/decisions/0023-files-of-two-kinds.md` say why.
+const PATCHES: [Patch<'static>; 4] = [
     Patch {
         name: "0001-mm-count-ram-that-is-plugged-on-demand.patch",
         text: include_str!("../kernel/patches/0001-mm-count-ram-that-is-plugged-on-demand.patch"),
@@ -67,6 +67,14 @@ const PATCHES: [Patch<'static>; 2] = [
         text: include_str!(
             "../kernel/patches/0002-timekeeping-show-how-far-the-persistent-clock-is-ahead.patch"
         ),
+    },
+    Patch {
+        name: "0003-fuse-locks-of-this-kernel-and-of-others.patch",
+        text: include_str!("../kernel/patches/0003-fuse-locks-of-this-kernel-and-of-others.patch"),
+    },
+    Patch {
+        name: "0005-fuse-write-mappings-back-soon.patch",
+        text: include_str!("../kernel/patches/0005-fuse-write-mappings-back-soon.patch"),
     },
 ];
 

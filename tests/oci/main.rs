@@ -80,6 +80,8 @@ mod resources;
 #[cfg(test)]
 mod seccomp;
 #[cfg(test)]
+mod shared_files;
+#[cfg(test)]
 mod sizes;
 #[cfg(test)]
 mod storage;
@@ -95,3 +97,5 @@ mod terminal_user;
 mod unified;
 #[cfg(test)]
 mod user_namespace;
+#[cfg(test)]
+mod volume;

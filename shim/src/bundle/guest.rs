@@ -98,8 +98,8 @@ pub(super) fn rewrite(
         if is_bind(mount) {
             let target = Path::new("mounts").join((shared.len() - 1).to_string());
             let source = mount.source().clone().unwrap_or_default();
-            mount.set_source(Some(in_guest(&target)));
-            let entry = Shared { id_map, ..share(mount, &source, target, bundle)? };
+            let entry = Shared { id_map, ..share(mount, &source, &target, bundle)? };
+            mount.set_source(Some(in_guest(&entry.target)));
             if entry.recursive {
                 read_only::leave_to_host(mount, &entry.source, &mut host_mounts)
                     .map_err(|error| unusable(&entry.source, error))?;
@@ -169,20 +169,34 @@ fn has_option(mount: &Mount, names: &[&str]) -> bool {
 fn share(
     mount: &Mount,
     source: &Path,
-    target: PathBuf,
+    target: &Path,
     bundle: &Path,
 ) -> Result<Shared, BundleError> {
     // A relative source is relative to the bundle, as in runc.
     let source = bundle.join(source);
     let metadata = fs::metadata(&source).map_err(|error| unusable(&source, error))?;
     let read_only = read_only::of(mount);
-    let kind = if metadata.is_dir() { FileKind::Directory } else { FileKind::File };
+    let (kind, target) = if metadata.is_dir() {
+        (FileKind::Directory, target.to_owned())
+    } else {
+        (FileKind::File, target.iter().chain(&last_names(&source)).collect())
+    };
     Ok(Shared {
         read_only: read_only.itself,
         read_only_below: read_only.below,
         recursive: has_option(mount, &["rbind"]),
         ..Shared::new(source, target, kind)
     })
+}
+
+/// The last names of a file's path, which end its path in the share too, and so its line in
+/// `/proc/self/mountinfo`: there programs look for the id of their container or pod, as in
+/// `/var/lib/docker/containers/ID/hostname`. A file without a path (`/proc/self/fd/3`) has none.
+fn last_names(file: &Path) -> PathBuf {
+    const NAMES: usize = 4;
+    let path = fs::canonicalize(file).unwrap_or_default();
+    let names: Vec<_> = path.iter().skip(1).collect();
+    names.iter().skip(names.len().saturating_sub(NAMES)).collect()
 }
 
 fn unusable(source: &Path, error: io::Error) -> BundleError {

@@ -7,13 +7,15 @@
 //! table is as large as the guest's inode cache and no larger.
 
 use std::collections::HashMap;
+use std::ffi::CStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
-use rustix::fs::{AtFlags, FileType, Statx, StatxFlags, statx};
+use rustix::fs::{AtFlags, FileType, Statx, StatxAttributes, StatxFlags, statx};
 use rustix::io::Errno;
 
+use super::places::Place;
 use super::slots::{Kept, Slot, Slots};
 
 /// The number of the root directory, `FUSE_ROOT_ID`.
@@ -26,6 +28,8 @@ pub(super) struct Inode {
     pub(super) node: u64,
     /// What kind of file it is, which never changes.
     pub(super) kind: FileType,
+    /// Where in the share it is.
+    pub(super) place: Place,
     /// The change time that the guest's cached pages belong to; 0 when it is not known.
     pub(super) cached: AtomicU64,
     path: Kept,
@@ -73,7 +77,7 @@ impl Inodes {
     pub(super) fn new(root: OwnedFd, slots: Arc<Slots>) -> Result<Self, Errno> {
         let attributes = stat(&root)?;
         let mut tables = Tables { last_node: ROOT, ..Tables::default() };
-        tables.insert(ROOT, slots.take()?.keep(root), &attributes);
+        tables.insert(ROOT, slots.take()?.keep(root), Place::Root, &attributes);
         let devices = Devices::new(device(&attributes));
         Ok(Self { tables: Mutex::new(tables), slots, devices })
     }
@@ -83,14 +87,16 @@ impl Inodes {
         self.lock().by_node.get(&node).cloned().ok_or(Errno::STALE)
     }
 
-    /// Counts one more lookup of an open file, and adds the file if it is new. A new file is kept
-    /// in `slot`, or in another slot if that is `None`.
+    /// Counts one more lookup of an open file, which has this name in a directory, and adds the file
+    /// if it is new. A new file is kept in `slot`, or in another slot if that is `None`.
     pub(super) fn remember(
         &self,
+        (directory, name): (&Inode, &CStr),
         path: OwnedFd,
         slot: Option<Slot>,
     ) -> Result<(Arc<Inode>, Statx), Errno> {
         let attributes = stat(&path)?;
+        let place = directory.place.below(name, is_mounted(&attributes), is_directory(&attributes));
         let mut tables = self.lock();
         let inode = match tables.by_key.get(&key(&attributes)).copied() {
             Some(node) => tables.by_node.get(&node).cloned().ok_or(Errno::IO)?,
@@ -98,7 +104,7 @@ impl Inodes {
                 let slot = slot.map_or_else(|| self.slots.take(), Ok)?;
                 tables.last_node += 1;
                 let node = tables.last_node;
-                tables.insert(node, slot.keep(path), &attributes)
+                tables.insert(node, slot.keep(path), place, &attributes)
             }
         };
         // The counter changes only under the lock of the tables.
@@ -143,11 +149,12 @@ impl Inodes {
 }
 
 impl Tables {
-    fn insert(&mut self, node: u64, path: Kept, attributes: &Statx) -> Arc<Inode> {
+    fn insert(&mut self, node: u64, path: Kept, place: Place, attributes: &Statx) -> Arc<Inode> {
         let key = key(attributes);
         let inode = Arc::new(Inode {
             node,
-            kind: FileType::from_raw_mode(attributes.stx_mode.into()),
+            kind: kind(attributes),
+            place,
             cached: AtomicU64::new(0),
             path,
             key,
@@ -213,6 +220,20 @@ pub(super) fn device(attributes: &Statx) -> u64 {
     u64::from(attributes.stx_dev_major) << 32 | u64::from(attributes.stx_dev_minor)
 }
 
+/// Whether a file is the root of a mount.
+pub(super) fn is_mounted(attributes: &Statx) -> bool {
+    attributes.stx_attributes.contains(StatxAttributes::MOUNT_ROOT)
+}
+
+/// Whether a file is a directory.
+pub(super) fn is_directory(attributes: &Statx) -> bool {
+    kind(attributes) == FileType::Directory
+}
+
+fn kind(attributes: &Statx) -> FileType {
+    FileType::from_raw_mode(attributes.stx_mode.into())
+}
+
 fn key(attributes: &Statx) -> Key {
     let (inode, mount) = (attributes.stx_ino, attributes.stx_mnt_id);
     Key { inode, mount, device: device(attributes) }
@@ -237,21 +258,22 @@ mod tests {
         (directory, inodes)
     }
 
+    fn look_up(inodes: &Inodes, path: &std::path::Path) -> Result<(Arc<Inode>, Statx), Errno> {
+        inodes.remember((&*inodes.get(ROOT)?, c"file"), open(path), None)
+    }
+
     #[test]
     fn one_file_has_one_number_until_it_is_forgotten() {
         let (directory, inodes) = directory();
         let path = directory.path().join("file");
         File::create(&path).unwrap();
-        let node = inodes.remember(open(&path), None).unwrap().0.node;
-        assert_eq!(inodes.remember(open(&path), None).unwrap().0.node, node);
+        let node = look_up(&inodes, &path).unwrap().0.node;
+        assert_eq!(look_up(&inodes, &path).unwrap().0.node, node);
         inodes.forget(node, 1);
         assert_eq!(inodes.get(node).unwrap().node, node);
         inodes.forget(node, 1);
         assert_eq!(inodes.get(node).unwrap_err(), Errno::STALE);
-        assert!(
-            inodes.remember(open(&path), None).unwrap().0.node > node,
-            "numbers are not used again"
-        );
+        assert!(look_up(&inodes, &path).unwrap().0.node > node, "numbers are not used again");
     }
 
     #[test]
@@ -260,7 +282,7 @@ mod tests {
         inodes.forget(ROOT, u64::MAX);
         inodes.forget(77, 1);
         assert_eq!(inodes.get(ROOT).unwrap().kind, FileType::Directory);
-        assert_eq!(inodes.remember(open(directory.path()), None).unwrap().0.node, ROOT);
+        assert_eq!(look_up(&inodes, directory.path()).unwrap().0.node, ROOT);
     }
 
     #[test]
@@ -268,7 +290,7 @@ mod tests {
         let (directory, inodes) = directory();
         let path = directory.path().join("file");
         File::create(&path).unwrap();
-        let node = inodes.remember(open(&path), None).unwrap().0.node;
+        let node = look_up(&inodes, &path).unwrap().0.node;
         inodes.clear();
         assert!(inodes.get(node).is_err());
         assert!(inodes.get(ROOT).is_ok());

@@ -30,6 +30,7 @@ pub mod config;
 mod handles;
 mod inodes;
 mod jail;
+mod places;
 mod serve;
 mod share;
 mod slots;

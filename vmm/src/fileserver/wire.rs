@@ -55,6 +55,7 @@ pub(crate) mod opcode {
     pub(crate) const CREATE: u32 = 35;
     pub(crate) const INTERRUPT: u32 = 36;
     pub(crate) const DESTROY: u32 = 38;
+    pub(crate) const IOCTL: u32 = 39;
     pub(crate) const BATCH_FORGET: u32 = 42;
     pub(crate) const FALLOCATE: u32 = 43;
     pub(crate) const READDIRPLUS: u32 = 44;
@@ -148,7 +149,8 @@ impl Request {
             | opcode::UNLINK
             | opcode::RMDIR
             | opcode::RENAME
-            | opcode::RENAME2 => Class::Write,
+            | opcode::RENAME2
+            | opcode::IOCTL => Class::Write,
             opcode::READ | opcode::LSEEK | opcode::FLUSH | opcode::RELEASE | opcode::RELEASEDIR => {
                 Class::Read
             }
@@ -207,15 +209,11 @@ impl<'a> Body<'a> {
     }
 
     pub(super) fn u32(&mut self) -> Result<u32, Errno> {
-        let (field, rest) = self.0.split_first_chunk().ok_or(Errno::INVAL)?;
-        self.0 = rest;
-        Ok(u32::from_le_bytes(*field))
+        self.array().map(u32::from_le_bytes)
     }
 
     pub(super) fn u64(&mut self) -> Result<u64, Errno> {
-        let (field, rest) = self.0.split_first_chunk().ok_or(Errno::INVAL)?;
-        self.0 = rest;
-        Ok(u64::from_le_bytes(*field))
+        self.array().map(u64::from_le_bytes)
     }
 
     /// A string that ends in NUL.
@@ -233,6 +231,13 @@ impl<'a> Body<'a> {
             bytes if bytes.contains(&b'/') => Err(Errno::INVAL),
             _ => Ok(name),
         }
+    }
+
+    /// A field of a fixed length.
+    pub(super) fn array<const LEN: usize>(&mut self) -> Result<[u8; LEN], Errno> {
+        let (field, rest) = self.0.split_first_chunk().ok_or(Errno::INVAL)?;
+        self.0 = rest;
+        Ok(*field)
     }
 
     /// What is left, which must be `len` bytes at least.

@@ -1,16 +1,15 @@
-//! Requests about attributes: stat, chmod, chown, times, extended attributes, file systems.
+//! Requests about attributes: stat, chmod, chown, times, file systems.
 
 use rustix::fs::{
     AtFlags, FileType, Gid, OFlags, Statx, Timespec, Timestamps, UTIME_NOW, UTIME_OMIT, Uid,
-    XattrFlags, chmodat, chownat, fstatfs, ftruncate, getxattr, getxattr_query, listxattr,
-    listxattr_query, removexattr, setxattr, utimensat,
+    chmodat, chownat, fstatfs, ftruncate, utimensat,
 };
 use rustix::io::Errno;
 
 use super::names::permissions;
-use super::{Share, VALID_SECONDS, link_name};
+use super::{Share, link_name};
 use crate::fileserver::caller::stripping_set_id;
-use crate::fileserver::inodes::Inode;
+use crate::fileserver::inodes::{Inode, is_directory, is_mounted};
 use crate::fileserver::wire::{Body, Reply, Request};
 
 /// Which fields of SETATTR count, `FATTR_*`.
@@ -27,10 +26,8 @@ mod valid {
     pub(super) const KILL_SUIDGID: u32 = 1 << 11;
 }
 
-/// `FUSE_SETXATTR_ACL_KILL_SGID`.
-const ACL_KILL_SGID: u32 = 1;
-/// The longest value of an extended attribute, and the longest list of names, `xattr(7)`.
-const XATTR_MAX: usize = 64 << 10;
+/// `FUSE_ATTR_SUBMOUNT`: the root of a file system of its own.
+const SUBMOUNT: u32 = 1;
 
 /// `struct fuse_setattr_in`.
 struct Changes {
@@ -83,10 +80,12 @@ impl Share {
         request: &Request,
         reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
-        let attributes = self.inodes.get(request.node)?.stat()?;
-        reply.put_u64s([VALID_SECONDS]);
-        reply.put_u32s([0, 0]);
-        self.put_attributes(&attributes, reply);
+        let inode = self.inodes.get(request.node)?;
+        let attributes = inode.stat()?;
+        let valid = inode.place.valid();
+        reply.put_u64s([valid.as_secs()]);
+        reply.put_u32s([valid.subsec_nanos(), 0]);
+        self.put_attributes(&inode, &attributes, reply);
         Ok(())
     }
 
@@ -96,15 +95,16 @@ impl Share {
         request: &Request,
         reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
-        let stat = self.inodes.get(request.node)?.stat()?;
-        reply.put_u64s([VALID_SECONDS]);
-        reply.put_u32s([0, 0]);
+        let inode = self.inodes.get(request.node)?;
+        let (stat, valid) = (inode.stat()?, inode.place.valid());
+        reply.put_u64s([valid.as_secs()]);
+        reply.put_u32s([valid.subsec_nanos(), 0]);
         reply.put_u64s([0, 0]);
         // Of what the file system has: the basic attributes and the birth time.
         reply.put_u32s([stat.stx_mask & 0xfff, stat.stx_blksize]);
         reply.put_u64s([stat.stx_attributes.bits()]);
         reply.put_u32s([stat.stx_nlink, stat.stx_uid, stat.stx_gid, stat.stx_mode.into()]);
-        reply.put_u64s([self.number(&stat), stat.stx_size, stat.stx_blocks]);
+        reply.put_u64s([self.number(inode.place, &stat), stat.stx_size, stat.stx_blocks]);
         reply.put_u64s([stat.stx_attributes_mask.bits()]);
         for time in [stat.stx_atime, stat.stx_btime, stat.stx_ctime, stat.stx_mtime] {
             reply.put_u64s([time.tv_sec.cast_unsigned()]);
@@ -162,14 +162,16 @@ impl Share {
     }
 
     /// Writes `struct fuse_attr`.
-    pub(super) fn put_attributes(&self, stat: &Statx, reply: &mut Reply<'_>) {
-        reply.put_u64s([self.number(stat), stat.stx_size, stat.stx_blocks]);
+    pub(super) fn put_attributes(&self, inode: &Inode, stat: &Statx, reply: &mut Reply<'_>) {
+        reply.put_u64s([self.number(inode.place, stat), stat.stx_size, stat.stx_blocks]);
         let (atime, mtime, ctime) = (stat.stx_atime, stat.stx_mtime, stat.stx_ctime);
         reply.put_u64s([atime.tv_sec, mtime.tv_sec, ctime.tv_sec].map(i64::cast_unsigned));
         reply.put_u32s([atime.tv_nsec, mtime.tv_nsec, ctime.tv_nsec]);
         reply.put_u32s([stat.stx_mode.into(), stat.stx_nlink, stat.stx_uid, stat.stx_gid]);
         let device = encode_device(stat.stx_rdev_major, stat.stx_rdev_minor);
-        reply.put_u32s([device, stat.stx_blksize, 0]);
+        let submount = self.is_submount(inode.place) && is_mounted(stat) && is_directory(stat);
+        let flags = if submount { SUBMOUNT } else { 0 };
+        reply.put_u32s([device, stat.stx_blksize, flags]);
     }
 
     pub(super) fn stat_file_system(
@@ -184,62 +186,6 @@ impl Share {
         reply.put(&[0; 24]);
         Ok(())
     }
-
-    pub(super) fn set_xattr(&self, request: &Request, body: &mut Body<'_>) -> Result<(), Errno> {
-        let (size, flags, extended, _padding) =
-            (body.u32()?, body.u32()?, body.u32()?, body.u32()?);
-        let (name, value) = (body.string()?, body.bytes(size)?);
-        let flags = XattrFlags::from_bits(flags).ok_or(Errno::INVAL)?;
-        let inode = self.inodes.get(request.node)?;
-        // Relative to the thread's working directory, which is `/proc/self/fd`.
-        stripping_set_id(extended & ACL_KILL_SGID != 0, || {
-            setxattr(link_name(&inode), name, value, flags)
-        })
-    }
-
-    pub(super) fn get_xattr(
-        &self,
-        request: &Request,
-        body: &mut Body<'_>,
-        reply: &mut Reply<'_>,
-    ) -> Result<(), Errno> {
-        let (size, _padding, name) = (body.u32()?, body.u32()?, body.string()?);
-        let inode = self.inodes.get(request.node)?;
-        if size == 0 {
-            return put_len(getxattr_query(link_name(&inode), name)?, reply);
-        }
-        let room = reply.room(XATTR_MAX.min(size as usize));
-        let len = getxattr(link_name(&inode), name, room)?;
-        reply.filled(len);
-        Ok(())
-    }
-
-    pub(super) fn list_xattrs(
-        &self,
-        request: &Request,
-        body: &mut Body<'_>,
-        reply: &mut Reply<'_>,
-    ) -> Result<(), Errno> {
-        let (size, _padding) = (body.u32()?, body.u32()?);
-        let inode = self.inodes.get(request.node)?;
-        if size == 0 {
-            return put_len(listxattr_query(link_name(&inode))?, reply);
-        }
-        let len = listxattr(link_name(&inode), reply.room(XATTR_MAX.min(size as usize)))?;
-        reply.filled(len);
-        Ok(())
-    }
-
-    pub(super) fn remove_xattr(&self, request: &Request, body: &mut Body<'_>) -> Result<(), Errno> {
-        let inode = self.inodes.get(request.node)?;
-        removexattr(link_name(&inode), body.string()?)
-    }
-}
-
-/// Writes `struct fuse_getxattr_out`: how long a value is.
-fn put_len(len: usize, reply: &mut Reply<'_>) -> Result<(), Errno> {
-    reply.put_u32s([u32::try_from(len).map_err(|_| Errno::OVERFLOW)?, 0]);
-    Ok(())
 }
 
 /// The kernel's 32-bit form of a device number.

@@ -5,6 +5,7 @@
 //! write, because one open file of the guest sends both appending writes and the pages of a
 //! mapping.
 
+use std::ffi::CStr;
 use std::io::IoSlice;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::Ordering;
@@ -25,6 +26,8 @@ use crate::fileserver::wire::{Body, DATA_MAX, Reply, Request};
 
 /// `FOPEN_KEEP_CACHE`: the pages that the guest has of this file are still valid.
 const KEEP_CACHE: u32 = 1 << 1;
+/// `FOPEN_UNSHARED` of our guest's kernel: nobody else uses this file.
+const UNSHARED: u32 = 1 << 31;
 /// `FUSE_OPEN_KILL_SUIDGID`.
 const OPEN_KILL_SUIDGID: u32 = 1;
 /// `FUSE_WRITE_CACHE`: pages of a mapping, not a call of `write`.
@@ -60,7 +63,7 @@ impl Share {
         let slot = self.slots.take()?;
         let file = stripping_set_id(strip, || self.reopen(&inode, flags))?;
         let cache = if self.cache_is_good(&inode)? { KEEP_CACHE } else { 0 };
-        self.put_open(request.node, slot.keep(file), cache, reply);
+        self.put_open(&inode, slot.keep(file), cache, reply);
         Ok(())
     }
 
@@ -80,11 +83,12 @@ impl Share {
             open_mode(flags) | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let create = || openat(&directory, name, exclusive, permissions(mode));
         match caller(request, umask).run(create) {
-            Ok(file) => self.put_created(file, slots, reply),
+            Ok(file) => self.put_created((&directory, name), file, slots, reply),
             Err(Errno::EXIST) if flags & OFlags::EXCL.bits() == 0 => {
                 let strip = open_flags & OPEN_KILL_SUIDGID != 0;
                 let path = open_name(&directory, name)?;
-                self.put_existing(path, (open_mode(flags), strip), slots, reply)
+                let place = (&*directory, name);
+                self.put_existing(place, path, (open_mode(flags), strip), slots, reply)
             }
             Err(error) => Err(error),
         }
@@ -93,12 +97,13 @@ impl Share {
     /// Opens an existing file, and counts a lookup of it only if that works.
     fn put_existing(
         &self,
+        place: (&Inode, &CStr),
         path: OwnedFd,
         (flags, strip): (OFlags, bool),
         (slot, open_slot): (Slot, Slot),
         reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
-        let (inode, _) = self.inodes.remember(path, Some(slot))?;
+        let (inode, _) = self.inodes.remember(place, path, Some(slot))?;
         let open = || {
             if inode.kind != FileType::RegularFile {
                 // The name has changed since the guest looked it up; ESTALE makes it look again.
@@ -108,8 +113,8 @@ impl Share {
             Ok((file, inode.stat()?))
         };
         let (file, attributes) = open().inspect_err(|_| self.inodes.forget(inode.node, 1))?;
-        self.put_known_entry(inode.node, &attributes, reply);
-        self.put_open(inode.node, open_slot.keep(file), 0, reply);
+        self.put_known_entry(&inode, &attributes, reply);
+        self.put_open(&inode, open_slot.keep(file), 0, reply);
         Ok(())
     }
 
@@ -131,26 +136,28 @@ impl Share {
         let slots = (self.slots.take()?, self.slots.take()?);
         let create = || openat(&directory, ".", flags, permissions(mode));
         let file = caller(request, umask).run(create)?;
-        self.put_created(file, slots, reply)
+        self.put_created((&directory, c""), file, slots, reply)
     }
 
     fn put_created(
         &self,
+        place: (&Inode, &CStr),
         file: OwnedFd,
         (slot, open_slot): (Slot, Slot),
         reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
         // Opened through the file itself: its name may be another file's by now.
         let path = self.reopen(&file, OFlags::PATH)?;
-        let inode = self.put_entry(path, Some(slot), reply)?;
-        self.put_open(inode.node, open_slot.keep(file), 0, reply);
+        let inode = self.put_entry(place, path, Some(slot), reply)?;
+        self.put_open(&inode, open_slot.keep(file), 0, reply);
         Ok(())
     }
 
     /// Writes `struct fuse_open_out`.
-    fn put_open(&self, node: u64, file: Kept, flags: u32, reply: &mut Reply<'_>) {
-        reply.put_u64s([self.handles.insert(node, file)]);
-        reply.put_u32s([flags, 0]);
+    fn put_open(&self, inode: &Inode, file: Kept, flags: u32, reply: &mut Reply<'_>) {
+        let unshared = if inode.place.is_unshared() { UNSHARED } else { 0 };
+        reply.put_u64s([self.handles.insert(inode.node, file)]);
+        reply.put_u32s([flags | unshared, 0]);
     }
 
     /// Whether the pages that the guest has cached since it last opened this file are still valid:

@@ -49,12 +49,13 @@ impl Share {
         let directory = self.inodes.get(request.node)?;
         let device = device(&directory.stat()?);
         self.list(request, body, reply, |entry, reply| {
-            let number = self.inodes.number(device, entry.ino());
+            let number = self.number_of(directory.place, device, entry.ino());
             put_entry(entry, number, reply);
         })
     }
 
-    /// READDIRPLUS: every entry is looked up as well, which counts as a lookup.
+    /// READDIRPLUS: every entry is looked up as well, which counts as a lookup. Where the guest may
+    /// not believe what it is told, it would have to look it up again.
     pub(super) fn read_directory_plus(
         &self,
         request: &Request,
@@ -69,7 +70,7 @@ impl Share {
                 // Node 0 says that the entry was not looked up.
                 reply.truncate(start);
                 reply.put(&[0; ENTRY]);
-                self.inodes.number(device, entry.ino())
+                self.number_of(directory.place, device, entry.ino())
             });
             put_entry(entry, number, reply);
         })
@@ -82,13 +83,14 @@ impl Share {
         entry: &RawDirEntry<'_>,
         reply: &mut Reply<'_>,
     ) -> Result<u64, Errno> {
-        if matches!(entry.file_name().to_bytes(), b"." | b"..") {
+        let name = entry.file_name();
+        if matches!(name.to_bytes(), b"." | b"..") || directory.place.valid().is_zero() {
             return Err(Errno::INVAL);
         }
-        let path = open_name(directory, entry.file_name())?;
-        let number = self.number(&stat(&path)?);
-        self.put_entry(path, None, reply)?;
-        Ok(number)
+        let path = open_name(directory, name)?;
+        let attributes = stat(&path)?;
+        let inode = self.put_entry((directory, name), path, None, reply)?;
+        Ok(self.number(inode.place, &attributes))
     }
 
     /// Lists entries from the position asked for, until the size asked for is used up.

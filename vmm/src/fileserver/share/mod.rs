@@ -5,15 +5,18 @@
 //! checks permissions (virtio-fs always mounts with `default_permissions`); here everything is
 //! allowed that the jail's capabilities allow.
 //!
-//! What the guest may cache: names and attributes for [`VALID_SECONDS`], and file pages until the
-//! file changes. The host's processes may change files too. So the time is short, pages are dropped
-//! at an open that finds another change time ([`data`]), and all data is written before the guest's
-//! `write` returns. Lookups of names that do not exist are not cached.
+//! What the guest may cache: names and attributes for a time that depends on who else may change
+//! them ([`Place::valid`]), and file pages until the file changes. The host's processes may change
+//! files too. So pages are dropped at an open that finds another change time ([`data`]), and all
+//! data is written before the guest's `write` returns. Lookups of names that do not exist are not
+//! cached.
 //!
 //! The guest opens devices, FIFOs and sockets itself; here they are only names.
 
+use std::ffi::CStr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{CWD, Mode, OFlags, Statx, openat};
 use rustix::io::Errno;
@@ -21,6 +24,7 @@ use rustix::io::Errno;
 use super::caller::Caller;
 use super::handles::Handles;
 use super::inodes::{Inode, Inodes, device};
+use super::places::Place;
 use super::slots::{Slot, Slots};
 use super::wire::{Body, DATA_MAX, Reply, Request, opcode};
 use locks::Locks;
@@ -28,11 +32,10 @@ use locks::Locks;
 mod attributes;
 mod data;
 mod directories;
+mod flags;
 pub(super) mod locks;
 mod names;
-
-/// How long the guest may believe a name or an attribute, in seconds.
-const VALID_SECONDS: u64 = 1;
+mod xattr;
 
 /// The result of a request.
 #[derive(Debug)]
@@ -56,6 +59,8 @@ pub(super) struct Share {
     inodes: Inodes,
     handles: Handles,
     locks: Locks,
+    /// The guest mounts each mount of the share as a file system of its own.
+    submounts: AtomicBool,
 }
 
 impl Share {
@@ -64,7 +69,8 @@ impl Share {
         let root = openat(CWD, "/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
         let inodes = Inodes::new(root, Arc::clone(&slots))?;
         let (handles, locks) = (Handles::default(), Locks::default());
-        Ok(Self { proc_self_fd, slots, inodes, handles, locks })
+        let submounts = AtomicBool::new(false);
+        Ok(Self { proc_self_fd, slots, inodes, handles, locks, submounts })
     }
 
     /// The working directory that [`Share::handle`] needs its thread to have.
@@ -140,6 +146,7 @@ impl Share {
             opcode::REMOVEXATTR => self.remove_xattr(request, body),
             opcode::GETLK => self.get_lock(request, body, reply),
             opcode::SETLK => self.set_lock(request, body),
+            opcode::IOCTL => self.control(request, body, reply),
             _ => Err(Errno::NOSYS),
         }
     }
@@ -152,6 +159,7 @@ impl Share {
         }
         // A guest that negotiates has just started: no state of an earlier one counts.
         self.reset();
+        self.submounts.store(low & WANTED & SUBMOUNTS != 0, Ordering::Relaxed);
         reply.put_u32s([7, MINOR, readahead.min(DATA_MAX), low & WANTED]);
         // Background requests: how many there may be, and from how many on the guest holds back.
         reply.put_u32s([BACKGROUND_MAX | (BACKGROUND_MAX * 3 / 4) << 16, DATA_MAX]);
@@ -190,29 +198,41 @@ impl Share {
         openat(&self.proc_self_fd, link_name(inode), flags, Mode::empty())
     }
 
-    /// Writes `struct fuse_entry_out` for a file whose lookup the guest is to count; `slot` is used
-    /// if the file is new.
+    /// Writes `struct fuse_entry_out` for a file whose lookup the guest is to count. `place` is a
+    /// directory that has the file and its name there; `slot` is used if the file is new.
     fn put_entry(
         &self,
+        place: (&Inode, &CStr),
         path: OwnedFd,
         slot: Option<Slot>,
         reply: &mut Reply<'_>,
     ) -> Result<Arc<Inode>, Errno> {
-        let (inode, attributes) = self.inodes.remember(path, slot)?;
-        self.put_known_entry(inode.node, &attributes, reply);
+        let (inode, attributes) = self.inodes.remember(place, path, slot)?;
+        self.put_known_entry(&inode, &attributes, reply);
         Ok(inode)
     }
 
-    fn put_known_entry(&self, node: u64, attributes: &Statx, reply: &mut Reply<'_>) {
+    fn put_known_entry(&self, inode: &Inode, attributes: &Statx, reply: &mut Reply<'_>) {
+        let valid = inode.place.valid();
         // Node, generation, seconds for which name and attributes are valid; then nanoseconds.
-        reply.put_u64s([node, 0, VALID_SECONDS, VALID_SECONDS]);
-        reply.put_u32s([0, 0]);
-        self.put_attributes(attributes, reply);
+        reply.put_u64s([inode.node, 0, valid.as_secs(), valid.as_secs()]);
+        reply.put_u32s([valid.subsec_nanos(), valid.subsec_nanos()]);
+        self.put_attributes(inode, attributes, reply);
     }
 
     /// The inode number that the guest sees for a file.
-    fn number(&self, attributes: &Statx) -> u64 {
-        self.inodes.number(device(attributes), attributes.stx_ino)
+    fn number(&self, place: Place, attributes: &Statx) -> u64 {
+        self.number_of(place, device(attributes), attributes.stx_ino)
+    }
+
+    /// The host's own number where the guest has a file system for each of the host's.
+    fn number_of(&self, place: Place, device: u64, inode: u64) -> u64 {
+        if self.is_submount(place) { inode } else { self.inodes.number(device, inode) }
+    }
+
+    /// Whether a file here is in a file system of the guest that is only for its mount.
+    fn is_submount(&self, place: Place) -> bool {
+        place.is_submount() && self.submounts.load(Ordering::Relaxed)
     }
 }
 
@@ -235,7 +255,7 @@ const MINOR_MIN: u32 = 28;
 const BACKGROUND_MAX: u32 = 64;
 /// The features that are used if the guest has them, `FUSE_*` flags of INIT. Left out on purpose:
 /// WRITEBACK_CACHE (the host would see writes late), ATOMIC_O_TRUNC, EXPORT_SUPPORT (so "." and
-/// ".." are never looked up), SUBMOUNTS, and everything about DAX.
+/// ".." are never looked up), and everything about DAX.
 const WANTED: u32 = {
     let async_read = 1;
     let posix_locks = 1 << 1;
@@ -266,6 +286,9 @@ const WANTED: u32 = {
         | posix_acl
         | max_pages
         | cache_symlinks
+        | SUBMOUNTS
         | handle_killpriv_v2
         | setxattr_ext
 };
+/// `FUSE_SUBMOUNTS`: the guest mounts directories that are marked as roots of file systems.
+const SUBMOUNTS: u32 = 1 << 27;

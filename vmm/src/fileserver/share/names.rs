@@ -21,14 +21,15 @@ impl Share {
         reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
         let directory = self.inodes.get(request.node)?;
-        let path = open_name(&directory, body.name()?).map_err(|error| match error {
+        let name = body.name()?;
+        let path = open_name(&directory, name).map_err(|error| match error {
             // The host is out of descriptors; the server itself has some set aside. The guest's
             // kernel takes any error other than ENOMEM to mean that the name is gone, and detaches
             // what is mounted there.
             Errno::NFILE | Errno::MFILE => Errno::NOMEM,
             other => other,
         })?;
-        self.put_entry(path, None, reply)?;
+        self.put_entry((&directory, name), path, None, reply)?;
         Ok(())
     }
 
@@ -42,7 +43,7 @@ impl Share {
         let directory = self.inodes.get(request.node)?;
         let slot = self.slots.take()?;
         caller(request, umask).run(|| mkdirat(&directory, name, permissions(mode)))?;
-        self.put_entry(open_name(&directory, name)?, Some(slot), reply)?;
+        self.put_entry((&directory, name), open_name(&directory, name)?, Some(slot), reply)?;
         Ok(())
     }
 
@@ -59,7 +60,7 @@ impl Share {
         let create = || mknodat(&directory, name, kind, permissions(mode), decode_device(device));
         let slot = self.slots.take()?;
         caller(request, umask).run(create)?;
-        self.put_entry(open_name(&directory, name)?, Some(slot), reply)?;
+        self.put_entry((&directory, name), open_name(&directory, name)?, Some(slot), reply)?;
         Ok(())
     }
 
@@ -73,7 +74,7 @@ impl Share {
         let directory = self.inodes.get(request.node)?;
         let slot = self.slots.take()?;
         caller(request, 0).run(|| symlinkat(target, &directory, name))?;
-        self.put_entry(open_name(&directory, name)?, Some(slot), reply)?;
+        self.put_entry((&directory, name), open_name(&directory, name)?, Some(slot), reply)?;
         Ok(())
     }
 
@@ -99,7 +100,7 @@ impl Share {
         let (from, follow) = (&self.proc_self_fd, AtFlags::SYMLINK_FOLLOW);
         let link = || linkat(from, link_name(&inode), &directory, name, follow);
         caller(request, 0).run(link)?;
-        self.put_entry(open_name(&directory, name)?, None, reply)?;
+        self.put_entry((&directory, name), open_name(&directory, name)?, None, reply)?;
         Ok(())
     }
 

@@ -1,0 +1,248 @@
+//! Files of the host in a container: locks, what its file system can do, and when changes by the
+//! host are seen, all as under runc.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt as _;
+use std::thread::sleep;
+use std::time::Duration;
+
+use bulkhead_tests::runtime::comes_true;
+use rustix::fs::{FlockOperation, flock};
+
+use crate::volume::{Volume, ask, said};
+
+/// Locks between processes of one container, on a file of the volume and on one of the root.
+const WITHIN: &str = r#"
+F = fcntl
+def record(kind, start): return struct.pack("hhqqi", kind, 0, start, 1, 0)
+def lock(file, command, start): return F.fcntl(file, command, record(F.F_WRLCK, start))
+def child(work):
+    ready, go = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try: work(go); os._exit(0)
+        except OSError as error: os._exit(error.errno)
+    os.close(go)
+    os.read(ready, 1)
+    return pid
+def end(pid): return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+class Late(Exception): pass
+def late(number, frame): raise Late()
+signal.signal(signal.SIGALRM, late)
+
+for path in ["/v/locked", "/locked"]:
+    file = os.open(path, os.O_RDWR | os.O_CREAT)
+
+    # Two processes that wait for each other.
+    def other(go):
+        mine = os.open(path, os.O_RDWR)
+        lock(mine, F.F_SETLKW, 1)
+        os.write(go, b"x")
+        lock(mine, F.F_SETLKW, 0)
+    lock(file, F.F_SETLKW, 0)
+    pid = child(other)
+    time.sleep(0.5)
+    try:
+        signal.alarm(20)
+        lock(file, F.F_SETLKW, 1)
+        print("both got it")
+    except OSError as error: print("circle", error.errno == errno.EDEADLK)
+    except Late: print("circle: for ever")
+    signal.alarm(0)
+    F.fcntl(file, F.F_SETLK, record(F.F_UNLCK, 0))
+    print("the other", end(pid))
+
+    # Who holds a lock.
+    def holder(go):
+        lock(os.open(path, os.O_RDWR), F.F_SETLK, 7)
+        os.write(go, b"x")
+        signal.pause()
+    pid = child(holder)
+    found = struct.unpack("hhqqi", F.fcntl(file, F.F_GETLK, record(F.F_WRLCK, 7)))
+    print("holder", found[0] == F.F_WRLCK, found[4] == pid)
+    try: lock(file, F.F_SETLK, 7)
+    except OSError as error: print("busy", errno.errorcode[error.errno])
+    os.kill(pid, signal.SIGKILL)
+    end(pid)
+    lock(file, F.F_SETLK, 7)
+
+    # Waiting for a whole file, until a signal, and until the end.
+    held = os.open(path, os.O_RDWR)
+    F.flock(held, F.LOCK_EX)
+    start = time.monotonic()
+    signal.alarm(1)
+    try: F.flock(os.open(path, os.O_RDWR), F.LOCK_EX)
+    except Late: print("interrupted", time.monotonic() - start < 5)
+    def waiter(go):
+        os.write(go, b"x")
+        F.flock(os.open(path, os.O_RDWR), F.LOCK_EX)
+    pid = child(waiter)
+    time.sleep(0.3)
+    os.kill(pid, signal.SIGKILL)
+    print("killed", end(pid))
+    pid = child(waiter)
+    time.sleep(0.3)
+    start = time.monotonic()
+    F.flock(held, F.LOCK_SH)
+    second = os.open(path, os.O_RDWR)
+    F.flock(second, F.LOCK_SH)
+    F.flock(held, F.LOCK_UN)
+    os.close(second)
+    print("handed over", end(pid), time.monotonic() - start < 5)
+
+    # Closing any descriptor of a file releases the process's locks of ranges.
+    lock(file, F.F_SETLK, 3)
+    os.close(os.open(path, os.O_RDWR))
+    def taker(go):
+        os.write(go, b"x")
+        lock(os.open(path, os.O_RDWR), F.F_SETLK, 3)
+    print("released", end(child(taker)))
+"#;
+
+/// What `WITHIN` prints of each file.
+const AS_UNDER_RUNC: &str = "circle True\nthe other 0\nholder True True\nbusy EAGAIN\n\
+     interrupted True\nkilled -9\nhanded over 0 True\nreleased 0";
+
+#[test]
+fn locks_within_a_container() {
+    let [runc, ours] = ask(|volume| volume.python(WITHIN));
+    assert_eq!(runc, [AS_UNDER_RUNC; 2].join("\n"));
+    assert_eq!(ours, runc);
+}
+
+/// Waits for a lock of the host until SIGALRM, then until the host releases it; reads what the host
+/// wrote meanwhile, through pages that were read before.
+const WAITER: &str = r#"
+class Late(Exception): pass
+def late(number, frame): raise Late()
+signal.signal(signal.SIGALRM, late)
+file = os.open("/v/shared", os.O_RDWR)
+before = os.pread(file, 5, 0).decode()
+open("/v/ready", "w").close()
+start = time.monotonic()
+signal.alarm(1)
+try: fcntl.flock(file, fcntl.LOCK_EX); print("not locked")
+except Late: print("interrupted", time.monotonic() - start < 5)
+fcntl.flock(file, fcntl.LOCK_EX)
+print(before, os.pread(file, 5, 0).decode())
+fcntl.flock(file, fcntl.LOCK_UN)
+"#;
+
+/// What a file system of the host can do.
+const ABILITIES: &str = r#"
+def tried(what):
+    try: what(); return "done"
+    except OSError as error: return errno.errorcode[error.errno]
+print(f'device {os.stat("/").st_dev == os.stat("/v").st_dev}, a mount {os.path.ismount("/v")}')
+flags = bytearray(8)
+fcntl.ioctl(os.open("/v/file", os.O_RDONLY), 0x80086601, flags)
+print("flags", struct.unpack("q", flags)[0])
+nodump = bytearray(struct.pack("q", 0x40))
+file = os.open("/v/file", os.O_RDONLY)
+print("nodump", tried(lambda: fcntl.ioctl(file, 0x40086602, nodump)))
+fcntl.ioctl(file, 0x80086601, flags)
+print("flags", struct.unpack("q", flags)[0])
+print("ioctl", tried(lambda: fcntl.ioctl(file, 0x5401, bytearray(64))))
+print("trusted", tried(lambda: os.setxattr("/v/file", "trusted.x", b"1")), os.listxattr("/v/file"))
+for name in ["l", "l/d", "l/d/old", "u", "w", "m"]: os.mkdir("/v/" + name)
+open("/v/l/file", "w").write("lower")
+options = b"lowerdir=/v/l,upperdir=/v/u,workdir=/v/w"
+libc = ctypes.CDLL(None, use_errno=True)
+mounted = libc.mount(b"o", b"/v/m", b"overlay", 0, options)
+print("overlay", "done" if mounted == 0 else errno.errorcode[ctypes.get_errno()])
+os.rmdir("/v/m/d/old"); os.rmdir("/v/m/d"); os.mkdir("/v/m/d"); open("/v/m/d/new", "w").close()
+os.symlink("new", "/v/m/d/link"); os.rename("/v/m/file", "/v/m/moved")
+open("/v/m/moved", "a").write(" and upper")
+print(sorted(os.listdir("/v/m")), sorted(os.listdir("/v/m/d")), open("/v/m/moved").read())
+libc.umount(b"/v/m")
+libc.mount(b"o", b"/v/m", b"overlay", 0, options)
+print(sorted(os.listdir("/v/m")), sorted(os.listdir("/v/m/d")), os.listdir("/v/l/d"))
+libc.umount(b"/v/m")
+"#;
+
+#[test]
+fn what_the_host_has_and_does() {
+    let [runc, ours] = ask(|volume| {
+        [volume.python(ABILITIES), locked_by_the_host(volume), mapped(volume), changed(volume)]
+            .join("\n")
+    });
+    assert_eq!(
+        runc,
+        "device False, a mount True\nflags 0\nnodump done\nflags 64\nioctl ENOTTY\n\
+         trusted done ['trusted.x']\noverlay done\n\
+         ['d', 'moved'] ['link', 'new'] lower and upper\n\
+         ['d', 'moved'] ['link', 'new'] ['old']\n\
+         interrupted True\nfirst later\nmapped True\n\
+         replaced, longer\noverwritten\nremoved: gone\nmode 640"
+    );
+    assert_eq!(ours, runc);
+}
+
+/// The host holds a lock; the container is paused and continued while it waits for it.
+fn locked_by_the_host(volume: &Volume) -> String {
+    let path = volume.path.join("shared");
+    fs::write(&path, "first").unwrap();
+    let file = File::options().write(true).open(&path).unwrap();
+    flock(&file, FlockOperation::LockExclusive).unwrap();
+    let waiter = volume.python_until_ready(WAITER);
+    sleep(Duration::from_millis(1500));
+    volume.runtime.ok(&["pause", "c"]).unwrap();
+    volume.runtime.ok(&["resume", "c"]).unwrap();
+    file.write_all_at(b"later", 0).unwrap();
+    flock(&file, FlockOperation::Unlock).unwrap();
+    said(waiter)
+}
+
+/// Answers the host's changes one by one: each as soon as it sees the next request.
+const WITNESS: &str = r#"
+def look():
+    try: os.stat("/v/file"); return open("/v/file").read()
+    except FileNotFoundError: return "gone"
+def wait(name):
+    while not os.path.exists("/v/" + name): pass
+look()
+open("/v/ready", "w").close()
+wait("1"); print(look())
+wait("2"); print(look())
+wait("3"); print("removed:", look())
+wait("4"); print("mode", oct(os.stat("/v/other").st_mode & 0o777)[2:])
+"#;
+
+/// Writes to a mapping, and does not write it back.
+const MAPPER: &str = r#"
+pages = mmap.mmap(os.open("/v/mapped", os.O_RDWR), 4096)
+pages[0] = 120
+open("/v/ready", "w").close()
+time.sleep(5)
+"#;
+
+fn mapped(volume: &Volume) -> String {
+    let file = volume.path.join("mapped");
+    fs::write(&file, [b'-'; 4096]).unwrap();
+    let mapper = volume.python_until_ready(MAPPER);
+    let written = || fs::read(&file).unwrap()[0] == b'x';
+    let seen = comes_true(Duration::from_secs(3), written);
+    said(mapper);
+    format!("mapped {seen}")
+}
+
+fn changed(volume: &Volume) -> String {
+    let file = volume.path.join("file");
+    fs::write(volume.path.join("other"), "").unwrap();
+    let witness = volume.python_until_ready(WITNESS);
+    let go = |name: &str| {
+        File::create(volume.path.join(name)).unwrap();
+        sleep(Duration::from_millis(300));
+    };
+    fs::write(volume.path.join("new"), "replaced, longer").unwrap();
+    fs::rename(volume.path.join("new"), &file).unwrap();
+    go("1");
+    fs::write(&file, "overwritten").unwrap();
+    go("2");
+    fs::remove_file(&file).unwrap();
+    go("3");
+    let mode = std::os::unix::fs::PermissionsExt::from_mode(0o640);
+    fs::set_permissions(volume.path.join("other"), mode).unwrap();
+    go("4");
+    said(witness)
+}

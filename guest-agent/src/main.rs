@@ -4,7 +4,8 @@
 //! the calls of `agent.proto` (`rpc`) and the standard streams (`io`) over vsock, and never returns.
 //! Started by itself as `create` it makes one container with libcontainer and exits (`creator`), as
 //! `exec` it adds a process to one (`tenant`), because a multi-threaded server must not run arbitrary
-//! code between fork and exec. As `hooks` it is a hook that runs others (`hooks`).
+//! code between fork and exec. As `hooks` it is a hook that runs others (`hooks`). Started by the
+//! kernel as a helper program it loads modules (`modprobe`).
 //!
 //! It also runs as PID 1 of a PID namespace (`unshare --pid --fork --mount bulkhead-agent`), which
 //! is how its tests run it without a monitor.
@@ -28,6 +29,7 @@ mod init;
 mod io;
 mod logging;
 mod memory;
+mod modprobe;
 mod mount_options;
 mod names;
 mod network;
@@ -47,10 +49,18 @@ mod terminal;
 mod timekeeping;
 
 use std::env;
+use std::ffi::OsString;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    let mut arguments: Vec<String> = env::args().skip(1).collect();
+    // Not everything that the kernel passes to a helper program is text.
+    let arguments = env::args_os().skip(1).map(OsString::into_string);
+    let Ok(mut arguments) = arguments.collect::<Result<Vec<String>, _>>() else {
+        return ExitCode::FAILURE;
+    };
+    if let Some(alias) = modprobe::asked(&arguments) {
+        return modprobe::main(alias);
+    }
     let Ok(descriptors) = inherit::settle(&mut arguments) else {
         return ExitCode::FAILURE;
     };

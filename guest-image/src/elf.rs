@@ -11,6 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 const HEADER: usize = 64;
 const PROGRAM_HEADER: usize = 56;
+const SECTION_HEADER: u64 = 64;
 const PAGE: u64 = 4096;
 const LOAD: u64 = 1;
 /// The shortest run of padding that is worth a program header, in pages.
@@ -85,6 +86,30 @@ pub fn pack(file: &[u8]) -> Result<Vec<u8>> {
         }
     }
     Ok(packed)
+}
+
+/// The content of the first section with this name.
+///
+/// # Errors
+/// When `file` is not a 64-bit little-endian ELF file, or a header points outside it.
+pub fn section<'a>(file: &'a [u8], name: &str) -> Result<Option<&'a [u8]>> {
+    ensure!(file.starts_with(b"\x7fELF\x02\x01"), "not a 64-bit little-endian ELF file");
+    let table = get(file, 40, 8)?;
+    ensure!(get(file, 58, 2)? == SECTION_HEADER, "odd size of section headers");
+    let (count, names) = (get(file, 60, 2)?, get(file, 62, 2)?);
+    let header = |index: u64| slice(file, table + index * SECTION_HEADER, SECTION_HEADER);
+    let content = |header: &[u8]| slice(file, get(header, 24, 8)?, get(header, 32, 8)?);
+    let names = content(header(names)?)?;
+    for index in 0..count {
+        let header = header(index)?;
+        let own = names.get(usize::try_from(get(header, 0, 4)?)?..).unwrap_or_default();
+        let is_named =
+            own.strip_prefix(name.as_bytes()).is_some_and(|rest| rest.starts_with(b"\0"));
+        if is_named {
+            return content(header).map(Some);
+        }
+    }
+    Ok(None)
 }
 
 /// Splits a loaded segment at its long runs of padding; returns any other segment unchanged.
@@ -225,6 +250,32 @@ mod tests {
     fn packing_twice_changes_nothing() {
         let once = pack(&kernel()).unwrap();
         assert_eq!(pack(&once).unwrap(), once);
+    }
+
+    #[test]
+    fn a_section_is_found_by_its_whole_name() {
+        let mut file = vec![0; 0x400];
+        file[..6].copy_from_slice(b"\x7fELF\x02\x01");
+        let names = b"\0.note\0.no\0.names\0";
+        file[0x40..0x40 + names.len()].copy_from_slice(names);
+        for (at, width, value) in [(40, 8, 0x100), (58, 2, 64), (60, 2, 3), (62, 2, 2)] {
+            put(&mut file, at, width, value).unwrap();
+        }
+        for (index, (name, offset, size)) in
+            [(1, 0x80, 4), (7, 0x84, 3), (11, 0x40, names.len() as u64)].into_iter().enumerate()
+        {
+            let at = 0x100 + index * 64;
+            put(&mut file, at, 4, name).unwrap();
+            put(&mut file, at + 24, 8, offset).unwrap();
+            put(&mut file, at + 32, 8, size).unwrap();
+        }
+        file[0x80..0x87].copy_from_slice(b"noteno!");
+        assert_eq!(section(&file, ".no").unwrap(), Some(&b"no!"[..]));
+        assert_eq!(section(&file, ".note").unwrap(), Some(&b"note"[..]));
+        assert_eq!(section(&file, ".n").unwrap(), None);
+        put(&mut file, 0x140 + 24, 8, u64::MAX).unwrap();
+        assert!(section(&file, ".no").is_err());
+        assert!(section(b"#!/bin/sh", ".no").is_err());
     }
 
     #[test]

@@ -94,7 +94,7 @@ mod tests {
 
     #[test]
     fn fragments_of_the_repository_parse() {
-        parse(include_str!("../kernel/x86_64.config")).unwrap();
+        parse(crate::kernel::guest().fragment).unwrap();
         parse(include_str!("../../tests/host/x86_64.config")).unwrap();
     }
 }

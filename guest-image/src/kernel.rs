@@ -1,5 +1,5 @@
 //! Builds a kernel from a fragment: `make tinyconfig`, the fragment, `make olddefconfig`, the check
-//! that every request was granted, `make vmlinux`, pack. The result is the uncompressed ELF file,
+//! that every request was granted, `make vmlinux modules`, pack. The result is the uncompressed ELF file,
 //! which is what the monitor and QEMU load.
 //!
 //! The kernel is kept in the cache under the hash of the fragment, the source, the tools and
@@ -21,7 +21,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 use crate::progress::{Step, say};
 use crate::source::{Patch, Source};
-use crate::{cache, elf, kconfig};
+use crate::{cache, elf, kconfig, modules};
 
 /// Increased when this file builds a different kernel from the same inputs.
 const RECIPE: &str = "2";
@@ -53,11 +53,14 @@ pub struct Kernel {
     pub vmlinux: PathBuf,
     /// The symbol map, `System.map`.
     pub symbols: PathBuf,
+    /// Its modules ([`modules::pack`]), if the fragment asks for any.
+    pub modules: PathBuf,
 }
 
-/// What the guest's kernel has beyond its source: `docs/decisions/0021-memory-on-demand.md`,
-/// `docs/decisions/0022-the-guests-clock.md` and `docs/decisions/0023-files-of-two-kinds.md` say why.
-const PATCHES: [Patch<'static>; 4] = [
+/// What the guest's kernel has beyond its source. Four decisions say why:
+/// `docs/decisions/0021-memory-on-demand.md`, `docs/decisions/0022-the-guests-clock.md`,
+/// `docs/decisions/0023-files-of-two-kinds.md` and `docs/decisions/0024-modules.md`.
+const PATCHES: [Patch<'static>; 5] = [
     Patch {
         name: "0001-mm-count-ram-that-is-plugged-on-demand.patch",
         text: include_str!("../kernel/patches/0001-mm-count-ram-that-is-plugged-on-demand.patch"),
@@ -73,6 +76,10 @@ const PATCHES: [Patch<'static>; 4] = [
         text: include_str!("../kernel/patches/0003-fuse-locks-of-this-kernel-and-of-others.patch"),
     },
     Patch {
+        name: "0004-lockdown-do-not-ask-for-signed-modules.patch",
+        text: include_str!("../kernel/patches/0004-lockdown-do-not-ask-for-signed-modules.patch"),
+    },
+    Patch {
         name: "0005-fuse-write-mappings-back-soon.patch",
         text: include_str!("../kernel/patches/0005-fuse-write-mappings-back-soon.patch"),
     },
@@ -81,7 +88,9 @@ const PATCHES: [Patch<'static>; 4] = [
 /// The kernel of a pod.
 #[must_use]
 pub const fn guest() -> Recipe<'static> {
-    Recipe { name: "guest", fragment: include_str!("../kernel/x86_64.config"), patches: &PATCHES }
+    const FRAGMENT: &str =
+        concat!(include_str!("../kernel/x86_64.config"), include_str!("../kernel/modules.config"));
+    Recipe { name: "guest", fragment: FRAGMENT, patches: &PATCHES }
 }
 
 /// Builds the kernel unless the cache has it.
@@ -94,7 +103,11 @@ pub fn build(recipe: Recipe<'_>, source: &Source) -> Result<Kernel> {
         .with_context(|| format!("fragment of the {} kernel", recipe.name))?;
     let cache = cache::directory()?;
     let entry = cache.join(format!("kernel-{}-{:.16}", recipe.name, inputs(recipe, source)?));
-    let kernel = Kernel { vmlinux: entry.join("vmlinux"), symbols: entry.join("System.map") };
+    let kernel = Kernel {
+        vmlinux: entry.join("vmlinux"),
+        symbols: entry.join("System.map"),
+        modules: entry.join("modules"),
+    };
     if kernel.vmlinux.exists() {
         return Ok(kernel);
     }
@@ -109,8 +122,8 @@ pub fn build(recipe: Recipe<'_>, source: &Source) -> Result<Kernel> {
     cache::publish(&entry, |partial| {
         let make = Make::new(&tree, &objects.directory, &log)?;
         configure(recipe, &requested, &make)?;
-        objects.change(|| compile(recipe, &make))?;
-        keep(&make.build, partial)
+        objects.change(|| compile(recipe, &requested, &make))?;
+        keep(&make.build, has_modules(&requested), partial)
     })?;
     Ok(kernel)
 }
@@ -192,7 +205,7 @@ impl Make {
     }
 
     /// Runs make; every line of its output goes to the log and to `line`.
-    fn run(&self, target: &str, mut line: impl FnMut(&str)) -> Result<()> {
+    fn run(&self, targets: &[&str], mut line: impl FnMut(&str)) -> Result<()> {
         let mut log = OpenOptions::new().append(true).open(&self.log)?;
         let jobs = thread::available_parallelism().map_or(1, usize::from);
         let mut command = Command::new("make");
@@ -205,7 +218,8 @@ impl Make {
             .arg("-C")
             .arg(&self.tree)
             .arg(joined("O=", &self.build))
-            .args([&format!("-j{jobs}"), target])
+            .arg(format!("-j{jobs}"))
+            .args(targets)
             .env("LC_ALL", "C")
             .env("KBUILD_BUILD_TIMESTAMP", "Thu Jan  1 00:00:00 UTC 1970")
             .env("KBUILD_BUILD_USER", "bulkhead")
@@ -226,7 +240,8 @@ impl Make {
         let status = child.wait().context("wait for make")?;
         ensure!(
             status.success(),
-            "make {target} failed ({status}); the end of {}:\n{}",
+            "make {} failed ({status}); the end of {}:\n{}",
+            targets.join(" "),
             self.log.display(),
             last_lines(&self.log)?
         );
@@ -237,10 +252,10 @@ impl Make {
 fn configure(recipe: Recipe<'_>, requested: &kconfig::Options, make: &Make) -> Result<()> {
     let step = Step::start(format!("{} kernel: configure", recipe.name));
     let path = make.build.join(".config");
-    make.run("tinyconfig", |_| ())?;
+    make.run(&["tinyconfig"], |_| ())?;
     let mut config = OpenOptions::new().append(true).open(&path)?;
     config.write_all(recipe.fragment.as_bytes()).context("append the fragment")?;
-    make.run("olddefconfig", |_| ())?;
+    make.run(&["olddefconfig"], |_| ())?;
     let granted = kconfig::parse(&fs::read_to_string(&path)?).context("parse .config")?;
     let unmet = kconfig::unmet(requested, &granted);
     if !unmet.is_empty() {
@@ -250,10 +265,12 @@ fn configure(recipe: Recipe<'_>, requested: &kconfig::Options, make: &Make) -> R
     Ok(())
 }
 
-fn compile(recipe: Recipe<'_>, make: &Make) -> Result<()> {
+fn compile(recipe: Recipe<'_>, requested: &kconfig::Options, make: &Make) -> Result<()> {
+    let targets: &[&str] =
+        if has_modules(requested) { &["vmlinux", "modules"] } else { &["vmlinux"] };
     let mut step = Step::start(format!("{} kernel: compile", recipe.name));
     let mut files = 0;
-    make.run("vmlinux", |line| {
+    make.run(targets, |line| {
         if let Some(file) = line.trim_start().strip_prefix("CC ") {
             files += 1;
             step.update(&format!("{files} files, at {}", file.trim()));
@@ -263,11 +280,20 @@ fn compile(recipe: Recipe<'_>, make: &Make) -> Result<()> {
     Ok(())
 }
 
-/// Packs the linked kernel, and keeps its symbol map for reading back traces.
-fn keep(build: &Path, entry: &Path) -> Result<()> {
+/// Whether the fragment asks for modules; without them make refuses to build them.
+fn has_modules(requested: &kconfig::Options) -> bool {
+    requested.get("MODULES").is_some_and(Option::is_some)
+}
+
+/// Packs the linked kernel and the modules, and keeps the symbol map for reading back traces.
+fn keep(build: &Path, with_modules: bool, entry: &Path) -> Result<()> {
     let linked = fs::read(build.join("vmlinux")).context("read the linked kernel")?;
     let packed = elf::pack(&linked).context("pack the linked kernel")?;
     fs::write(entry.join("vmlinux"), packed).context("write the packed kernel")?;
+    if with_modules {
+        let packed = modules::pack(build).context("pack the modules")?;
+        fs::write(entry.join("modules"), packed).context("write the modules")?;
+    }
     for (from, to) in [(".config", "config"), ("System.map", "System.map")] {
         fs::copy(build.join(from), entry.join(to)).with_context(|| format!("keep {from}"))?;
     }
@@ -312,6 +338,19 @@ mod tests {
     }
 
     #[test]
+    fn what_the_guests_kernel_is_said_to_lack_it_does_not_ask_for() {
+        let requested = kconfig::parse(guest().fragment).unwrap();
+        let has = |name: &str| requested.get(name).is_some_and(Option::is_some);
+        let rows = include_str!("../../docs/KERNEL.md").lines();
+        let names = rows.filter(|row| row.starts_with("| `")).flat_map(|row| {
+            row.split('|').nth(1).into_iter().flat_map(|cell| cell.split('`').skip(1).step_by(2))
+        });
+        let (has, lacks): (Vec<_>, Vec<_>) = names.partition(|name| has(name));
+        assert!(has.is_empty(), "docs/KERNEL.md says that these are left out: {has:?}");
+        assert!(lacks.len() > 50, "{lacks:?}");
+    }
+
+    #[test]
     fn objects_are_kept_unless_a_later_build_was_interrupted() {
         let cache = tempfile::tempdir().unwrap();
         let recipe = Recipe { name: "guest", fragment: "", patches: &[] };
@@ -345,7 +384,7 @@ mod tests {
         let build = directory.path().join("build");
         fs::create_dir(&build).unwrap();
         let make = Make::new(directory.path(), &build, &directory.path().join("log")).unwrap();
-        let error = make.run("vmlinux", |_| ()).unwrap_err().to_string();
+        let error = make.run(&["vmlinux"], |_| ()).unwrap_err().to_string();
         assert!(error.contains("broken file") && !error.contains("noise 1\n"), "{error}");
     }
 }

@@ -1,4 +1,4 @@
-//! Builds what a pod boots: the kernel and the initramfs. It needs neither root nor a network, only
+//! Builds what a pod boots: the kernel with its modules, and the initramfs. It needs neither root nor a network, only
 //! the source package that is installed on the machine.
 //!
 //! A kernel is `make tinyconfig` plus a fragment, verified option by option. It is kept in the
@@ -10,5 +10,6 @@ pub mod elf;
 pub mod initramfs;
 pub mod kconfig;
 pub mod kernel;
+pub mod modules;
 pub mod progress;
 pub mod source;

@@ -40,6 +40,8 @@ pub const NOTIFY_BYTES_MAX: usize = 4096;
 pub const SHARE_TAG: &str = "bulkhead";
 /// Where the agent mounts the shared files in the guest.
 pub const SHARE_DIR: &str = "/run/bulkhead/share";
+/// The name of the file in there that has the modules of the guest's kernel.
+pub const MODULES_FILE: &str = "modules";
 
 /// Names one stream of a process: the first 16 bytes on a connection to [`STREAM_PORT`].
 ///

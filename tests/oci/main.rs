@@ -56,6 +56,8 @@ mod load;
 #[cfg(test)]
 mod memory;
 #[cfg(test)]
+mod modules;
+#[cfg(test)]
 mod mount_flags;
 #[cfg(test)]
 mod mounts;

@@ -398,8 +398,9 @@ fn a_call_that_is_newer_is_not_there_whatever_the_default_kills(pods: &[Pod; 2])
 }
 
 fn calls_of_other_architectures_are_killed_unless_the_profile_has_them(pods: &[Pod; 2]) {
-    let calls = ["x86_64:111", "x32:111", "x32:39", "i386:65", "i386:20", "x32:600", "i386:600"];
-    let calls = calls.map(str::to_owned);
+    let calls = ["x86_64:111", "x32:111", "x32:39", "x32:600"].map(str::to_owned);
+    // The test host's kernel has no entry for 32-bit system calls, the guest's has.
+    let short_calls = ["i386:65", "i386:20", "i386:600"].map(str::to_owned);
     let all = ["SCMP_ARCH_X86_64", "SCMP_ARCH_X86", "SCMP_ARCH_X32", "SCMP_ARCH_AARCH64"];
     let lists: [&[&str]; 6] = [&[], &all[..1], &all[..2], &[all[0], all[2]], &all[..3], &all];
     for list in lists {
@@ -410,8 +411,14 @@ fn calls_of_other_architectures_are_killed_unless_the_profile_has_them(pods: &[P
         let x32 =
             if list.contains(&"SCMP_ARCH_X32") { "errno 90" } else { "did not return, signal 31" };
         assert_eq!(answers[1], x32, "{list:?}");
-        // The guest's kernel, like the test host's, has no entry for 32-bit system calls.
-        assert_eq!(answers[3..5], ["did not return, signal 11"; 2], "{list:?}");
+        let short = match list.contains(&"SCMP_ARCH_X86") {
+            true => "i386:65 errno 90\ni386:20 ok\ni386:600 errno 38\n".to_owned(),
+            false => short_calls
+                .each_ref()
+                .map(|call| format!("{call} did not return, signal 31\n"))
+                .concat(),
+        };
+        assert_eq!(under(&pods[0], &profile, true, &short_calls).1, short, "{list:?}");
     }
 }
 

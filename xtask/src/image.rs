@@ -45,6 +45,7 @@ pub(crate) fn build(clock: &Clock) -> Result<()> {
         install(&built(program)?.executable, &bin.join(program))?;
     }
     install(&kernel.vmlinux, &share.join("vmlinux"))?;
+    install(&kernel.modules, &share.join("modules"))?;
     install(&kernel.symbols, &share.join("System.map"))?;
     let agent = &built(AGENT)?.executable;
     clock.step("initramfs", || initramfs::write(agent, &share.join("initramfs.cpio")))?;

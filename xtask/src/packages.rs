@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::cargo::succeed;
 
-const NEEDED: [&str; 38] = [
+const NEEDED: [&str; 42] = [
     "aardvark-dns",
     "bc",
     "binutils",
@@ -18,11 +18,13 @@ const NEEDED: [&str; 38] = [
     "dbus",
     "debootstrap",
     "docker.io",
+    "dosfstools",
     "flex",
     "g++",
     "gcc",
     "iperf3",
     "iproute2",
+    "ipset",
     "kmod",
     "libc6-dev",
     "libelf-dev",
@@ -40,10 +42,12 @@ const NEEDED: [&str; 38] = [
     "qemu-system-x86",
     "runc",
     "seabios",
+    "squashfs-tools",
     "systemd",
     "tar",
     "tcpdump",
     "util-linux",
+    "xfsprogs",
     "xz-utils",
     "zlib1g-dev",
 ];

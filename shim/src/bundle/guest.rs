@@ -236,7 +236,7 @@ fn drop_host_devices(linux: &mut Linux, dropped: &mut Vec<&'static str>) {
     }
     let Some(devices) = linux.devices_mut() else { return };
     let listed = devices.len();
-    devices.retain(|device| refuse::guest_has(device).is_ok());
+    devices.retain(|device| refuse::guest_makes(device) || refuse::guest_has(device).is_ok());
     note(dropped, devices.len() < listed, "linux.devices of the host");
 }
 

@@ -39,8 +39,27 @@ const OWN_NETWORK: &str = "/proc/self/ns/net";
 const KEEP_GROUPS: &str = "run.oci.keep_original_groups";
 
 /// Character devices that exist in the guest, by major and minor number.
-const GUEST_DEVICES: [(i64, i64); 11] =
-    [(1, 3), (1, 5), (1, 7), (1, 8), (1, 9), (1, 11), (5, 0), (5, 1), (5, 2), (10, 200), (10, 229)];
+const GUEST_DEVICES: [(i64, i64); 17] = [
+    (1, 3),
+    (1, 5),
+    (1, 7),
+    (1, 8),
+    (1, 9),
+    (1, 11),
+    (5, 0),
+    (5, 1),
+    (5, 2),
+    (10, 200),
+    (10, 203), // cuse
+    (10, 229),
+    (10, 234), // btrfs-control
+    (10, 235), // autofs
+    (10, 236), // mapper/control
+    (10, 237), // loop-control
+    (108, 0),  // ppp
+];
+/// The major number of loop devices.
+const LOOP_MAJOR: i64 = 7;
 
 /// Checks the whole specification; returns the namespaces of neighbours that it joins.
 ///
@@ -194,6 +213,12 @@ pub(super) fn every_device_allowed(linux: &Linux) -> bool {
     })
 }
 
+/// Whether a device that is listed with all others of the host is one that the guest makes itself:
+/// a loop device, around a file of the container.
+pub(super) fn guest_makes(device: &LinuxDevice) -> bool {
+    device.typ() == LinuxDeviceType::B && device.major() == LOOP_MAJOR
+}
+
 pub(super) fn guest_has(device: &LinuxDevice) -> Result<(), Refusal> {
     let same = device.typ() == LinuxDeviceType::P
         || device.typ() != LinuxDeviceType::B
@@ -328,6 +353,8 @@ mod tests {
         let device = |json: Value| serde_json::from_value::<LinuxDevice>(json).unwrap();
         let fuse = json!({"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229});
         assert_eq!(guest_has(&device(fuse)), Ok(()));
+        let of_a_file = json!({"path": "/dev/loop3", "type": "b", "major": 7, "minor": 3});
+        assert!(guest_makes(&device(of_a_file)));
         let privileged = json!({"resources": {"devices": [{"allow": true, "access": "rwm"}]}});
         assert!(every_device_allowed(&serde_json::from_value(privileged).unwrap()));
         let ordinary = json!({"resources": {"devices": [

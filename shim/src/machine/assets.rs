@@ -1,5 +1,5 @@
-//! The files that a pod is started from: three programs beside this one, and the guest's kernel and
-//! initramfs in `../share/bulkhead/`. Environment variables can name other files.
+//! The files that a pod is started from: three programs beside this one, and the guest's kernel,
+//! its modules and the initramfs in `../share/bulkhead/`. Environment variables can name other files.
 
 use std::env;
 use std::fs::{self, File};
@@ -33,6 +33,8 @@ pub struct Assets {
     pub kernel: File,
     /// The guest's initramfs, open.
     pub initramfs: File,
+    /// The modules of the guest's kernel, open.
+    pub modules: File,
 }
 
 impl Assets {
@@ -61,6 +63,7 @@ impl Assets {
         Ok(Self {
             kernel: open("guest kernel", "BULKHEAD_KERNEL", share.join("vmlinux"))?.1,
             initramfs: open("initramfs", "BULKHEAD_INITRAMFS", share.join("initramfs.cpio"))?.1,
+            modules: open("modules", "BULKHEAD_MODULES", share.join("modules"))?.1,
             monitor: open("monitor", "BULKHEAD_VMM", bin.join("bulkhead-vmm"))?.0,
             file_server: open("file server", "BULKHEAD_FS", bin.join("bulkhead-fs"))?.0,
         })
@@ -99,6 +102,7 @@ mod tests {
         for (path, what) in [
             (share.join("vmlinux"), "guest kernel"),
             (share.join("initramfs.cpio"), "initramfs"),
+            (share.join("modules"), "modules"),
             (bin.join("bulkhead-vmm"), "monitor"),
             (bin.join("bulkhead-fs"), "file server"),
         ] {

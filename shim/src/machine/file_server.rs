@@ -1,5 +1,6 @@
 //! Starts the pod's file server, gives it the share, and waits for its end.
 
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -56,13 +57,14 @@ pub struct FileServer {
 }
 
 impl FileServer {
-    /// Starts it with an empty share and one end of the relay socket.
+    /// Starts it with a share that has only the modules, and one end of the relay socket.
     ///
     /// # Errors
     /// When it is not ready within a bounded time.
     pub async fn start(
         launch: Launch<'_>,
         relay: BorrowedFd<'_>,
+        modules: File,
         jail: JailConfig,
     ) -> Result<Self, FileServerError> {
         let root = share::root()?;
@@ -78,6 +80,9 @@ impl FileServer {
             Ok(None) => return Err(FileServerError::Ended("fileserver.log")),
             Err(error) => return Err(FileServerError::Socket(error)),
         }
+        let pid = jailed.process.pid;
+        let attached = spawn_blocking(move || share::attach_modules(pid, &modules)).await;
+        attached.unwrap_or_else(|error| Err(ShareError::Namespace(error.into())))?;
         Ok(Self { jailed, control, share_dirs: Mutex::default() })
     }
 

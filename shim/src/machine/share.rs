@@ -7,6 +7,9 @@
 //! of them there. So no mount of a container ever appears on the host, and the kernel unmounts them
 //! all when the file server dies.
 //!
+//! Beside these directories is a file with the modules of the guest's kernel, for its agent alone:
+//! a container sees only mounts of its own directory.
+//!
 //! Every tmpfs of the share is made read-only before the guest can see it.
 
 // UNSAFETY: mount_setattr(2) has no wrapper in rustix or nix.
@@ -19,6 +22,7 @@ use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
 
+use bulkhead_protocol::MODULES_FILE;
 use nix::sched::{CloneFlags, unshare};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, mkdirat, openat};
 use rustix::mount::{
@@ -119,6 +123,8 @@ pub fn root() -> Result<OwnedFd, ShareError> {
         for number in 0..SHARE_DIRS {
             mkdirat(&root, ShareDir(number).directory(), Mode::from_raw_mode(0o755))?;
         }
+        let new = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
+        openat(&root, MODULES_FILE, new, Mode::from_raw_mode(0o400))?;
         set_attributes(root.as_fd(), libc::MOUNT_ATTR_RDONLY, false)?;
         Ok(root)
     };
@@ -195,6 +201,17 @@ impl Files {
         drop(sender);
         end(attaching).and(cloned)
     }
+}
+
+/// Attaches the file with the modules of the guest's kernel, read-only.
+///
+/// # Errors
+/// When the file is not on a mount of this mount namespace, or cannot be attached.
+pub fn attach_modules(file_server: u32, modules: &File) -> Result<(), ShareError> {
+    let path = Path::new("/").join(MODULES_FILE);
+    let clone = alone(modules.as_fd(), true, false);
+    let clone = clone.map_err(|error| ShareError::Clone(path.clone(), error))?;
+    end(start_inside(file_server, move || attach(&clone, &path))?)
 }
 
 /// Detaches the mounts at a directory.

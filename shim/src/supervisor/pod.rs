@@ -165,7 +165,7 @@ impl Pod {
             let phase = Phase::begin("file server and share");
             let log = log(home, "fileserver.log")?;
             let launch = Launch { program: &assets.file_server, pod, log };
-            let server = FileServer::start(launch, other.as_fd(), server).await?;
+            let server = FileServer::start(launch, other.as_fd(), assets.modules, server).await?;
             phase.end();
             Ok::<_, PodError>(server)
         };

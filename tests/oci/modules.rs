@@ -86,11 +86,14 @@ const NETWORK: &[Check] = &[
             ip link add my$type type $type local 10.1.1.1 remote 10.1.1.2
         done
         ip link add mygre6 type ip6gre local fd00::1 remote fd00::2
-        ip link add xfrm type xfrm if_id 7
-        ip link add vrf type vrf table 10
+        ip link add secret type xfrm if_id 7
+        ip link add red type vrf table 10
         ip link add vxlan type vxlan id 1 dev base dstport 4789
         ip link add geneve type geneve id 1 remote 10.1.1.2
-        for type in macsec macvlan ipvlan; do ip link add link base name my$type type $type; done
+        for type in macsec macvlan ipvlan; do
+            ip link add on$type type dummy
+            ip link add link on$type name my$type type $type
+        done
         ip -br link show type wireguard | grep -q wireguard",
     ),
     (

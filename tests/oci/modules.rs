@@ -192,7 +192,7 @@ for line in lines:
         start, length = place[name]
         if libc.syscall(175, archive[start:start + length], length, b""):
             failed.append(name + ": " + os.strerror(ctypes.get_errno()))
-print(len(place), "modules", *failed, sep="\n")
+print(f"{len(place)} modules", *failed, sep="\n")
 "#;
 
 /// A static 32-bit program for `int 0x80` that writes `32 bits`, as an assembler would put it.

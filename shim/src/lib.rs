@@ -10,6 +10,7 @@
 //! - [`cgroup`]: the pod's cgroup on the host.
 //! - [`machine`]: the pod's jailed processes and the guest: monitor, file server, share, agent.
 //! - [`network`]: brings the network of the caller's namespace into the guest.
+//! - [`policy`]: what the administrator of the host decides for all containers.
 //! - [`streams`]: the host process that stands for a process of the guest, and its streams.
 
 pub mod bundle;
@@ -19,6 +20,7 @@ pub mod containerd;
 pub mod logging;
 pub mod machine;
 pub mod network;
+pub mod policy;
 pub mod state;
 pub mod streams;
 pub mod supervisor;

@@ -28,7 +28,7 @@ pub struct Runtime {
     /// The host's cgroups before anything was run.
     cgroups: BTreeSet<PathBuf>,
     program: PathBuf,
-    environment: Vec<(&'static str, &'static str)>,
+    environment: Vec<(&'static str, String)>,
 }
 
 impl Runtime {
@@ -56,7 +56,11 @@ impl Runtime {
         Self::of("/usr/bin/crun".into())
     }
 
-    fn of(program: PathBuf) -> Result<Self> {
+    /// A runtime at a path, such as a link to Bulkhead, with an empty state directory.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn of(program: PathBuf) -> Result<Self> {
         let (root, cgroups) = (TempDir::with_prefix("root-")?, cgroups()?);
         Ok(Self { root, cgroups, program, environment: Vec::new() })
     }
@@ -94,8 +98,8 @@ impl Runtime {
 
     /// Sets an environment variable for each command.
     #[must_use]
-    pub fn with(mut self, name: &'static str, value: &'static str) -> Self {
-        self.environment.push((name, value));
+    pub fn with(mut self, name: &'static str, value: impl Into<String>) -> Self {
+        self.environment.push((name, value.into()));
         self
     }
 
@@ -109,7 +113,7 @@ impl Runtime {
     #[must_use]
     pub fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(&self.program);
-        command.envs(self.environment.iter().copied());
+        command.envs(self.environment.iter().map(|(name, value)| (name, value)));
         command.arg("--root").arg(self.root()).args(args).stdin(Stdio::null());
         command
     }

@@ -68,6 +68,8 @@ mod pause;
 #[cfg(test)]
 mod pods;
 #[cfg(test)]
+mod policy;
+#[cfg(test)]
 mod process;
 #[cfg(test)]
 mod process_settings;

@@ -47,6 +47,7 @@ pub(crate) fn build(clock: &Clock) -> Result<()> {
     install(&kernel.vmlinux, &share.join("vmlinux"))?;
     install(&kernel.modules, &share.join("modules"))?;
     install(&kernel.symbols, &share.join("System.map"))?;
+    install(&root().join("docs/config.toml"), &share.join("config.toml"))?;
     let agent = &built(AGENT)?.executable;
     clock.step("initramfs", || initramfs::write(agent, &share.join("initramfs.cpio")))?;
     Ok(())

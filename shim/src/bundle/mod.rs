@@ -17,6 +17,7 @@ mod read_only_root;
 pub mod refuse;
 mod resources;
 mod size;
+mod sockets;
 mod unified;
 
 use std::collections::HashMap;
@@ -42,6 +43,7 @@ pub use self::size::{HostSize, MACHINE_OVERHEAD_MIB, MachineSize};
 pub(crate) use self::unified::bytes;
 pub use self::unified::check as check_files;
 use crate::network::namespace::Network;
+use crate::policy::{HostSockets, SocketPolicy};
 use crate::state::StateError;
 use crate::state::id::ContainerId;
 use crate::supervisor::neighbours::{Joined, Neighbours};
@@ -276,6 +278,17 @@ impl Bundle {
             false => Neighbours::default(),
         };
         Ok(refuse::check(&self.spec, &neighbours)?)
+    }
+
+    /// Checks that no socket of the host is bound into the container where the policy forbids it.
+    ///
+    /// # Errors
+    /// Names the mount.
+    pub fn check_sockets(&self, policy: SocketPolicy) -> Result<(), BundleError> {
+        match policy.host {
+            HostSockets::Allow => Ok(()),
+            HostSockets::Refuse => Ok(sockets::check(&self.spec, &self.dir)?),
+        }
     }
 
     /// Turns the specification into what the pod needs for the container.

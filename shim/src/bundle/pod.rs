@@ -3,11 +3,13 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
 use super::{Bundle, HostSize, MachineSize, namespaces, size};
 use crate::network::namespace::Network;
+use crate::policy::{NetworkPolicy, Policy};
 
 /// The properties of a pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -21,6 +23,10 @@ pub struct PodPlan {
     /// Sysctls of the machine's network, which all containers of the pod share, by their names in
     /// sysctl(8).
     pub sysctls: BTreeMap<String, String>,
+    /// How long the guest may take to boot.
+    pub boot_timeout: Duration,
+    /// How frames of the network move.
+    pub frames: NetworkPolicy,
     /// How many pairs of queues each network interface has.
     pub queue_pairs: u8,
     /// The network namespace of the host whose interfaces the machine gets.
@@ -32,14 +38,16 @@ pub struct PodPlan {
 impl PodPlan {
     /// The plan of the pod that is started for a bundle's container.
     #[must_use]
-    pub fn of(bundle: &Bundle, host: HostSize) -> Self {
+    pub fn of(bundle: &Bundle, host: HostSize, policy: &Policy) -> Self {
         let resources = bundle.resources();
-        let size = MachineSize::of(&[&resources], host);
+        let size = MachineSize::of(&[&resources], host, policy.size);
         Self {
             hostname: hostname(&bundle.spec),
             size,
             most: size.most(host),
             sysctls: sysctls(&bundle.spec),
+            boot_timeout: policy.guest.boot_timeout,
+            frames: policy.network,
             // Each pair takes a megabyte of the guest. A container without a quota may never need
             // more than one.
             queue_pairs: size::processors(&resources).map_or(1, |_| size.vcpus),

@@ -5,16 +5,15 @@ use std::fs;
 use bulkhead_vmm::config::VCPUS_MAX;
 use oci_spec::runtime::LinuxResources;
 
-/// Memory at the start for a container that has no limit, in MiB. The machine gets more when it is
-/// needed: docs/decisions/0021-memory-on-demand.md.
-const MEMORY_DEFAULT_MIB: u64 = 128;
+use crate::policy::SizePolicy;
+
 /// The least memory of a machine, in MiB.
 const MEMORY_MIN_MIB: u64 = 128;
 /// What the guest kernel and the agent use themselves, in MiB. It is added to the container's
 /// limit, so that the container reaches its limit before the machine is out of memory.
 pub const MACHINE_OVERHEAD_MIB: u64 = 128;
-/// The most processors that are declared to a guest for later growth, and that a container without
-/// a quota gets. Each costs memory: docs/decisions/0014-growing-machines.md.
+/// The most processors that are declared to a guest for later growth. Each costs memory:
+/// docs/decisions/0014-growing-machines.md.
 const DECLARED_MAX: u8 = 8;
 /// The list of the host's online processors.
 const PROCESSORS_ONLINE: &str = "/sys/devices/system/cpu/online";
@@ -58,15 +57,20 @@ impl HostSize {
 }
 
 impl MachineSize {
-    /// The size of a machine for these containers.
+    /// The size of a machine for these containers. The policy decides for those without a limit;
+    /// what they do not start with is plugged when they need it:
+    /// docs/decisions/0021-memory-on-demand.md.
     #[must_use]
-    pub fn of(all: &[&LinuxResources], host: HostSize) -> Self {
-        let memory = all.iter().map(|it| limit_mib(it).unwrap_or(MEMORY_DEFAULT_MIB));
-        let wanted = memory.fold(MACHINE_OVERHEAD_MIB, u64::saturating_add);
-        let memory = wanted.min(host.memory_mib).max(MEMORY_MIN_MIB);
-        let unlimited = all.iter().any(|it| limit_mib(it).is_none());
-        let expected = if unlimited { host.memory_mib.max(memory) } else { memory };
-        let cpus = all.iter().map(|it| processors(it).unwrap_or(DECLARED_MAX.into()));
+    pub fn of(all: &[&LinuxResources], host: HostSize, policy: SizePolicy) -> Self {
+        let most = policy.memory_max_mib.map_or(u64::MAX, u64::from);
+        let start = most.min(policy.memory_start_mib.into());
+        let together = |unlimited: u64| {
+            let memory = all.iter().map(|it| limit_mib(it).unwrap_or(unlimited));
+            memory.fold(MACHINE_OVERHEAD_MIB, u64::saturating_add).min(host.memory_mib)
+        };
+        let memory = together(start).max(MEMORY_MIN_MIB);
+        let expected = together(most).max(memory);
+        let cpus = all.iter().map(|it| processors(it).unwrap_or(policy.processors_max.into()));
         let most = host.cpus.min(VCPUS_MAX.into()).max(1);
         Self {
             vcpus: u8::try_from(cpus.fold(0, u64::saturating_add).clamp(1, most)).unwrap_or(1),
@@ -123,9 +127,12 @@ mod tests {
     use super::*;
     use serde_json::{Value, json};
 
+    const POLICY: SizePolicy =
+        SizePolicy { memory_start_mib: 128, memory_max_mib: None, processors_max: 8 };
+
     fn size(resources: &Value) -> (u8, u32) {
         let resources = serde_json::from_value(resources.clone()).unwrap();
-        let size = MachineSize::of(&[&resources], HostSize { cpus: 8, memory_mib: 4096 });
+        let size = MachineSize::of(&[&resources], HostSize { cpus: 8, memory_mib: 4096 }, POLICY);
         (size.vcpus, size.memory_mib)
     }
 
@@ -134,7 +141,7 @@ mod tests {
         assert_eq!(size(&json!({})), (8, 256));
         assert_eq!(size(&json!({"memory": {"limit": -1}, "cpu": {"quota": -1}})), (8, 256));
         let large = HostSize { cpus: 64, memory_mib: 1 << 20 };
-        let size = MachineSize::of(&[&LinuxResources::default()], large);
+        let size = MachineSize::of(&[&LinuxResources::default()], large, POLICY);
         let expected = MachineSize { vcpus: 8, memory_mib: 256, expected_mib: 1 << 20 };
         assert_eq!(size, expected);
     }
@@ -144,9 +151,31 @@ mod tests {
         let host = HostSize { cpus: 1, memory_mib: 4096 };
         let limited = json!({"memory": {"limit": 512 << 20}});
         let limited: LinuxResources = serde_json::from_value(limited).unwrap();
-        assert_eq!(MachineSize::of(&[&limited], host).expected_mib, 640);
-        let both = MachineSize::of(&[&limited, &LinuxResources::default()], host);
+        assert_eq!(MachineSize::of(&[&limited], host, POLICY).expected_mib, 640);
+        let both = MachineSize::of(&[&limited, &LinuxResources::default()], host, POLICY);
         assert_eq!((both.memory_mib, both.expected_mib), (768, 4096));
+    }
+
+    #[test]
+    fn the_policy_caps_a_container_without_a_limit_only() {
+        let host = HostSize { cpus: 8, memory_mib: 4096 };
+        let policy =
+            SizePolicy { memory_start_mib: 128, memory_max_mib: Some(512), processors_max: 2 };
+        let none = LinuxResources::default();
+        let large = json!({"memory": {"limit": 1 << 30}, "cpu": {"quota": 400_000}});
+        let large: LinuxResources = serde_json::from_value(large).unwrap();
+        let of = |all: &[&LinuxResources], policy| {
+            let size = MachineSize::of(all, host, policy);
+            (size.vcpus, size.memory_mib, size.expected_mib)
+        };
+        assert_eq!(of(&[&none], policy), (2, 256, 640));
+        assert_eq!(of(&[&large], policy), (4, 1152, 1152));
+        assert_eq!(of(&[&none, &none], policy), (4, 384, 1152));
+        assert_eq!(of(&[&none, &large], policy), (6, 1280, 1664));
+        let small = SizePolicy { memory_max_mib: Some(64), ..policy };
+        assert_eq!(of(&[&none], small), (2, 192, 192));
+        let much = SizePolicy { memory_start_mib: 1024, memory_max_mib: None, processors_max: 64 };
+        assert_eq!(of(&[&none], much), (8, 1152, 4096));
     }
 
     #[test]
@@ -163,7 +192,7 @@ mod tests {
         let limited = read(&json!({"memory": {"limit": 64 << 20}, "cpu": {"quota": 200_000}}));
         let (none, host) = (read(&json!({})), HostSize { cpus: 8, memory_mib: 4096 });
         let size = |all: &[&LinuxResources]| {
-            let size = MachineSize::of(all, host);
+            let size = MachineSize::of(all, host, POLICY);
             (size.vcpus, size.memory_mib)
         };
         assert_eq!(size(&[&none, &none]), (8, 384));

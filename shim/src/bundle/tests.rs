@@ -5,6 +5,7 @@ use std::os::unix::fs::symlink;
 use serde_json::{Value, json};
 
 use super::*;
+use crate::policy::Policy;
 
 const HOST: HostSize = HostSize { cpus: 4, memory_mib: 2048 };
 
@@ -225,7 +226,7 @@ fn what_is_the_pods_is_planned_apart() {
         json!({"destination": "/etc/resolv.conf", "type": "bind", "source": "/dev/null"});
     config["mounts"].as_array_mut().unwrap().push(resolv_conf);
     let bundle = TestBundle::with(&config);
-    let pod = PodPlan::of(&read(bundle.path()).unwrap(), HOST);
+    let pod = PodPlan::of(&read(bundle.path()).unwrap(), HOST, &Policy::default());
     assert_eq!((pod.hostname.as_str(), pod.size.vcpus, pod.most.vcpus), ("inner", 2, 4));
     assert_eq!(pod.network, Network::New);
     assert_eq!(pod.resolv_conf.as_deref(), Some(Path::new("/dev/null")));

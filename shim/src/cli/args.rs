@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use clap::{ArgAction, Args, Command, CommandFactory, Parser, Subcommand, ValueEnum};
 
-use crate::logging::LogTarget;
+use crate::logging::{LogLevel, LogTarget};
 use crate::state::id::ContainerId;
 
 /// Where containers are kept unless `--root` says otherwise.
@@ -64,6 +64,9 @@ pub struct Global {
     /// Log everything.
     #[arg(long)]
     pub debug: bool,
+    /// The section of the policy that applies; the name of this program without it.
+    #[arg(long, value_name = "NAME")]
+    pub runtime_name: Option<String>,
     /// The pod's cgroup is a unit of systemd; cgroupsPath is "slice:prefix:name" then.
     #[arg(long)]
     pub systemd_cgroup: bool,
@@ -89,14 +92,14 @@ impl Verb {
 }
 
 impl Global {
-    /// Where log lines go.
+    /// Where log lines go, and which: all with `--debug`.
     #[must_use]
-    pub fn log_target(&self) -> LogTarget {
+    pub fn log_target(&self, level: LogLevel) -> LogTarget {
         LogTarget {
             // The supervisor works in another directory.
             path: self.log.as_ref().map(|path| std::path::absolute(path).unwrap_or(path.clone())),
             json: self.log_format == LogFormat::Json,
-            debug: self.debug,
+            level: if self.debug { LogLevel::Debug } else { level },
         }
     }
 }
@@ -137,6 +140,8 @@ pub enum Verb {
     Events(Events),
     /// Show the features of this runtime.
     Features,
+    /// Show the policy of the host for this runtime, and where each value is from.
+    Config,
     /// Remove a container that does not run.
     Delete(Delete),
     /// List all containers.

@@ -9,17 +9,18 @@ use super::client;
 use super::creation::Creation;
 use crate::machine::{assets, spawn};
 use crate::network::namespace::Network;
+use crate::policy::Policy;
 use crate::state::Home;
 use crate::streams::preserved::Preserved;
 use crate::streams::stand_in::Options;
 use crate::streams::terminal;
 
 pub(super) fn create(
-    global: &Global,
+    context: (&Global, &Policy),
     create: &Create,
     preserved: &Preserved,
 ) -> anyhow::Result<()> {
-    let creation = Creation::begin(global, create, false, false)?;
+    let creation = Creation::begin(context, create, false, false)?;
     detached(create, &creation, preserved, async |_| Ok(()))?;
     creation.done();
     Ok(())

@@ -21,6 +21,7 @@ use super::client::{connect, unbounded, words};
 use super::obituary;
 use crate::bundle::{self, ProcessLimits};
 use crate::network::namespace::Network;
+use crate::policy::Policy;
 use crate::state::id::ContainerId;
 use crate::state::process::Process;
 use crate::state::socket_path::SocketPath;
@@ -50,7 +51,7 @@ impl Creation {
     /// Checks what can be checked at once, claims the id and starts the supervisor.
     /// In the foreground this process stands for the container.
     pub(super) fn begin(
-        global: &Global,
+        (global, policy): (&Global, &Policy),
         create: &Create,
         foreground: bool,
         ephemeral: bool,
@@ -65,7 +66,7 @@ impl Creation {
         let terminal = bundle.terminal();
         check_console(terminal, foreground, create.console_socket.as_deref())?;
         let home = Home::claim(&root, &create.id, &bundle.dir)?;
-        let supervision = Supervision { global, home: &home, ephemeral };
+        let supervision = Supervision { global, policy, home: &home, ephemeral };
         let ordered = activation::prepare(&home).and_then(|()| match joined.pod() {
             None => supervision.start_supervisor().map(|(child, link)| (Some(child), link)),
             Some(neighbour) => supervision.join(neighbour).map(|link| (None, link)),
@@ -207,6 +208,7 @@ pub(super) fn check_console(
 /// A container that is to be served.
 struct Supervision<'a> {
     global: &'a Global,
+    policy: &'a Policy,
     home: &'a Home,
     ephemeral: bool,
 }
@@ -252,7 +254,8 @@ impl Supervision<'_> {
             systemd_cgroup: self.global.systemd_cgroup,
             limits: ProcessLimits::own(),
             additions: activation::additions(),
-            log: self.global.log_target(),
+            log: self.global.log_target(self.policy.log.level),
+            policy: self.policy.clone(),
             spawned,
         };
         let sockets = [task.as_fd(), attach.as_fd(), join.as_fd()];

@@ -6,6 +6,7 @@ use std::io::Write;
 use serde_json::{Value, json};
 
 use crate::network::vhost;
+use crate::policy::Policy;
 
 /// createContainer and startContainer run in the guest.
 const HOOKS: &[&str] =
@@ -132,12 +133,12 @@ const SECCOMP_OPERATORS: &[&str] = &[
 ];
 const SECCOMP_ARCHS: &[&str] = &["SCMP_ARCH_X32", "SCMP_ARCH_X86", "SCMP_ARCH_X86_64"];
 
-pub(super) fn features() -> anyhow::Result<()> {
-    let text = serde_json::to_string_pretty(&document())?;
+pub(super) fn features(policy: &Policy) -> anyhow::Result<()> {
+    let text = serde_json::to_string_pretty(&document(policy))?;
     Ok(writeln!(std::io::stdout(), "{text}")?)
 }
 
-fn document() -> Value {
+fn document(policy: &Policy) -> Value {
     let none = json!({"enabled": false});
     json!({
         "ociVersionMin": "1.0.0",
@@ -161,7 +162,7 @@ fn document() -> Value {
         },
         "annotations": {
             "org.bulkhead.version": env!("CARGO_PKG_VERSION"),
-            "org.bulkhead.vhost-net.enabled": vhost::open(1).is_ok().to_string(),
+            "org.bulkhead.vhost-net.enabled": vhost::open(1, policy.network).is_ok().to_string(),
             "org.opencontainers.runc.checkpoint.enabled": "false",
         },
     })

@@ -6,6 +6,7 @@
 mod activation;
 pub mod args;
 pub mod client;
+mod config;
 mod create;
 mod creation;
 mod delete;
@@ -37,6 +38,7 @@ use clap::{Command, FromArgMatches};
 
 use self::args::{CommandLine, Verb};
 use crate::machine::spawn;
+use crate::policy::{InForce, RuntimeName};
 use crate::streams::preserved::Preserved;
 use crate::supervisor::oom;
 use crate::{logging, supervisor};
@@ -129,14 +131,18 @@ fn dispatch(line: &CommandLine) -> anyhow::Result<ExitCode> {
     spawn::close_inherited_on_exec()?;
     // Before anything is opened, which would take a number that a caller has left free.
     let preserved = preserved(&line.verb);
+    let name = RuntimeName::of(global.runtime_name.as_deref());
+    // What does not create a container does without a policy that cannot be read.
+    let policy = InForce::read(&name);
     if !is_own(&line.verb) {
-        logging::start(&global.log_target())?;
+        let level = policy.as_ref().map(|read| read.policy.log.level);
+        logging::start(&global.log_target(level.unwrap_or_default()))?;
     }
     tracing::debug!("{} {:?}", env!("CARGO_PKG_VERSION"), line.verb);
     match &line.verb {
-        Verb::Run(run) => return run::run(global, run, preserved?),
+        Verb::Run(run) => return run::run((global, &policy?.policy), run, preserved?),
         Verb::Exec(exec) => return exec::exec(global, exec, preserved?),
-        Verb::Create(create) => create::create(global, create, &preserved?)?,
+        Verb::Create(create) => create::create((global, &policy?.policy), create, &preserved?)?,
         Verb::Start(named) => start::start(global, &named.id)?,
         Verb::State(named) => state::state(global, &named.id)?,
         Verb::Kill(kill) => kill::kill(global, kill)?,
@@ -148,7 +154,8 @@ fn dispatch(line: &CommandLine) -> anyhow::Result<ExitCode> {
         Verb::List(list) => list::list(global, list)?,
         Verb::Spec(spec) => spec::spec(spec)?,
         Verb::Events(events) => events::events(global, events)?,
-        Verb::Features => features::features()?,
+        Verb::Features => features::features(&policy?.policy)?,
+        Verb::Config => config::config(&name, &policy?)?,
         Verb::Checkpoint { .. } => bail!("checkpoint is not supported yet"),
         Verb::Restore { .. } => bail!("restore is not supported yet"),
         Verb::OomVictim => oom::victim()?,

@@ -13,6 +13,7 @@ use super::creation::Creation;
 use super::notify::Listener;
 use super::{create, signals};
 use crate::network::namespace::Network;
+use crate::policy::Policy;
 use crate::state::Home;
 use crate::state::socket_path::SocketPath;
 use crate::streams::preserved::Preserved;
@@ -20,10 +21,14 @@ use crate::streams::relay::{Belongings, Ended, Relay, Signals};
 use crate::streams::terminal::Terminal;
 use crate::trace::Phase;
 
-pub(super) fn run(global: &Global, run: &Run, preserved: Preserved) -> anyhow::Result<ExitCode> {
+pub(super) fn run(
+    context: (&Global, &Policy),
+    run: &Run,
+    preserved: Preserved,
+) -> anyhow::Result<ExitCode> {
     let whole = Phase::begin("whole run");
     let ephemeral = !run.detach && !run.keep;
-    let creation = Creation::begin(global, &run.create, !run.detach, ephemeral)?;
+    let creation = Creation::begin(context, &run.create, !run.detach, ephemeral)?;
     let ready = Listener::bind(&creation.home)?;
     if run.detach {
         create::detached(&run.create, &creation, &preserved, async |task| {

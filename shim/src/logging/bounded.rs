@@ -17,8 +17,8 @@ pub(super) struct Bounded {
 }
 
 impl Bounded {
-    pub(super) fn new(to: BoxMakeWriter, form: Form) -> Self {
-        Self { to, form, allowance: Allowance::new() }
+    pub(super) fn new(to: BoxMakeWriter, form: Form, bytes_max: u64) -> Self {
+        Self { to, form, allowance: Allowance::new(bytes_max) }
     }
 
     fn lines<'a>(&'a self, error: bool, to: Box<dyn Write + 'a>) -> Box<dyn Write + 'a> {
@@ -66,7 +66,7 @@ impl Write for Lines<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use bulkhead_vmm::log_allowance::{BYTES_MAX, OTHER_BYTES_MAX};
+    use bulkhead_vmm::log_allowance::BYTES_MAX;
     use std::sync::{Arc, Mutex};
 
     #[test]
@@ -76,7 +76,7 @@ mod tests {
             let file = Arc::clone(&file);
             move || To(Arc::clone(&file))
         });
-        let log = Bounded::new(to, Form::Text);
+        let log = Bounded::new(to, Form::Text, BYTES_MAX);
         let subscriber = tracing_subscriber::fmt().with_writer(log).with_ansi(false).finish();
         tracing::subscriber::with_default(subscriber, || {
             for _ in 0..100_000 {
@@ -84,7 +84,7 @@ mod tests {
             }
             let by_the_guest = file.lock().unwrap().len() as u64;
             assert!(
-                (OTHER_BYTES_MAX..OTHER_BYTES_MAX + 1000).contains(&by_the_guest),
+                (BYTES_MAX / 2..BYTES_MAX / 2 + 1000).contains(&by_the_guest),
                 "{by_the_guest}"
             );
             tracing::error!("the reason");

@@ -3,6 +3,7 @@
 //! line for each event.
 
 mod bounded;
+mod level;
 
 use std::fmt::{self, Write as _};
 use std::fs::File;
@@ -23,6 +24,7 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::registry::LookupSpan;
 
 use self::bounded::Bounded;
+pub use self::level::LogLevel;
 use crate::state::timestamp;
 
 /// Where log lines go and what they look like.
@@ -32,8 +34,8 @@ pub struct LogTarget {
     pub path: Option<PathBuf>,
     /// JSON, not text.
     pub json: bool,
-    /// Everything, not only warnings and errors.
-    pub debug: bool,
+    /// From which level on.
+    pub level: LogLevel,
 }
 
 /// Writes this process's events to the target from now on.
@@ -44,13 +46,13 @@ pub fn start(target: &LogTarget) -> anyhow::Result<()> {
     write_to(open(target)?, target)
 }
 
-/// The same for a process that serves a guest. The log has a limited size, because a guest can
-/// cause lines for as long as it runs.
+/// The same for a process that serves a guest. The log has at most so many bytes, because a guest
+/// can cause lines for as long as it runs.
 ///
 /// # Errors
 /// As [`start`].
-pub fn start_bounded(target: &LogTarget) -> anyhow::Result<()> {
-    let bounded = Bounded::new(open(target)?, Form::of(target));
+pub fn start_bounded(target: &LogTarget, bytes_max: u64) -> anyhow::Result<()> {
+    let bounded = Bounded::new(open(target)?, Form::of(target), bytes_max);
     write_to(BoxMakeWriter::new(bounded), target)
 }
 
@@ -62,9 +64,9 @@ fn open(target: &LogTarget) -> anyhow::Result<BoxMakeWriter> {
 }
 
 fn write_to(writer: BoxMakeWriter, target: &LogTarget) -> anyhow::Result<()> {
-    let level = if target.debug { Level::DEBUG } else { Level::WARN };
+    let level = target.level.level();
     // libcgroups warns of each controller that it does not know, for each cgroup.
-    let cgroups = if target.debug { Level::DEBUG } else { Level::ERROR };
+    let cgroups = if target.level == LogLevel::Debug { Level::DEBUG } else { Level::ERROR };
     let levels = Targets::new().with_default(level).with_target("libcgroups", cgroups);
     let subscriber = tracing_subscriber::fmt()
         .with_max_level(level)

@@ -1,5 +1,6 @@
-//! The files that a pod is started from: three programs beside this one, and the guest's kernel,
-//! its modules and the initramfs in `../share/bulkhead/`. Environment variables can name other files.
+//! The files that a pod is started from: three programs beside this one, for which tests name others
+//! by environment variables, and the guest's kernel, its modules and its initramfs, which the policy
+//! names.
 
 use std::env;
 use std::fs::{self, File};
@@ -8,17 +9,19 @@ use std::path::{Path, PathBuf};
 
 use thiserror::Error;
 
+use crate::policy::GuestPolicy;
+
 /// A file of the installation that cannot be used.
 #[derive(Debug, Error)]
 #[error(
-    "cannot use {what} {}: build it with \"cargo xtask image\", or name another with \
-     {variable}",
+    "cannot use {what} {}: build it with \"cargo xtask image\", or name another with {name}",
     .path.display()
 )]
 pub struct AssetError {
     what: &'static str,
     path: PathBuf,
-    variable: &'static str,
+    /// What names another file.
+    name: &'static str,
     source: io::Error,
 }
 
@@ -42,32 +45,52 @@ impl Assets {
     ///
     /// # Errors
     /// Names the first file that is missing, and the command that builds it.
-    pub fn find() -> Result<Self, AssetError> {
-        Self::find_beside(&beside(), |variable| env::var_os(variable).map(PathBuf::from))
+    pub fn find(guest: &GuestPolicy) -> Result<Self, AssetError> {
+        let named = |variable: &str| env::var_os(variable).map(PathBuf::from);
+        Self::find_beside(&beside(), guest, named)
     }
 
-    /// Finds everything in an installation; `named` returns the file that an environment variable
-    /// names.
+    /// Finds everything in an installation; `named` returns the program that an environment
+    /// variable names.
     pub(crate) fn find_beside(
         bin: &Path,
+        guest: &GuestPolicy,
         named: impl Fn(&str) -> Option<PathBuf>,
     ) -> Result<Self, AssetError> {
-        let share = bin.parent().unwrap_or(bin).join("share/bulkhead");
-        let open = |what, variable, default: PathBuf| -> Result<(PathBuf, File), AssetError> {
-            let path = named(variable).unwrap_or(default);
-            match File::open(&path) {
-                Ok(file) => Ok((path, file)),
-                Err(source) => Err(AssetError { what, path, variable, source }),
-            }
+        let program = |what, name, default| {
+            open(what, name, named(name).unwrap_or_else(|| bin.join(default))).map(|it| it.0)
         };
+        let (kernel, initramfs) = (from(bin, &guest.kernel), from(bin, &guest.initramfs));
         Ok(Self {
-            kernel: open("guest kernel", "BULKHEAD_KERNEL", share.join("vmlinux"))?.1,
-            initramfs: open("initramfs", "BULKHEAD_INITRAMFS", share.join("initramfs.cpio"))?.1,
-            modules: open("modules", "BULKHEAD_MODULES", share.join("modules"))?.1,
-            monitor: open("monitor", "BULKHEAD_VMM", bin.join("bulkhead-vmm"))?.0,
-            file_server: open("file server", "BULKHEAD_FS", bin.join("bulkhead-fs"))?.0,
+            kernel: open("guest kernel", "guest.kernel", kernel)?.1,
+            initramfs: open("initramfs", "guest.initramfs", initramfs)?.1,
+            modules: open("modules", "guest.modules", from(bin, &guest.modules))?.1,
+            monitor: program("monitor", "BULKHEAD_VMM", "bulkhead-vmm")?,
+            file_server: program("file server", "BULKHEAD_FS", "bulkhead-fs")?,
         })
     }
+}
+
+fn open(
+    what: &'static str,
+    name: &'static str,
+    path: PathBuf,
+) -> Result<(PathBuf, File), AssetError> {
+    match File::open(&path) {
+        Ok(file) => Ok((path, file)),
+        Err(source) => Err(AssetError { what, path, name, source }),
+    }
+}
+
+/// A path that starts at the program's directory unless it is absolute. That directory has no links
+/// in it, so that its parent is found by its name.
+fn from(bin: &Path, path: &Path) -> PathBuf {
+    let (mut from, mut path) = (bin, path);
+    while let Ok(rest) = path.strip_prefix("..") {
+        from = from.parent().unwrap_or(from);
+        path = rest;
+    }
+    from.join(path)
 }
 
 /// The path of the stand-in's program.
@@ -75,11 +98,11 @@ impl Assets {
 /// # Errors
 /// When it is missing.
 pub fn stand_in() -> Result<PathBuf, AssetError> {
-    let (what, variable) = ("program of the stand-in", "BULKHEAD_STAND_IN");
-    let path = env::var_os(variable).map_or_else(|| beside().join("bulkhead-stand-in"), Into::into);
+    let (what, name) = ("program of the stand-in", "BULKHEAD_STAND_IN");
+    let path = env::var_os(name).map_or_else(|| beside().join("bulkhead-stand-in"), Into::into);
     match fs::metadata(&path) {
         Ok(_) => Ok(path),
-        Err(source) => Err(AssetError { what, path, variable, source }),
+        Err(source) => Err(AssetError { what, path, name, source }),
     }
 }
 
@@ -106,7 +129,9 @@ mod tests {
             (bin.join("bulkhead-vmm"), "monitor"),
             (bin.join("bulkhead-fs"), "file server"),
         ] {
-            let words = Assets::find_beside(&bin, |_| None).unwrap_err().to_string();
+            let words = Assets::find_beside(&bin, &GuestPolicy::default(), |_| None)
+                .unwrap_err()
+                .to_string();
             assert!(
                 words.starts_with(&format!("cannot use {what} {}: ", path.display())),
                 "{words}"
@@ -114,13 +139,19 @@ mod tests {
             assert!(words.contains("cargo xtask image"), "{words}");
             fs::write(path, "").unwrap();
         }
-        Assets::find_beside(&bin, |_| None).unwrap();
+        Assets::find_beside(&bin, &GuestPolicy::default(), |_| None).unwrap();
     }
 
     #[test]
-    fn a_variable_names_another_file() {
-        let named = |variable: &str| (variable == "BULKHEAD_KERNEL").then(|| "/my/kernel".into());
-        let words = Assets::find_beside(Path::new("/nonexistent/bin"), named).unwrap_err();
-        assert!(words.to_string().contains("/my/kernel"), "{words}");
+    fn the_policy_names_other_files() {
+        let bin = Path::new("/nonexistent/bin");
+        for (kernel, path) in
+            [("/my/kernel", "/my/kernel"), ("../share/full", "/nonexistent/share/full")]
+        {
+            let guest = GuestPolicy { kernel: kernel.into(), ..GuestPolicy::default() };
+            let words = Assets::find_beside(bin, &guest, |_| None).unwrap_err().to_string();
+            assert!(words.contains(&format!("guest kernel {path}: ")), "{words}");
+            assert!(words.ends_with("guest.kernel"), "{words}");
+        }
     }
 }

@@ -25,6 +25,7 @@ use crate::machine::channel::watch;
 use crate::machine::monitor::{FIRST_NETWORK_SLOT, Machine, MachineError};
 use crate::network::mirror::{Interface, Mirror, MirrorError, Update, View};
 use crate::network::vhost;
+use crate::policy::NetworkPolicy;
 
 /// How long to wait for further changes after one: an interface is set up in several steps.
 const SETTLE: Duration = Duration::from_millis(20);
@@ -53,6 +54,7 @@ pub enum NetworkError {
 pub struct Interfaces {
     /// Queue pairs of each interface.
     pairs: usize,
+    policy: NetworkPolicy,
     /// `None` while the machine has no network of a container.
     mirror: Mutex<Option<Mirror>>,
     changes: OnceLock<Changes>,
@@ -64,9 +66,10 @@ impl Interfaces {
     /// No interfaces yet, for a machine with so many processors: each can have a queue pair of its
     /// own.
     #[must_use]
-    pub fn new(processors: u8) -> Self {
+    pub fn new(processors: u8, policy: NetworkPolicy) -> Self {
         Self {
             pairs: usize::from(processors).clamp(1, PAIRS_MAX),
+            policy,
             mirror: Mutex::default(),
             changes: OnceLock::new(),
             stale: AtomicBool::new(false),
@@ -97,7 +100,7 @@ impl Interfaces {
         if !update.refused.is_empty() {
             return Err(update.refused.swap_remove(0).into());
         }
-        pass_on(machine, agent, update).await?;
+        self.pass_on(machine, agent, update).await?;
         Ok(bell)
     }
 
@@ -125,7 +128,7 @@ impl Interfaces {
             let error = format!("{:#}", anyhow::Error::from(error));
             tracing::warn!(error, "cannot give the guest an interface of the container's network");
         }
-        pass_on(machine, agent, update).await?;
+        self.pass_on(machine, agent, update).await?;
         Ok(true)
     }
 
@@ -145,6 +148,36 @@ impl Interfaces {
         *place = Some(mirror);
         Ok(shared?)
     }
+
+    /// Applies an update to the machine and the guest.
+    async fn pass_on(
+        &self,
+        machine: &Machine,
+        agent: &Agent,
+        update: Update,
+    ) -> Result<(), NetworkError> {
+        if !update.gone.is_empty() {
+            let slots = update.gone.iter().map(|place| FIRST_NETWORK_SLOT + place);
+            agent.release(slots.clone().map(u32::from).collect()).await?;
+            for slot in slots {
+                machine.detach(slot).await?;
+            }
+        }
+        for (place, taps) in &update.new {
+            let of_place = |(it, _): &&(u8, Interface)| it == place;
+            if let Some((_, interface)) = update.view.interfaces.iter().find(of_place) {
+                let slot = FIRST_NETWORK_SLOT + place;
+                attach(machine, (slot, self.policy), taps, interface).await?;
+            }
+        }
+        for (place, plugged) in update.cables {
+            machine.set_link(FIRST_NETWORK_SLOT + place, plugged).await?;
+        }
+        if !update.new.is_empty() {
+            agent.rescan().await?;
+        }
+        Ok(agent.configure(request(update.view)).await?)
+    }
 }
 
 /// Reads the namespace on another thread, because it may take long.
@@ -158,39 +191,15 @@ async fn looked_at(
     looked.await.map_err(|error| NetworkError::Changes(error.into()))
 }
 
-/// Applies an update to the machine and the guest.
-async fn pass_on(machine: &Machine, agent: &Agent, update: Update) -> Result<(), NetworkError> {
-    if !update.gone.is_empty() {
-        let slots = update.gone.iter().map(|place| FIRST_NETWORK_SLOT + place);
-        agent.release(slots.clone().map(u32::from).collect()).await?;
-        for slot in slots {
-            machine.detach(slot).await?;
-        }
-    }
-    for (place, taps) in &update.new {
-        let of_place = |(it, _): &&(u8, Interface)| it == place;
-        if let Some((_, interface)) = update.view.interfaces.iter().find(of_place) {
-            attach(machine, FIRST_NETWORK_SLOT + place, taps, interface).await?;
-        }
-    }
-    for (place, plugged) in update.cables {
-        machine.set_link(FIRST_NETWORK_SLOT + place, plugged).await?;
-    }
-    if !update.new.is_empty() {
-        agent.rescan().await?;
-    }
-    Ok(agent.configure(request(update.view)).await?)
-}
-
 /// Gives the machine one interface. The host's kernel moves its frames if it can, else the monitor.
 async fn attach(
     machine: &Machine,
-    slot: u8,
+    (slot, policy): (u8, NetworkPolicy),
     taps: &[OwnedFd],
     interface: &Interface,
 ) -> Result<(), NetworkError> {
     let (name, mac) = (&interface.name, interface.mac);
-    let reason = match vhost::open(taps.len()) {
+    let reason = match vhost::open(taps.len(), policy) {
         Ok(vhost) => match machine.attach_network(slot, (taps, &vhost), mac, MTU_MAX).await {
             Ok(()) => {
                 tracing::info!(interface = %name, "the kernel moves the frames, by vhost-net");

@@ -1,22 +1,21 @@
 //! `/dev/vhost-net` of this host: with it the host's kernel moves the frames of a machine's
 //! interface instead of the monitor.
 
-use std::env;
 use std::fs::OpenOptions;
 use std::io;
 use std::os::fd::OwnedFd;
 
 use thiserror::Error;
 
-/// The environment variable that switches vhost-net off if it is `0`.
-const SWITCH: &str = "BULKHEAD_VHOST_NET";
+use crate::policy::NetworkPolicy;
+
 const DEVICE: &str = "/dev/vhost-net";
 
 /// Why vhost-net is not used.
 #[derive(Debug, Error)]
 pub enum WhyNot {
-    /// The user has switched it off.
-    #[error("{SWITCH}=0 is set")]
+    /// The administrator has switched it off.
+    #[error("the policy does not allow it (network.vhost)")]
     SwitchedOff,
     /// The host does not have the device, or does not allow it to be opened.
     #[error("{DEVICE} cannot be opened")]
@@ -27,8 +26,8 @@ pub enum WhyNot {
 ///
 /// # Errors
 /// When there is a reason not to.
-pub fn open(pairs: usize) -> Result<Vec<OwnedFd>, WhyNot> {
-    if env::var_os(SWITCH).is_some_and(|value| value == "0") {
+pub fn open(pairs: usize, policy: NetworkPolicy) -> Result<Vec<OwnedFd>, WhyNot> {
+    if !policy.vhost {
         return Err(WhyNot::SwitchedOff);
     }
     let open = |_| Ok(OpenOptions::new().read(true).write(true).open(DEVICE)?.into());

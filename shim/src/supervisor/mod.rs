@@ -44,6 +44,7 @@ use crate::cgroup;
 use crate::containerd::task::Service;
 use crate::logging::{self, LogTarget};
 use crate::machine::channel::Channel;
+use crate::policy::Policy;
 use crate::state::id::ContainerId;
 use crate::state::{Home, StateError};
 use crate::streams::attach::Attachments;
@@ -82,6 +83,8 @@ pub struct ServeRequest {
     pub additions: Additions,
     /// Where warnings go.
     pub log: LogTarget,
+    /// The policy of the creator. A pod follows that of its first.
+    pub policy: Policy,
     /// When the creator began to start this process.
     pub spawned: Phase,
 }
@@ -137,7 +140,8 @@ pub fn run() -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let served = runtime.block_on(async {
         let first = Newcomer::greet(creator).await?;
-        logging::start_bounded(&first.request.log)?;
+        let bytes_max = u64::from(first.request.policy.log.supervisor_max_mib) << 20;
+        logging::start_bounded(&first.request.log, bytes_max)?;
         serve(first).await
     });
     // Does not wait for threads that are still blocked in a file system of the host.
@@ -147,7 +151,7 @@ pub fn run() -> anyhow::Result<()> {
 
 /// Serves the containers of one pod until there are none.
 async fn serve(first: Newcomer) -> anyhow::Result<()> {
-    let sandbox = Arc::new(Sandbox::default());
+    let sandbox = Arc::new(Sandbox::new(first.request.policy.clone()));
     let (door, mut newcomers) = mpsc::unbounded_channel();
     let mut members = JoinSet::new();
     members.spawn(serve_one(first, sandbox.clone(), door.clone()));

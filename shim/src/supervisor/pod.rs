@@ -83,9 +83,9 @@ pub enum PodError {
     #[error(transparent)]
     Machine(#[from] MachineError),
     /// The guest did not boot in time.
-    #[error("the guest did not come up within {} s{console}", .patience.as_secs())]
+    #[error("the guest did not come up within {} s (guest.boot_timeout){console}", .patience.as_secs())]
     Boot {
-        /// The time limit; `BULKHEAD_BOOT_TIMEOUT` changes it.
+        /// The time limit.
         patience: Duration,
         /// The last lines of its console.
         console: String,
@@ -179,7 +179,7 @@ impl Pod {
             growth,
             agent,
             disks: tokio::sync::Mutex::default(),
-            interfaces: Interfaces::new(plan.queue_pairs),
+            interfaces: Interfaces::new(plan.queue_pairs, plan.frames),
             follower: OnceLock::new(),
             provider: OnceLock::new(),
             _timekeeper: timekeeper,

@@ -19,6 +19,7 @@ use crate::bundle::{self, BundleError, HostSize, MachineSize};
 use crate::cgroup::{Cgroup, CgroupError, Limits};
 use crate::machine::agent::AgentError;
 use crate::machine::share::ShareDir;
+use crate::policy::Policy;
 use crate::state::id::ContainerId;
 use crate::supervisor::neighbours::{self, Joined};
 use crate::supervisor::pod::{Pod, PodError};
@@ -47,8 +48,9 @@ pub enum SandboxError {
 }
 
 /// One pod's containers.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Sandbox {
+    policy: Policy,
     members: Mutex<Members>,
     /// Held while the machine or its limits change.
     sizing: tokio::sync::Mutex<()>,
@@ -95,6 +97,18 @@ pub enum Departure {
 }
 
 impl Sandbox {
+    /// A pod without containers.
+    #[must_use]
+    pub fn new(policy: Policy) -> Self {
+        Self { policy, members: Mutex::default(), sizing: tokio::sync::Mutex::default() }
+    }
+
+    /// What the pod follows, whoever joins it.
+    #[must_use]
+    pub const fn policy(&self) -> &Policy {
+        &self.policy
+    }
+
     /// Returns whether any container has entered.
     #[must_use]
     pub fn has_begun(&self) -> bool {
@@ -221,7 +235,8 @@ impl Sandbox {
 
     /// Makes the machine large enough for all containers.
     async fn make_room(&self, pod: &Pod) -> Result<(), SandboxError> {
-        let size = MachineSize::of(&self.members().resources(), HostSize::measure());
+        let size =
+            MachineSize::of(&self.members().resources(), HostSize::measure(), self.policy.size);
         if pod.lacks(size).await {
             // The limit is raised first: the guest uses some of the plugged memory at once, to
             // describe it.

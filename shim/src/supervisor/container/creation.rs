@@ -20,6 +20,7 @@ use crate::machine::kvm;
 use crate::machine::monitor::MachineError;
 use crate::machine::share::{Files, ShareDir};
 use crate::network::namespace::Network;
+use crate::policy::GuestPolicy;
 use crate::state::State;
 use crate::state::process::Process;
 use crate::streams::attach::{Attachments, StandIn};
@@ -70,10 +71,10 @@ impl Container {
             Some(pod) => Source::Running(pod),
             // Opens `/dev/kvm` before entering the cgroup, where the caller may have forbidden most
             // devices.
-            None => Source::new()?,
+            None => Source::new(&self.sandbox.policy().guest)?,
         };
         self.claim_cgroup(&mut life.state, &host, first.then_some(&limits)).await?;
-        let pod_plan = PodPlan::of(&bundle, HostSize::measure());
+        let pod_plan = PodPlan::of(&bundle, HostSize::measure(), self.sandbox.policy());
         let attached = self.attach(attachments, &host, (&bundle, &plan.hooks), &life.state);
         let up = self.bring_up(source, &pod_plan, (&plan, dir));
         let (stand_in, pod) = tokio::try_join!(attached, up)?;
@@ -138,9 +139,11 @@ impl Container {
 
     async fn read_bundle(&self, state: &State) -> Result<(Bundle, Joined), ContainerError> {
         let (dir, root) = (state.bundle.clone(), self.home.root().to_owned());
+        let sockets = self.sandbox.policy().sockets;
         in_a_thread(move || {
             let bundle = bundle::read(&dir)?;
             let joined = bundle.check(&root)?;
+            bundle.check_sockets(sockets)?;
             Ok((bundle, joined))
         })
         .await
@@ -305,8 +308,8 @@ enum Source {
 
 impl Source {
     /// Opens the files of the installation and `/dev/kvm`.
-    fn new() -> Result<Self, PodError> {
-        Ok(Self::New((Assets::find()?, kvm::open()?)))
+    fn new(guest: &GuestPolicy) -> Result<Self, PodError> {
+        Ok(Self::New((Assets::find(guest)?, kvm::open()?)))
     }
 }
 

@@ -2,7 +2,6 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::time::Duration;
 
 use bulkhead_protocol::AGENT_PORT;
 use rustix::fs::OFlags;
@@ -16,10 +15,6 @@ use crate::machine::settings;
 use crate::state::Home;
 use crate::trace::Phase;
 
-/// How long a guest may take to boot, unless [`BOOT_SECONDS`] sets another limit.
-const BOOT_PATIENCE: Duration = Duration::from_secs(30);
-/// The environment variable that sets another time limit, in seconds, for emulated hosts.
-const BOOT_SECONDS: &str = "BULKHEAD_BOOT_TIMEOUT";
 /// Waits for the agent of a machine that boots, and sends it the pod's configuration.
 ///
 /// # Errors
@@ -29,7 +24,7 @@ pub(super) async fn boot(
     machine: &Machine,
     plan: &PodPlan,
 ) -> Result<Agent, PodError> {
-    let patience = boot_patience();
+    let patience = plan.boot_timeout;
     let phase = Phase::begin("kernel to agent");
     let came_up = async {
         let stream = machine.open_stream(AGENT_PORT, patience).await?;
@@ -64,11 +59,6 @@ pub(super) async fn boot(
         }
         Err(_) => Err(PodError::Boot { patience, console: last_words(home) }),
     }
-}
-
-fn boot_patience() -> Duration {
-    let seconds = std::env::var(BOOT_SECONDS).ok().and_then(|seconds| seconds.parse().ok());
-    seconds.map_or(BOOT_PATIENCE, Duration::from_secs)
 }
 
 /// The end of the console's log, for an error message; the monitor keeps the log short.

@@ -7,6 +7,7 @@ use tokio::runtime::Builder;
 
 use super::*;
 use crate::network::namespace::Network;
+use crate::policy::Policy;
 
 #[test]
 #[ignore = "needs the test host"]
@@ -14,13 +15,16 @@ fn a_pod_lives_and_ends_without_a_container() {
     let root = tempfile::tempdir().unwrap();
     let home = Home::claim(root.path(), &"p".parse().unwrap(), Path::new("/")).unwrap();
     let dist = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/dist/bin");
-    let assets = Assets::find_beside(&dist, |_| None).unwrap();
+    let policy = Policy::default();
+    let assets = Assets::find_beside(&dist, &policy.guest, |_| None).unwrap();
     let size = MachineSize { vcpus: 1, memory_mib: 256, expected_mib: 256 };
     let plan = PodPlan {
         hostname: "pod".to_owned(),
         size,
         most: size,
         sysctls: [("net.core.somaxconn".to_owned(), "4097".to_owned())].into(),
+        boot_timeout: policy.guest.boot_timeout,
+        frames: policy.network,
         queue_pairs: 1,
         network: Network::New,
         resolv_conf: None,
@@ -34,7 +38,7 @@ fn a_pod_lives_and_ends_without_a_container() {
         pod.agent.sync().await.unwrap();
         pod.end().await;
         assert!(processes.iter().all(|process| process.wait(Duration::from_secs(10))));
-        let assets = Assets::find_beside(&dist, |_| None).unwrap();
+        let assets = Assets::find_beside(&dist, &policy.guest, |_| None).unwrap();
         let unknown =
             PodPlan { sysctls: [("net.no_such".to_owned(), "1".to_owned())].into(), ..plan };
         let error = Pod::start(&home, &unknown, (assets, kvm::open().unwrap())).await.unwrap_err();

@@ -1,9 +1,9 @@
 //! The host's policy: what an administrator decides for all containers. It is the file
-//! `/etc/bulkhead/config.toml`, with a section for each name that the runtime is called by. What the file does
-//! not say is as in [`Policy::default`].
+//! `/etc/bulkhead/config.toml`, with a section for each name that the runtime is called by. What the
+//! file does not say is as in [`Policy::default`].
 //!
 //! A pod follows the policy that was in force when it was created, and containers that join it do
-//! too. Only what creates a container reads the policy: a file with a mistake keeps no container
+//! too. Only what creates a container insists on a policy: a file with a mistake keeps no container
 //! from being ended.
 
 mod document;

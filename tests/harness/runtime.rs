@@ -20,6 +20,8 @@ use crate::vm::dist;
 
 /// A timeout for hangs; generous because of emulation.
 const PATIENCE: Duration = Duration::from_secs(300);
+/// The program of stand-ins.
+const STAND_IN: &str = "bulkhead-stand-in";
 
 /// A runtime with a state directory of its own: Bulkhead, or one to compare it with.
 #[derive(Debug)]
@@ -225,7 +227,8 @@ impl Runtime {
     }
 
     /// The processes of this runtime whose command line has `name` in it. Every process of a pod
-    /// shows the pod's state directory as an argument.
+    /// shows the pod's state directory as an argument, but for stand-ins: their command lines are
+    /// the containers', so they count as `bulkhead-stand-in` with what they have open.
     ///
     /// # Errors
     /// When `/proc` cannot be read.
@@ -326,13 +329,24 @@ pub(crate) fn process_table() -> Result<Vec<Process>> {
         // A process may end while it is examined.
         let Ok(stat) = fs::read_to_string(format!("/proc/{pid}/stat")) else { continue };
         let Ok(line) = fs::read(format!("/proc/{pid}/cmdline")) else { continue };
+        let program = fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
         if stat.rsplit_once(')').is_some_and(|(_, tail)| tail.trim_start().starts_with('Z')) {
             continue;
         }
-        let command_line = String::from_utf8_lossy(&line).replace('\0', " ");
+        let command_line = match program.to_string_lossy().contains(STAND_IN) {
+            true => format!("{STAND_IN} {}", open_files(pid)),
+            false => String::from_utf8_lossy(&line).replace('\0', " "),
+        };
         table.push(Process { pid, command_line });
     }
     Ok(table)
+}
+
+/// What a process has open.
+fn open_files(pid: u32) -> String {
+    let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+    let paths = descriptors.filter_map(|entry| fs::read_link(entry.path()).ok());
+    paths.map(|path| path.to_string_lossy().into_owned()).collect::<Vec<_>>().join(" ")
 }
 
 /// Waits for the first bytes of a child's output, and checks that they are `first`.

@@ -123,7 +123,7 @@ fn a_detached_process_has_a_file_for_a_process_that_stands_for_it() {
     let status = finish(command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap());
     assert!(status.unwrap().status.success());
     let pid: u32 = fs::read_to_string(&pid).unwrap().parse().unwrap();
-    assert!(fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap().contains("stand-in"));
+    assert!(runtime.processes("bulkhead-stand-in").unwrap().contains(&pid));
     wait_until(|| bundle.rootfs().join("root/up").exists(), "the process did not come up");
     // A signal to the stand-in reaches the process, and the stand-in ends with the process.
     std::process::Command::new("kill").arg(pid.to_string()).status().unwrap();

@@ -62,6 +62,8 @@ mod mount_flags;
 #[cfg(test)]
 mod mounts;
 #[cfg(test)]
+mod names;
+#[cfg(test)]
 mod nested;
 #[cfg(test)]
 mod pause;

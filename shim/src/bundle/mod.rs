@@ -320,6 +320,13 @@ impl Bundle {
         })
     }
 
+    /// The arguments of the container's program.
+    #[must_use]
+    pub fn arguments(&self) -> Vec<String> {
+        let process = self.spec.process().as_ref();
+        process.and_then(|process| process.args().clone()).unwrap_or_default()
+    }
+
     /// Whether the container's program gets a terminal.
     #[must_use]
     pub fn terminal(&self) -> bool {

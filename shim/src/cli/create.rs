@@ -1,5 +1,6 @@
 //! `bulkhead create`: creates a container, which waits for `start`, and leaves its stand-in behind.
 
+use std::io::ErrorKind;
 use std::path::Path;
 
 use anyhow::Context;
@@ -33,8 +34,9 @@ pub(super) fn detached(
     preserved: &Preserved,
     more: impl AsyncFnOnce(&containerd_shim_protos::shim_async::TaskClient) -> anyhow::Result<()>,
 ) -> anyhow::Result<()> {
-    let (network, console_socket) = (creation.network.clone(), create.console_socket.as_deref());
-    let pid = spawn_stand_in(&creation.home, "", network, (console_socket, preserved))?;
+    let console_socket = create.console_socket.as_deref();
+    let looks = Looks { arguments: &creation.arguments, console_socket, preserved };
+    let pid = spawn_stand_in(&creation.home, "", creation.network.clone(), &looks)?;
     client::runtime()?.block_on(async {
         let task = creation.create().await?;
         if let Some(path) = &create.pid_file {
@@ -42,6 +44,16 @@ pub(super) fn detached(
         }
         more(&task).await
     })
+}
+
+/// What a stand-in has of the process that it stands for.
+pub(super) struct Looks<'a> {
+    /// The arguments, the program first.
+    pub(super) arguments: &'a [String],
+    /// Where the master of its terminal goes, if it has one.
+    pub(super) console_socket: Option<&'a Path>,
+    /// Its descriptors beside the standard streams.
+    pub(super) preserved: &'a Preserved,
 }
 
 /// Starts a stand-in, which outlives this process, and returns its pid. It gets this process's
@@ -54,24 +66,36 @@ pub(super) fn spawn_stand_in(
     home: &Home,
     exec: &str,
     network: Option<Network>,
-    (console_socket, preserved): (Option<&Path>, &Preserved),
+    looks: &Looks<'_>,
 ) -> anyhow::Result<u32> {
     let options = Options {
         root: home.root().to_owned(),
         id: home.id().clone(),
         exec: exec.to_owned(),
-        terminal: console_socket.is_some(),
+        terminal: looks.console_socket.is_some(),
         network,
-        preserved: u32::try_from(preserved.count())?,
+        preserved: u32::try_from(looks.preserved.count())?,
     };
-    let mut command = options.command(&assets::stand_in()?);
-    spawn::hand_down(&mut command, preserved.descriptors());
-    if let Some(socket) = console_socket {
-        let slave = terminal::send_master(socket)
-            .with_context(|| format!("console socket {}", socket.display()))?;
-        command.stdin(slave.try_clone()?).stdout(slave.try_clone()?).stderr(slave);
-    }
-    let child =
-        command.spawn().context("cannot start the process that stands for the container")?;
-    Ok(child.id())
+    let program = assets::stand_in()?;
+    let send = |socket: &Path| {
+        terminal::send_master(socket)
+            .with_context(|| format!("console socket {}", socket.display()))
+    };
+    let slave = looks.console_socket.map(send).transpose()?;
+    let spawn = |arguments: &[String]| {
+        let mut command = options.command(&program, arguments)?;
+        spawn::hand_down(&mut command, looks.preserved.descriptors());
+        if let Some(slave) = &slave {
+            command.stdin(slave.try_clone()?).stdout(slave.try_clone()?).stderr(slave.try_clone()?);
+        }
+        command.spawn()
+    };
+    let spawned = match spawn(looks.arguments) {
+        // The caller's stack may be too small for arguments that the guest has room for.
+        Err(error) if error.kind() == ErrorKind::ArgumentListTooLong => {
+            spawn(&looks.arguments[..1])
+        }
+        spawned => spawned,
+    };
+    Ok(spawned.context("cannot start the process that stands for the container")?.id())
 }

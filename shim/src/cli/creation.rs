@@ -36,7 +36,9 @@ pub(super) const KILLED: Duration = Duration::from_secs(10);
 /// A claimed id and its supervisor. Dropping it before [`Creation::done`] takes everything back.
 pub(super) struct Creation {
     pub(super) home: Home,
-    /// Whether the container's program gets a terminal.
+    /// The arguments of the container's program.
+    pub(super) arguments: Vec<String>,
+    /// Whether it gets a terminal.
     pub(super) terminal: bool,
     /// The network namespace that its stand-in has to be in.
     pub(super) network: Option<Network>,
@@ -80,7 +82,8 @@ impl Creation {
         };
         // In the foreground only hooks look at the namespace.
         let network = (!foreground || bundle.has_early_hooks()).then(|| bundle.network());
-        Ok(Self { home, terminal, network, supervisor, link: Some(link) })
+        let arguments = bundle.arguments();
+        Ok(Self { home, arguments, terminal, network, supervisor, link: Some(link) })
     }
 
     /// Has the container created.

@@ -15,7 +15,7 @@ use ttrpc::proto::MESSAGE_LENGTH_MAX;
 
 use super::args::{Exec, Global};
 use super::client;
-use super::create;
+use super::create::{self, Looks};
 use super::creation;
 use super::signals;
 use crate::bundle::{self, ProcessLimits};
@@ -52,6 +52,7 @@ pub(super) fn exec(global: &Global, exec: &Exec, preserved: Preserved) -> anyhow
     let process = process(exec, &state)?;
     let terminal = process.terminal() == Some(true);
     creation::check_console(terminal, !exec.detach, exec.console_socket.as_deref())?;
+    let arguments = process.args().clone().unwrap_or_default();
     let process = serde_json::to_vec(&process)?;
     ensure!(
         process.len() <= CALL_BYTES_MAX,
@@ -60,11 +61,11 @@ pub(super) fn exec(global: &Global, exec: &Exec, preserved: Preserved) -> anyhow
     );
     let name = name()?;
     if exec.detach {
-        return detached(exec, &home, (&name, process), &preserved);
+        return detached(exec, &home, (&name, process), (&arguments, &preserved));
     }
     let signals = Signals::hold()?;
     let terminal = if terminal { Some(Terminal::own()?) } else { None };
-    let (mut relay, belongings) = (None, Belongings { terminal, preserved });
+    let (mut relay, belongings) = (None, Belongings { terminal, preserved, home: None });
     let up = async {
         let client = prepare(&home, &name, process, exec.ignore_paused).await?;
         let connected = Relay::connect(SocketPath::attach(&home)?.path(), false, belongings)?;
@@ -99,13 +100,14 @@ fn detached(
     exec: &Exec,
     home: &Home,
     (name, process): (&str, Vec<u8>),
-    preserved: &Preserved,
+    (arguments, preserved): (&[String], &Preserved),
 ) -> anyhow::Result<ExitCode> {
     client::runtime()?.block_on(async {
         let client = prepare(home, name, process, exec.ignore_paused).await?;
         // The stand-in ends by itself when the process is not started.
         let console_socket = exec.console_socket.as_deref();
-        let pid = create::spawn_stand_in(home, name, None, (console_socket, preserved))?;
+        let looks = Looks { arguments, console_socket, preserved };
+        let pid = create::spawn_stand_in(home, name, None, &looks)?;
         client::start(&client, home, name).await.context(FAILED)?;
         if let Some(path) = &exec.pid_file
             && let Err(error) = client::write_pid_file(path, pid)

@@ -112,7 +112,7 @@ fn stand(
         network.enter().context("network namespace")?;
     }
     let terminal = if terminal { Some(Terminal::own()?) } else { None };
-    let belongings = Belongings { terminal, preserved };
+    let belongings = Belongings { terminal, preserved, home: None };
     let socket = SocketPath::attach(home)?;
     let relay = Relay::connect(socket.path(), false, belongings).context("attach.sock")?;
     relay.hide().context("empty root")?;

@@ -55,7 +55,7 @@ pub fn jailed(launch: Launch<'_>) -> io::Result<(Jailed, OwnedFd)> {
     command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(launch.log);
     let number = theirs.as_raw_fd();
     // SAFETY: the closure makes one async-signal-safe system call and allocates nothing.
-    unsafe { command.pre_exec(move || copy_to_control(number)) };
+    unsafe { command.pre_exec(move || copy(number, CONTROL)) };
     // The children of this thread are in the new pid namespace; the supervisor itself is not.
     let spawning = thread::Builder::new().name("spawn".into()).spawn(move || {
         unshare(CloneFlags::CLONE_NEWPID)?;
@@ -67,10 +67,10 @@ pub fn jailed(launch: Launch<'_>) -> io::Result<(Jailed, OwnedFd)> {
     Ok((Jailed { child, process }, ours))
 }
 
-fn copy_to_control(number: RawFd) -> io::Result<()> {
+fn copy(number: RawFd, to: RawFd) -> io::Result<()> {
     // SAFETY: dup2 accesses no memory. If it replaces a descriptor, that has no owner in this
     // process, which is about to execute another program.
-    match unsafe { libc::dup2(number, CONTROL) } {
+    match unsafe { libc::dup2(number, to) } {
         -1 => Err(io::Error::last_os_error()),
         _ => Ok(()),
     }
@@ -99,6 +99,18 @@ pub fn hand_down<'a>(command: &mut Command, descriptors: impl Iterator<Item = Bo
     };
     // SAFETY: the closure makes async-signal-safe system calls and allocates nothing.
     unsafe { command.pre_exec(keep) };
+}
+
+/// Lets a program inherit a descriptor with another number.
+///
+/// # Errors
+/// When this process has no descriptors left.
+pub fn hand_down_as(command: &mut Command, descriptor: OwnedFd, to: RawFd) -> io::Result<()> {
+    // Not equal to the other number: dup2 onto the same number would keep close-on-exec.
+    let descriptor = rustix::io::fcntl_dupfd_cloexec(&descriptor, to + 1)?;
+    // SAFETY: the closure makes one async-signal-safe system call and allocates nothing.
+    unsafe { command.pre_exec(move || copy(descriptor.as_raw_fd(), to)) };
+    Ok(())
 }
 
 /// Sets close-on-exec on every descriptor but the standard streams, so that descriptors that the

@@ -10,18 +10,23 @@
 #![expect(unsafe_code, reason = "fork(2), close_range(2) and _exit(2)")]
 
 use std::io;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 
 use nix::sys::signal::SigSet;
 use nix::unistd::{ForkResult, fork};
 
 use super::copy::{Copies, Halted};
 
-/// Leaves a process behind that goes on with the copies; `null` is the null device.
+/// Leaves a process behind that goes on with the copies and keeps `home` open; `null` is the null
+/// device.
 ///
 /// # Errors
 /// When no process can be forked; the copies have ended then.
-pub(super) fn leave_behind(copies: Vec<Halted>, null: &OwnedFd) -> io::Result<()> {
+pub(super) fn leave_behind(
+    copies: Vec<Halted>,
+    home: Option<BorrowedFd<'_>>,
+    null: &OwnedFd,
+) -> io::Result<()> {
     if copies.is_empty() {
         return Ok(());
     }
@@ -30,7 +35,7 @@ pub(super) fn leave_behind(copies: Vec<Halted>, null: &OwnedFd) -> io::Result<()
     match unsafe { fork() }? {
         ForkResult::Parent { .. } => Ok(()),
         ForkResult::Child => {
-            go_on(copies, null);
+            go_on(copies, home, null);
             // SAFETY: the process ends; what belongs to its parent is not dropped.
             unsafe { libc::_exit(0) }
         }
@@ -38,11 +43,11 @@ pub(super) fn leave_behind(copies: Vec<Halted>, null: &OwnedFd) -> io::Result<()
 }
 
 /// The life of the child.
-fn go_on(copies: Vec<Halted>, null: &OwnedFd) {
+fn go_on(copies: Vec<Halted>, home: Option<BorrowedFd<'_>>, null: &OwnedFd) {
     let _ = rustix::process::setsid();
     // Signals were blocked to be passed to the container. This process is to end by them.
     let _ = SigSet::empty().thread_set_mask();
-    if let_go_of_the_rest(&copies, null).is_err() {
+    if let_go_of_the_rest(&copies, home, null).is_err() {
         return;
     }
     let mut resumed = Copies::new();
@@ -51,13 +56,19 @@ fn go_on(copies: Vec<Halted>, null: &OwnedFd) {
     }
 }
 
-/// Closes every descriptor but those of the copies; the standard streams become the null device.
-fn let_go_of_the_rest(copies: &[Halted], null: &OwnedFd) -> io::Result<()> {
+/// Closes every descriptor but `home` and those of the copies; the standard streams become the null
+/// device.
+fn let_go_of_the_rest(
+    copies: &[Halted],
+    home: Option<BorrowedFd<'_>>,
+    null: &OwnedFd,
+) -> io::Result<()> {
     rustix::stdio::dup2_stdin(null)?;
     rustix::stdio::dup2_stdout(null)?;
     rustix::stdio::dup2_stderr(null)?;
     let descriptors = copies.iter().flat_map(Halted::descriptors);
-    let mut kept: Vec<_> = descriptors.map(|fd| fd.as_fd().as_raw_fd()).collect();
+    let mut kept: Vec<_> =
+        descriptors.map(|fd| fd.as_fd()).chain(home).map(|fd| fd.as_raw_fd()).collect();
     kept.sort_unstable();
     let mut next = 3;
     for number in kept.into_iter().map(i32::cast_unsigned).chain([libc::c_uint::MAX]) {

@@ -29,6 +29,7 @@ use super::copy::{Copies, CopyId, Ends, Way};
 use super::preserved::Preserved;
 use super::terminal::Terminal;
 use super::{linger, own_text};
+use crate::state::Home;
 
 /// How long after its streams are connected a stand-in gives its code back. By then its threads
 /// have started and mostly the first output has come, which maps code again.
@@ -115,6 +116,7 @@ pub struct Relay {
     wants: Wants,
     terminal: Option<Terminal>,
     preserved: Preserved,
+    home: Option<Home>,
     detached: bool,
     /// The null device.
     null: OwnedFd,
@@ -127,6 +129,9 @@ pub struct Belongings {
     pub terminal: Option<Terminal>,
     /// Further descriptors.
     pub preserved: Preserved,
+    /// The directory of its container, which a stand-in and what it leaves behind keep open: by it
+    /// they are found when the container's state is lost.
+    pub home: Option<Home>,
 }
 
 /// The copies of a stand-in.
@@ -153,7 +158,7 @@ impl Relay {
     /// # Errors
     /// When no supervisor listens there.
     pub fn connect(socket: &Path, detached: bool, belongings: Belongings) -> io::Result<Self> {
-        let Belongings { terminal, preserved } = belongings;
+        let Belongings { terminal, preserved, home } = belongings;
         let wants = match &terminal {
             Some(terminal) => Wants {
                 terminal: Some(terminal.size()),
@@ -170,7 +175,7 @@ impl Relay {
         };
         let null = File::options().read(true).write(true).open("/dev/null")?.into();
         let supervisor = connect_to(socket)?;
-        Ok(Self { supervisor, wants, terminal, preserved, detached, null })
+        Ok(Self { supervisor, wants, terminal, preserved, home, detached, null })
     }
 
     /// Gives up access to the host's files: the caller takes the pid of this process for the
@@ -239,7 +244,8 @@ impl Relay {
                             true => (QUIET, LONGEST),
                             false => (FOREVER, FOREVER),
                         };
-                        streams.finish(written, (quiet, longest), &self.null)?;
+                        let home = self.home.as_ref().map(AsFd::as_fd);
+                        streams.finish(written, (quiet, longest), (home, &self.null))?;
                     }
                     return Ok(Ended { status, reason });
                 }
@@ -305,7 +311,7 @@ impl Streams {
         self,
         written: Option<Written>,
         (quiet, longest): (Duration, Duration),
-        null: &OwnedFd,
+        (home, null): (Option<BorrowedFd<'_>>, &OwnedFd),
     ) -> io::Result<()> {
         let Self { input, copies, outputs } = self;
         let Outputs { stdout, stderr, terminal } = outputs;
@@ -322,7 +328,7 @@ impl Streams {
         for copy in &mut left {
             copy.take_rest(REST_MAX, REST);
         }
-        linger::leave_behind(left, null)
+        linger::leave_behind(left, home, null)
     }
 }
 

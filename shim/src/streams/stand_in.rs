@@ -3,31 +3,42 @@
 //! for as long as that lives. It contains only the [`Relay`], and the code that gives the
 //! interfaces of its network namespace back when the supervisor was killed.
 //!
-//! Its command line is both written and parsed here.
+//! On the host it is called as the process that it stands for: its command line is that one's, and
+//! so is its name. What it has to do comes through a pipe, and its environment is empty: the
+//! container's would choose libraries for a program of the host
+//! (`docs/decisions/0026-names-on-the-host.md`).
 
-use std::env;
-use std::ffi::OsString;
+use std::ffi::{CString, OsStr};
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::os::fd::{OwnedFd, RawFd};
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::time::Duration;
 
 use anyhow::Context;
-use lexopt::{Arg, Parser, ValueExt};
+use bulkhead_protocol::DESCRIPTORS_MAX;
+use serde::{Deserialize, Serialize};
 
+use crate::machine::spawn;
 use crate::network::mirror;
 use crate::network::namespace::Network;
 use crate::state::Home;
 use crate::state::id::ContainerId;
 use crate::state::socket_path::SocketPath;
-use crate::streams::preserved::Preserved;
+use crate::streams::preserved::{self, Preserved};
 use crate::streams::relay::{Belongings, Relay, Signals};
 use crate::streams::terminal::Terminal;
 
 /// How long to wait for the end of a monitor whose supervisor is gone. It takes less.
 const MONITOR_ENDS: Duration = Duration::from_secs(5);
+/// The descriptor with its [`Options`], behind all that can be preserved.
+const OPTIONS: RawFd = preserved::FIRST + DESCRIPTORS_MAX as RawFd;
 
 /// What a stand-in is started for.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Options {
     /// The directory of all containers.
     pub root: PathBuf,
@@ -44,66 +55,52 @@ pub struct Options {
 }
 
 impl Options {
-    /// The command that runs `program` with them.
-    #[must_use]
-    pub fn command(&self, program: &Path) -> Command {
+    /// The command that runs `program` with them, under the name of a process with these arguments.
+    ///
+    /// # Errors
+    /// When the host has no descriptors left.
+    pub fn command(&self, program: &Path, arguments: &[String]) -> io::Result<Command> {
         let mut command = Command::new(program);
-        command.arg("--root").arg(&self.root);
-        if !self.exec.is_empty() {
-            command.arg("--exec").arg(&self.exec);
-        }
-        if self.terminal {
-            command.arg("--terminal");
-        }
-        match &self.network {
-            Some(Network::New) => {
-                command.arg("--new-network");
-            }
-            Some(Network::Join(path)) => {
-                command.arg("--join-network").arg(path);
-            }
-            None => {}
-        }
-        if self.preserved != 0 {
-            command.arg("--preserve-fds").arg(self.preserved.to_string());
-        }
-        command.arg(self.id.as_str());
-        command
+        let mut shown = arguments.iter().map(|argument| until_nul(argument));
+        // A process without arguments is refused before.
+        command.arg0(shown.next().unwrap_or_default()).args(shown).env_clear();
+        spawn::hand_down_as(&mut command, self.pipe()?, OPTIONS)?;
+        Ok(command)
     }
 
-    fn parse(arguments: impl IntoIterator<Item = OsString>) -> anyhow::Result<Self> {
-        let (mut root, mut id) = (None, None);
-        let (mut exec, mut terminal, mut network) = (String::new(), false, None);
-        let mut preserved = 0;
-        let mut parser = Parser::from_args(arguments);
-        while let Some(argument) = parser.next()? {
-            match argument {
-                Arg::Long("root") => root = Some(parser.value()?.into()),
-                Arg::Long("exec") => exec = parser.value()?.string()?,
-                Arg::Long("terminal") => terminal = true,
-                Arg::Long("new-network") => network = Some(Network::New),
-                Arg::Long("join-network") => network = Some(Network::Join(parser.value()?.into())),
-                Arg::Long("preserve-fds") => preserved = parser.value()?.parse()?,
-                Arg::Value(name) => id = Some(name.parse()?),
-                other => return Err(other.unexpected().into()),
-            }
-        }
-        let (root, id) = (root.context("no --root")?, id.context("no container")?);
-        Ok(Self { root, id, exec, terminal, network, preserved })
+    /// The read end of a pipe with the options. They are much smaller than a pipe.
+    fn pipe(&self) -> io::Result<OwnedFd> {
+        let (reader, mut writer) = io::pipe()?;
+        writer.write_all(&serde_json::to_vec(self)?)?;
+        Ok(reader.into())
     }
+
+    fn read(pipe: OwnedFd) -> anyhow::Result<Self> {
+        let mut json = Vec::new();
+        File::from(pipe).read_to_end(&mut json)?;
+        Ok(serde_json::from_slice(&json)?)
+    }
+}
+
+/// What execve(2) takes of an argument. The guest refuses one that is longer.
+fn until_nul(argument: &str) -> &str {
+    argument.split('\0').next().unwrap_or_default()
 }
 
 /// The whole program; exits with the status of the process that it stands for.
 #[must_use]
 pub fn main() -> ExitCode {
-    let ended = Options::parse(env::args_os().skip(1)).and_then(|options| stand(&options));
+    // Before anything is opened.
+    let options = preserved::inherited(OPTIONS).context("no options").and_then(Options::read);
+    let ended = options.and_then(|options| stand(&options));
     // Nobody would read a message. If the supervisor is gone, the container was killed.
     ended.unwrap_or(ExitCode::from(137))
 }
 
 fn stand(options: &Options) -> anyhow::Result<ExitCode> {
-    // Before anything is opened.
     let preserved = Preserved::take(options.preserved)?;
+    // Before any thread starts.
+    take_name();
     let signals = Signals::hold()?;
     let home = Home::open(&options.root, &options.id)?;
     if let Some(network) = &options.network {
@@ -114,7 +111,7 @@ fn stand(options: &Options) -> anyhow::Result<ExitCode> {
         terminal.control()?;
     }
     let socket = SocketPath::attach(&home)?;
-    let belongings = Belongings { terminal, preserved };
+    let belongings = Belongings { terminal, preserved, home: Some(home) };
     let relay = Relay::connect(socket.path(), true, belongings)?;
     // Before any caller learns its pid.
     relay.hide()?;
@@ -127,12 +124,25 @@ fn stand(options: &Options) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::from(ended?.status))
 }
 
+/// Gives this process the name that the kernel gives to one that executes the first argument.
+fn take_name() {
+    let program = std::env::args_os().next().unwrap_or_default();
+    // A name that cannot be set is that of this program, which is no harm.
+    let _ = CString::new(name(&program)).map(|name| rustix::thread::set_name(&name));
+}
+
+/// The last part of a path, as the kernel has it: nothing after a slash at the end. The kernel cuts
+/// it.
+fn name(program: &OsStr) -> &[u8] {
+    program.as_bytes().rsplit(|byte| *byte == b'/').next().unwrap_or_default()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn orders_arrive_as_they_were_given() {
+    fn options_arrive_as_they_were_given() {
         let plain = Options {
             root: "/run/x".into(),
             id: "c".parse().unwrap(),
@@ -147,12 +157,36 @@ mod tests {
             Options { network: Some(Network::New), preserved: 7, ..plain.clone() },
             Options { network: Some(Network::Join("/n et".into())), ..plain.clone() },
         ] {
-            let command = options.command(Path::new("/bin/x"));
-            let arguments = command.get_args().map(ToOwned::to_owned);
-            assert_eq!(Options::parse(arguments).unwrap(), options);
+            assert_eq!(Options::read(options.pipe().unwrap()).unwrap(), options);
         }
-        for wrong in [vec![], vec!["--root", "/x"], vec!["--root", "/x", "--other", "c"]] {
-            assert!(Options::parse(wrong.into_iter().map(OsString::from)).is_err());
+        let (reader, _) = io::pipe().unwrap();
+        assert!(Options::read(reader.into()).is_err());
+    }
+
+    #[test]
+    fn a_command_shows_nothing_but_the_arguments() {
+        let options = Options {
+            root: "/run/x".into(),
+            id: "c".parse().unwrap(),
+            exec: String::new(),
+            terminal: false,
+            network: None,
+            preserved: 0,
+        };
+        let shown = |arguments: &[&str]| {
+            let arguments: Vec<_> = arguments.iter().map(|it| (*it).to_owned()).collect();
+            let mut command = options.command(Path::new("/bin/sh"), &arguments).unwrap();
+            String::from_utf8(command.output().unwrap().stdout).unwrap()
+        };
+        let script = "echo $#; tr '\\0' '|' < /proc/$$/cmdline; tr '\\0' '|' < /proc/$$/environ";
+        let expected = format!("2\n--root|-c|{script}|x|--root|y|");
+        assert_eq!(shown(&["--root", "-c", script, "x", "--root", "y\0z"]), expected);
+    }
+
+    #[test]
+    fn a_name_is_the_last_part_of_the_program() {
+        for (program, expected) in [("/bin/sleep", "sleep"), ("sh", "sh"), ("a/", ""), ("", "")] {
+            assert_eq!(name(OsStr::new(program)), expected.as_bytes(), "{program}");
         }
     }
 }

@@ -1,13 +1,13 @@
 //! Removes what is left of a container on the host.
 //!
 //! The state on disk lists what there is. If it cannot be read, `/proc` is searched: the processes
-//! of a pod have its directory on their command lines. A step is taken even if the step before it
-//! failed. The directory is removed last, and only if nothing else is left, so that the removal can
+//! of a pod have its directory on their command lines, but for stand-ins, whose command lines are
+//! the container's; they have it open. A step is taken even if the step before it failed. The directory is removed last, and only if nothing else is left, so that the removal can
 //! be tried again.
 
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::anyhow;
@@ -142,7 +142,7 @@ enum Role {
     StandIn,
 }
 
-/// Finds the processes of a container's pod and its stand-ins by their command lines.
+/// Finds the processes of a container's pod and its stand-ins.
 fn find(home: &Home) -> Vec<(Role, Process)> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     let numbers = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
@@ -160,14 +160,26 @@ fn role(pid: u32, home: &Home) -> Option<Role> {
     let program = fs::read_link(format!("/proc/{pid}/exe")).ok()?;
     // The kernel appends "(deleted)" if the program's file was replaced.
     let program = program.file_name()?.to_str()?.trim_end_matches(" (deleted)").to_owned();
+    if program == STAND_IN {
+        return has_open(pid, home).then_some(Role::StandIn);
+    }
     let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
     let line = String::from_utf8(line).ok()?;
     let arguments: Vec<&str> = line.trim_end_matches('\0').split('\0').skip(1).collect();
     let (role, directory) = match (program.as_str(), arguments.as_slice()) {
-        (SUPERVISOR, [SUPERVISE, directory]) => (Role::Supervisor, PathBuf::from(directory)),
-        (MONITOR | FILE_SERVER, [directory]) => (Role::Jailed, PathBuf::from(directory)),
-        (STAND_IN, ["--root", root, .., id]) => (Role::StandIn, Path::new(root).join(id)),
+        (SUPERVISOR, [SUPERVISE, directory]) => (Role::Supervisor, directory),
+        (MONITOR | FILE_SERVER, [directory]) => (Role::Jailed, directory),
         _ => return None,
     };
-    home.is_at(&directory).then_some(role)
+    home.is_at(Path::new(directory)).then_some(role)
+}
+
+/// Whether a process has the container's directory open.
+fn has_open(pid: u32, home: &Home) -> bool {
+    let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+    descriptors.map(|entry| entry.path()).any(|link| {
+        // By its name first: a file system that does not answer is not asked for other files.
+        let named = fs::read_link(&link);
+        named.is_ok_and(|path| path.ends_with(home.id().as_str())) && home.is_at(&link)
+    })
 }

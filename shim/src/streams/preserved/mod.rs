@@ -236,6 +236,14 @@ impl Taken {
     }
 }
 
+/// Takes a descriptor that was left on a number. To be called once for each, before anything is
+/// opened.
+#[must_use]
+pub fn inherited(number: RawFd) -> Option<OwnedFd> {
+    // SAFETY: it is open and inherited, and taken once, so nobody else owns it.
+    is_open(number).then(|| unsafe { OwnedFd::from_raw_fd(number) })
+}
+
 fn is_open(number: RawFd) -> bool {
     // SAFETY: the borrow lasts for one system call, which sets the close-on-exec flag and fails if
     // the number is not open.

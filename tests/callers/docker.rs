@@ -281,6 +281,24 @@ fn docker_knows_that_memory_ran_out() {
 }
 
 #[test]
+fn a_runtime_by_another_name_has_rules_of_its_own() {
+    let docker = Docker::shared().unwrap();
+    let total_mib = |runtime: &str| {
+        let options = ["run", "--rm", "--runtime", runtime, "--network", "none"];
+        let line =
+            docker.ok(&[&options[..], &["box", "grep", "MemTotal:", "/proc/meminfo"]].concat());
+        let line = line.unwrap();
+        line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() >> 10
+    };
+    assert!(total_mib("bulkhead") > 1000);
+    for runtime in ["bulkhead-strict", "by-option"] {
+        let total = total_mib(runtime);
+        assert!((192..340).contains(&total), "{runtime}: {total} MiB");
+    }
+    wait_for_nothing(docker.directory());
+}
+
+#[test]
 fn callers_come_and_go_while_it_talks() {
     let docker = Docker::shared().unwrap();
     let script = "while read line; do echo heard $line; done; echo end";

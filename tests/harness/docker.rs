@@ -2,12 +2,14 @@
 
 use std::fs::{self, File};
 use std::ops::Deref;
+use std::os::unix::fs::symlink;
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
+use serde_json::json;
 use tempfile::TempDir;
 
 use crate::bundle;
@@ -64,9 +66,11 @@ impl Docker {
         let directory = TempDir::with_prefix("docker-")?;
         let path = |name: &str| directory.path().join(name).display().to_string();
         let log = File::create(directory.path().join("log"))?;
-        let runtime = format!("bulkhead={}", dist().join("bin/bulkhead").display());
+        let configuration = configuration(directory.path())?;
         let daemon = Command::new("/usr/sbin/dockerd")
-            .args(["--add-runtime", &runtime, "--host", &format!("unix://{}", path("socket"))])
+            .env("BULKHEAD_CONFIG", path("policy.toml"))
+            .args(["--config-file", &configuration])
+            .args(["--host", &format!("unix://{}", path("socket"))])
             .args(["--data-root", &path("data"), "--exec-root", &path("exec")])
             .args(["--pidfile", &path("pid"), "--default-runtime", "bulkhead", "--bridge", "none"])
             .args(["--iptables=false", "--ip6tables=false"])
@@ -142,6 +146,23 @@ impl Docker {
         let lines: Vec<_> = log.lines().collect();
         lines.get(lines.len().saturating_sub(20)..).unwrap_or_default().join("\n")
     }
+}
+
+/// Writes the daemon's configuration and returns its path. Bulkhead is a runtime by its own name, by
+/// another that is a link to it, and by an option; the host's policy has a section for the latter.
+fn configuration(directory: &Path) -> Result<String> {
+    let (program, strict) = (dist().join("bin/bulkhead"), directory.join("bulkhead-strict"));
+    symlink(&program, &strict)?;
+    let policy = "[runtime.bulkhead-strict]\nsize.memory_max = \"192MiB\"\n";
+    fs::write(directory.join("policy.toml"), policy)?;
+    let runtimes = json!({
+        "bulkhead": {"path": program},
+        "bulkhead-strict": {"path": strict},
+        "by-option": {"path": program, "runtimeArgs": ["--runtime-name", "bulkhead-strict"]},
+    });
+    let file = directory.join("daemon.json");
+    fs::write(&file, json!({ "runtimes": runtimes }).to_string())?;
+    Ok(file.display().to_string())
 }
 
 /// The daemon that tests share, for one of them.

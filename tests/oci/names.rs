@@ -138,3 +138,28 @@ fn a_stand_in_without_anything_else_is_found() {
     runtime.ok(&["delete", "--force", "c"]).unwrap();
     runtime.assert_clean().unwrap();
 }
+
+/// The container's own limit lets its program have them.
+#[test]
+fn arguments_that_the_caller_has_no_room_for_are_not_shown() {
+    let runtime = Runtime::new().unwrap();
+    let (long, script) = ("y".repeat(100_000), "echo $# > /root/count; sleep 1000");
+    let bundle = Bundle::new(&["/bin/sh", "-c", script, "x", &long, &long]).unwrap();
+    let limit = json!([{"type": "RLIMIT_STACK", "soft": 8 << 20, "hard": 8 << 20}]);
+    let bundle = bundle.with(|spec| spec["process"]["rlimits"] = limit).unwrap();
+    let create = runtime.command(&["create", "--bundle"]);
+    let mut shell = Command::new("sh");
+    shell.args(["-c", "ulimit -S -s 512; exec \"$@\"", "sh"]);
+    shell.arg(create.get_program()).args(create.get_args()).arg(bundle.path()).arg("c");
+    let errors = bundle.path().join("errors");
+    shell.stdin(Stdio::null()).stdout(Stdio::null()).stderr(File::create(&errors).unwrap());
+    let created = finish(shell.spawn().unwrap()).unwrap().status.success();
+    assert!(created, "{}", fs::read_to_string(errors).unwrap());
+    let (name, line, _) = shown(pid(&runtime, "c"));
+    assert_eq!((name.as_str(), line.as_str()), ("sh\n", "/bin/sh\0"));
+    runtime.ok(&["start", "c"]).unwrap();
+    let count = || fs::read_to_string(bundle.rootfs().join("root/count"));
+    assert!(comes_true(PATIENCE, || count().is_ok_and(|it| it == "2\n")), "{:?}", count());
+    runtime.ok(&["delete", "--force", "c"]).unwrap();
+    runtime.assert_clean().unwrap();
+}

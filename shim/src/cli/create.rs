@@ -93,7 +93,7 @@ pub(super) fn spawn_stand_in(
     let spawned = match spawn(looks.arguments) {
         // The caller's stack may be too small for arguments that the guest has room for.
         Err(error) if error.kind() == ErrorKind::ArgumentListTooLong => {
-            spawn(&looks.arguments[..1])
+            spawn(looks.arguments.get(..1).unwrap_or_default())
         }
         spawned => spawned,
     };

@@ -19,7 +19,6 @@ use std::process::{Command, ExitCode};
 use std::time::Duration;
 
 use anyhow::Context;
-use bulkhead_protocol::DESCRIPTORS_MAX;
 use serde::{Deserialize, Serialize};
 
 use crate::machine::spawn;
@@ -35,7 +34,7 @@ use crate::streams::terminal::Terminal;
 /// How long to wait for the end of a monitor whose supervisor is gone. It takes less.
 const MONITOR_ENDS: Duration = Duration::from_secs(5);
 /// The descriptor with its [`Options`], behind all that can be preserved.
-const OPTIONS: RawFd = preserved::FIRST + DESCRIPTORS_MAX as RawFd;
+const OPTIONS: RawFd = 64;
 
 /// What a stand-in is started for.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -139,7 +138,14 @@ fn name(program: &OsStr) -> &[u8] {
 
 #[cfg(test)]
 mod tests {
+    use bulkhead_protocol::DESCRIPTORS_MAX;
+
     use super::*;
+
+    #[test]
+    fn options_are_behind_all_descriptors_that_can_be_passed() {
+        assert_eq!(usize::try_from(OPTIONS - preserved::FIRST).unwrap(), DESCRIPTORS_MAX);
+    }
 
     #[test]
     fn options_arrive_as_they_were_given() {

@@ -18,14 +18,14 @@ use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use bulkhead_protocol::StreamHeader;
-use bulkhead_protocol::agent::{Descriptor, Disk, ProcessInfo, Streams};
+use bulkhead_protocol::agent::{CreateRequest, Descriptor, HostSocket, ProcessInfo, Streams};
+use bulkhead_protocol::{CONNECTIONS_MAX, StreamHeader};
 use oci_spec::runtime::{LinuxResources, Process, Spec};
 use rustix::fs::{Uid, fchown};
 use rustix::process::Pid;
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::UnixStream;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::spawn_blocking;
 use tokio_vsock::VsockStream;
 
@@ -35,6 +35,7 @@ use crate::creator::{self, ContainerFiles};
 use crate::descriptors;
 use crate::disks::{self, DiskError};
 use crate::hooks::Hooks;
+use crate::host_sockets::{self, HostSockets};
 use crate::inherit;
 use crate::io::{self as streams, Meeting, Outputs, Pipes, StreamError, StreamKind, Written};
 use crate::notify;
@@ -96,18 +97,6 @@ pub(crate) struct End {
     pub(crate) written: Written,
 }
 
-/// What Create asks for; the fields are those of its message.
-#[derive(Debug)]
-pub(crate) struct CreateOrder {
-    pub(crate) container_id: String,
-    pub(crate) spec_json: Vec<u8>,
-    pub(crate) streams: Streams,
-    pub(crate) descriptors: Vec<Descriptor>,
-    pub(crate) disks: Vec<Disk>,
-    pub(crate) bundle: String,
-    pub(crate) notify: Vec<u8>,
-}
-
 /// All containers of the guest. Clones share them.
 #[derive(Clone, Debug)]
 pub(crate) struct Containers {
@@ -115,6 +104,8 @@ pub(crate) struct Containers {
     reaper: Reaper,
     meeting: Meeting<VsockStream>,
     share: Share,
+    /// Bounds the connections to sockets of the host.
+    connections: Arc<Semaphore>,
 }
 
 #[derive(Clone, Debug)]
@@ -132,6 +123,7 @@ struct Container {
     end: watch::Receiver<Option<End>>,
     terminal: Option<Terminal>,
     execs: Execs,
+    sockets: Option<HostSockets>,
 }
 
 /// A process's connections to the host.
@@ -151,14 +143,15 @@ struct Made {
 impl Containers {
     /// No containers.
     pub(crate) fn new(reaper: Reaper, meeting: Meeting<VsockStream>, share: Share) -> Self {
-        Self { table: Arc::default(), reaper, meeting, share }
+        let connections = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+        Self { table: Arc::default(), reaper, meeting, share, connections }
     }
 
     /// Creates a container and returns its init's pid. Runs to its end even if nobody waits for it.
     ///
     /// # Errors
     /// See [`ContainerError`]; nothing is left of the container then.
-    pub(crate) async fn create(&self, order: CreateOrder) -> Result<u32, ContainerError> {
+    pub(crate) async fn create(&self, order: CreateRequest) -> Result<u32, ContainerError> {
         let containers = self.clone();
         let created = tokio::spawn(async move {
             let id = order.container_id.clone();
@@ -299,11 +292,28 @@ impl Containers {
             return Err(state(id, "is running"));
         }
         remove(id).await.map_err(failed("remove the container"))?;
+        container.settle().await;
         self.table().remove(id);
         // Other containers may live on, so this one's data and files are given back to the host
         // now.
         let forgotten = spawn_blocking(share::forget).await;
         forgotten.map_err(io::Error::other).flatten().map_err(failed("write back"))
+    }
+
+    /// Waits, for a bounded time, until what containers that have ended sent to sockets of the host
+    /// is on its way.
+    pub(crate) async fn settle(&self) {
+        let ended: Vec<_> = {
+            let table = self.table();
+            let created = table.values().filter_map(|entry| match entry {
+                Entry::Created(container) if container.init.ended().is_some() => Some(container),
+                Entry::Created(_) | Entry::Creating => None,
+            });
+            created.cloned().collect()
+        };
+        for container in ended {
+            container.settle().await;
+        }
     }
 
     /// Reserves the id for a container that is about to be created.
@@ -318,31 +328,25 @@ impl Containers {
     }
 
     /// Makes a container whose id is reserved, or leaves nothing of it.
-    async fn make(&self, order: CreateOrder) -> Result<Container, ContainerError> {
-        let CreateOrder {
-            container_id: id,
-            spec_json,
-            streams,
-            descriptors,
-            disks,
-            bundle,
-            notify,
-        } = order;
+    async fn make(&self, order: CreateRequest) -> Result<Container, ContainerError> {
+        let CreateRequest { container_id: id, spec_json, bundle, .. } = order;
+        let streams = order.streams.unwrap_or_default();
         self.share.mount().await.map_err(failed("mount the share"))?;
-        if !notify.is_empty() {
-            self.listen_for_readiness(&id, &notify).await?;
+        if !order.notify.is_empty() {
+            self.listen_for_readiness(&id, &order.notify).await?;
         }
+        let sockets = self.serve_host_sockets(&id, &order.sockets, &order.connections).await?;
         let preparing = id.clone();
         let terminal = streams.terminal.is_some();
         // Reading the container's user table may be slow, as it comes from the host.
         let prepared = spawn_blocking(move || {
-            let disks = disks::bind(disks)?;
+            let disks = disks::bind(order.disks)?;
             Ok::<_, ContainerError>(spec::prepare(&preparing, &spec_json, terminal, &disks)?)
         });
         let prepared = prepared.await;
         let prepared = prepared.map_err(|e| failed("read the specification")(e.into()))??;
-        match self.create_connected(&id, &bundle, prepared, (streams, descriptors)).await {
-            Ok((made, connected)) => Ok(Container::new(id, made, connected)),
+        match self.create_connected(&id, &bundle, prepared, (streams, order.descriptors)).await {
+            Ok((made, connected)) => Ok(Container::new(id, made, connected, sockets)),
             Err(error) => {
                 if let Err(error) = remove(&id).await {
                     let left = "cannot remove what a failed container left";
@@ -362,6 +366,26 @@ impl Containers {
         let connection = self.meeting.claim(header, stream).await?;
         tokio::spawn(notify::relay(socket, connection));
         Ok(())
+    }
+
+    /// Makes what stands for sockets and FIFOs of the host, if the container mounts any, and asks
+    /// for connections over the stream with this header.
+    async fn serve_host_sockets(
+        &self,
+        id: &str,
+        sockets: &[HostSocket],
+        header: &[u8],
+    ) -> Result<Option<HostSockets>, ContainerError> {
+        if sockets.is_empty() {
+            return Ok(None);
+        }
+        let (stream, length) = (StreamKind::HostSocket, header.len());
+        let header =
+            StreamHeader::from_bytes(header).ok_or(StreamError::Header { stream, length })?;
+        let control = self.meeting.claim(header, stream).await?;
+        let shared = (self.meeting.clone(), self.connections.clone());
+        let served = HostSockets::serve(id, sockets, control, shared);
+        served.map(Some).map_err(failed("make what stands for a socket of the host"))
     }
 
     /// Runs the creator while the streams connect, and returns the container's init.
@@ -477,7 +501,7 @@ impl Containers {
 
 impl Container {
     /// A created container; notes its end.
-    fn new(id: String, made: Made, connected: Connected) -> Self {
+    fn new(id: String, made: Made, connected: Connected, sockets: Option<HostSockets>) -> Self {
         let Made { pid, end: init } = made;
         let Connected { outputs, terminal } = connected;
         let (sender, end) = watch::channel(None);
@@ -491,7 +515,13 @@ impl Container {
             sender.closed().await;
         });
         let (started, execs) = (AtomicBool::new(false), Execs::default());
-        Self { id, pid, started, init, end, terminal, execs }
+        Self { id, pid, started, init, end, terminal, execs, sockets }
+    }
+
+    async fn settle(&self) {
+        if let Some(sockets) = &self.sockets {
+            sockets.settle().await;
+        }
     }
 
     fn signal_all(&self, signal: i32) -> Result<(), ContainerError> {
@@ -580,7 +610,8 @@ async fn remove(id: &str) -> io::Result<()> {
     Cgroup::of(id).remove().await?;
     notify::end(id);
     let files = ContainerFiles::of(id);
-    for directory in [files.state, files.bundle, notify::directory(id)] {
+    let (notify, sockets) = (notify::directory(id), host_sockets::directory(id));
+    for directory in [files.state, files.bundle, notify, sockets] {
         match fs::remove_dir_all(directory) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             Ok(()) | Err(_) => {}

@@ -60,6 +60,8 @@ pub(crate) enum StreamKind {
     Descriptor(u32),
     /// Not a process's, see [`crate::notify`].
     Notify,
+    /// As well, see [`crate::host_sockets`].
+    HostSocket,
 }
 
 impl fmt::Display for StreamKind {
@@ -70,6 +72,7 @@ impl fmt::Display for StreamKind {
             Self::Stderr => "stderr",
             Self::Terminal => "terminal",
             Self::Notify => "stream of sd_notify",
+            Self::HostSocket => "connection to a socket of the host",
             Self::Descriptor(number) => return write!(f, "descriptor {number}"),
         })
     }

@@ -23,6 +23,7 @@ mod disks;
 mod executor;
 mod fault;
 mod hooks;
+mod host_sockets;
 mod hotplug;
 mod inherit;
 mod init;

@@ -27,7 +27,7 @@ use tonic::transport::Server;
 use tonic::{Request, Response, Status, Streaming};
 
 use crate::container::exec::ExecOrder;
-use crate::container::{ContainerError, Containers, CreateOrder};
+use crate::container::{ContainerError, Containers};
 use crate::memory::Watch;
 use crate::names::Names;
 use crate::network::Network;
@@ -134,12 +134,7 @@ impl Agent for Calls {
         &self,
         request: Request<CreateRequest>,
     ) -> Result<Response<CreateReply>, Status> {
-        let CreateRequest { container_id, spec_json, streams, disks, bundle, descriptors, notify } =
-            request.into_inner();
-        let streams = streams.unwrap_or_default();
-        let order =
-            CreateOrder { container_id, spec_json, streams, descriptors, disks, bundle, notify };
-        let pid = self.containers.create(order).await?;
+        let pid = self.containers.create(request.into_inner()).await?;
         Ok(Response::new(CreateReply { pid }))
     }
 
@@ -335,6 +330,7 @@ impl Agent for Calls {
     }
 
     async fn sync(&self, _: Request<SyncRequest>) -> Result<Response<SyncReply>, Status> {
+        self.containers.settle().await;
         spawn_blocking(rustix::fs::sync)
             .await
             .map_err(|error| Status::internal(error.to_string()))?;

@@ -16,7 +16,7 @@ pub mod agent {
 }
 
 /// The version of this contract; both sides must name the same.
-pub const VERSION: u32 = 9;
+pub const VERSION: u32 = 10;
 /// The vsock port on which the agent serves its calls.
 pub const AGENT_PORT: u32 = 1024;
 /// The vsock port on which the agent accepts streams of processes.
@@ -36,6 +36,14 @@ pub const NOTIFY_DIR: &str = "/run/bulkhead/notify";
 pub const NOTIFY_SOCKET: &str = "notify.sock";
 /// The most bytes of a datagram of sd_notify(3) that reach the host.
 pub const NOTIFY_BYTES_MAX: usize = 4096;
+/// Where the agent makes sockets that stand for those of the host, in a directory for each container.
+pub const HOST_SOCKETS_DIR: &str = "/run/bulkhead/sockets";
+/// The most supplementary groups of a process that connects to one that the host is told of.
+pub const HOST_SOCKET_GROUPS_MAX: usize = 256;
+/// The most bytes of a `ConnectionWanted`.
+pub const CONNECTION_WANTED_MAX: usize = 4096;
+/// The most connections to sockets of the host that a pod has at once; further ones wait.
+pub const CONNECTIONS_MAX: usize = 256;
 /// The tag of the virtio-fs device that shares the pod's files.
 pub const SHARE_TAG: &str = "bulkhead";
 /// Where the agent mounts the shared files in the guest.

@@ -11,6 +11,7 @@
 //! - [`machine`]: the pod's jailed processes and the guest: monitor, file server, share, agent.
 //! - [`network`]: brings the network of the caller's namespace into the guest.
 //! - [`policy`]: what the administrator of the host decides for all containers.
+//! - [`sockets`]: connections of the guest to sockets and FIFOs of the host that a container mounts.
 //! - [`streams`]: the host process that stands for a process of the guest, and its streams.
 
 pub mod bundle;
@@ -21,6 +22,7 @@ pub mod logging;
 pub mod machine;
 pub mod network;
 pub mod policy;
+pub mod sockets;
 pub mod state;
 pub mod streams;
 pub mod supervisor;

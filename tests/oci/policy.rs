@@ -206,7 +206,8 @@ fn a_socket_of_the_host_is_refused_where_the_policy_says_so() {
     assert_eq!(told(&plain.run("c", &bundle).unwrap()).1, "0\n");
     let (status, _, errors) = told(&strict.run("c", &bundle).unwrap());
     assert_eq!(status, Some(1));
-    let words = format!("/host.sock is the socket {source} of the host, which the policy does not");
+    let words =
+        format!("/host.sock is the socket or FIFO {source} of the host, which the policy does not");
     assert!(errors.contains(&words), "{errors}");
     for runtime in [plain, strict] {
         runtime.assert_clean().unwrap();

@@ -13,12 +13,25 @@ use serde_json::Value;
 use crate::cargo::{cargo, output, root};
 
 /// The workspace members that each member may depend on. Tests may use all.
-const DIRECTION: [(&str, &[&str]); 9] = [
-    ("bulkhead", &["bulkhead-hooks", "bulkhead-netlink", "bulkhead-protocol", "bulkhead-vmm"]),
-    ("bulkhead-agent", &["bulkhead-hooks", "bulkhead-netlink", "bulkhead-protocol"]),
+const DIRECTION: [(&str, &[&str]); 10] = [
+    (
+        "bulkhead",
+        &[
+            "bulkhead-hooks",
+            "bulkhead-netlink",
+            "bulkhead-protocol",
+            "bulkhead-relay",
+            "bulkhead-vmm",
+        ],
+    ),
+    (
+        "bulkhead-agent",
+        &["bulkhead-hooks", "bulkhead-netlink", "bulkhead-protocol", "bulkhead-relay"],
+    ),
     ("bulkhead-hooks", &[]),
     ("bulkhead-netlink", &[]),
     ("bulkhead-protocol", &[]),
+    ("bulkhead-relay", &[]),
     ("bulkhead-vmm", &[]),
     ("guest-image", &[]),
     ("test-host", &["guest-image"]),
@@ -122,6 +135,7 @@ fn tops() -> BTreeSet<&'static str> {
         "hooks",
         "netlink",
         "protocol",
+        "relay",
         "shim",
         "tests",
         "vmm",

@@ -123,10 +123,7 @@ impl Guest {
             container_id: id.to_owned(),
             spec_json: serde_json::to_vec(spec).unwrap(),
             streams: Some(streams),
-            disks: Vec::new(),
-            bundle: String::new(),
-            descriptors: Vec::new(),
-            notify: Vec::new(),
+            ..CreateRequest::default()
         };
         self.agent.create(request).await.map(|reply| reply.into_inner().pid)
     }

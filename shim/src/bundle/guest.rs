@@ -2,7 +2,7 @@
 //!
 //! Only what has to change is changed; the agent and libcontainer implement the rest.
 
-use std::fs;
+use std::fs::{self, Metadata};
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -12,7 +12,8 @@ use oci_spec::runtime::{Linux, LinuxNamespaceType, Mount, Spec};
 use super::id_map::{self, IdMap};
 use super::read_only::{self, HostMounts};
 use super::{
-    Additions, BundleError, Surroundings, hook_programs, pod, read_only_root, refuse, resources,
+    Additions, BundleError, Surroundings, hook_programs, host_sockets, pod, read_only_root, refuse,
+    resources,
 };
 use crate::state::id::ContainerId;
 
@@ -72,6 +73,7 @@ impl Shared {
 pub(super) struct Guest {
     pub(super) spec: Spec,
     pub(super) shared: Vec<Shared>,
+    pub(super) host_sockets: Vec<Shared>,
     pub(super) dropped: Vec<&'static str>,
 }
 
@@ -92,13 +94,23 @@ pub(super) fn rewrite(
     }
     let mut mounts = spec.mounts().clone();
     let mut host_mounts = HostMounts::default();
+    let mut sockets = Vec::new();
     for mount in mounts.iter_mut().flatten() {
         let id_map = id_map::of(mount, &spec)?;
         id_map::take_out(mount);
         if is_bind(mount) {
             let target = Path::new("mounts").join((shared.len() - 1).to_string());
-            let source = mount.source().clone().unwrap_or_default();
-            let entry = Shared { id_map, ..share(mount, &source, &target, bundle)? };
+            // A relative source is relative to the bundle, as in runc.
+            let source = bundle.join(mount.source().clone().unwrap_or_default());
+            let metadata = fs::metadata(&source).map_err(|error| unusable(&source, error))?;
+            if host_sockets::is_one(&metadata) {
+                let path = host_sockets::in_guest(id, sockets.len());
+                let entry = Shared::new(source, path.clone(), FileKind::File);
+                sockets.push(Shared { id_map, ..entry });
+                mount.set_source(Some(path));
+                continue;
+            }
+            let entry = Shared { id_map, ..share(mount, source, &target, &metadata) };
             mount.set_source(Some(in_guest(&entry.target)));
             if entry.recursive {
                 read_only::leave_to_host(mount, &entry.source, &mut host_mounts)
@@ -119,12 +131,14 @@ pub(super) fn rewrite(
     }
     add(&mut spec, id, &surroundings.additions);
     if read_only_root::is_hosts_to_keep(&spec) {
-        let kinds = shared.iter().map(|it| (in_guest(&it.target), it.kind)).collect();
+        // What stands for a socket has its path in the guest already.
+        let kinds = shared.iter().chain(&sockets);
+        let kinds = kinds.map(|it| (in_guest(&it.target), it.kind)).collect();
         shared[0].mount_points = read_only_root::mount_points(&spec, &kinds);
         shared[0].read_only = true;
     }
     let dropped = adapt(&mut spec, id, surroundings);
-    Ok(Guest { spec, shared, dropped })
+    Ok(Guest { spec, shared, host_sockets: sockets, dropped })
 }
 
 /// Adds what the creator adds to the bundle.
@@ -166,27 +180,19 @@ fn has_option(mount: &Mount, names: &[&str]) -> bool {
 }
 
 /// The shared file or directory for a bind mount of `source`.
-fn share(
-    mount: &Mount,
-    source: &Path,
-    target: &Path,
-    bundle: &Path,
-) -> Result<Shared, BundleError> {
-    // A relative source is relative to the bundle, as in runc.
-    let source = bundle.join(source);
-    let metadata = fs::metadata(&source).map_err(|error| unusable(&source, error))?;
+fn share(mount: &Mount, source: PathBuf, target: &Path, metadata: &Metadata) -> Shared {
     let read_only = read_only::of(mount);
     let (kind, target) = if metadata.is_dir() {
         (FileKind::Directory, target.to_owned())
     } else {
         (FileKind::File, target.iter().chain(&last_names(&source)).collect())
     };
-    Ok(Shared {
+    Shared {
         read_only: read_only.itself,
         read_only_below: read_only.below,
         recursive: has_option(mount, &["rbind"]),
         ..Shared::new(source, target, kind)
-    })
+    }
 }
 
 /// The last names of a file's path, which end its path in the share too, and so its line in

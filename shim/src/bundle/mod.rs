@@ -8,6 +8,7 @@
 mod disks;
 mod guest;
 mod hook_programs;
+mod host_sockets;
 mod id_map;
 mod lenient;
 mod limits;
@@ -17,7 +18,6 @@ mod read_only_root;
 pub mod refuse;
 mod resources;
 mod size;
-mod sockets;
 mod unified;
 
 use std::collections::HashMap;
@@ -43,7 +43,8 @@ pub use self::size::{HostSize, MACHINE_OVERHEAD_MIB, MachineSize};
 pub(crate) use self::unified::bytes;
 pub use self::unified::check as check_files;
 use crate::network::namespace::Network;
-use crate::policy::{HostSockets, SocketPolicy};
+use crate::policy::{HostSocketRule, SocketPolicy};
+use crate::sockets::Users;
 use crate::state::StateError;
 use crate::state::id::ContainerId;
 use crate::supervisor::neighbours::{Joined, Neighbours};
@@ -162,6 +163,10 @@ pub struct ContainerPlan {
     pub rootfs: PathBuf,
     /// Everything that is shared, the root file system first.
     pub shared: Vec<Shared>,
+    /// Sockets and FIFOs of the host that it mounts, in the order in which the agent knows them.
+    pub host_sockets: Vec<Shared>,
+    /// The users of the host that it has.
+    pub users: Users,
     /// Block devices of the host, by [`Disk::path`] in `spec_json`.
     pub disks: Vec<Disk>,
     /// The OOM score adjustment of the pod's processes on the host; `None` keeps the caller's.
@@ -280,14 +285,15 @@ impl Bundle {
         Ok(refuse::check(&self.spec, &neighbours)?)
     }
 
-    /// Checks that no socket of the host is bound into the container where the policy forbids it.
+    /// Checks that no socket or FIFO of the host is bound into the container where the policy forbids
+    /// it.
     ///
     /// # Errors
     /// Names the mount.
     pub fn check_sockets(&self, policy: SocketPolicy) -> Result<(), BundleError> {
         match policy.host {
-            HostSockets::Allow => Ok(()),
-            HostSockets::Refuse => Ok(sockets::check(&self.spec, &self.dir)?),
+            HostSocketRule::Allow => Ok(()),
+            HostSocketRule::Refuse => Ok(host_sockets::check(&self.spec, &self.dir)?),
         }
     }
 
@@ -312,6 +318,8 @@ impl Bundle {
             bundle: self.dir.clone(),
             rootfs,
             shared: guest.shared,
+            host_sockets: guest.host_sockets,
+            users: Users::of(&self.spec),
             disks: disks::of(self.spec.linux().as_ref())?,
             oom_score_adj: self.spec.process().as_ref().and_then(|it| it.oom_score_adj()),
             annotations: self.spec.annotations().clone().unwrap_or_default(),

@@ -291,3 +291,30 @@ fn the_specification_that_runc_writes_is_taken() {
     let config = serde_json::to_value(crate::cli::spec::default_spec()).unwrap();
     TestBundle::with(&config).plan().unwrap();
 }
+
+#[test]
+fn sockets_and_fifos_of_the_host_are_relayed_or_refused_by_policy() {
+    let host = tempfile::tempdir().unwrap();
+    let socket = host.path().join("socket");
+    let _listener = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+    symlink("socket", host.path().join("link")).unwrap();
+    let mut config = good();
+    let source = host.path().join("link");
+    let mount = json!({
+        "destination": "/run/s", "type": "bind", "source": source, "options": ["rbind", "ro"],
+    });
+    config["mounts"].as_array_mut().unwrap().push(mount);
+    let bundle = TestBundle::with(&config);
+    let plan = bundle.plan().unwrap();
+    assert_eq!((plan.shared.len(), plan.host_sockets.len()), (1, 1));
+    assert_eq!(plan.host_sockets[0].source, source);
+    let mounted = &bundle.guest_spec()["mounts"][1];
+    assert_eq!(mounted["source"], "/run/bulkhead/sockets/c1/0");
+    assert_eq!(mounted["options"], json!(["rbind", "ro"]));
+    let policy = |host| SocketPolicy { host };
+    let checked = |host| read(bundle.path()).unwrap().check_sockets(policy(host));
+    checked(HostSocketRule::Allow).unwrap();
+    let words = words(checked(HostSocketRule::Refuse).unwrap_err());
+    assert!(words.starts_with("mounts: /run/s is the socket or FIFO /"), "{words}");
+    assert!(words.ends_with("use a runtime whose policy allows it"), "{words}");
+}

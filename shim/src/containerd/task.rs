@@ -96,7 +96,7 @@ fn status(error: ContainerError) -> Error {
         E::Exec(ExecError::Taken(_)) => Code::ALREADY_EXISTS,
         E::Exec(ExecError::Unknown(_)) => Code::NOT_FOUND,
         E::Exec(ExecError::TooMany) => Code::RESOURCE_EXHAUSTED,
-        E::Bundle(_) => Code::INVALID_ARGUMENT,
+        E::Bundle(_) | E::HostSocket(_) => Code::INVALID_ARGUMENT,
         E::Pod(_)
         | E::Sandbox(_)
         | E::State(_)

@@ -348,6 +348,14 @@ pub fn alone(fd: BorrowedFd<'_>, read_only: bool, recursive: bool) -> io::Result
     Ok(clone)
 }
 
+/// Returns a detached mount of one entry, which is not in the share.
+///
+/// # Errors
+/// Names the path that failed.
+pub fn alone_as(entry: &Shared) -> Result<OwnedFd, ShareError> {
+    clone_mount(entry).map(|(_, clone)| clone)
+}
+
 /// Sets attributes of a detached mount, and makes it private, so that no mounts propagate between
 /// it and the host.
 fn set_attributes(mount: BorrowedFd<'_>, attributes: u64, recursive: bool) -> io::Result<()> {

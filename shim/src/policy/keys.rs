@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use bulkhead_vmm::config::VCPUS_MAX;
 
-use super::{HostSockets, Policy};
+use super::{HostSocketRule, Policy};
 use crate::logging::LogLevel;
 
 /// One key.
@@ -86,15 +86,15 @@ pub(super) const KEYS: [Key; 11] = [
         variable: None,
         set: |policy, given| {
             policy.sockets.host = match given {
-                Given::Text("allow") => HostSockets::Allow,
-                Given::Text("refuse") => HostSockets::Refuse,
+                Given::Text("allow") => HostSocketRule::Allow,
+                Given::Text("refuse") => HostSocketRule::Refuse,
                 _ => return None,
             };
             Some(())
         },
         show: |policy| match policy.sockets.host {
-            HostSockets::Allow => text("allow"),
-            HostSockets::Refuse => text("refuse"),
+            HostSocketRule::Allow => text("allow"),
+            HostSocketRule::Refuse => text("refuse"),
         },
     },
     Key {

@@ -60,12 +60,12 @@ pub struct NetworkPolicy {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SocketPolicy {
     /// Whether a socket of the host may be bound into a container by its name.
-    pub host: HostSockets,
+    pub host: HostSocketRule,
 }
 
 /// What happens to a bind mount whose source is a socket.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub enum HostSockets {
+pub enum HostSocketRule {
     /// It is made.
     #[default]
     Allow,

@@ -42,7 +42,7 @@ fn the_example_has_every_key_with_its_default() {
         assert!(matches!(origin, Origin::Line(_)), "{key} is not in docs/config.toml");
     }
     let strict = in_force(&RuntimeName::chosen("bulkhead-strict"), EXAMPLE).unwrap();
-    assert_eq!(strict.policy.sockets.host, HostSockets::Refuse);
+    assert_eq!(strict.policy.sockets.host, HostSocketRule::Refuse);
 }
 
 #[test]

@@ -17,6 +17,7 @@ use tokio::sync::{Mutex, watch};
 use crate::bundle::{self, Additions, BundleError, ProcessLimits};
 use crate::cgroup::{Cgroup, CgroupError};
 use crate::machine::agent::{AgentError, Target};
+use crate::sockets::{Connections, NodeError};
 use crate::state::process::Process;
 use crate::state::{Exit, Home, State, StateError};
 use crate::streams::attach::StandIn;
@@ -56,6 +57,9 @@ pub enum ContainerError {
     /// A further process of it.
     #[error(transparent)]
     Exec(#[from] ExecError),
+    /// A socket or FIFO of the host that it mounts.
+    #[error(transparent)]
+    HostSocket(#[from] NodeError),
     /// A hook whose failure stops the creation.
     #[error(transparent)]
     Hook(std::io::Error),
@@ -113,6 +117,8 @@ struct Life {
     pod: Option<Arc<Pod>>,
     host: Option<OnHost>,
     poststart: Vec<Hook>,
+    /// To sockets of the host.
+    connections: Connections,
 }
 
 impl Container {
@@ -138,7 +144,13 @@ impl Container {
             sandbox,
             cancelled: watch::channel(false).0,
             status: watch::channel(state.status).0,
-            life: Mutex::new(Life { state, pod: None, host: None, poststart: Vec::new() }),
+            life: Mutex::new(Life {
+                state,
+                pod: None,
+                host: None,
+                poststart: Vec::new(),
+                connections: Connections::default(),
+            }),
             exit: watch::channel(None).0,
             over: watch::channel(false).0,
             hurry: watch::channel(false).0,

@@ -13,7 +13,7 @@ use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use bulkhead_protocol::agent;
@@ -23,7 +23,7 @@ use bulkhead_vmm::seqpacket;
 use rustix::fs::OFlags;
 use rustix::net::sockopt::{set_socket_recv_buffer_size_force, set_socket_send_buffer_size_force};
 use thiserror::Error;
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 
@@ -40,6 +40,7 @@ use crate::machine::monitor::{Machine, MachineError, Parts};
 use crate::machine::share::{Files, ShareDir, ShareError};
 use crate::machine::spawn::Launch;
 use crate::network::interfaces::{Interfaces, NetworkError};
+use crate::sockets;
 use crate::state::Home;
 use crate::state::id::ContainerId;
 use crate::state::process::Process;
@@ -125,6 +126,8 @@ pub struct Pod {
     provider: OnceLock<AbortOnDrop>,
     _timekeeper: AbortOnDrop,
     names: tokio::sync::Mutex<NameService>,
+    /// Bounds the connections of its containers to sockets of the host.
+    pub(crate) connections: Arc<Semaphore>,
     condemned: watch::Sender<bool>,
 }
 
@@ -184,6 +187,7 @@ impl Pod {
             provider: OnceLock::new(),
             _timekeeper: timekeeper,
             names: tokio::sync::Mutex::default(),
+            connections: sockets::room(),
             condemned: watch::channel(false).0,
         })
     }
@@ -258,11 +262,21 @@ impl Pod {
     /// # Errors
     /// When the agent does not accept it in time.
     pub async fn open_stream(&self) -> Result<(StreamHeader, UnixStream), PodError> {
-        let mut stream = self.machine.open_stream(STREAM_PORT, STREAM_PATIENCE).await?;
         let mut header = [0; StreamHeader::LEN];
-        let sent = random(&mut header).and_then(|()| io::Write::write_all(&mut stream, &header));
-        sent.map_err(|error| PodError::Io("stream of a process", error))?;
-        Ok((StreamHeader(header), stream))
+        random(&mut header).map_err(|error| PodError::Io("stream of a process", error))?;
+        let header = StreamHeader(header);
+        Ok((header, self.open_stream_named(header).await?))
+    }
+
+    /// Opens a stream with a header that the agent has drawn.
+    ///
+    /// # Errors
+    /// When the agent does not accept it in time.
+    pub async fn open_stream_named(&self, header: StreamHeader) -> Result<UnixStream, PodError> {
+        let mut stream = self.machine.open_stream(STREAM_PORT, STREAM_PATIENCE).await?;
+        io::Write::write_all(&mut stream, &header.0)
+            .map_err(|error| PodError::Io("stream of a process", error))?;
+        Ok(stream)
     }
 
     /// Attaches disks to the machine, and returns them as the agent needs them. A disk stays

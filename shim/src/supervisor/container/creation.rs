@@ -21,6 +21,7 @@ use crate::machine::monitor::MachineError;
 use crate::machine::share::{Files, ShareDir};
 use crate::network::namespace::Network;
 use crate::policy::GuestPolicy;
+use crate::sockets::{HostSockets, Node};
 use crate::state::State;
 use crate::state::process::Process;
 use crate::streams::attach::{Attachments, StandIn};
@@ -82,7 +83,7 @@ impl Container {
             self.attach_network(&mut life.state, (&bundle, &pod_plan), &pod, &stand_in).await?;
         }
         let phase = Phase::begin("container create");
-        let (init, sockets) = self.create_in_guest(&pod, &stand_in, &plan).await?;
+        let (init, sockets) = self.create_in_guest(&mut life, &pod, &stand_in, &plan).await?;
         if let Some(held_back) = limits.held_back().filter(|_| first) {
             host.cgroup.limit_async(held_back).await?;
         }
@@ -254,7 +255,8 @@ impl Container {
 
     async fn create_in_guest(
         &self,
-        pod: &Pod,
+        life: &mut Life,
+        pod: &Arc<Pod>,
         stand_in: &StandIn,
         plan: &ContainerPlan,
     ) -> Result<(u32, Vec<UnixStream>), ContainerError> {
@@ -263,6 +265,10 @@ impl Container {
             true => notify::open(pod, &self.home).await?,
             false => Vec::new(),
         };
+        let host_sockets = find_host_sockets(plan).await?;
+        let sockets = host_sockets.describe();
+        let (connections, served) = host_sockets.serve(pod).await?;
+        life.connections = served;
         let ends = proxy::open(pod, stand_in).await?;
         let request = CreateRequest {
             container_id: self.home.id().to_string(),
@@ -272,6 +278,8 @@ impl Container {
             disks,
             bundle: plan.bundle.display().to_string(),
             notify,
+            sockets,
+            connections,
         };
         let hooks = plan.hooks.create_container().iter().flatten();
         tokio::select! {
@@ -296,6 +304,14 @@ impl OnHost {
     pub(super) async fn adopt(&self, stand_in: &StandIn) -> Result<(), ContainerError> {
         if stand_in.detached { self.take(stand_in.process.pid).await } else { Ok(()) }
     }
+}
+
+/// Opens the sockets and FIFOs of the host that a container mounts.
+async fn find_host_sockets(plan: &ContainerPlan) -> Result<HostSockets, ContainerError> {
+    let (entries, users) = (plan.host_sockets.clone(), plan.users.clone());
+    let find = move || entries.iter().map(Node::find).collect::<Result<_, _>>();
+    let nodes = in_a_thread(move || Ok(find()?)).await?;
+    Ok(HostSockets { nodes, users })
 }
 
 /// Where a container's pod comes from.

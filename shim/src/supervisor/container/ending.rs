@@ -6,6 +6,7 @@ use std::time::Duration;
 use super::{Container, Life, SIGKILL};
 use crate::cgroup;
 use crate::machine::agent::Target;
+use crate::sockets::Connections;
 use crate::state::Exit;
 use crate::streams::attach::StandIn;
 use crate::supervisor::lifecycle::Event;
@@ -34,6 +35,7 @@ impl Container {
             self.hurry.send_replace(true);
             self.is_over().await;
         } else {
+            life.connections = Connections::default();
             if self.sandbox.depart(self.home.id()).await == Departure::OthersStay {
                 self.outlive(&mut life);
             }
@@ -67,6 +69,7 @@ impl Container {
         let phase = Phase::begin("drain");
         self.take_leave(&pod, &stand_in, end).await;
         phase.end();
+        let connections = std::mem::take(&mut self.life.lock().await.connections);
         match self.sandbox.depart(self.home.id()).await {
             Departure::Last => self.take_down(pod).await,
             Departure::OthersStay => {
@@ -74,6 +77,7 @@ impl Container {
                 self.outlive(&mut *self.life.lock().await);
             }
         }
+        connections.settle().await;
         self.over.send_replace(true);
     }
 

@@ -14,7 +14,7 @@ use std::thread::{self, sleep};
 use std::time::Duration;
 
 use bulkhead_tests::bundle::{self, Bundle};
-use bulkhead_tests::runtime::{Runtime, finish, kill_9};
+use bulkhead_tests::runtime::{Runtime, comes_true, finish, kill_9};
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use rustix::net::sockopt::{set_socket_passcred, socket_peercred};
 use rustix::net::{
@@ -238,7 +238,47 @@ fn programs_talk_to_servers_of_the_host_as_who_they_are() {
 
 #[test]
 fn a_server_that_dies_refuses_and_one_that_is_slow_blocks_its_clients() {
-    /// Writes until nothing is taken for a second, then to the end.
+    for runtime in both() {
+        let directory = tempfile::tempdir().unwrap();
+        let slow = UnixListener::bind(directory.path().join("slow")).unwrap();
+        let dies = UnixListener::bind(directory.path().join("dies")).unwrap();
+        let container = Container::start(runtime, directory);
+        die(&container, dies);
+        be_slow(&container, &slow);
+        if !container.runtime.is_runc() {
+            be_besieged(&container, &slow);
+        }
+        container.end();
+    }
+}
+
+/// A client of a server that closes sees the end; from then on clients are refused.
+fn die(container: &Container, server: UnixListener) {
+    const CONNECT: &str = r#"
+told = []
+for _ in range(100):
+    try: end = connected("/s/dies")
+    except OSError as error: told.append(errno.errorcode[error.errno]); break
+    try: told.append(rest(end))
+    except OSError as error: told.append(errno.errorcode[error.errno])
+    time.sleep(0.1)
+print(told[-1], len(told) < 3)
+"#;
+    let client = container.spawn(r#"end = connected("/s/dies"); print(rest(end))"#);
+    let (mut served, _) = server.accept().unwrap();
+    served.write_all(b"bye").unwrap();
+    drop((served, server));
+    let ended = finish(client).unwrap();
+    assert_eq!(String::from_utf8_lossy(&ended.stdout), "b'bye'\n");
+    // As under runc, another server with the same name is not the one that was mounted.
+    fs::remove_file(container.path("dies")).unwrap();
+    echo(&container.path("dies"));
+    assert_eq!(container.python(CONNECT), "ECONNREFUSED True\n");
+}
+
+/// A server that does not read blocks its client, and gets all of it in the end.
+fn be_slow(container: &Container, server: &UnixListener) {
+    // Writes until nothing is taken for a second, then to the end.
     const WRITE: &str = r#"
 end = connected("/s/slow")
 end.setblocking(False)
@@ -252,58 +292,45 @@ end.sendall(b"y" * 100000)
 end.shutdown(socket.SHUT_WR)
 print(rest(end))
 "#;
-    const DEAD: &str = r#"
-told = []
-for _ in range(100):
-    try: end = connected("/s/dies")
-    except OSError as error: told.append(errno.errorcode[error.errno]); break
-    try: told.append(rest(end))
-    except OSError as error: told.append(errno.errorcode[error.errno])
-    time.sleep(0.1)
-print(told[-1], len(told) < 3)
+    let mut client = container.spawn(WRITE);
+    let (mut served, _) = server.accept().unwrap();
+    let mut line = [0; 16];
+    let count = client.stdout.as_mut().unwrap().read(&mut line).unwrap();
+    let taken: usize = String::from_utf8_lossy(&line[..count]).trim().parse().unwrap();
+    println!("{taken} bytes were taken before the writer blocked");
+    assert!((64 << 10..4 << 20).contains(&taken), "{taken}");
+    let mut all = Vec::new();
+    served.read_to_end(&mut all).unwrap();
+    assert_eq!(all.len(), taken + 100_000);
+    served.write_all(b"all").unwrap();
+    drop(served);
+    assert_eq!(String::from_utf8_lossy(&finish(client).unwrap().stdout), "b'all'\n");
+}
+
+/// A program that opens and never closes uses up its pod's connections, and no more. They are closed
+/// when the supervisor is killed.
+fn be_besieged(container: &Container, server: &UnixListener) {
+    const CONNECT: &str = r#"
+ends = [connected("/s/slow") for _ in range(300)]
+time.sleep(1000)
 "#;
-    for runtime in both() {
-        let directory = tempfile::tempdir().unwrap();
-        let slow = UnixListener::bind(directory.path().join("slow")).unwrap();
-        let dies = UnixListener::bind(directory.path().join("dies")).unwrap();
-        let container = Container::start(runtime, directory);
-        // A client of a server that closes sees the end, then the others are refused.
-        let client = container.spawn(r#"end = connected("/s/dies"); print(rest(end))"#);
-        let (mut served, _) = dies.accept().unwrap();
-        served.write_all(b"bye").unwrap();
-        drop((served, dies));
-        let ended = finish(client).unwrap();
-        assert_eq!(String::from_utf8_lossy(&ended.stdout), "b'bye'\n");
-        // As under runc, another server with the same name is not the one that was mounted.
-        fs::remove_file(container.path("dies")).unwrap();
-        echo(&container.path("dies"));
-        assert_eq!(container.python(DEAD), "ECONNREFUSED True\n");
-
-        let client = container.spawn(WRITE);
-        let (mut served, _) = slow.accept().unwrap();
-        let mut child = client;
-        let mut line = [0; 16];
-        let count = child.stdout.as_mut().unwrap().read(&mut line).unwrap();
-        let taken: usize = String::from_utf8_lossy(&line[..count]).trim().parse().unwrap();
-        println!("{taken} bytes were taken before the writer blocked");
-        assert!((64 << 10..4 << 20).contains(&taken), "{taken}");
-        let mut all = Vec::new();
-        served.read_to_end(&mut all).unwrap();
-        assert_eq!(all.len(), taken + 100_000);
-        served.write_all(b"all").unwrap();
-        drop(served);
-        assert_eq!(String::from_utf8_lossy(&finish(child).unwrap().stdout), "b'all'\n");
-
-        if !container.runtime.is_runc() {
-            // The supervisor is killed: its connections are closed.
-            let mut client = container.spawn(r#"connected("/s/slow"); time.sleep(1000)"#);
-            let (mut served, _) = slow.accept().unwrap();
-            kill_9(container.runtime.supervisor().unwrap()).unwrap();
-            assert_eq!(served.read(&mut [0]).unwrap_or(0), 0);
-            client.wait().unwrap();
+    let mut client = container.spawn(CONNECT);
+    let mut served = vec![server.accept().unwrap().0];
+    server.set_nonblocking(true).unwrap();
+    while comes_true(Duration::from_secs(2), || match server.accept() {
+        Ok((more, _)) => {
+            served.push(more);
+            true
         }
-        container.end();
+        Err(_) => false,
+    }) {}
+    assert_eq!(served.len(), 256);
+    container.runtime.ok(&["exec", "c", "true"]).unwrap();
+    kill_9(container.runtime.supervisor().unwrap()).unwrap();
+    for mut end in served {
+        assert_eq!(end.read(&mut [0]).unwrap_or(0), 0);
     }
+    client.wait().unwrap();
 }
 
 #[test]

@@ -36,6 +36,9 @@ use crate::supervisor::pod::{Pod, PodError};
 /// How long the servers of the host may take to read what a container has sent before its end.
 const SETTLED: Duration = Duration::from_secs(2);
 
+/// How long the agent may take to accept a stream. The pod cannot end meanwhile.
+const ACCEPTED: Duration = Duration::from_secs(10);
+
 /// The connections that a pod may still have.
 #[must_use]
 pub fn room() -> Arc<Semaphore> {
@@ -188,7 +191,9 @@ impl Service {
         let header = header.ok_or_else(|| failed(io::ErrorKind::InvalidData.into()))?;
         let pod = self.pod.upgrade();
         let pod = pod.ok_or_else(|| failed(io::ErrorKind::NotConnected.into()))?;
-        in_tokio(pod.open_stream_named(header).await?).map_err(failed)
+        let opened = timeout(ACCEPTED, pod.open_stream_named(header)).await;
+        let opened = opened.map_err(|_| failed(io::ErrorKind::TimedOut.into()))?;
+        in_tokio(opened?).map_err(failed)
     }
 
     /// Tells the agent if nobody can be reached at a socket any more.

@@ -59,8 +59,8 @@ fn main() -> ExitCode {
     let Ok(mut arguments) = arguments.collect::<Result<Vec<String>, _>>() else {
         return ExitCode::FAILURE;
     };
-    if let Some(alias) = modprobe::asked(&arguments) {
-        return modprobe::main(alias);
+    if modprobe::is_asked(&arguments) {
+        return modprobe::main(&arguments);
     }
     let Ok(descriptors) = inherit::settle(&mut arguments) else {
         return ExitCode::FAILURE;

@@ -19,6 +19,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use bulkhead_protocol::{MODULES_FILE, SHARE_DIR};
+use rustix::process::{Pid, getppid};
 
 /// The name of the format and its version.
 const FORMAT: &str = "bulkhead-modules 1";
@@ -46,16 +47,33 @@ enum ModprobeError {
     Load(String, #[source] io::Error),
 }
 
+/// Whether the kernel started this program as a helper: with the arguments for modprobe, or with
+/// any others, which a container may have chosen (`kernel.core_pattern`). Such a process must have
+/// none of this program's other lives.
+pub(crate) fn is_asked(arguments: &[String]) -> bool {
+    asked(arguments).is_some() || getppid().is_some_and(is_kernel_thread)
+}
+
+/// Whether a process has no program.
+fn is_kernel_thread(process: Pid) -> bool {
+    let directory = format!("/proc/{}", process.as_raw_nonzero());
+    let program = fs::read_link(format!("{directory}/exe"));
+    program.is_err_and(|error| error.kind() == io::ErrorKind::NotFound)
+        && fs::exists(directory).unwrap_or(false)
+}
+
 /// The alias, if these arguments (without the program's name) are those of the kernel.
-pub(crate) fn asked(arguments: &[String]) -> Option<&str> {
+fn asked(arguments: &[String]) -> Option<&str> {
     match arguments {
         [quiet, end, alias] if quiet == "-q" && end == "--" => Some(alias),
         _ => None,
     }
 }
 
-/// Loads what has the alias. That nothing has it is usual, and said only by the exit status.
-pub(crate) fn main(alias: &str) -> ExitCode {
+/// Loads what the kernel asks for. That nothing has the alias is usual, and said only by the exit
+/// status.
+pub(crate) fn main(arguments: &[String]) -> ExitCode {
+    let Some(alias) = asked(arguments) else { return ExitCode::FAILURE };
     match probe(alias) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => ExitCode::FAILURE,
@@ -185,6 +203,12 @@ mod tests {
     fn index(lines: &str) -> Index {
         let text = format!("{FORMAT} 0\n{lines}");
         Index { end: 1000, text }
+    }
+
+    #[test]
+    fn a_process_with_a_program_is_no_kernel_thread() {
+        assert!(!is_kernel_thread(rustix::process::getpid()));
+        assert!(!is_asked(&["create".to_owned(), "c".to_owned()]));
     }
 
     #[test]

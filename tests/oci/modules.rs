@@ -64,6 +64,14 @@ const FILE_SYSTEMS: &[Check] = &[
             grep -qw $type /proc/filesystems || { echo no $type; exit 1; }
         done",
     ),
+    (
+        "a core for a program",
+        "echo '|/bin/busybox touch /tmp/helped' > /proc/sys/kernel/core_pattern
+        status=0
+        busybox sh -c 'ulimit -c unlimited; kill -SEGV $$' || status=$?
+        echo core > /proc/sys/kernel/core_pattern
+        test $status = 139",
+    ),
     ("no path is a type", "! mount -i -t ../../../tmp/x none /mnt"),
     (
         "binfmt_misc",

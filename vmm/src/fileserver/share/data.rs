@@ -86,9 +86,8 @@ impl Share {
             Ok(file) => self.put_created((&directory, name), file, slots, reply),
             Err(Errno::EXIST) if flags & OFlags::EXCL.bits() == 0 => {
                 let strip = open_flags & OPEN_KILL_SUIDGID != 0;
-                let path = open_name(&directory, name)?;
                 let place = (&*directory, name);
-                self.put_existing(place, path, (open_mode(flags), strip), slots, reply)
+                self.put_existing(place, (open_mode(flags), strip), slots, reply)
             }
             Err(error) => Err(error),
         }
@@ -98,11 +97,11 @@ impl Share {
     fn put_existing(
         &self,
         place: (&Inode, &CStr),
-        path: OwnedFd,
         (flags, strip): (OFlags, bool),
         (slot, open_slot): (Slot, Slot),
         reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
+        let path = open_name(place.0, place.1)?;
         let (inode, _) = self.inodes.remember(place, path, Some(slot))?;
         let open = || {
             if inode.kind != FileType::RegularFile {

@@ -42,14 +42,17 @@ impl Share {
             GET_FLAGS if out_size == 4 => reply.put_u32s([ioctl_getflags(&file)?.bits()]),
             SET_FLAGS => ioctl_setflags(&file, IFlags::from_bits_retain(body.u32()?))?,
             GET_EXTENDED if out_size as usize == EXTENDED => {
-                // SAFETY: the request writes a `struct fsxattr`, which is integers of that length.
-                let flags = unsafe { ioctl(&file, Getter::<GET_EXTENDED, Extended>::new()) }?;
-                reply.put(&flags);
+                // SAFETY: this is the request's number and what it writes, a `struct fsxattr`.
+                let get = unsafe { Getter::<GET_EXTENDED, Extended>::new() };
+                // SAFETY: any bytes are a value of that type.
+                reply.put(&unsafe { ioctl(&file, get) }?);
             }
             SET_EXTENDED => {
                 let flags: Extended = body.array()?;
-                // SAFETY: the request reads a `struct fsxattr`, any value of which the kernel checks.
-                unsafe { ioctl(&file, Setter::<SET_EXTENDED, Extended>::new(flags)) }?;
+                // SAFETY: this is the request's number and what it reads, a `struct fsxattr`.
+                let set = unsafe { Setter::<SET_EXTENDED, Extended>::new(flags) };
+                // SAFETY: the kernel checks every field.
+                unsafe { ioctl(&file, set) }?;
             }
             _ => return Err(Errno::NOTTY),
         }

@@ -115,7 +115,7 @@ fn mount(line: &str, host: &str) -> String {
     about.sort_unstable();
     let about = match kind {
         // "file system of the host"
-        _ if *number == host => "of the host".to_owned(),
+        _ if *number == host || kind == "virtiofs" => "of the host".to_owned(),
         // "superblock of sysfs and cgroup2"
         "sysfs" | "cgroup2" => format!("{kind} {source}"),
         _ => format!("{kind} {source} {}", about.join(",")),

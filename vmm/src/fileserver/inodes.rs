@@ -11,6 +11,7 @@ use std::ffi::CStr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::Duration;
 
 use rustix::fs::{AtFlags, FileType, Statx, StatxAttributes, StatxFlags, statx};
 use rustix::io::Errno;
@@ -41,6 +42,11 @@ impl Inode {
     /// Its attributes now.
     pub(super) fn stat(&self) -> Result<Statx, Errno> {
         stat(&self.path)
+    }
+
+    /// How long the guest may believe its name and its attributes.
+    pub(super) fn valid(&self) -> Duration {
+        self.place.valid(self.kind == FileType::Directory)
     }
 }
 

@@ -37,16 +37,16 @@ impl Place {
         }
     }
 
-    /// How long the guest may believe a name or an attribute.
+    /// How long the guest may believe the name and the attributes of a file or directory.
     ///
-    /// What others may change is asked for each time. In a root file system it is too expensive to
-    /// ask for every directory of every path again; the commands that change one from outside take
-    /// longer than this.
-    pub(super) const fn valid(self) -> Duration {
+    /// A file that others may change is asked for each time. It is too expensive to ask for every
+    /// directory of every path again, and for the files of a root file system; the commands that
+    /// change one from outside take longer than this.
+    pub(super) const fn valid(self, directory: bool) -> Duration {
         match self {
             Self::Root | Self::MountPoints => Duration::from_secs(1),
-            Self::Own => Duration::from_millis(100),
-            Self::Shared | Self::Alone => Duration::ZERO,
+            Self::Shared | Self::Alone if !directory => Duration::ZERO,
+            Self::Own | Self::Shared | Self::Alone => Duration::from_millis(100),
         }
     }
 
@@ -83,9 +83,9 @@ mod tests {
     }
 
     #[test]
-    fn what_others_may_change_is_never_believed() {
-        assert_eq!(Place::Shared.valid(), Duration::ZERO);
-        assert_eq!(Place::Alone.valid(), Duration::ZERO);
+    fn a_file_that_others_may_change_is_never_believed() {
+        assert_eq!(Place::Shared.valid(false), Duration::ZERO);
+        assert_eq!(Place::Alone.valid(false), Duration::ZERO);
         assert!(!Place::Shared.is_unshared() && !Place::Alone.is_unshared());
     }
 }

@@ -82,7 +82,7 @@ impl Share {
     ) -> Result<(), Errno> {
         let inode = self.inodes.get(request.node)?;
         let attributes = inode.stat()?;
-        let valid = inode.place.valid();
+        let valid = inode.valid();
         reply.put_u64s([valid.as_secs()]);
         reply.put_u32s([valid.subsec_nanos(), 0]);
         self.put_attributes(&inode, &attributes, reply);
@@ -96,7 +96,7 @@ impl Share {
         reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
         let inode = self.inodes.get(request.node)?;
-        let (stat, valid) = (inode.stat()?, inode.place.valid());
+        let (stat, valid) = (inode.stat()?, inode.valid());
         reply.put_u64s([valid.as_secs()]);
         reply.put_u32s([valid.subsec_nanos(), 0]);
         reply.put_u64s([0, 0]);

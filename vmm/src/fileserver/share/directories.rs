@@ -84,7 +84,7 @@ impl Share {
         reply: &mut Reply<'_>,
     ) -> Result<u64, Errno> {
         let name = entry.file_name();
-        if matches!(name.to_bytes(), b"." | b"..") || directory.place.valid().is_zero() {
+        if matches!(name.to_bytes(), b"." | b"..") || directory.place.valid(false).is_zero() {
             return Err(Errno::INVAL);
         }
         let path = open_name(directory, name)?;

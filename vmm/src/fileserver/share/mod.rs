@@ -213,7 +213,7 @@ impl Share {
     }
 
     fn put_known_entry(&self, inode: &Inode, attributes: &Statx, reply: &mut Reply<'_>) {
-        let valid = inode.place.valid();
+        let valid = inode.valid();
         // Node, generation, seconds for which name and attributes are valid; then nanoseconds.
         reply.put_u64s([inode.node, 0, valid.as_secs(), valid.as_secs()]);
         reply.put_u32s([valid.subsec_nanos(), valid.subsec_nanos()]);

@@ -74,6 +74,20 @@ fn what_is_new_is_refused_and_leaves_nothing_behind() {
     assert!(!pod.host.join("new").exists());
 }
 
+/// Tries again for some seconds: the guest's kernel says a moment later what it has closed and
+/// forgotten.
+fn soon<T>(what: impl Fn() -> io::Result<T>) -> io::Result<T> {
+    let start = Instant::now();
+    loop {
+        match what() {
+            Err(_) if start.elapsed() < Duration::from_secs(5) => {
+                thread::sleep(Duration::from_millis(1));
+            }
+            result => return result,
+        }
+    }
+}
+
 #[test]
 fn there_is_room_again_when_the_guest_lets_go() {
     let pod = full();
@@ -82,32 +96,17 @@ fn there_is_room_again_when_the_guest_lets_go() {
     for number in 0..10 {
         fs::remove_file(pod.guest.join(format!("file-{number}"))).unwrap();
     }
-    // The guest's kernel forgets a moment later.
-    let start = Instant::now();
-    while File::create(pod.guest.join("new")).is_err() {
-        assert!(start.elapsed() < Duration::from_secs(5), "nothing was let go of");
-        thread::sleep(Duration::from_millis(1));
-    }
+    soon(|| File::create(pod.guest.join("new"))).expect("nothing was let go of");
     // A listing has every name; those that cannot be remembered are not looked up with it.
-    assert_eq!(listed(&pod).unwrap(), FILES - 10 + 1);
+    assert_eq!(soon(|| listed(&pod)).unwrap(), FILES - 10 + 1);
     // Open files need room as well, and give it back.
-    let mut open = Vec::new();
+    let mut open = vec![soon(|| File::open(pod.guest.join("file-20"))).unwrap()];
     loop {
         match File::open(pod.guest.join("file-20")) {
             Ok(file) => open.push(file),
             refused => break assert!(is_full(refused)),
         }
     }
-    assert!(!open.is_empty());
     drop(open);
-    // The guest's kernel says so a moment later.
-    let start = Instant::now();
-    let content = loop {
-        match fs::read(pod.guest.join("file-20")) {
-            Err(_) if start.elapsed() < Duration::from_secs(5) => {}
-            read => break read,
-        }
-        thread::sleep(Duration::from_millis(1));
-    };
-    assert_eq!(content.unwrap(), b"20");
+    assert_eq!(soon(|| fs::read(pod.guest.join("file-20"))).unwrap(), b"20");
 }

@@ -9,6 +9,7 @@
 //! writer, and a relay holds a bounded amount of memory.
 
 mod ends;
+mod fifo;
 mod frames;
 
 use std::io::{self, IoSlice};
@@ -21,6 +22,7 @@ use rustix::net::{
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 
+pub use fifo::{Drained, FIFO_CHUNK, drain_fifo, feed_fifo};
 pub use frames::{FRAME_MAX, read_frame, write_all, write_frame};
 
 /// The most bytes that one step of a copy moves. Each direction of a relay keeps so many.

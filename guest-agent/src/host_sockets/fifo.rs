@@ -12,10 +12,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bulkhead_protocol::agent::ConnectionWanted;
-use bulkhead_relay::write_all;
+use bulkhead_relay::{Drained, FIFO_CHUNK, drain_fifo, feed_fifo, write_all};
 use rustix::io::Errno;
 use rustix::net::{Shutdown, shutdown};
-use tokio::io::{AsyncWriteExt as _, Interest};
 use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
 use tokio::time::sleep;
@@ -24,8 +23,6 @@ use super::Host;
 
 /// How often it is looked at whether somebody has opened it.
 const LOOK: Duration = Duration::from_millis(50);
-/// The most bytes that are moved at once: what a pipe holds.
-const CHUNK: usize = 64 << 10;
 
 /// Who uses a FIFO.
 enum User {
@@ -52,7 +49,7 @@ async fn serve_users(path: &Path, index: u32, host: &Host, busy: &AtomicBool) ->
     let (pipe, first) = match first_user(path).await {
         User::Reader(pipe) => {
             let stream = host.connect(wanted(false)).await?;
-            feed(&stream, pipe).await?;
+            feed_fifo(&stream, pipe).await?;
             drop(stream);
             feed_again(path, host, wanted(false)).await?
         }
@@ -80,7 +77,7 @@ async fn first_user(path: &Path) -> User {
 /// Whether somebody writes, and what was written.
 fn writer(path: &Path) -> Option<(pipe::Receiver, Vec<u8>)> {
     let pipe = pipe::OpenOptions::new().open_receiver(path).ok()?;
-    let mut first = vec![0; CHUNK];
+    let mut first = vec![0; FIFO_CHUNK];
     match rustix::io::read(&pipe, &mut first[..]) {
         Ok(0) => None,
         Ok(count) => {
@@ -90,26 +87,6 @@ fn writer(path: &Path) -> Option<(pipe::Receiver, Vec<u8>)> {
         // There is a writer who has not written yet.
         Err(Errno::AGAIN) => Some((pipe, Vec::new())),
         Err(_) => None,
-    }
-}
-
-/// Passes what the host's writers write to those who read, until the last writer has closed, or
-/// nobody reads any more.
-async fn feed(stream: &UnixStream, mut pipe: pipe::Sender) -> io::Result<()> {
-    let mut buffer = Vec::with_capacity(CHUNK);
-    loop {
-        tokio::select! {
-            ready = stream.readable() => ready?,
-            // Its readers are gone.
-            _ = pipe.ready(Interest::ERROR) => return Ok(()),
-        }
-        buffer.clear();
-        match stream.try_read_buf(&mut buffer) {
-            Ok(0) => return Ok(()),
-            Ok(_) => pipe.write_all(&buffer).await?,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(error),
-        }
     }
 }
 
@@ -136,7 +113,7 @@ async fn feed_again(
                 Err(_) => sleep(LOOK).await,
             }
         };
-        feed(&stream, pipe).await?;
+        feed_fifo(&stream, pipe).await?;
     }
 }
 
@@ -150,21 +127,8 @@ async fn drain(
 ) -> io::Result<UnixStream> {
     let stream = host.connect(wanted).await?;
     write_all(&stream, &first).await?;
-    let mut buffer = first;
-    buffer.reserve(CHUNK.saturating_sub(buffer.len()));
-    loop {
-        tokio::select! {
-            ready = pipe.readable() => ready?,
-            // The host never sends anything: its reader is gone.
-            _ = stream.readable() => return Err(io::ErrorKind::BrokenPipe.into()),
-        }
-        buffer.clear();
-        match pipe.try_read_buf(&mut buffer) {
-            Ok(0) => break,
-            Ok(_) => write_all(&stream, &buffer).await?,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(error),
-        }
+    if drain_fifo(&pipe, &stream).await? == Drained::Unread {
+        return Err(io::ErrorKind::BrokenPipe.into());
     }
     shutdown(&stream, Shutdown::Write)?;
     Ok(stream)

@@ -5,11 +5,10 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
-use bulkhead_relay::write_all;
+use bulkhead_relay::{drain_fifo, feed_fifo};
 use rustix::fs::{Mode, OFlags};
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, recv};
-use tokio::io::{AsyncWriteExt as _, Interest};
 use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
 use tokio::time::sleep;
@@ -19,8 +18,6 @@ use super::user::User;
 
 /// How often it is looked at whether somebody reads.
 const LOOK: Duration = Duration::from_millis(50);
-/// The most bytes that are moved at once: what a pipe holds.
-const CHUNK: usize = 64 << 10;
 
 /// Opens a FIFO as a user, for writing if the process `writes`, and copies.
 ///
@@ -34,10 +31,10 @@ pub(super) async fn pass_on(
 ) -> io::Result<()> {
     if writes {
         let writer = open_for_writing(node, user, stream).await?;
-        write(pipe::Sender::from_owned_fd(writer)?, stream).await
+        feed_fifo(stream, pipe::Sender::from_owned_fd(writer)?).await
     } else {
         let reader = open(node, user, OFlags::RDONLY).await?;
-        read(&pipe::Receiver::from_owned_fd(reader)?, stream).await
+        drain_fifo(&pipe::Receiver::from_owned_fd(reader)?, stream).await.map(drop)
     }
 }
 
@@ -65,42 +62,4 @@ async fn open_for_writing(node: &Node, user: User, stream: &UnixStream) -> io::R
 fn has_nothing(stream: &UnixStream) -> bool {
     let peek = RecvFlags::PEEK | RecvFlags::DONTWAIT;
     matches!(recv(stream, &mut [0; 1][..], peek), Ok((0, _)))
-}
-
-/// Copies what the guest writes.
-async fn write(mut pipe: pipe::Sender, stream: &UnixStream) -> io::Result<()> {
-    let mut buffer = Vec::with_capacity(CHUNK);
-    loop {
-        tokio::select! {
-            ready = stream.readable() => ready?,
-            // Its readers are gone.
-            _ = pipe.ready(Interest::ERROR) => return Ok(()),
-        }
-        buffer.clear();
-        match stream.try_read_buf(&mut buffer) {
-            Ok(0) => return Ok(()),
-            Ok(_) => pipe.write_all(&buffer).await?,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(error),
-        }
-    }
-}
-
-/// Copies to the guest what is written, until the last writer has closed, or nobody inside reads.
-async fn read(pipe: &pipe::Receiver, stream: &UnixStream) -> io::Result<()> {
-    let mut buffer = Vec::with_capacity(CHUNK);
-    loop {
-        tokio::select! {
-            ready = pipe.readable() => ready?,
-            // The guest never sends anything, so it has closed the stream.
-            _ = stream.readable() => return Ok(()),
-        }
-        buffer.clear();
-        match pipe.try_read_buf(&mut buffer) {
-            Ok(0) => return Ok(()),
-            Ok(_) => write_all(stream, &buffer).await?,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(error),
-        }
-    }
 }

@@ -142,6 +142,17 @@ mod tests {
 
     use super::*;
 
+    fn plain() -> Options {
+        Options {
+            root: "/run/x".into(),
+            id: "c".parse().unwrap(),
+            exec: String::new(),
+            terminal: false,
+            network: None,
+            preserved: 0,
+        }
+    }
+
     #[test]
     fn options_are_behind_all_descriptors_that_can_be_passed() {
         assert_eq!(usize::try_from(OPTIONS - preserved::FIRST).unwrap(), DESCRIPTORS_MAX);
@@ -149,14 +160,7 @@ mod tests {
 
     #[test]
     fn options_arrive_as_they_were_given() {
-        let plain = Options {
-            root: "/run/x".into(),
-            id: "c".parse().unwrap(),
-            exec: String::new(),
-            terminal: false,
-            network: None,
-            preserved: 0,
-        };
+        let plain = plain();
         for options in [
             plain.clone(),
             Options { exec: "0f".to_owned(), terminal: true, ..plain.clone() },
@@ -171,14 +175,7 @@ mod tests {
 
     #[test]
     fn a_command_shows_nothing_but_the_arguments() {
-        let options = Options {
-            root: "/run/x".into(),
-            id: "c".parse().unwrap(),
-            exec: String::new(),
-            terminal: false,
-            network: None,
-            preserved: 0,
-        };
+        let options = plain();
         let shown = |arguments: &[&str]| {
             let arguments: Vec<_> = arguments.iter().map(|it| (*it).to_owned()).collect();
             let mut command = options.command(Path::new("/bin/sh"), &arguments).unwrap();

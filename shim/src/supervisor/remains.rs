@@ -2,8 +2,9 @@
 //!
 //! The state on disk lists what there is. If it cannot be read, `/proc` is searched: the processes
 //! of a pod have its directory on their command lines, but for stand-ins, whose command lines are
-//! the container's; they have it open. A step is taken even if the step before it failed. The directory is removed last, and only if nothing else is left, so that the removal can
-//! be tried again.
+//! the container's; they have it open. A step is taken even if the step before it failed. The
+//! directory is removed last, and only if nothing else is left, so that the removal can be tried
+//! again.
 
 use std::fs::{self, File};
 use std::os::fd::AsRawFd;

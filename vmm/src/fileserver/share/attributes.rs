@@ -82,9 +82,7 @@ impl Share {
     ) -> Result<(), Errno> {
         let inode = self.inodes.get(request.node)?;
         let attributes = inode.stat()?;
-        let valid = inode.valid();
-        reply.put_u64s([valid.as_secs()]);
-        reply.put_u32s([valid.subsec_nanos(), 0]);
+        put_valid(&inode, reply);
         self.put_attributes(&inode, &attributes, reply);
         Ok(())
     }
@@ -96,9 +94,8 @@ impl Share {
         reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
         let inode = self.inodes.get(request.node)?;
-        let (stat, valid) = (inode.stat()?, inode.valid());
-        reply.put_u64s([valid.as_secs()]);
-        reply.put_u32s([valid.subsec_nanos(), 0]);
+        let stat = inode.stat()?;
+        put_valid(&inode, reply);
         reply.put_u64s([0, 0]);
         // Of what the file system has: the basic attributes and the birth time.
         reply.put_u32s([stat.stx_mask & 0xfff, stat.stx_blksize]);
@@ -186,6 +183,13 @@ impl Share {
         reply.put(&[0; 24]);
         Ok(())
     }
+}
+
+/// Writes how long the attributes that follow are valid, and padding.
+fn put_valid(inode: &Inode, reply: &mut Reply<'_>) {
+    let valid = inode.valid();
+    reply.put_u64s([valid.as_secs()]);
+    reply.put_u32s([valid.subsec_nanos(), 0]);
 }
 
 /// The kernel's 32-bit form of a device number.

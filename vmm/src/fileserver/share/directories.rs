@@ -11,7 +11,7 @@ use rustix::io::Errno;
 
 use super::Share;
 use super::names::open_name;
-use crate::fileserver::inodes::{Inode, device, stat};
+use crate::fileserver::inodes::{Inode, device};
 use crate::fileserver::wire::{Body, Reply, Request};
 
 /// The least and the most that is read of a directory at once, in bytes; the longest entry fits
@@ -88,8 +88,8 @@ impl Share {
             return Err(Errno::INVAL);
         }
         let path = open_name(directory, name)?;
-        let attributes = stat(&path)?;
-        let inode = self.put_entry((directory, name), path, None, reply)?;
+        let (inode, attributes) = self.inodes.remember((directory, name), path, None)?;
+        self.put_known_entry(&inode, &attributes, reply);
         Ok(self.number(inode.place, &attributes))
     }
 

@@ -57,10 +57,11 @@ pub struct Kernel {
     pub modules: PathBuf,
 }
 
-/// What the guest's kernel has beyond its source. Four decisions say why:
+/// What the guest's kernel has beyond its source. Five decisions say why:
 /// `docs/decisions/0021-memory-on-demand.md`, `docs/decisions/0022-the-guests-clock.md`,
-/// `docs/decisions/0023-files-of-two-kinds.md` and `docs/decisions/0024-modules.md`.
-const PATCHES: [Patch<'static>; 5] = [
+/// `docs/decisions/0023-files-of-two-kinds.md`, `docs/decisions/0024-modules.md` and
+/// `docs/decisions/0028-changes-by-others.md`.
+const PATCHES: [Patch<'static>; 7] = [
     Patch {
         name: "0001-mm-count-ram-that-is-plugged-on-demand.patch",
         text: include_str!("../kernel/patches/0001-mm-count-ram-that-is-plugged-on-demand.patch"),
@@ -82,6 +83,14 @@ const PATCHES: [Patch<'static>; 5] = [
     Patch {
         name: "0005-fuse-write-mappings-back-soon.patch",
         text: include_str!("../kernel/patches/0005-fuse-write-mappings-back-soon.patch"),
+    },
+    Patch {
+        name: "0006-fuse-forget-what-is-idle.patch",
+        text: include_str!("../kernel/patches/0006-fuse-forget-what-is-idle.patch"),
+    },
+    Patch {
+        name: "0007-fuse-watch-what-others-change.patch",
+        text: include_str!("../kernel/patches/0007-fuse-watch-what-others-change.patch"),
     },
 ];
 

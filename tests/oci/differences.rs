@@ -4,8 +4,6 @@
 use std::fs::{self, File, OpenOptions};
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::os::unix::net::UnixListener;
-use std::thread::sleep;
-use std::time::Duration;
 
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 
@@ -39,9 +37,9 @@ fn what_is_seen_of_changes_by_others() {
     const WATCHER: &str = r#"
 libc = ctypes.CDLL(None)
 watch = libc.inotify_init1(0)
-libc.inotify_add_watch(watch, b"/v", 0x100)
+os.mkdir("/v/removed")
+libc.inotify_add_watch(watch, b"/v/removed", 0x400)
 open("/v/ready", "w").close()
-os.read(watch, 4096)
 seen = select.select([watch], [], [], 3)[0]
 print("event" if seen else "nothing")
 "#;
@@ -55,8 +53,7 @@ print(chr(before) + chr(pages[0]))
 "#;
     let [runc, ours] = ask(|volume| {
         let watcher = volume.python_until_ready(WATCHER);
-        sleep(Duration::from_millis(500));
-        File::create(volume.path.join("made")).unwrap();
+        fs::remove_dir(volume.path.join("removed")).unwrap();
         let event = said(watcher);
 
         let mapped = volume.path.join("mapped");

@@ -107,3 +107,5 @@ mod unified;
 mod user_namespace;
 #[cfg(test)]
 mod volume;
+#[cfg(test)]
+mod watches;

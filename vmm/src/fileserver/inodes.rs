@@ -18,6 +18,7 @@ use rustix::io::Errno;
 
 use super::places::Place;
 use super::slots::{Kept, Slot, Slots};
+use super::watches::Watch;
 
 /// The number of the root directory, `FUSE_ROOT_ID`.
 pub(super) const ROOT: u64 = 1;
@@ -33,6 +34,8 @@ pub(super) struct Inode {
     pub(super) place: Place,
     /// The change time that the guest's cached pages belong to; 0 when it is not known.
     pub(super) cached: AtomicU64,
+    /// That the guest watches it. Dropped before `path`, which it needs.
+    pub(super) watch: Mutex<Option<Box<Watch>>>,
     path: Kept,
     key: Key,
     lookups: AtomicU64,
@@ -162,6 +165,7 @@ impl Tables {
             kind: kind(attributes),
             place,
             cached: AtomicU64::new(0),
+            watch: Mutex::default(),
             path,
             key,
             lookups: AtomicU64::new(0),

@@ -34,6 +34,7 @@ mod places;
 mod serve;
 mod share;
 mod slots;
+mod watches;
 pub(crate) mod wire;
 
 /// Virtual size of a serving thread's stack; only touched pages cost memory.
@@ -92,7 +93,9 @@ fn run(control: &OwnedFd) -> Result<(), StartError> {
         let service = Arc::clone(&service);
         start_thread(format!("serve-{number}"), move || service.run())?;
     }
+    let watching = Arc::clone(&service);
     start_thread("locks".into(), move || service.run_locks())?;
+    start_thread("watches".into(), move || watching.run_watches())?;
     jail::seal()?;
     answer(control, &FsAnswer::Ready(true)).map_err(StartError::Control)?;
     // Further messages are ignored; only the end of the socket matters.

@@ -70,6 +70,13 @@ impl Service {
         self.share.locks().run(|unique, result| self.send_empty(unique, result))
     }
 
+    /// Tells the guest what others do to files that it watches.
+    pub(super) fn run_watches(&self) {
+        if let Err(error) = self.share.run_watches(|reply| self.send(reply)) {
+            log::error!("cannot watch files: {error}");
+        }
+    }
+
     fn answer(&self, packet: &[u8], mut reply: Reply<'_>) {
         let Some(request) = Request::parse(packet) else {
             guest_warn!("dropped a packet of {} bytes: no header", packet.len());
@@ -85,6 +92,12 @@ impl Service {
         match outcome {
             Outcome::Done(result) => self.send(reply.message(request.unique, result)),
             Outcome::Interrupted(unique) => self.send_empty(unique, Err(Errno::INTR)),
+            Outcome::Ended(waiting) => {
+                if let Some(unique) = waiting {
+                    self.send_empty(unique, Err(Errno::INTR));
+                }
+                self.send_empty(request.unique, Ok(()));
+            }
             Outcome::Silent | Outcome::Later => {}
         }
     }

@@ -13,8 +13,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::io::Errno;
 
-/// The process's own descriptors: standard streams, control and relay socket, `/proc/self/fd`.
-const OWN: u64 = 6;
+/// The process's own descriptors: standard streams, control and relay socket, `/proc/self/fd`, and
+/// the group of watches.
+const OWN: u64 = 7;
 /// The most descriptors that one request opens and does not keep, and one to spare.
 const PER_THREAD: u64 = 2;
 

@@ -64,6 +64,9 @@ pub(crate) mod opcode {
     pub(crate) const COPY_FILE_RANGE: u32 = 47;
     pub(crate) const TMPFILE: u32 = 51;
     pub(crate) const STATX: u32 = 52;
+    /// Our own: see [`crate::fileserver`]'s watches.
+    pub(crate) const WATCH: u32 = 2048;
+    pub(crate) const WATCH_EVENTS: u32 = 2049;
 }
 
 /// How long the host may take for a request: the slowest first.

@@ -26,6 +26,7 @@ use super::handles::Handles;
 use super::inodes::{Inode, Inodes, device};
 use super::places::Place;
 use super::slots::{Slot, Slots};
+use super::watches::Watches;
 use super::wire::{Body, DATA_MAX, Reply, Request, opcode};
 use locks::Locks;
 
@@ -44,21 +45,24 @@ pub(super) enum Outcome {
     Done(Result<(), Errno>),
     /// Never answered.
     Silent,
-    /// Answered later, when a lock is free.
+    /// Answered later: when a lock is free, or something has happened.
     Later,
     /// This other request is to be answered as interrupted.
     Interrupted(u64),
+    /// Done; the request that waited for events, if there was one, is to be answered first.
+    Ended(Option<u64>),
 }
 
 /// Everything that is served.
 #[derive(Debug)]
 pub(super) struct Share {
     /// `/proc/self/fd`, which is not reachable by a path.
-    proc_self_fd: OwnedFd,
+    proc_self_fd: Arc<OwnedFd>,
     slots: Arc<Slots>,
     inodes: Inodes,
     handles: Handles,
     locks: Locks,
+    watches: Arc<Watches>,
     /// The guest mounts each mount of the share as a file system of its own.
     submounts: AtomicBool,
 }
@@ -68,14 +72,21 @@ impl Share {
     pub(super) fn new(proc_self_fd: OwnedFd, slots: Arc<Slots>) -> Result<Self, Errno> {
         let root = openat(CWD, "/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
         let inodes = Inodes::new(root, Arc::clone(&slots))?;
+        let proc_self_fd = Arc::new(proc_self_fd);
+        let watches = Watches::new(Arc::clone(&proc_self_fd));
         let (handles, locks) = (Handles::default(), Locks::default());
         let submounts = AtomicBool::new(false);
-        Ok(Self { proc_self_fd, slots, inodes, handles, locks, submounts })
+        Ok(Self { proc_self_fd, slots, inodes, handles, locks, watches, submounts })
     }
 
     /// The working directory that [`Share::handle`] needs its thread to have.
     pub(super) fn thread_directory(&self) -> impl AsFd {
         &self.proc_self_fd
+    }
+
+    /// Answers requests that wait for events, see [`Watches::run`].
+    pub(super) fn run_watches(&self, send: impl Fn(&[u8])) -> Result<(), Errno> {
+        self.watches.run(&self.inodes, send)
     }
 
     /// The waiting locks.
@@ -96,6 +107,12 @@ impl Share {
             opcode::BATCH_FORGET => self.batch_forget(&mut body),
             opcode::SETLKW => self.set_lock_and_wait(request, &mut body),
             opcode::INTERRUPT => self.interrupt(&mut body),
+            // The guest is about to leave.
+            opcode::WATCH if request.node == 0 => Outcome::Ended(self.watches.stop()),
+            opcode::WATCH_EVENTS => match self.watches.wait(request.unique) {
+                Ok(()) => Outcome::Later,
+                Err(error) => Outcome::Done(Err(error)),
+            },
             _ => Outcome::Done(self.answer(request, &mut body, reply)),
         }
     }
@@ -147,6 +164,7 @@ impl Share {
             opcode::GETLK => self.get_lock(request, body, reply),
             opcode::SETLK => self.set_lock(request, body),
             opcode::IOCTL => self.control(request, body, reply),
+            opcode::WATCH => self.watches.watch(&*self.inodes.get(request.node)?, body.u32()?),
             _ => Err(Errno::NOSYS),
         }
     }
@@ -171,6 +189,8 @@ impl Share {
 
     fn reset(&self) {
         self.locks.clear();
+        // Whoever waited is gone.
+        self.watches.stop();
         self.handles.clear();
         self.inodes.clear();
     }

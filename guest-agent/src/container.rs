@@ -30,7 +30,7 @@ use tokio::task::spawn_blocking;
 use tokio_vsock::VsockStream;
 
 use crate::cgroup::Cgroup;
-use crate::copy_up::CopiedUp;
+use crate::copy_up;
 use crate::creator::{self, ContainerFiles};
 use crate::descriptors;
 use crate::disks::{self, DiskError};
@@ -44,6 +44,7 @@ use crate::report::{self, Line};
 use crate::share::{self, Share};
 use crate::socket_path::SocketPath;
 use crate::spec::{self, Prepared, SpecError};
+use crate::staged::Staged;
 use crate::sysctl::{Setting, SettingError};
 use crate::table;
 use crate::terminal::{Awaited, Terminal};
@@ -341,12 +342,13 @@ impl Containers {
         // Reading the container's user table may be slow, as it comes from the host.
         let prepared = spawn_blocking(move || {
             let disks = disks::bind(order.disks)?;
-            Ok::<_, ContainerError>(spec::prepare(&preparing, &spec_json, terminal, &disks)?)
+            Ok::<_, ContainerError>(spec::prepare(&preparing, &spec_json, terminal, disks)?)
         });
         let prepared = prepared.await;
         let prepared = prepared.map_err(|e| failed("read the specification")(e.into()))??;
+        let mounts_disks = prepared.disks.iter().any(|disk| disk.mounted);
         match self.create_connected(&id, &bundle, prepared, (streams, order.descriptors)).await {
-            Ok((made, connected)) => Ok(Container::new(id, made, connected, sockets)),
+            Ok((made, connected)) => Ok(Container::new(id, made, connected, sockets, mounts_disks)),
             Err(error) => {
                 if let Err(error) = remove(&id).await {
                     let left = "cannot remove what a failed container left";
@@ -397,19 +399,22 @@ impl Containers {
         (mut streams, descriptors): (Streams, Vec<Descriptor>),
     ) -> Result<(Made, Connected), ContainerError> {
         let files = ContainerFiles::of(id);
-        let Prepared { mut spec, restrictions, stream_owner, machine_settings } = prepared;
+        let Prepared { mut spec, restrictions, stream_owner, machine_settings, disks } = prepared;
         machine_settings.into_iter().try_for_each(Setting::make)?;
         if let Some(process) = spec.process() {
             size_terminal(&mut streams, process);
         }
         let directory = files.bundle.clone();
-        let copying = spawn_blocking(move || {
-            let copied = CopiedUp::prepare(&mut spec, &directory);
-            copied.map(|copied| (copied, spec))
+        let staging = spawn_blocking(move || {
+            let mut staged = Staged::default();
+            disks::mount_all(&mut spec, &disks, &directory, &mut staged)?;
+            copy_up::prepare(&mut spec, &directory, &mut staged)
+                .map_err(failed("fill a file system in memory"))?;
+            Ok::<_, ContainerError>((staged, spec))
         });
-        let copied = copying.await.map_err(io::Error::other).flatten();
         // Kept until the creator has exited.
-        let (_copied, mut spec) = copied.map_err(failed("fill a file system in memory"))?;
+        let (_staged, mut spec) =
+            staging.await.map_err(|e| failed("mount file systems")(e.into()))??;
         fs::create_dir_all(&files.bundle).map_err(failed("make the bundle"))?;
         if let Some(hooks) = Hooks::take(&mut spec, id, bundle).map_err(failed("find hooks"))? {
             hooks.write(&files).map_err(failed("write the hooks"))?;
@@ -500,8 +505,14 @@ impl Containers {
 }
 
 impl Container {
-    /// A created container; notes its end.
-    fn new(id: String, made: Made, connected: Connected, sockets: Option<HostSockets>) -> Self {
+    /// A created container; notes its end, for which the file systems of its disks are written back.
+    fn new(
+        id: String,
+        made: Made,
+        connected: Connected,
+        sockets: Option<HostSockets>,
+        mounts_disks: bool,
+    ) -> Self {
         let Made { pid, end: init } = made;
         let Connected { outputs, terminal } = connected;
         let (sender, end) = watch::channel(None);
@@ -509,6 +520,10 @@ impl Container {
         let cgroup = Cgroup::of(&id);
         tokio::spawn(async move {
             let exit = ending.wait().await;
+            if mounts_disks {
+                // Once the end is known the machine may be ended, with what it has not written.
+                let _ = spawn_blocking(rustix::fs::sync).await;
+            }
             let written = outputs.written();
             sender.send_replace(Some(End { exit, oom_killed: cgroup.oom_killed(), written }));
             // Kept until the last receiver has gone, so that the end can be asked for again.

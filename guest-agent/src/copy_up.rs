@@ -2,7 +2,6 @@
 //! of what the root file system has in their place. libcontainer does not know the option, so such
 //! a tmpfs is made and filled here, and is a bind mount to libcontainer.
 
-use std::ffi::CString;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -13,75 +12,56 @@ use rustix::fs::{
     AtFlags, CWD, Dir, FileType, Gid, Mode, OFlags, ResolveFlags, Stat, Uid, chmodat, chownat,
     fchmod, fchown, fstat, mkdirat, mknodat, openat, openat2, readlinkat, statat, symlinkat,
 };
-use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
+use rustix::mount::MountFlags;
+
+use crate::staged::Staged;
 
 pub(crate) const OPTION: &str = "tmpcopyup";
 /// The deepest tree that is copied; a deeper one, which no honest root has, is an error.
 const DEPTH_MAX: usize = 64;
 
-/// File systems that wait to be mounted in a container, at paths of the guest. Dropping this
-/// detaches them there, so that only the container has them.
-#[derive(Debug, Default)]
-pub(crate) struct CopiedUp(Vec<PathBuf>);
-
-impl CopiedUp {
-    /// Makes and fills what a specification asks for, below `directory`, and makes the
-    /// specification mount it.
-    ///
-    /// # Errors
-    /// When there is no memory for it, or what is to be copied cannot be read.
-    pub(crate) fn prepare(spec: &mut Spec, directory: &Path) -> io::Result<Self> {
-        let mut made = Self::default();
-        let root = spec.root().as_ref().map(|root| root.path().clone()).unwrap_or_default();
-        for (number, mount) in spec.mounts_mut().iter_mut().flatten().enumerate() {
-            let mut options = mount.options().clone().unwrap_or_default();
-            let before = options.len();
-            options.retain(|option| option != OPTION);
-            if options.len() == before {
-                continue;
-            }
-            mount.set_options(Some(options));
-            if mount.typ().as_deref() == Some("tmpfs")
-                && let Some(below) = open_in(&root, mount.destination(), OFlags::empty())?
-            {
-                let target = directory.join(format!("copied-up-{number}"));
-                made.fill(mount, below, target)?;
-            }
+/// Makes and fills what a specification asks for, below `directory`, and makes the specification
+/// bind it.
+///
+/// # Errors
+/// When there is no memory for it, or what is to be copied cannot be read.
+pub(crate) fn prepare(spec: &mut Spec, directory: &Path, staged: &mut Staged) -> io::Result<()> {
+    let root = spec.root().as_ref().map(|root| root.path().clone()).unwrap_or_default();
+    for (number, mount) in spec.mounts_mut().iter_mut().flatten().enumerate() {
+        let mut options = mount.options().clone().unwrap_or_default();
+        let before = options.len();
+        options.retain(|option| option != OPTION);
+        if options.len() == before {
+            continue;
         }
-        Ok(made)
-    }
-
-    fn fill(&mut self, asked: &mut Mount, from: OwnedFd, target: PathBuf) -> io::Result<()> {
-        std::fs::create_dir_all(&target)?;
-        let options = asked.options().clone().unwrap_or_default();
-        // Those with a value are the file system's, the others the mount's.
-        let (data, flags): (Vec<_>, Vec<_>) =
-            options.into_iter().partition(|option| option.contains('='));
-        let has_mode = data.iter().any(|option| option.starts_with("mode="));
-        let joined = CString::new(data.join(","))?;
-        mount("tmpfs", &target, "tmpfs", MountFlags::empty(), joined.as_c_str())?;
-        self.0.push(target.clone());
-        let to = openat(CWD, &target, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
-        let stat = fstat(&from)?;
-        if !has_mode {
-            own(to.as_fd(), &stat)?;
+        mount.set_options(Some(options));
+        if mount.typ().as_deref() == Some("tmpfs")
+            && let Some(below) = open_in(&root, mount.destination(), OFlags::empty())?
+        {
+            let target = directory.join(format!("copied-up-{number}"));
+            fill(mount, &below, target, staged)?;
         }
-        copy_directory(&from, &to, DEPTH_MAX)?;
-        asked.set_typ(Some("bind".to_owned()));
-        asked.set_source(Some(target));
-        asked.set_options(Some(flags.into_iter().chain(["bind".to_owned()]).collect()));
-        Ok(())
     }
+    Ok(())
 }
 
-impl Drop for CopiedUp {
-    fn drop(&mut self) {
-        for target in &self.0 {
-            // If one stays, nothing can be done about it.
-            let _ = unmount(target, UnmountFlags::DETACH);
-            let _ = std::fs::remove_dir(target);
-        }
+fn fill(asked: &mut Mount, from: &OwnedFd, target: PathBuf, staged: &mut Staged) -> io::Result<()> {
+    let options = asked.options().clone().unwrap_or_default();
+    // Those with a value are the file system's, the others the mount's.
+    let (parameters, flags): (Vec<_>, Vec<_>) =
+        options.into_iter().partition(|option| option.contains('='));
+    let has_mode = parameters.iter().any(|option| option.starts_with("mode="));
+    staged.mount(("tmpfs".as_ref(), "tmpfs"), &target, MountFlags::empty(), &parameters)?;
+    let to = openat(CWD, &target, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    let stat = fstat(from)?;
+    if !has_mode {
+        own(to.as_fd(), &stat)?;
     }
+    copy_directory(from, &to, DEPTH_MAX)?;
+    asked.set_typ(Some("bind".to_owned()));
+    asked.set_source(Some(target));
+    asked.set_options(Some(flags.into_iter().chain(["bind".to_owned()]).collect()));
+    Ok(())
 }
 
 /// Returns the directory at a path inside the container's root, or `None` if there is none. It is

@@ -1,15 +1,21 @@
-//! Block devices of the host: virtio-blk devices that the monitor has attached for a container. They
-//! are bound here, found by their serial numbers, and put into its specification under the numbers
-//! that the guest's kernel has given them.
+//! Block devices and disk images of the host: virtio-blk devices that the monitor has attached for a
+//! container. They are bound here and found by their serial numbers. A device is put into the
+//! container's specification under the number that the guest's kernel has given it. A file system
+//! is mounted here, and is a bind mount to libcontainer, so that a container needs neither the
+//! device nor the right to mount it.
 
+use std::ffi::OsString;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
 use bulkhead_protocol::agent::Disk;
-use oci_spec::runtime::{Linux, LinuxDeviceType};
+use oci_spec::runtime::{Linux, LinuxDeviceType, Spec};
+use rustix::mount::MountFlags;
 
 use crate::hotplug;
+use crate::mount_options::is_bind;
+use crate::staged::Staged;
 
 /// Block devices in sysfs.
 const BLOCK: &str = "/sys/block";
@@ -21,13 +27,22 @@ pub(crate) enum DiskError {
     Bind(#[source] io::Error),
     #[error("the machine has no disk for {0}")]
     Missing(String),
+    #[error(
+        "cannot mount the {kind} on the disk for {}; \"x-bulkhead.makefs\" makes one on an empty disk",
+        .path.display()
+    )]
+    Mount { kind: String, path: PathBuf, source: io::Error },
 }
 
 /// A disk that the kernel knows.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct BoundDisk {
-    /// Its path in the container.
+    /// Its path in the container, or where its file system is mounted there.
     path: PathBuf,
+    /// Whether the container gets the file system on it and not the device.
+    pub(crate) mounted: bool,
+    /// Its name among the devices of this guest.
+    name: OsString,
     /// Major and minor number in this guest.
     number: (i64, i64),
 }
@@ -41,21 +56,86 @@ pub(crate) fn bind(disks: Vec<Disk>) -> Result<Vec<BoundDisk>, DiskError> {
         return Ok(Vec::new());
     }
     hotplug::rescan(Path::new(hotplug::PLATFORM_BUS)).map_err(DiskError::Bind)?;
-    let find = |disk: Disk| match numbered(Path::new(BLOCK), &disk.serial) {
-        Some(number) => Ok(BoundDisk { path: disk.path.into(), number }),
+    let find = |disk: Disk| match find(Path::new(BLOCK), &disk.serial) {
+        Some((name, number)) => {
+            Ok(BoundDisk { path: disk.path.into(), mounted: disk.mounted, name, number })
+        }
         None => Err(DiskError::Missing(disk.path)),
     };
     disks.into_iter().map(find).collect()
 }
 
-/// The number of the disk with this serial number.
-fn numbered(block: &Path, serial: &str) -> Option<(i64, i64)> {
+/// Name and number of the disk with this serial number.
+fn find(block: &Path, serial: &str) -> Option<(OsString, (i64, i64))> {
     let disks = fs::read_dir(block).ok()?.flatten().map(|entry| entry.path());
     let read = |path: PathBuf| fs::read_to_string(path).unwrap_or_default();
     let disk = disks.into_iter().find(|disk| read(disk.join("serial")).trim() == serial)?;
     let number = read(disk.join("dev"));
     let (major, minor) = number.trim().split_once(':')?;
-    Some((major.parse().ok()?, minor.parse().ok()?))
+    Some((disk.file_name()?.to_owned(), (major.parse().ok()?, minor.parse().ok()?)))
+}
+
+/// Mounts the file systems of disks below `directory`, and makes the specification bind them.
+///
+/// # Errors
+/// One cannot be mounted.
+pub(crate) fn mount_all(
+    spec: &mut Spec,
+    disks: &[BoundDisk],
+    directory: &Path,
+    staged: &mut Staged,
+) -> Result<(), DiskError> {
+    for (number, mount) in spec.mounts_mut().iter_mut().flatten().enumerate() {
+        let of_mount = |disk: &&BoundDisk| disk.mounted && disk.path == *mount.destination();
+        let Some(disk) = disks.iter().find(of_mount).filter(|_| !is_bind(mount)) else { continue };
+        let target = directory.join(format!("disk-{number}"));
+        let kind = mount.typ().clone().unwrap_or_default();
+        let failed =
+            |source| DiskError::Mount { kind: kind.clone(), path: disk.path.clone(), source };
+        let options = mount.options().clone().unwrap_or_default();
+        let (mut options, parameters): (Vec<_>, Vec<_>) =
+            options.into_iter().partition(|option| is_of_mount(option));
+        let flags = match options.iter().any(|option| option == "ro" || option == "rro") {
+            true => MountFlags::RDONLY,
+            false => MountFlags::empty(),
+        };
+        let source = Path::new("/dev").join(&disk.name);
+        staged.mount((&source, &kind), &target, flags, &parameters).map_err(failed)?;
+        options.push("bind".to_owned());
+        mount.set_typ(Some("bind".to_owned())).set_source(Some(target)).set_options(Some(options));
+    }
+    Ok(())
+}
+
+/// Whether an option is one of the mount, and not a parameter of the file system.
+fn is_of_mount(option: &str) -> bool {
+    const FLAGS: [&str; 22] = [
+        "ro",
+        "rw",
+        "rro",
+        "rrw",
+        "suid",
+        "nosuid",
+        "dev",
+        "nodev",
+        "exec",
+        "noexec",
+        "atime",
+        "noatime",
+        "diratime",
+        "nodiratime",
+        "relatime",
+        "norelatime",
+        "strictatime",
+        "nostrictatime",
+        "nosymfollow",
+        "symfollow",
+        "defaults",
+        "tmpcopyup",
+    ];
+    const PROPAGATION: [&str; 4] = ["private", "shared", "slave", "unbindable"];
+    let recursive = option.strip_prefix('r').unwrap_or(option);
+    FLAGS.contains(&option) || PROPAGATION.contains(&option) || PROPAGATION.contains(&recursive)
 }
 
 impl BoundDisk {
@@ -94,8 +174,8 @@ mod tests {
             fs::write(block.path().join(name).join("dev"), number).unwrap();
         }
         fs::create_dir(block.path().join("loop0")).unwrap();
-        assert_eq!(numbered(block.path(), "mine"), Some((254, 16)));
-        assert_eq!(numbered(block.path(), "none"), None);
+        assert_eq!(find(block.path(), "mine"), Some(("vdb".into(), (254, 16))));
+        assert_eq!(find(block.path(), "none"), None);
     }
 
     #[test]
@@ -112,7 +192,8 @@ mod tests {
             ]},
         }))
         .unwrap();
-        BoundDisk { path: "/dev/b".into(), number: (254, 16) }.renumber(&mut linux);
+        let (path, name, number) = ("/dev/b".into(), "vdb".into(), (254, 16));
+        BoundDisk { path, mounted: false, name, number }.renumber(&mut linux);
         let linux = serde_json::to_value(linux).unwrap();
         assert_eq!(
             (&linux["devices"][0]["major"], &linux["devices"][1]["major"]),

@@ -43,6 +43,7 @@ mod seccomp;
 mod share;
 mod socket_path;
 mod spec;
+mod staged;
 mod sysctl;
 mod table;
 mod tenant;

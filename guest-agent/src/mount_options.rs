@@ -83,7 +83,7 @@ fn settle_access_times(mount: &mut Mount) {
     }
 }
 
-fn is_bind(mount: &Mount) -> bool {
+pub(crate) fn is_bind(mount: &Mount) -> bool {
     let mut options = mount.options().iter().flatten();
     mount.typ().as_deref() == Some("bind")
         || options.any(|option| option == "bind" || option == "rbind")

@@ -67,6 +67,8 @@ pub(crate) struct Prepared {
     pub(crate) stream_owner: u32,
     /// Settings that no namespace of the container has.
     pub(crate) machine_settings: Vec<Setting>,
+    /// Its disks.
+    pub(crate) disks: Vec<BoundDisk>,
 }
 
 /// Checks an id, which becomes the name of a file and of a cgroup.
@@ -91,7 +93,7 @@ pub(crate) fn prepare(
     container_id: &str,
     json: &[u8],
     terminal: bool,
-    disks: &[BoundDisk],
+    disks: Vec<BoundDisk>,
 ) -> Result<Prepared, SpecError> {
     let mut spec: Spec = serde_json::from_slice(json)?;
     let root = spec.root().as_ref().ok_or(SpecError::Missing("root"))?.path().clone();
@@ -105,7 +107,7 @@ pub(crate) fn prepare(
     linux.set_cgroups_path(Some(Cgroup::path(container_id)));
     let propagation = linux.rootfs_propagation().as_deref().map(plain_propagation);
     linux.set_rootfs_propagation(propagation.map(str::to_owned));
-    for disk in disks {
+    for disk in disks.iter().filter(|disk| !disk.mounted) {
         disk.renumber(linux);
     }
     // Without any, libcontainer would set no rules at all, and every device could be used.
@@ -125,7 +127,7 @@ pub(crate) fn prepare(
     let uid = process.user().uid();
     let stream_owner = in_guest(uid, &spec);
     let restrictions = Restrictions::take(&mut spec);
-    Ok(Prepared { spec, restrictions, stream_owner, machine_settings })
+    Ok(Prepared { spec, restrictions, stream_owner, machine_settings, disks })
 }
 
 /// A process as a container gets it, and the user that owns its standard streams.

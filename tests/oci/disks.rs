@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::{FileExt, MetadataExt};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use bulkhead_tests::bundle::Bundle;
@@ -113,6 +113,91 @@ fn a_disk_that_is_not_there_is_named() {
     let many: Vec<_> = (0..9).map(|number| disk.given(&format!("/dev/d{number}"), "r")).collect();
     let (status, _, errors) = told(&runtime.run("c", &bundle("true", &many)).unwrap());
     assert_eq!(status, Some(1));
-    assert!(errors.contains("9 block devices, and a machine has room for 8"), "{errors}");
+    assert!(errors.contains("9 block devices in linux.devices and 0 disks"), "{errors}");
+    runtime.assert_clean().unwrap();
+}
+
+/// An image of the host, empty unless something was written to it.
+fn image(megabytes: u64) -> NamedTempFile {
+    let file = NamedTempFile::new().unwrap();
+    file.as_file().set_len(megabytes << 20).unwrap();
+    file
+}
+
+/// A mount of the file system on a disk.
+fn volume(source: &Path, options: &[&str]) -> Value {
+    json!({"destination": "/data", "type": "ext4", "source": source, "options": options})
+}
+
+fn with_volume(script: &str, mount: Value) -> Bundle {
+    Bundle::script(script).unwrap().mount(mount).unwrap()
+}
+
+#[test]
+fn a_volume_is_a_disk_with_a_file_system_of_its_own() {
+    let runtime = Runtime::new().unwrap();
+    let image = image(64);
+    let run = |script: &str, mount: Value| {
+        let result = told(&runtime.run("c", &with_volume(script, mount)).unwrap());
+        runtime.assert_clean().unwrap();
+        result
+    };
+    // Nothing is on it, and nothing is made unasked.
+    let (status, _, errors) = run("true", volume(image.path(), &[]));
+    assert_eq!(status, Some(1));
+    assert!(errors.contains("cannot mount the ext4 on the disk for /data"), "{errors}");
+    let made = volume(image.path(), &["x-bulkhead.makefs", "noatime", "nosuid", "data=ordered"]);
+    let script = "grep -o ' /data [a-z,]*' /proc/self/mountinfo; grep -o 'ext4 .*' \
+        /proc/self/mountinfo | wc -l; ls /data; echo kept > /data/file; ls /dev | grep vd; \
+        [ $(stat -c %d /) = $(stat -c %d /data) ] || echo another device";
+    let (status, out, errors) = run(script, made.clone());
+    let expected = " /data rw,nosuid,noatime\n1\nlost+found\nanother device\n";
+    assert_eq!((status, out.as_str()), (Some(0), expected), "{errors}");
+    // What was written is there in the next machine, without a sync(1).
+    assert_eq!(run("cat /data/file", made).1, "kept\n");
+    let script = "cat /data/file; echo x > /data/no || echo read-only";
+    let (_, out, _) = run(script, volume(image.path(), &["ro"]));
+    assert_eq!(out, "kept\nread-only\n");
+}
+
+#[test]
+fn a_volume_belongs_to_one_machine() {
+    let runtime = Runtime::new().unwrap();
+    let image = image(32);
+    let mount = || volume(image.path(), &["x-bulkhead.makefs"]);
+    let first = with_volume("echo mine > /data/file; exec sleep 1000", mount());
+    runtime.create("first", &first).unwrap();
+    runtime.ok(&["start", "first"]).unwrap();
+    for options in [&[][..], &["ro"]] {
+        let second = with_volume("true", volume(image.path(), options));
+        let (status, _, errors) = told(&runtime.run("second", &second).unwrap());
+        assert_eq!(status, Some(1));
+        assert!(errors.contains("another machine or program uses it"), "{errors}");
+    }
+    // Killed in the middle: the journal says what was done.
+    let dirty = "dd if=/dev/zero of=/data/zeros bs=1M count=4 2> /dev/null; sync; echo done";
+    assert_eq!(runtime.ok(&["exec", "first", "sh", "-c", dirty]).unwrap(), "done\n");
+    runtime.ok(&["delete", "--force", "first"]).unwrap();
+    let read = with_volume("cat /data/file; wc -c < /data/zeros", mount());
+    let (status, out, errors) = told(&runtime.run("third", &read).unwrap());
+    assert_eq!((status, out.as_str()), (Some(0), "mine\n4194304\n"), "{errors}");
+    runtime.assert_clean().unwrap();
+}
+
+#[test]
+fn an_annotation_makes_a_bind_mount_a_volume() {
+    let runtime = Runtime::new().unwrap();
+    let image = image(32);
+    let bind = bulkhead_tests::bundle::bind(image.path(), "/data", &["rbind", "rprivate"]);
+    // overlayfs takes it for its upper directory, as Docker inside a container asks for.
+    let script = "mkdir -p /data/up /data/work /data/low /merged; \
+        mount -t overlay -o lowerdir=/data/low,upperdir=/data/up,workdir=/data/work o /merged; \
+        echo layered > /merged/file; cat /data/up/file";
+    let bundle = with_volume(script, bind).with_capability("CAP_SYS_ADMIN").unwrap();
+    let bundle = bundle
+        .with(|spec| spec["annotations"] = json!({"bulkhead.disks": "/data=ext4,makefs"}))
+        .unwrap();
+    let (status, out, errors) = told(&runtime.run("c", &bundle).unwrap());
+    assert_eq!((status, out.as_str()), (Some(0), "layered\n"), "{errors}");
     runtime.assert_clean().unwrap();
 }

@@ -16,7 +16,7 @@ fn minimal() -> Value {
 }
 
 fn prepared(spec: &Value) -> Result<Prepared, SpecError> {
-    prepare("one", &serde_json::to_vec(spec).unwrap(), false, &[])
+    prepare("one", &serde_json::to_vec(spec).unwrap(), false, Vec::new())
 }
 
 #[test]

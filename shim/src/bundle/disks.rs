@@ -1,6 +1,7 @@
-//! Block devices of the host that a container gets: `linux.devices` of type `b`. Each becomes a
-//! virtio-blk device of the machine, to which the guest binds a driver after it has booted. The
-//! agent finds it by its serial number.
+//! Disks of a container: block devices of the host (`linux.devices` of type `b`), and block devices
+//! and images of the host whose file system it mounts ([`super::volumes`]). Each becomes a virtio-blk
+//! device of the machine, to which the guest binds a driver after it has booted. The agent finds it
+//! by its serial number.
 
 use std::fs::{self, File};
 use std::io;
@@ -15,19 +16,30 @@ use super::{BundleError, refuse};
 /// The most disks that a machine has slots for.
 pub const DISKS_MAX: usize = 8;
 
-/// A block device of the host.
+/// A block device or an image of the host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Disk {
-    /// Its path in the container.
+    /// Its path in the container, or where its file system is mounted there.
     pub path: PathBuf,
     /// Its path on the host.
     pub source: PathBuf,
     /// The container may not write to it, so it is read-only for the whole guest.
     pub read_only: bool,
+    /// The file system that the container gets instead of the device.
+    pub file_system: Option<FileSystem>,
+}
+
+/// The file system on a disk.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FileSystem {
+    /// Its type, as mount(8) names it.
+    pub kind: &'static str,
+    /// An empty disk gets one first.
+    pub make: bool,
 }
 
 impl Disk {
-    /// Opens the device with the access that the container has.
+    /// Opens the disk with the access that the container has.
     ///
     /// # Errors
     /// When the host does not allow it.
@@ -52,7 +64,7 @@ pub(super) fn of(linux: Option<&Linux>) -> Result<Vec<Disk>, BundleError> {
             let source = find(number, Path::new("/sys/dev/block"), Path::new("/dev"))
                 .map_err(|source| BundleError::Device { path: path.clone(), number, source })?;
             let read_only = !may_write(rules.unwrap_or_default(), number);
-            Ok(Disk { path, source, read_only })
+            Ok(Disk { path, source, read_only, file_system: None })
         })
         .collect()
 }

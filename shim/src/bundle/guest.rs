@@ -11,6 +11,7 @@ use oci_spec::runtime::{Linux, LinuxNamespaceType, Mount, Spec};
 
 use super::id_map::{self, IdMap};
 use super::read_only::{self, HostMounts};
+use super::volumes;
 use super::{
     Additions, BundleError, Surroundings, hook_programs, host_sockets, pod, read_only_root, refuse,
     resources,
@@ -96,6 +97,9 @@ pub(super) fn rewrite(
     let mut host_mounts = HostMounts::default();
     let mut sockets = Vec::new();
     for mount in mounts.iter_mut().flatten() {
+        if volumes::take_out(mount) {
+            continue;
+        }
         let id_map = id_map::of(mount, &spec)?;
         id_map::take_out(mount);
         if is_bind(mount) {
@@ -175,7 +179,7 @@ pub(super) fn is_bind(mount: &Mount) -> bool {
     mount.typ().as_deref() == Some("bind") || has_option(mount, &["bind", "rbind"])
 }
 
-fn has_option(mount: &Mount, names: &[&str]) -> bool {
+pub(super) fn has_option(mount: &Mount, names: &[&str]) -> bool {
     mount.options().iter().flatten().any(|option| names.contains(&option.as_str()))
 }
 

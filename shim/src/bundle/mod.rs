@@ -19,6 +19,7 @@ pub mod refuse;
 mod resources;
 mod size;
 mod unified;
+mod volumes;
 
 use std::collections::HashMap;
 use std::fs;
@@ -32,7 +33,7 @@ use oci_spec::runtime::{
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-pub use self::disks::{DISKS_MAX, Disk};
+pub use self::disks::{DISKS_MAX, Disk, FileSystem};
 pub use self::guest::{FileKind, Shared};
 pub use self::id_map::IdMap;
 pub use self::limits::ProcessLimits;
@@ -167,7 +168,7 @@ pub struct ContainerPlan {
     pub host_sockets: Vec<Shared>,
     /// The users of the host that it has.
     pub users: Users,
-    /// Block devices of the host, by [`Disk::path`] in `spec_json`.
+    /// Its disks, by [`Disk::path`] in `spec_json`.
     pub disks: Vec<Disk>,
     /// The OOM score adjustment of the pod's processes on the host; `None` keeps the caller's.
     pub oom_score_adj: Option<i32>,
@@ -212,8 +213,9 @@ pub fn read(dir: &Path) -> Result<Bundle, BundleError> {
         .map_err(|source| BundleError::NoBundle { path: dir.to_owned(), source })?;
     let path = dir.join(CONFIG);
     let json = read_config(&dir, &path)?;
-    let (spec, unknown_capabilities) =
+    let (mut spec, unknown_capabilities) =
         lenient::spec(&json).map_err(|source| BundleError::Json { path, source })?;
+    volumes::apply_annotation(&mut spec)?;
     Ok(Bundle { dir, spec, unknown_capabilities })
 }
 
@@ -320,7 +322,11 @@ impl Bundle {
             shared: guest.shared,
             host_sockets: guest.host_sockets,
             users: Users::of(&self.spec),
-            disks: disks::of(self.spec.linux().as_ref())?,
+            disks: {
+                let mut disks = disks::of(self.spec.linux().as_ref())?;
+                disks.extend(volumes::of(&self.spec, &self.dir)?);
+                disks
+            },
             oom_score_adj: self.spec.process().as_ref().and_then(|it| it.oom_score_adj()),
             annotations: self.spec.annotations().clone().unwrap_or_default(),
             hooks: self.spec.hooks().clone().unwrap_or_default(),

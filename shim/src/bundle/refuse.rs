@@ -15,6 +15,7 @@ use oci_spec::runtime::{
 use thiserror::Error;
 
 use super::disks::DISKS_MAX;
+use super::volumes;
 use super::{id_map, unified};
 use crate::supervisor::neighbours::{Joined, Neighbours};
 
@@ -77,21 +78,24 @@ pub fn check(spec: &Spec, neighbours: &Neighbours) -> Result<Joined, Refusal> {
     };
     let list = linux.namespaces().as_deref().unwrap_or_default();
     let joined = namespaces(list, neighbours)?;
+    let mounted = volumes::check(spec)?;
+    let mut devices = 0;
     // A caller that allows every device lists all devices of the host, and asks for none in
     // particular.
     if !every_device_allowed(linux) {
         let (disks, others): (Vec<_>, Vec<_>) =
             linux.devices().iter().flatten().partition(|device| device.typ() == LinuxDeviceType::B);
         others.into_iter().try_for_each(guest_has)?;
-        if disks.len() > DISKS_MAX {
-            return Err(refuse(
-                format!(
-                    "linux.devices has {} block devices, and a machine has room for {DISKS_MAX}",
-                    disks.len()
-                ),
-                "leave some out",
-            ));
-        }
+        devices = disks.len();
+    }
+    if devices + mounted > DISKS_MAX {
+        return Err(refuse(
+            format!(
+                "there are {devices} block devices in linux.devices and {mounted} disks in mounts, \
+                 and a machine has room for {DISKS_MAX}"
+            ),
+            "leave some out",
+        ));
     }
     host_features(linux)?;
     Ok(joined)

@@ -5,6 +5,7 @@
 //! the guest write everything back.
 
 mod boot;
+mod disks;
 mod memory;
 mod network;
 
@@ -28,6 +29,7 @@ use tokio::task::AbortHandle;
 use tokio::time::{sleep, timeout};
 
 use self::boot::boot;
+use self::disks::Disks;
 use self::network::NameService;
 use crate::bundle::{DISKS_MAX, Disk, FileKind, MachineSize, PodPlan};
 use crate::machine::agent::{Agent, AgentError, Target};
@@ -97,8 +99,8 @@ pub enum PodError {
     /// The machine cannot grow.
     #[error(transparent)]
     Growth(#[from] GrowthError),
-    /// A block device of the host cannot be opened.
-    #[error("cannot use device {}", .0.display())]
+    /// A block device or an image of the host cannot be used.
+    #[error("cannot use disk {}", .0.display())]
     Disk(PathBuf, #[source] io::Error),
     /// The containers of the pod have had too many disks together.
     #[error("a machine has room for {DISKS_MAX} disks; use another pod")]
@@ -119,8 +121,7 @@ pub struct Pod {
     growth: Growth,
     /// The agent.
     pub agent: Agent,
-    /// How many disks the machine has.
-    disks: tokio::sync::Mutex<u8>,
+    disks: Disks,
     interfaces: Interfaces,
     follower: OnceLock<AbortOnDrop>,
     provider: OnceLock<AbortOnDrop>,
@@ -181,7 +182,7 @@ impl Pod {
             file_server,
             growth,
             agent,
-            disks: tokio::sync::Mutex::default(),
+            disks: Disks::default(),
             interfaces: Interfaces::new(plan.queue_pairs, plan.frames),
             follower: OnceLock::new(),
             provider: OnceLock::new(),
@@ -285,21 +286,11 @@ impl Pod {
     /// # Errors
     /// When the host or the monitor cannot use one.
     pub async fn attach_disks(&self, disks: &[Disk]) -> Result<Vec<agent::Disk>, PodError> {
-        let mut named = Vec::new();
+        let mut attached = Vec::new();
         for disk in disks {
-            let file = disk.open().map_err(|error| PodError::Disk(disk.source.clone(), error))?;
-            let mut count = self.disks.lock().await;
-            let index = *count;
-            if usize::from(index) >= DISKS_MAX {
-                return Err(PodError::Disks);
-            }
-            let serial = format!("bulkhead-{index}");
-            self.machine.attach_disk(index, &file, disk.read_only, serial.clone()).await?;
-            // A disk that cannot be attached leaves its slot to the next one.
-            *count += 1;
-            named.push(agent::Disk { path: disk.path.display().to_string(), serial });
+            attached.push(self.disks.attach(&self.machine, disk).await?);
         }
-        Ok(named)
+        Ok(attached)
     }
 
     /// Returns whether [`Pod::grow`] would have something to do.

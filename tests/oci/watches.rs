@@ -3,6 +3,9 @@
 
 use std::process::Command;
 
+use bulkhead_tests::bundle::{self, Bundle};
+use bulkhead_tests::runtime::told;
+
 use crate::volume::{Volume, ask, said};
 
 /// Watches the volume, a file and a directory in it. Prints each event until a name `end` appears:
@@ -84,11 +87,17 @@ while b"last" not in seen:
 fn who_is_told_of_a_change_reads_it() {
     let [runc, ours] = ask(|volume| {
         let watcher = volume.python_until_ready(DEVELOPER);
-        change(volume, "echo first > .source; mv .source source");
-        change(volume, "echo second and longer > .source; mv .source source");
+        change(volume, "echo first > .edited; mv .edited source");
+        change(volume, "echo second and longer > .edited; mv .edited source");
+        // A container of another pod.
+        let bind = bundle::bind(&volume.path, "/v", &["rbind"]);
+        let neighbour = Bundle::script("echo third > /v/.edited; mv /v/.edited /v/source");
+        let neighbour = neighbour.unwrap().mount(bind).unwrap();
+        let (status, _, errors) = told(&volume.runtime.run("other", &neighbour).unwrap());
+        assert_eq!(status, Some(0), "{errors}");
         change(volume, "mkdir last");
         said(watcher)
     });
-    assert_eq!(runc, "first\nsecond and longer");
+    assert_eq!(runc, "first\nsecond and longer\nthird");
     assert_eq!(ours, runc);
 }

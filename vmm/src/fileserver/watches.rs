@@ -200,40 +200,67 @@ impl Watches {
         Ok(())
     }
 
+    /// Tells one event after the other, each to everybody who watches.
     fn report(&self, event: &Event, inodes: &Inodes) {
-        let directory = event.mask & bit::DIRECTORY;
+        let mask = event.mask;
         for subject in &event.subjects {
-            let nodes = self.state().nodes.get(subject.key()).cloned().unwrap_or_default();
-            for node in nodes {
-                let tell = |mask: u32, name: &[u8]| {
-                    let mut state = self.state();
-                    let cookie = state.cookie;
-                    let cookie = if mask & bit::MOVED == 0 { 0 } else { cookie };
-                    let (mask, name) = (mask | directory, name.to_vec());
-                    state.reports.push_back(Report { node, mask, cookie, name });
-                };
+            match subject {
+                Subject::From(key, name) => self.tell(key, mask, bit::MOVED_FROM, name),
+                Subject::To(key, name) => self.tell(key, mask, bit::MOVED_TO, name),
+                Subject::Named(..) | Subject::Itself(_) => {}
+            }
+        }
+        for single in event::one_by_one(mask, self.is_there(event, inodes)) {
+            for subject in &event.subjects {
                 match subject {
-                    Subject::From(_, name) => tell(bit::MOVED_FROM, name),
-                    Subject::To(_, name) => tell(bit::MOVED_TO, name),
-                    Subject::Named(_, name) => {
-                        let mask = event.mask & (bit::ON_CHILDREN | bit::CREATE | bit::DELETE);
-                        let both = bit::CREATE | bit::DELETE;
-                        let there = mask & both == both && is_there(inodes, node, name);
-                        event::one_by_one(mask, there).for_each(|mask| tell(mask, name));
+                    Subject::Named(key, name) => {
+                        self.tell(key, mask, single & bit::OF_NAMES, name);
                     }
-                    Subject::Itself(_) => {
-                        let mask = event.mask & bit::ITSELF;
-                        event::one_by_one(mask, false).for_each(|mask| tell(mask, b""));
-                        // Not deleted while this process has it open, but for the guest it is.
-                        if mask & bit::ATTRIB != 0 && is_removed(inodes, node) {
-                            tell(bit::DELETE_SELF, b"");
-                        }
-                    }
+                    Subject::Itself(key) => self.tell(key, mask, single & bit::ITSELF, b""),
+                    Subject::From(..) | Subject::To(..) => {}
                 }
+            }
+        }
+        for subject in &event.subjects {
+            // Not deleted while this process has it open, but for the guest it is.
+            if let Subject::Itself(key) = subject
+                && mask & bit::ATTRIB != 0
+                && self.nodes(key).into_iter().any(|node| is_removed(inodes, node))
+            {
+                self.tell(key, mask, bit::DELETE_SELF, b"");
             }
         }
         let mut state = self.state();
         state.cookie = state.cookie.wrapping_add(1).max(1);
+    }
+
+    /// Reports a single event to those who watch a file.
+    fn tell(&self, key: &Key, event: u32, single: u32, name: &[u8]) {
+        if single == 0 {
+            return;
+        }
+        let mut state = self.state();
+        let nodes = state.nodes.get(key).cloned().unwrap_or_default();
+        let cookie = if single & bit::MOVED == 0 { 0 } else { state.cookie };
+        let mask = single | event & bit::DIRECTORY;
+        let report = |node| Report { node, mask, cookie, name: name.to_vec() };
+        state.reports.extend(nodes.into_iter().map(report));
+    }
+
+    fn nodes(&self, key: &Key) -> Vec<u64> {
+        self.state().nodes.get(key).cloned().unwrap_or_default()
+    }
+
+    /// Whether a name that has been both created and deleted is there.
+    fn is_there(&self, event: &Event, inodes: &Inodes) -> bool {
+        let both = bit::CREATE | bit::DELETE;
+        event.mask & both == both
+            && event.subjects.iter().any(|subject| match subject {
+                Subject::Named(key, name) => {
+                    self.nodes(key).into_iter().any(|node| is_there(inodes, node, name))
+                }
+                _ => false,
+            })
     }
 
     /// Sends as many reports as the guest has room for, if it still waits.

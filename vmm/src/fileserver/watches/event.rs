@@ -26,9 +26,10 @@ pub(super) mod bit {
     pub(crate) const RENAME: u32 = 0x1000_0000;
     /// What happens to the file itself, whatever its name.
     pub(crate) const ITSELF: u32 = ON_CHILDREN | DELETE_SELF | MOVE_SELF;
-    /// What a directory is told of the files in it.
-    pub(crate) const ON_CHILDREN: u32 =
-        ACCESS | MODIFY | ATTRIB | CLOSE_WRITE | CLOSE_NOWRITE | OPEN;
+    /// What a directory is told of a name in it.
+    pub(crate) const OF_NAMES: u32 = ON_CHILDREN | CREATE | DELETE;
+    /// What happens to files, and is told to the directory above.
+    const ON_CHILDREN: u32 = ACCESS | MODIFY | ATTRIB | CLOSE_WRITE | CLOSE_NOWRITE | OPEN;
 }
 
 /// In which order events are told that the kernel has merged. A name that is there was deleted
@@ -60,15 +61,6 @@ pub(super) enum Subject {
     /// The name from which a file was renamed, and to which.
     From(Key, Vec<u8>),
     To(Key, Vec<u8>),
-}
-
-impl Subject {
-    /// The file, or the directory that has the name.
-    pub(super) fn key(&self) -> &Key {
-        match self {
-            Self::Itself(key) | Self::Named(key, _) | Self::From(key, _) | Self::To(key, _) => key,
-        }
-    }
 }
 
 /// What the kernel reports at once.

@@ -61,7 +61,7 @@ pub struct Kernel {
 /// `docs/decisions/0021-memory-on-demand.md`, `docs/decisions/0022-the-guests-clock.md`,
 /// `docs/decisions/0023-files-of-two-kinds.md`, `docs/decisions/0024-modules.md` and
 /// `docs/decisions/0028-changes-by-others.md`.
-const PATCHES: [Patch<'static>; 7] = [
+const PATCHES: [Patch<'static>; 8] = [
     Patch {
         name: "0001-mm-count-ram-that-is-plugged-on-demand.patch",
         text: include_str!("../kernel/patches/0001-mm-count-ram-that-is-plugged-on-demand.patch"),
@@ -91,6 +91,12 @@ const PATCHES: [Patch<'static>; 7] = [
     Patch {
         name: "0007-fuse-watch-what-others-change.patch",
         text: include_str!("../kernel/patches/0007-fuse-watch-what-others-change.patch"),
+    },
+    Patch {
+        name: "0008-fuse-submounts-have-the-flags-of-their-connection.patch",
+        text: include_str!(
+            "../kernel/patches/0008-fuse-submounts-have-the-flags-of-their-connection.patch"
+        ),
     },
 ];
 

@@ -7,7 +7,7 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use bulkhead_tests::runtime::comes_true;
-use rustix::fs::{FlockOperation, flock};
+use rustix::fs::{FlockOperation, flock, statvfs};
 
 use crate::volume::{Volume, ask, said};
 
@@ -143,6 +143,17 @@ print("nodump", tried(lambda: fcntl.ioctl(file, 0x40086602, nodump)))
 fcntl.ioctl(file, 0x80086601, flags)
 print("flags", struct.unpack("q", flags)[0])
 print("ioctl", tried(lambda: fcntl.ioctl(file, 0x5401, bytearray(64))))
+# User 33 may read and write, others nothing; what is created below gets the same.
+entries = [(1, 7, -1), (2, 6, 33), (4, 5, -1), (16, 7, -1), (32, 0, -1)]
+lists = struct.pack("<I", 2) + b"".join(struct.pack("<HHi", *entry) for entry in entries)
+def listed(where):
+    os.mkdir(where)
+    for kind in ["access", "default"]: os.setxattr(where, "system.posix_acl_" + kind, lists)
+    os.close(os.open(where + "/new", os.O_CREAT | os.O_WRONLY, 0o666))
+    print(oct(os.stat(where + "/new").st_mode), len(os.getxattr(where + "/new", "system.posix_acl_access")))
+os.umask(0o077)
+print("lists", tried(lambda: listed("/v/lists")))
+os.umask(0o022)
 print("trusted", tried(lambda: os.setxattr("/v/file", "trusted.x", b"1")), os.listxattr("/v/file"))
 for name in ["l", "l/d", "l/d/old", "u", "w", "m"]: os.mkdir("/v/" + name)
 open("/v/l/file", "w").write("lower")
@@ -169,12 +180,35 @@ fn what_the_host_has_and_does() {
     assert_eq!(
         runc,
         "device False, a mount True\nflags 0\nnodump done\nflags 64\nioctl ENOTTY\n\
+         0o100660 44\nlists done\n\
          trusted done ['trusted.x']\noverlay done\n\
          ['d', 'moved'] ['link', 'new'] lower and upper\n\
          ['d', 'moved'] ['link', 'new'] ['old']\n\
          interrupted True\nfirst later\nmapped true\n\
          replaced, longer\noverwritten\nremoved: gone\nmode 640"
     );
+    assert_eq!(ours, runc);
+}
+
+#[test]
+#[ignore = "long: --suite oci_long"]
+fn what_the_host_removes_does_not_keep_its_room() {
+    const SIZE: usize = 64 << 20;
+    let [runc, ours] = ask(|volume| {
+        let big = volume.path.join("big");
+        fs::write(&big, vec![1; SIZE]).unwrap();
+        let used = || {
+            let room = statvfs(&volume.path).unwrap();
+            (room.f_blocks - room.f_bfree) * room.f_frsize
+        };
+        let length = volume.python("print(len(open('/v/big', 'rb').read()))");
+        let before = used();
+        fs::remove_file(&big).unwrap();
+        let freed = || before - used() >= SIZE as u64;
+        // The guest forgets a file 20 to 40 seconds after its last use.
+        format!("{length} {}", comes_true(Duration::from_secs(90), freed))
+    });
+    assert_eq!(runc, format!("{SIZE} true"));
     assert_eq!(ours, runc);
 }
 

@@ -15,16 +15,20 @@ printf '\303\244 \n new' > "$(printf 'a name\nwith \\ and \303\244')"
 setfattr -n user.one -v 1 file; setfattr -n user.binary -v 0x00ff00 directory
 setfacl -m u:33:rw,g:8:r file; setfacl -d -m u:33:rwx directory
 chown 1234:4321 directory; chmod 2770 directory; chmod 4755 hard
-cp /bin/true capable; setcap cap_net_raw+ep capable
+echo > capable; setcap cap_net_raw+ep capable
+find . -exec touch -h -d '2010-01-01' {} +
 touch -d '2001-02-03 04:05:06.123456789' file; touch -h -d '2002-03-04 05:06:07.5' soft
 touch -d '1999-01-01' directory
 "#;
 /// Prints all of it but the numbers of inodes.
 const LIST: &str = r#"
 list() {
-    (cd $1; find . -printf '%P %y %#m %U:%G %n %s %TY-%Tm-%Td %TT %l\n' | grep -v '^ d' | sort
-    getfattr -R -d -m '^user|^security|^system' -e hex --absolute-names . | sort
-    find . -type f | sort | xargs -d '\n' sha256sum 2> /dev/null | sha256sum
+    (cd $1
+    find . -mindepth 1 -type d -printf '%P %y %#m %U:%G %n %TY-%Tm-%Td %TT\0' -o \
+        -mindepth 1 -printf '%P %y %#m %U:%G %n %s %TY-%Tm-%Td %TT %l\0' | sort -z |
+        tr '\n\0' '?\n' | sed 's/n\{9,\}/long/;s/ *$//'
+    find . -not -type l -print0 | sort -z | xargs -0 getfattr -d -m '^user|^security|^system' -e hex
+    find . -type f -print0 | sort -z | xargs -0 sha256sum | sha256sum
     [ $(du -k sparse | cut -f 1) -lt 1000 ] && echo sparse
     [ $(stat -c %i file) = $(stat -c %i hard) ] && echo linked)
 }
@@ -35,7 +39,8 @@ list /v/from > /tmp/from; cat /tmp/from
 rsync -aHAXS --devices --specials /v/from/ /v/rsync/ && compare /v/rsync rsync
 rsync -aHAXS --devices --specials /v/from/ /root/rsync/ && compare /root/rsync rsync-to-root
 echo "again: $(rsync -aHAXS -i --devices --specials /v/from/ /v/rsync/ | wc -l)"
-echo more >> /v/from/file; touch -d '2001-02-03 04:05:06.123456789' /v/from/file
+echo more >> /v/from/file; find . -exec touch -h -d '2010-01-01' {} +
+touch -d '2001-02-03 04:05:06.123456789' /v/from/file
 rm /v/from/dangling; rsync -aHAXS -i --delete /v/from/ /v/rsync/
 list /v/from > /tmp/from; compare /v/rsync rsync-after-a-change
 tar='tar --xattrs --xattrs-include=* --acls --numeric-owner'
@@ -48,10 +53,57 @@ cp -a /v/from /v/copied; compare /v/copied cp; cp -a /v/from /root/copied; compa
 mv /v/copied /root/moved; compare /root/moved mv
 "#;
 
+const RIGHT: &str = r"a name?with \ and ä f 0644 0:0 1 8 2010-01-01 00:00:00.0000000000
+capable f 0644 0:0 1 1 2010-01-01 00:00:00.0000000000
+dangling l 0777 0:0 1 8 2010-01-01 00:00:00.0000000000 /nowhere
+directory d 02770 1234:4321 2 1999-01-01 00:00:00.0000000000
+directory/long f 0644 0:0 1 200 2010-01-01 00:00:00.0000000000
+fifo p 0644 0:0 1 0 2010-01-01 00:00:00.0000000000
+file f 04755 0:0 2 5 2001-02-03 04:05:06.1234567890
+hard f 04755 0:0 2 5 2001-02-03 04:05:06.1234567890
+null c 0644 0:0 1 0 2010-01-01 00:00:00.0000000000
+socket s 0755 0:0 1 0 2010-01-01 00:00:00.0000000000
+soft l 0777 0:0 1 4 2002-03-04 05:06:07.5000000000 file
+sparse f 0644 0:0 1 8388612 2010-01-01 00:00:00.0000000000
+# file: capable
+security.capability=0x0100000200200000000000000000000000000000
+
+# file: directory
+system.posix_acl_default=0x0200000001000700ffffffff020007002100000004000500ffffffff10000700ffffffff20000500ffffffff
+user.binary=0x00ff00
+
+# file: file
+system.posix_acl_access=0x0200000001000700ffffffff020006002100000004000400ffffffff080004000800000010000500ffffffff20000500ffffffff
+user.one=0x31
+
+# file: hard
+system.posix_acl_access=0x0200000001000700ffffffff020006002100000004000400ffffffff080004000800000010000500ffffffff20000500ffffffff
+user.one=0x31
+
+93cc46e5be84eb29757d6da62c9b626a7e6a0f2aa5992e3ea718acaf991d08be  -
+sparse
+linked
+rsync is the same
+rsync-to-root is the same
+again: 0
+*deleting   dangling
+.d..t...... ./
+>f.s....... file
+.L..t...... soft -> file
+.d..t...... directory/
+hf.s....... hard => file
+rsync-after-a-change is the same
+tar is the same
+tar-to-root is the same
+tar compares
+cp is the same
+cp-to-root is the same
+mv is the same";
+
 #[test]
 fn rsync_and_tar() {
     let script = format!("{FILES}{LIST}{COPIES}");
-    same("rsync, tar and cp with attributes", Debian::Few, "", |room| {
+    same("rsync, tar and cp with attributes", Debian::Few, RIGHT, |room| {
         room.container("copies", &script).run()
     });
 }

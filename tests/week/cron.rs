@@ -11,7 +11,7 @@ for turn in $(seq 15); do
 done
 "#;
 /// Takes the lock for as long as it is there.
-const HOLD: &str = "flock /v/lock sh -c 'touch /v/held; exec sleep 1000'";
+const HOLD: &str = "flock /v/lock sh -c 'touch /v/held; exec tail -f /dev/null'";
 
 const RIGHT: &str = "two at a time: 15 each of 30
 one at a time: 15 each of 30
@@ -56,7 +56,7 @@ fn jobs_with_a_lock() {
         did += &format!("busy: {}\n", tried("-n"));
         did += &format!("given up after a second: {}\n", tried("-w 1"));
         let free = || second.exec("flock -w 60 /v/lock true; echo $?");
-        first.exec("pkill -KILL -f 'sleep 1000'");
+        first.exec("pkill -KILL -x tail");
         assert!(!holder.wait_with_output().unwrap().status.success());
         did += &format!("free, as the holder was killed: {}\n", free());
 

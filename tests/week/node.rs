@@ -74,8 +74,8 @@ node_modules/.bin:
 outer
 102
 twice 42
-`-- outer@1.0.0
-  `-- inner@1.0.0
+└─┬ outer@1.0.0
+  └── inner@1.0.0
 
 seen first
 seen last

@@ -24,8 +24,7 @@ fn redis() {
         server.exec("for turn in $(seq 300); do echo incr counter; done | redis-cli");
         server.exec("seq 1000 | sed 's/^/rpush list /' | redis-cli --pipe");
         let mut did = kept() + "\n";
-        let benchmark = "redis-benchmark -q --csv -n 500 -c 10 -t set,get,incr,lpop | grep -c rps || \
-                         redis-benchmark -q -n 500 -c 10 -t set,get,incr,lpop | grep -c 'per second'";
+        let benchmark = "redis-benchmark --csv -n 200 -c 10 -t set,get,incr,lpop | grep -c '^\"[A-Z]'";
         did += &format!("benchmark: {} figures\n", server.exec(benchmark));
         // A change that was answered is in the file.
         server.end_by("KILL");

@@ -271,7 +271,7 @@ impl Container<'_> {
 
     /// What it has printed since it exists.
     pub(crate) fn log(&self) -> String {
-        fs::read_to_string(self.log_file()).unwrap()
+        fs::read_to_string(self.log_file()).unwrap_or_default()
     }
 
     fn log_file(&self) -> PathBuf {

@@ -2,19 +2,19 @@
 
 use crate::room::{Debian, same};
 
-/// Counts to 15, one step at a time.
+/// Counts to 5, one step at a time.
 const JOBS: &str = r#"
 touch /v/$(hostname)
 while ! [ -e /v/first ] || ! [ -e /v/second ]; do sleep 0.05; done
-for turn in $(seq 15); do
+for turn in $(seq 5); do
     flock /v/lock sh -c 'n=$(cat /v/count); sleep 0.02; echo $((n + 1)) > /v/count'
 done
 "#;
 /// Takes the lock for as long as it is there.
 const HOLD: &str = "flock /v/lock sh -c 'touch /v/held; exec tail -f /dev/null'";
 
-const RIGHT: &str = "two at a time: 15 each of 30
-one at a time: 15 each of 30
+const RIGHT: &str = "two at a time: 5 each of 10
+one at a time: 5 each of 10
 busy: 1
 given up after a second: 1
 free, as the holder was killed: 0

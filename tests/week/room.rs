@@ -229,7 +229,7 @@ impl Container<'_> {
     fn ended(&self, output: &Output) -> String {
         let (status, out, errors) = told(output);
         let id = self.id;
-        assert_eq!(status, Some(0), "{id} said\n{out}\n{errors}\nits log\n{}", self.log());
+        assert_eq!(status, Some(0), "{id} under {} said\n{out}\n{errors}\nits log\n{}", self.room.runtime.name(), self.log());
         out.trim().to_owned()
     }
 

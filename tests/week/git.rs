@@ -55,6 +55,7 @@ size-garbage: 0
 25";
 
 #[test]
+#[ignore = "long: --suite week"]
 fn git() {
     same("git", Debian::Few, RIGHT, |room| room.container("git", WORK).run());
 }

@@ -38,7 +38,9 @@ print("bidirectional", both["sum_received"]["bytes"] > 0 and both["sum_received_
         first.exec("tcpdump -Z root -l -n -i eth0 tcp port 7777 > /tmp/seen 2> /tmp/said & until grep -q listening /tmp/said; do sleep 0.1; done");
         second.exec("python3 -m http.server 7777 > /dev/null 2>&1 &");
         second.until("ss -ltn | grep -q 7777");
-        first.exec("python3 -c 'import urllib.request as u; u.urlopen(\"http://10.8.0.2:7777\").read()'");
+        first.exec(
+            "python3 -c 'import urllib.request as u; u.urlopen(\"http://10.8.0.2:7777\").read()'",
+        );
         first.until("[ $(wc -l < /tmp/seen) -ge 3 ]");
         let seen = first.exec("head -n 3 /tmp/seen | grep -o 'Flags [^,]*' | tr '\\n' ' '");
         did += &format!("\nseen: {seen}");
@@ -55,23 +57,33 @@ const TUNNEL: &str = "exec openvpn --dev tun --proto udp --secret /v/key --ciphe
 #[test]
 #[ignore = "long: --suite week"]
 fn openvpn() {
-    let right = "3 received\n10.99.0.1/32 peer\nread through the tunnel: served\nended with the tunnel: 0";
+    let right =
+        "3 received\n10.99.0.1/32 peer\nread through the tunnel: served\nended with the tunnel: 0";
     same("OpenVPN over tun", Debian::More, right, |room| {
         let lan = Lan::new();
         let [first, second] = pair(room, &lan);
         first.exec("openvpn --genkey secret /v/key");
         let tunnel = TUNNEL.replace(" --allow-deprecated-insecure-static-crypto", "");
-        first.exec(&format!("({tunnel} --remote 10.8.0.2 --ifconfig 10.99.0.1 10.99.0.2) > /v/vpn1 2>&1 &"));
-        second.exec(&format!("({tunnel} --remote 10.8.0.1 --ifconfig 10.99.0.2 10.99.0.1) > /v/vpn2 2>&1 &"));
+        first.exec(&format!(
+            "({tunnel} --remote 10.8.0.2 --ifconfig 10.99.0.1 10.99.0.2) > /v/vpn1 2>&1 &"
+        ));
+        second.exec(&format!(
+            "({tunnel} --remote 10.8.0.1 --ifconfig 10.99.0.2 10.99.0.1) > /v/vpn2 2>&1 &"
+        ));
         first.until("ping -c 1 -W 1 10.99.0.2");
         let mut did = first.exec("ping -c 3 -i 0.2 10.99.0.2 | grep -o '[0-9]* received'") + "\n";
-        did += &first.exec("ip -o -4 address show dev tun0 | grep -o '10.99.0.1 peer' | sed 's| peer|/32 peer|'");
+        did += &first.exec(
+            "ip -o -4 address show dev tun0 | grep -o '10.99.0.1 peer' | sed 's| peer|/32 peer|'",
+        );
         second.exec("mkdir -p /tmp/site; echo served > /tmp/site/page; cd /tmp/site; python3 -m http.server 80 > /dev/null 2>&1 &");
         second.until("ss -ltn | grep -q ':80 '");
         let read = "python3 -c 'import urllib.request as u; print(u.urlopen(\"http://10.99.0.2/page\").read().decode().strip())'";
         did += &format!("\nread through the tunnel: {}", first.exec(read));
         first.exec("pkill openvpn; while pgrep openvpn > /dev/null; do sleep 0.1; done");
-        did += &format!("\nended with the tunnel: {}", first.exec("ip link show dev tun0 2> /dev/null | wc -l"));
+        did += &format!(
+            "\nended with the tunnel: {}",
+            first.exec("ip link show dev tun0 2> /dev/null | wc -l")
+        );
         second.end_by("KILL");
         first.end_by("KILL");
         did

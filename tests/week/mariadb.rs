@@ -24,8 +24,10 @@ fn mariadb() {
         let serve = || server.start_until("mariadb-admin -S /tmp/socket ping");
         let query = |query: &str| server.exec(&format!("mariadb -S /tmp/socket -BN -e '{query}'"));
         serve();
-        query("create database base; create table base.kept (id int auto_increment primary key, \
-               who int, text varchar(500)) engine=innodb; create table base.told (id int primary key)");
+        query(
+            "create database base; create table base.kept (id int auto_increment primary key, \
+               who int, text varchar(500)) engine=innodb; create table base.told (id int primary key)",
+        );
         let writers = "for who in 1 2 3; do (for turn in $(seq 200); do \
             echo \"insert into kept (who, text) values ($who, repeat(\\\"x\\\", 400));\"; done | \
             mariadb -S /tmp/socket base) & done; wait";
@@ -44,11 +46,8 @@ fn mariadb() {
         let kept = |told: u64| {
             query(&format!("select count(*) = {told} from base.told where id <= {told}"))
         };
-        did += &format!(
-            "SIGKILL: {}, what was told is there: {}\n",
-            server.exec(check),
-            kept(told)
-        );
+        did +=
+            &format!("SIGKILL: {}, what was told is there: {}\n", server.exec(check), kept(told));
         server.end_by("TERM");
         serve();
         did + &format!("SIGTERM: {}, {}", server.exec(check), kept(told))

@@ -38,6 +38,7 @@ rotated: 1 in the new log, 100 at least in the old: yes
 SIGQUIT: ended";
 
 #[test]
+#[ignore = "long: --suite week"]
 fn nginx() {
     same("nginx under load", Debian::Few, RIGHT, |room| {
         let site = room.volume().join("site");

@@ -38,7 +38,9 @@ small\t1
 #[test]
 #[ignore = "long: --suite week"]
 fn apt_and_dpkg() {
-    same("apt and dpkg in a loop", Debian::More, DPKG_RIGHT, |room| room.container("dpkg", DPKG).run());
+    same("apt and dpkg in a loop", Debian::More, DPKG_RIGHT, |room| {
+        room.container("dpkg", DPKG).run()
+    });
 }
 
 const FILM: &str = r#"
@@ -93,9 +95,7 @@ $perf report -q -i /tmp/data --stdio --sort comm 2> /dev/null | grep -o ' sh' | 
 #[ignore = "long: --suite week"]
 fn perf() {
     let right = "task-clock\ncontext-switches\npage-faults\n1\n sh";
-    same("perf", Debian::More, right, |room| {
-        room.container("perf", COUNTERS).privileged().run()
-    });
+    same("perf", Debian::More, right, |room| room.container("perf", COUNTERS).privileged().run());
 }
 
 /// A job each minute that takes longer than one: all but the first find the lock taken.

@@ -51,7 +51,8 @@ fn postgresql() {
         let told = told.max(client.last_number());
         serve();
         let right = query(&server, BALANCES);
-        let check = "/usr/lib/postgresql/15/bin/pg_amcheck -h /tmp -U postgres --install-missing --heapallindexed postgres";
+        let check = "/usr/lib/postgresql/15/bin/pg_amcheck -h /tmp -U postgres --install-missing \
+                     --heapallindexed -t 'pgbench_*' -t told postgres";
         server.exec(check);
         let kept =
             query(&server, &format!("select count(*) = {told} from told where id <= {told}"));

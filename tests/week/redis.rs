@@ -12,6 +12,7 @@ SIGTERM: counted 301, 1000 in a list
 rewritten: OK, counted 301";
 
 #[test]
+#[ignore = "long: --suite week"]
 fn redis() {
     same("Redis with persistence, redis-benchmark", Debian::Few, RIGHT, |room| {
         let server = room.container("redis", SERVER);
@@ -24,7 +25,8 @@ fn redis() {
         server.exec("for turn in $(seq 300); do echo incr counter; done | redis-cli");
         server.exec("seq 1000 | sed 's/^/rpush list /' | redis-cli --pipe");
         let mut did = kept() + "\n";
-        let benchmark = "redis-benchmark --csv -n 200 -c 10 -t set,get,incr,lpop | grep -c '^\"[A-Z]'";
+        let benchmark =
+            "redis-benchmark --csv -n 200 -c 10 -t set,get,incr,lpop | grep -c '^\"[A-Z]'";
         did += &format!("benchmark: {} figures\n", server.exec(benchmark));
         // A change that was answered is in the file.
         server.end_by("KILL");

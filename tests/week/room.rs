@@ -35,8 +35,8 @@ impl Debian {
         let mut mounted = MOUNTED[self as usize].lock().unwrap_or_else(PoisonError::into_inner);
         let directory = mounted.get_or_insert_with(|| {
             let directory = TempDir::with_prefix("debian-").unwrap();
-            let file = Path::new(env!("CARGO_MANIFEST_DIR"))
-                .join(format!("../target/week-{name}.ext4"));
+            let file =
+                Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../target/week-{name}.ext4"));
             assert!(file.exists(), "no {}: `cargo xtask test` makes it", file.display());
             succeed(command("mount", &["-o", "loop,ro"]).args([&file, directory.path()]));
             directory
@@ -53,8 +53,8 @@ pub(crate) fn same(
     right: &str,
     week: impl Fn(&Room) -> String,
 ) {
-    let [theirs, ours] = [Runtime::runc(), Runtime::new()]
-        .map(|runtime| timed(runtime.unwrap(), debian, &week));
+    let [theirs, ours] =
+        [Runtime::runc(), Runtime::new()].map(|runtime| timed(runtime.unwrap(), debian, &week));
     table::add(program, [Some(theirs.1), Some(ours.1)]);
     assert_eq!(theirs.0.trim(), right.trim(), "under runc");
     assert_eq!(ours.0.trim(), right.trim(), "under Bulkhead");
@@ -229,7 +229,13 @@ impl Container<'_> {
     fn ended(&self, output: &Output) -> String {
         let (status, out, errors) = told(output);
         let id = self.id;
-        assert_eq!(status, Some(0), "{id} under {} said\n{out}\n{errors}\nits log\n{}", self.room.runtime.name(), self.log());
+        assert_eq!(
+            status,
+            Some(0),
+            "{id} under {} said\n{out}\n{errors}\nits log\n{}",
+            self.room.runtime.name(),
+            self.log()
+        );
         out.trim().to_owned()
     }
 

@@ -59,6 +59,7 @@ fn in_one(room: &Room) -> String {
 }
 
 #[test]
+#[ignore = "long: --suite week"]
 fn sqlite_in_one_container() {
     let right = "wal\na wrote 40\nb wrote 40\nok\n80|80|2\nkilled\nok\n1";
     same("SQLite in WAL mode", Debian::Few, right, in_one);

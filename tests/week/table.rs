@@ -26,9 +26,8 @@ extern "C" fn print() {
     let rows = ROWS.lock().unwrap_or_else(PoisonError::into_inner);
     let mut table = format!("\n{:>9}  {:>9}  seconds of\n", "runc", "bulkhead");
     for (program, [theirs, ours]) in rows.iter() {
-        let [theirs, ours] = [theirs, ours].map(|took| {
-            took.map_or("-".to_owned(), |took| format!("{:.1}", took.as_secs_f32()))
-        });
+        let [theirs, ours] = [theirs, ours]
+            .map(|took| took.map_or("-".to_owned(), |took| format!("{:.1}", took.as_secs_f32())));
         table += &format!("{theirs:>9}  {ours:>9}  {program}\n");
     }
     // A panic must not leave a function that C calls, and nobody is left to be told.

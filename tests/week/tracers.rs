@@ -65,6 +65,7 @@ in raise
 1"#;
 
 #[test]
+#[ignore = "long: --suite week"]
 fn strace_and_gdb() {
     same("strace and gdb", Debian::Few, RIGHT, |room| {
         let container = room.container("tracers", WORK);

@@ -60,7 +60,7 @@ pub struct Kernel {
 /// What the guest's kernel has beyond its source. Four decisions say why:
 /// `docs/decisions/0021-memory-on-demand.md`, `docs/decisions/0022-the-guests-clock.md`,
 /// `docs/decisions/0023-files-of-two-kinds.md` and `docs/decisions/0024-modules.md`.
-const PATCHES: [Patch<'static>; 6] = [
+const PATCHES: [Patch<'static>; 5] = [
     Patch {
         name: "0001-mm-count-ram-that-is-plugged-on-demand.patch",
         text: include_str!("../kernel/patches/0001-mm-count-ram-that-is-plugged-on-demand.patch"),
@@ -82,10 +82,6 @@ const PATCHES: [Patch<'static>; 6] = [
     Patch {
         name: "0005-fuse-write-mappings-back-soon.patch",
         text: include_str!("../kernel/patches/0005-fuse-write-mappings-back-soon.patch"),
-    },
-    Patch {
-        name: "0006-fuse-access-control-lists-on-submounts.patch",
-        text: include_str!("../kernel/patches/0006-fuse-access-control-lists-on-submounts.patch"),
     },
 ];
 

@@ -21,7 +21,7 @@ fn iperf_and_tcpdump() {
     same("iperf3 and tcpdump between two", Debian::More, right, |room| {
         let lan = Lan::new();
         let [first, second] = pair(room, &lan);
-        let _server = second.spawn("iperf3 --server");
+        second.exec("iperf3 --server --daemon");
         second.until("ss -ltn | grep -q 5201");
         first.exec("iperf3 --client 10.8.0.2 --time 2 --json > /tmp/tcp");
         first.exec("iperf3 --client 10.8.0.2 --time 2 --udp --bitrate 5M --json > /tmp/udp");

@@ -97,6 +97,7 @@ cp-to-root is the same
 mv is the same";
 
 #[test]
+#[ignore = "long: --suite week"]
 fn rsync_and_tar() {
     let script = format!("{FILES}{LIST}{COPIES}");
     same("rsync, tar and cp with attributes", Debian::Few, RIGHT, |room| {

@@ -32,6 +32,7 @@ state: in production
 state: shut down";
 
 #[test]
+#[ignore = "long: --suite week"]
 fn postgresql() {
     same("PostgreSQL, pgbench, kill -9, restart", Debian::Few, RIGHT, |room| {
         let server = room.container("postgresql", SERVER);

@@ -1,5 +1,6 @@
 //! The table of times, which is printed when the test program ends.
 
+// UNSAFETY: only `atexit(3)` is called when the last test is over.
 #![expect(unsafe_code, reason = "libtest has no hook that runs after the last test")]
 
 use std::io::{self, Write as _};

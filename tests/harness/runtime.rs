@@ -98,6 +98,12 @@ impl Runtime {
         self.program.ends_with("runc")
     }
 
+    /// The name of the program.
+    #[must_use]
+    pub fn name(&self) -> String {
+        self.program.file_name().unwrap_or_default().to_string_lossy().into_owned()
+    }
+
     /// Sets an environment variable for each command.
     #[must_use]
     pub fn with(mut self, name: &'static str, value: impl Into<String>) -> Self {

@@ -95,16 +95,25 @@ pub fn bundle(script: &str) -> Result<Bundle> {
 /// # Errors
 /// As [`Bundle::new`].
 pub fn privileged(script: &str) -> Result<Bundle> {
-    bundle(script)?.with(|spec| {
+    let bundle = bundle(script)?.with(|spec| spec["process"]["rlimits"] = json!([]));
+    empower(bundle?)
+}
+
+/// Gives a bundle all privileges in its machine.
+///
+/// # Errors
+/// When its specification cannot be written.
+pub fn empower(bundle: Bundle) -> Result<Bundle> {
+    bundle.with(|spec| {
         for set in ["bounding", "effective", "permitted", "inheritable"] {
             spec["process"]["capabilities"][set] = json!(&ALL[..]);
         }
         spec["process"]["noNewPrivileges"] = json!(false);
-        spec["process"]["rlimits"] = json!([]);
         spec["linux"]["maskedPaths"] = json!([]);
+        spec["linux"]["readonlyPaths"] = json!([]);
         spec["linux"]["resources"]["devices"] = json!([{"allow": true, "access": "rwm"}]);
         for mount in spec["mounts"].as_array_mut().into_iter().flatten() {
-            if mount["type"] == "cgroup" {
+            if mount["type"] == "cgroup" || mount["type"] == "sysfs" {
                 mount["options"] = json!(["nosuid", "noexec", "nodev"]);
             }
         }

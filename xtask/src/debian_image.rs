@@ -39,14 +39,20 @@ const LEFT_OUT: [&str; 12] = [
     "./var/log/*.log",
     "./var/log/apt/*",
 ];
-/// However this program ends, debootstrap and its mounts end with it.
-const CONFINED: [&str; 8] =
+/// However this program ends, what it starts behind these words ends with it, and so do its mounts.
+pub(crate) const CONFINED: [&str; 8] =
     ["--pdeathsig", "KILL", "--", "unshare", "--mount", "--pid", "--fork", "--kill-child"];
 /// How much of debootstrap's messages an error shows.
 const LOG_LINES: usize = 25;
 
 /// Makes the image unless the cache has it, and puts it where the suites look.
 pub(crate) fn build() -> Result<()> {
+    install(&archive()?, &place())
+}
+
+/// The image in the cache, which is made if it is not there. Its directory has the hash of what it
+/// was made from in its name.
+pub(crate) fn archive() -> Result<PathBuf> {
     packages::ensure()?;
     let suite = suite(&fs::read_to_string("/etc/os-release").context("/etc/os-release")?)?;
     let cache = cache::directory()?;
@@ -63,7 +69,7 @@ pub(crate) fn build() -> Result<()> {
             step.done("made");
         }
     }
-    install(&archive, &place())
+    Ok(archive)
 }
 
 /// Where the suites look.

@@ -15,6 +15,7 @@ mod report;
 mod suites;
 mod test;
 mod tidy;
+mod week_image;
 
 use std::env;
 use std::process::ExitCode;

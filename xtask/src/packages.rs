@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail};
 
 use crate::cargo::succeed;
 
-const NEEDED: [&str; 42] = [
+const NEEDED: [&str; 43] = [
     "aardvark-dns",
     "bc",
     "binutils",
@@ -19,6 +19,7 @@ const NEEDED: [&str; 42] = [
     "debootstrap",
     "docker.io",
     "dosfstools",
+    "e2fsprogs",
     "flex",
     "g++",
     "gcc",

@@ -4,6 +4,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
 use crate::cargo::{self, Artifact};
+use crate::week_image::{self, Image};
 
 /// The package whose test programs are suites: they need KVM and root.
 pub(crate) const PACKAGE: &str = "bulkhead-tests";
@@ -17,24 +18,53 @@ pub(crate) struct Suite {
     pub(crate) host: &'static [&'static str],
     /// Whether its long tests use the image of `cargo xtask debian`.
     pub(crate) debian: bool,
+    /// Whether its own name selects all of its tests, and not only what every run has time for.
+    pub(crate) whole: bool,
 }
 
-const PLAIN: Suite = Suite { name: "", host: &[], debian: false };
+const PLAIN: Suite = Suite { name: "", host: &[], debian: false, whole: false };
+
+/// The suite that uses the images of [`week_image`].
+const WEEK: &str = "week";
+/// All of it takes longer than one test host of any other suite.
+const ALL_WEEK: [&str; 2] = ["--timeout", "14400"];
 
 /// The suffix of a suite's name that selects its ignored tests, which take too long for every run.
 const LONG: &str = "_long";
 
 /// All suites in the order in which they start: the longest first, so that it does not run alone at
 /// the end.
-const ALL: [Suite; 7] = [
+const ALL: [Suite; 8] = [
     Suite { name: "oci", ..PLAIN },
     Suite { name: "callers", debian: true, ..PLAIN },
+    Suite { name: WEEK, host: &ALL_WEEK, whole: true, ..PLAIN },
     Suite { name: "network", ..PLAIN },
     Suite { name: "cgroup_v1", host: &["--cgroup-v1"], ..PLAIN },
     Suite { name: "systemd", host: &["--systemd"], ..PLAIN },
     Suite { name: "vm", ..PLAIN },
     Suite { name: "processors", host: &["--cpus", "2"], ..PLAIN },
 ];
+
+/// Which tests of a test program run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Which {
+    /// Those that are not ignored.
+    Usual,
+    /// Only the ignored ones.
+    Ignored,
+    All,
+}
+
+impl Which {
+    /// The option of libtest.
+    pub(crate) fn option(self) -> Option<&'static str> {
+        match self {
+            Self::Usual => None,
+            Self::Ignored => Some("--ignored"),
+            Self::All => Some("--include-ignored"),
+        }
+    }
+}
 
 /// What is to run.
 #[derive(Debug, PartialEq, Eq)]
@@ -72,9 +102,13 @@ impl<'a> Wanted<'a> {
         }
     }
 
-    /// Whether only the long tests of a suite are wanted.
-    pub(crate) fn is_long(&self) -> bool {
-        matches!(self, Self::One { long: true, .. })
+    /// Which tests of the suites are wanted.
+    pub(crate) fn which(&self) -> Which {
+        match self {
+            Self::One { long: true, .. } => Which::Ignored,
+            Self::One { name, .. } if suite(name).is_some_and(|suite| suite.whole) => Which::All,
+            Self::One { .. } | Self::Everything => Which::Usual,
+        }
     }
 
     /// Whether a suite is to run.
@@ -90,6 +124,15 @@ impl<'a> Wanted<'a> {
         match self {
             Self::One { name, long: true, .. } => suite(name).is_some_and(|suite| suite.debian),
             Self::One { .. } | Self::Everything => false,
+        }
+    }
+
+    /// The images that tests of the suite `week` need.
+    pub(crate) fn week_images(&self) -> &'static [Image] {
+        match self {
+            Self::Everything => &week_image::ALL[..1],
+            Self::One { name, .. } if *name == WEEK => &week_image::ALL,
+            Self::One { .. } => &[],
         }
     }
 
@@ -193,10 +236,20 @@ mod tests {
         let words: Vec<String> = ["--suite", "callers_long"].map(str::to_owned).into();
         let wanted = Wanted::parse(&words).unwrap();
         assert_eq!(wanted, Wanted::One { name: "callers", long: true, words: &[] });
-        assert!(wanted.is_long() && wanted.needs_debian());
+        assert!(wanted.which() == Which::Ignored && wanted.needs_debian());
         let words: Vec<String> = ["--suite", "bulkhead_long"].map(str::to_owned).into();
         let package = Wanted::parse(&words).unwrap();
         assert_eq!(package, Wanted::One { name: "bulkhead_long", long: false, words: &[] });
-        assert!(!Wanted::Everything.is_long() && !Wanted::Everything.needs_debian());
+        assert!(!Wanted::Everything.needs_debian());
+        assert_eq!(Wanted::Everything.which(), Which::Usual);
+    }
+
+    #[test]
+    fn the_week_is_whole_under_its_name_and_small_among_all() {
+        let words: Vec<String> = ["--suite", WEEK].map(str::to_owned).into();
+        let wanted = Wanted::parse(&words).unwrap();
+        assert_eq!(wanted.which(), Which::All);
+        assert_eq!(wanted.week_images().len(), week_image::ALL.len());
+        assert_eq!(Wanted::Everything.week_images().len(), 1);
     }
 }

@@ -18,8 +18,8 @@ use crate::clock::{Clock, both};
 use crate::fuzz;
 use crate::libtest::Tally;
 use crate::report::{Outcome, table};
-use crate::suites::{self, Wanted};
-use crate::{debian_image, host, image, packages};
+use crate::suites::{self, Wanted, Which};
+use crate::{debian_image, host, image, packages, week_image};
 
 /// Tests of other packages that are ignored with this reason run in the test host.
 const NEEDS_HOST: &str = "needs the test host";
@@ -42,8 +42,8 @@ pub(crate) fn run(arguments: &[String], clock: &Clock) -> Result<ExitCode> {
         build(&wanted, clock)?
     };
     let words = wanted.words();
-    let ignored = wanted.is_long();
-    let mut suites = programs.suites.iter().map(|test| Job::Inside { test, ignored, words });
+    let which = wanted.which();
+    let mut suites = programs.suites.iter().map(|test| Job::Inside { test, which, words });
     // The first suite takes the longest. The unit tests and fuzz targets run beside it, before the
     // other suites, because they find mistakes early.
     let jobs = suites.next().into_iter();
@@ -96,6 +96,9 @@ impl Host<'_> {
         if self.wanted.needs_debian() {
             self.clock.step("Debian image", debian_image::build)?;
         }
+        for image in self.wanted.week_images() {
+            self.clock.step("image of the week", || week_image::build(image))?;
+        }
         let built = self.clock.step("test host", || host::prepare(&[]))?;
         Ok(program.insert(built).clone())
     }
@@ -106,8 +109,8 @@ impl Host<'_> {
 enum Job<'a> {
     /// A test program on this machine, with further arguments.
     Here { test: &'a Artifact, words: &'a [String] },
-    /// A test program in a test host of its own; with `ignored`, only its ignored tests.
-    Inside { test: &'a Artifact, ignored: bool, words: &'a [String] },
+    /// A test program in a test host of its own.
+    Inside { test: &'a Artifact, which: Which, words: &'a [String] },
     /// A fuzz target.
     Fuzz(&'a Artifact),
 }
@@ -146,7 +149,7 @@ impl<'a> Job<'a> {
         let started = Instant::now();
         let mut tally = match self {
             Self::Here { test, words } => here(test, words),
-            Self::Inside { test, ignored, words } => inside(&host.program()?, test, ignored, words),
+            Self::Inside { test, which, words } => inside(&host.program()?, test, which, words),
             Self::Fuzz(target) => fuzzed(target),
         }?;
         let took = started.elapsed();
@@ -155,7 +158,7 @@ impl<'a> Job<'a> {
                 let skipped = tally.skipped.len();
                 tally.skipped.retain(|(_, reason)| reason != NEEDS_HOST);
                 let moved = tally.skipped.len() < skipped;
-                moved.then_some(Self::Inside { test, ignored: true, words })
+                moved.then_some(Self::Inside { test, which: Which::Ignored, words })
             }
             Self::Inside { .. } | Self::Fuzz(_) => None,
         };
@@ -184,13 +187,11 @@ fn here(test: &Artifact, words: &[String]) -> Result<Tally> {
     tally(test, command.args(words).current_dir(&test.directory))
 }
 
-fn inside(host: &Path, test: &Artifact, ignored: bool, words: &[String]) -> Result<Tally> {
+fn inside(host: &Path, test: &Artifact, which: Which, words: &[String]) -> Result<Tally> {
     let mut command = Command::new(host);
     command.args(HOST).args(suites::of(test).map_or(&[][..], |suite| suite.host));
     command.arg("--").arg(&test.executable).arg("--test-threads=1").args(words);
-    if ignored {
-        command.arg("--ignored");
-    }
+    command.args(which.option());
     tally(test, command.current_dir(&test.directory))
 }
 

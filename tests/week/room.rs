@@ -53,21 +53,11 @@ pub(crate) fn same(
     right: &str,
     week: impl Fn(&Room) -> String,
 ) {
-    different(program, debian, [right; 2], week);
-}
-
-/// As [`same`], of something that is accepted to differ: `docs/COMPATIBILITY.md` has it.
-pub(crate) fn different(
-    program: &'static str,
-    debian: Debian,
-    right: [&str; 2],
-    week: impl Fn(&Room) -> String,
-) {
     let [theirs, ours] =
         [Runtime::runc(), Runtime::new()].map(|runtime| timed(runtime.unwrap(), debian, &week));
     table::add(program, [Some(theirs.1), Some(ours.1)]);
-    assert_eq!(theirs.0.trim(), right[0].trim(), "under runc");
-    assert_eq!(ours.0.trim(), right[1].trim(), "under Bulkhead");
+    assert_eq!(theirs.0.trim(), right.trim(), "under runc");
+    assert_eq!(ours.0.trim(), right.trim(), "under Bulkhead");
 }
 
 /// Runs a program's week under Bulkhead alone, where the test host's kernel cannot do what the

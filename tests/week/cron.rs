@@ -45,10 +45,10 @@ fn jobs_with_a_lock() {
         let pair = JOBS.replace("$(hostname)", "$name");
         let pair = format!("for name in first second; do ({pair}) & done; wait");
         first.exec(&pair);
-        let mut did = format!("two at a time: 15 each of {}\n", counted());
+        let mut did = format!("two at a time: 5 each of {}\n", counted());
         forget();
         work([&first, &second]);
-        did += &format!("one at a time: 15 each of {}\n", counted());
+        did += &format!("one at a time: 5 each of {}\n", counted());
 
         let holder = first.spawn(HOLD);
         second.until("[ -e /v/held ]");

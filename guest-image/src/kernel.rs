@@ -57,47 +57,26 @@ pub struct Kernel {
     pub modules: PathBuf,
 }
 
+/// A file of `guest-image/kernel/patches/`.
+macro_rules! patch {
+    ($name:literal) => {
+        Patch { name: $name, text: include_str!(concat!("../kernel/patches/", $name)) }
+    };
+}
+
 /// What the guest's kernel has beyond its source. Five decisions say why:
 /// `docs/decisions/0021-memory-on-demand.md`, `docs/decisions/0022-the-guests-clock.md`,
 /// `docs/decisions/0023-files-of-two-kinds.md`, `docs/decisions/0024-modules.md` and
 /// `docs/decisions/0028-changes-by-others.md`.
 const PATCHES: [Patch<'static>; 8] = [
-    Patch {
-        name: "0001-mm-count-ram-that-is-plugged-on-demand.patch",
-        text: include_str!("../kernel/patches/0001-mm-count-ram-that-is-plugged-on-demand.patch"),
-    },
-    Patch {
-        name: "0002-timekeeping-show-how-far-the-persistent-clock-is-ahead.patch",
-        text: include_str!(
-            "../kernel/patches/0002-timekeeping-show-how-far-the-persistent-clock-is-ahead.patch"
-        ),
-    },
-    Patch {
-        name: "0003-fuse-locks-of-this-kernel-and-of-others.patch",
-        text: include_str!("../kernel/patches/0003-fuse-locks-of-this-kernel-and-of-others.patch"),
-    },
-    Patch {
-        name: "0004-lockdown-do-not-ask-for-signed-modules.patch",
-        text: include_str!("../kernel/patches/0004-lockdown-do-not-ask-for-signed-modules.patch"),
-    },
-    Patch {
-        name: "0005-fuse-write-mappings-back-soon.patch",
-        text: include_str!("../kernel/patches/0005-fuse-write-mappings-back-soon.patch"),
-    },
-    Patch {
-        name: "0006-fuse-forget-what-is-idle.patch",
-        text: include_str!("../kernel/patches/0006-fuse-forget-what-is-idle.patch"),
-    },
-    Patch {
-        name: "0007-fuse-watch-what-others-change.patch",
-        text: include_str!("../kernel/patches/0007-fuse-watch-what-others-change.patch"),
-    },
-    Patch {
-        name: "0008-fuse-submounts-have-the-flags-of-their-connection.patch",
-        text: include_str!(
-            "../kernel/patches/0008-fuse-submounts-have-the-flags-of-their-connection.patch"
-        ),
-    },
+    patch!("0001-mm-count-ram-that-is-plugged-on-demand.patch"),
+    patch!("0002-timekeeping-show-how-far-the-persistent-clock-is-ahead.patch"),
+    patch!("0003-fuse-locks-of-this-kernel-and-of-others.patch"),
+    patch!("0004-lockdown-do-not-ask-for-signed-modules.patch"),
+    patch!("0005-fuse-write-mappings-back-soon.patch"),
+    patch!("0006-fuse-forget-what-is-idle.patch"),
+    patch!("0007-fuse-watch-what-others-change.patch"),
+    patch!("0008-fuse-submounts-have-the-flags-of-their-connection.patch"),
 ];
 
 /// The kernel of a pod.

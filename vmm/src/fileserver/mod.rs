@@ -103,6 +103,14 @@ fn run(control: &OwnedFd) -> Result<(), StartError> {
     Ok(())
 }
 
+/// The error of a system call that rustix does not wrap.
+fn check(result: libc::c_int) -> Result<(), Errno> {
+    match result {
+        -1 => Err(Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO)),
+        _ => Ok(()),
+    }
+}
+
 fn start_thread(name: String, run: impl FnOnce() + Send + 'static) -> Result<(), StartError> {
     thread::Builder::new()
         .name(name)

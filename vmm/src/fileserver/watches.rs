@@ -170,9 +170,9 @@ impl Watches {
         loop {
             let waits = |state: &mut State| state.waiting.is_none();
             let waiting = self.wake.wait_while(self.state(), waits);
-            let told = waiting.unwrap_or_else(PoisonError::into_inner).reports.is_empty();
+            let all_told = waiting.unwrap_or_else(PoisonError::into_inner).reports.is_empty();
             let Some(group) = self.group.get() else { continue };
-            if told {
+            if all_told {
                 self.read(group, inodes)?;
             }
             self.reply(&send);
@@ -240,11 +240,11 @@ impl Watches {
             return;
         }
         let mut state = self.state();
-        let nodes = state.nodes.get(key).cloned().unwrap_or_default();
-        let cookie = if single & bit::MOVED == 0 { 0 } else { state.cookie };
+        let State { nodes, reports, cookie, .. } = &mut *state;
+        let cookie = if single & bit::MOVED == 0 { 0 } else { *cookie };
         let mask = single | event & bit::DIRECTORY;
-        let report = |node| Report { node, mask, cookie, name: name.to_vec() };
-        state.reports.extend(nodes.into_iter().map(report));
+        let report = |node: &u64| Report { node: *node, mask, cookie, name: name.to_vec() };
+        reports.extend(nodes.get(key).into_iter().flatten().map(report));
     }
 
     fn nodes(&self, key: &Key) -> Vec<u64> {
@@ -257,7 +257,7 @@ impl Watches {
         event.mask & both == both
             && event.subjects.iter().any(|subject| match subject {
                 Subject::Named(key, name) => {
-                    self.nodes(key).into_iter().any(|node| is_there(inodes, node, name))
+                    self.nodes(key).into_iter().any(|node| has_name(inodes, node, name))
                 }
                 _ => false,
             })
@@ -304,7 +304,7 @@ fn marks(mask: u32, directory: bool) -> u64 {
     }
 }
 
-fn is_there(inodes: &Inodes, directory: u64, name: &[u8]) -> bool {
+fn has_name(inodes: &Inodes, directory: u64, name: &[u8]) -> bool {
     let (Ok(directory), Ok(name)) = (inodes.get(directory), CString::new(name)) else {
         return false;
     };

@@ -24,6 +24,7 @@ use rustix::fs::{FlockOperation, OFlags, flock};
 use rustix::io::Errno;
 
 use super::{Outcome, Share};
+use crate::fileserver::check;
 use crate::fileserver::handles::Handle;
 use crate::fileserver::slots::Kept;
 use crate::fileserver::wire::{Body, Reply, Request};
@@ -334,10 +335,6 @@ fn control(
     mut lock: libc::flock,
 ) -> Result<libc::flock, Errno> {
     // SAFETY: these commands read and write one `struct flock`, which outlives the call.
-    let result = unsafe { libc::fcntl(file.as_fd().as_raw_fd(), command, &raw mut lock) };
-    if result == -1 {
-        let error = std::io::Error::last_os_error();
-        return Err(Errno::from_io_error(&error).unwrap_or(Errno::IO));
-    }
+    check(unsafe { libc::fcntl(file.as_fd().as_raw_fd(), command, &raw mut lock) })?;
     Ok(lock)
 }

@@ -4,11 +4,12 @@
 #![expect(unsafe_code, reason = "fanotify_init(2), fanotify_mark(2), name_to_handle_at(2)")]
 
 use std::ffi::CStr;
-use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
 use rustix::fs::fstatvfs;
 use rustix::io::Errno;
+
+use crate::fileserver::check;
 
 /// Names a file in events: its file system, and the handle without its length.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -97,12 +98,5 @@ impl Group {
 impl AsFd for Group {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
-    }
-}
-
-fn check(result: libc::c_int) -> Result<(), Errno> {
-    match result {
-        -1 => Err(Errno::from_io_error(&io::Error::last_os_error()).unwrap_or(Errno::IO)),
-        _ => Ok(()),
     }
 }

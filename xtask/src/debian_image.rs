@@ -40,7 +40,7 @@ const LEFT_OUT: [&str; 12] = [
     "./var/log/apt/*",
 ];
 /// However this program ends, what it starts behind these words ends with it, and so do its mounts.
-pub(crate) const CONFINED: [&str; 8] =
+const CONFINED: [&str; 8] =
     ["--pdeathsig", "KILL", "--", "unshare", "--mount", "--pid", "--fork", "--kill-child"];
 /// How much of debootstrap's messages an error shows.
 const LOG_LINES: usize = 25;
@@ -58,18 +58,30 @@ pub(crate) fn archive() -> Result<PathBuf> {
     let cache = cache::directory()?;
     let key = cache::key([RECIPE, VARIANT, INCLUDED, &suite].into_iter().chain(LEFT_OUT));
     let entry = cache.join(format!("debian-{key:.16}"));
-    let archive = entry.join("debian.tar");
-    if !archive.exists() {
+    let step = format!("debootstrap {suite}");
+    once("debian", &entry, "debian.tar", &step, |partial| make(&suite, partial))
+}
+
+/// A file of an image in the cache, whose directory `make` fills if it is not there.
+pub(crate) fn once(
+    name: &str,
+    entry: &Path,
+    file: &str,
+    step: &str,
+    make: impl FnOnce(&Path) -> Result<()>,
+) -> Result<PathBuf> {
+    let file = entry.join(file);
+    if !file.exists() {
         let waiting = || say("waiting for another making of the same image");
-        let _lock = cache::lock(&cache, "debian", waiting)?;
-        if !archive.exists() {
-            ensure!(packages::is_root()?, "only root can run debootstrap: cargo xtask debian");
-            let step = Step::start(format!("debootstrap {suite}"));
-            cache::publish(&entry, |partial| make(&suite, partial))?;
+        let _lock = cache::lock(&cache::directory()?, name, waiting)?;
+        if !file.exists() {
+            ensure!(packages::is_root()?, "only root can make an image of Debian");
+            let step = Step::start(step.to_owned());
+            cache::publish(entry, make)?;
             step.done("made");
         }
     }
-    Ok(archive)
+    Ok(file)
 }
 
 /// Where the suites look.
@@ -90,7 +102,19 @@ fn make(suite: &str, partial: &Path) -> Result<()> {
 fn debootstrap(suite: &str, files: &Path) -> Result<()> {
     let mut command = Command::new("setpriv");
     command.args(CONFINED).args(["debootstrap", VARIANT, INCLUDED, suite]);
-    command.arg(files).arg(mirror(suite)?).env("LC_ALL", "C");
+    load("debootstrap", command.arg(files).arg(mirror(suite)?))
+}
+
+/// Runs a shell script that installs packages: `$0` is the root file system.
+pub(crate) fn install_packages(script: &str, files: &Path, packages: &[&str]) -> Result<()> {
+    let mut command = Command::new("setpriv");
+    command.args(CONFINED).args(["sh", "-ec", script]).arg(files).args(packages);
+    load("apt-get", &mut command)
+}
+
+/// Runs a program that loads packages from where apt of this machine has them.
+fn load(name: &str, command: &mut Command) -> Result<()> {
+    command.env("LC_ALL", "C");
     if let Some(proxy) = proxy()? {
         command.env("http_proxy", proxy);
     }
@@ -99,7 +123,7 @@ fn debootstrap(suite: &str, files: &Path) -> Result<()> {
     let lines: Vec<&str> = messages.lines().collect();
     let last = lines[lines.len().saturating_sub(LOG_LINES)..].join("\n");
     let errors = String::from_utf8_lossy(&ended.stderr);
-    ensure!(ended.status.success(), "debootstrap failed ({}):\n{last}\n{errors}", ended.status);
+    ensure!(ended.status.success(), "{name} failed ({}):\n{last}\n{errors}", ended.status);
     Ok(())
 }
 

@@ -9,13 +9,11 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use guest_image::cache;
-use guest_image::progress::{Step, say};
 
 use crate::cargo::{output, root, succeed};
-use crate::debian_image::{self, CONFINED};
-use crate::packages;
+use crate::debian_image;
 
 /// Increased when this file makes a different image from the same inputs.
 const RECIPE: &str = "1";
@@ -123,19 +121,12 @@ pub(crate) fn build(image: &Image) -> Result<()> {
     let base = base.to_string_lossy();
     let inputs = [RECIPE, INSTALL, &base, image.name].into_iter().chain(LEFT_OUT);
     let key = cache::key(inputs.chain(image.packages.iter().copied()));
-    let cache = cache::directory()?;
-    let entry = cache.join(format!("week-{}-{key:.16}", image.name));
-    let file = entry.join("root.ext4");
-    if !file.exists() {
-        let waiting = || say("waiting for another making of the same image");
-        let _lock = cache::lock(&cache, &format!("week-{}", image.name), waiting)?;
-        if !file.exists() {
-            ensure!(packages::is_root()?, "only root can install packages into an image");
-            let step = Step::start(format!("{} packages and what they need", image.packages.len()));
-            cache::publish(&entry, |partial| make(image, &archive, partial))?;
-            step.done("installed");
-        }
-    }
+    let name = format!("week-{}", image.name);
+    let entry = cache::directory()?.join(format!("{name}-{key:.16}"));
+    let step = format!("{} packages and what they need", image.packages.len());
+    let file = debian_image::once(&name, &entry, "root.ext4", &step, |partial| {
+        make(image, &archive, partial)
+    })?;
     let place = place(image);
     let partial = place.with_extension("partial");
     if partial.is_symlink() {
@@ -160,21 +151,11 @@ fn make(image: &Image, archive: &Path, partial: &Path) -> Result<()> {
     let policy = files.join("usr/sbin/policy-rc.d");
     fs::write(&policy, "#!/bin/sh\nexit 101\n").context("policy-rc.d")?;
     fs::set_permissions(&policy, fs::Permissions::from_mode(0o755)).context("policy-rc.d")?;
-    install(image.packages, &files)?;
+    debian_image::install_packages(INSTALL, &files, image.packages)?;
     fs::remove_file(&policy).context("policy-rc.d")?;
     LEFT_OUT.iter().try_for_each(|path| empty(&files.join(path)))?;
     file_system(&files, &partial.join("root.ext4"))?;
     cache::remove(&files)
-}
-
-fn install(packages: &[&str], files: &Path) -> Result<()> {
-    let mut command = Command::new("setpriv");
-    command.args(CONFINED).args(["sh", "-ec", INSTALL]).arg(files).args(packages);
-    let ended = command.output().context("run setpriv (package util-linux)")?;
-    let errors = String::from_utf8_lossy(&ended.stderr);
-    let messages = String::from_utf8_lossy(&ended.stdout);
-    ensure!(ended.status.success(), "apt-get failed ({}):\n{messages}\n{errors}", ended.status);
-    Ok(())
 }
 
 /// Removes what a directory holds, not itself: it belongs to a package.

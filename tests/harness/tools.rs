@@ -59,6 +59,18 @@ const ALL: [&str; 41] = [
     "CAP_CHECKPOINT_RESTORE",
 ];
 
+/// What a script does before it starts containers, as Docker's own image does: moves processes out of
+/// the cgroup in which further cgroups will be made, and makes mounts shared.
+pub const NEST: &str = r#"
+mount --make-rshared /
+mkdir -p /sys/fs/cgroup/init
+for process in $(cat /sys/fs/cgroup/cgroup.procs); do
+    # One that has ended meanwhile cannot be moved.
+    { echo $process > /sys/fs/cgroup/init/cgroup.procs; } 2> /dev/null || true
+done
+sed 's/ / +/g;s/^/+/' /sys/fs/cgroup/cgroup.controllers > /sys/fs/cgroup/cgroup.subtree_control
+"#;
+
 /// A bundle that runs a shell script with this machine's programs, mounted read-only, and may
 /// change its network.
 ///

@@ -5,22 +5,18 @@ use bulkhead_tests::runtime::{Runtime, told};
 use bulkhead_tests::tools;
 use serde_json::json;
 
-/// Starts a daemon as Docker's own image does: moves processes out of the cgroup in which further
-/// cgroups will be made, and makes mounts shared.
-const DAEMON: &str = r#"
+/// Makes room for a daemon.
+const ROOM: &str = r#"
 exec 2>&1
 set -e
 fails() { echo "FAILED: $1"; tail -n 30 /run/dockerd.log; ls -la /run; exit 1; }
 mount -t tmpfs tmpfs /run
 mkdir -p /var/lib/docker /var/lib/containerd /etc/docker /run/box/bin
 for data in docker containerd; do mount -t tmpfs tmpfs /var/lib/$data; done
-mount --make-rshared /
-mkdir /sys/fs/cgroup/init
-for process in $(cat /sys/fs/cgroup/cgroup.procs); do
-    # One that has ended meanwhile cannot be moved.
-    { echo $process > /sys/fs/cgroup/init/cgroup.procs; } 2> /dev/null || true
-done
-sed 's/ / +/g;s/^/+/' /sys/fs/cgroup/cgroup.controllers > /sys/fs/cgroup/cgroup.subtree_control
+"#;
+
+/// Starts a daemon.
+const DAEMON: &str = r#"
 # dockerd starts one itself, and gives it less time than an emulated machine may need.
 containerd > /run/dockerd.log 2>&1 &
 containerd=$!
@@ -69,7 +65,7 @@ const EXPECTED: &str = "overlay2 2\nnested\nstatus 7\n33554432\nout of the machi
 #[ignore = "long: --suite oci_long"]
 fn a_daemon_inside_has_containers_of_its_own() {
     let wired = Wired::new().unwrap();
-    let script = format!("{DAEMON}{CONTAINERS}");
+    let script = format!("{ROOM}{}{DAEMON}{CONTAINERS}", tools::NEST);
     let bundle = tools::privileged(&script).unwrap().with(|spec| {
         spec["linux"]["resources"]["memory"] = json!({"limit": 1_u64 << 30});
     });

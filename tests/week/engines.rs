@@ -1,17 +1,13 @@
 //! Engines of containers in a container: Podman, Buildah and containerd. Docker's is in the suite
 //! `oci`.
 
+use bulkhead_tests::tools::NEST;
+
 use crate::room::{Debian, same};
 
-/// Processes leave the cgroup in which further ones are made.
-const NEST: &str = r#"
+/// Makes the root file system of a container.
+const BOX: &str = r#"
 exec 2>&1
-mkdir -p /sys/fs/cgroup/init
-for process in $(cat /sys/fs/cgroup/cgroup.procs); do
-    { echo $process > /sys/fs/cgroup/init/cgroup.procs; } 2> /dev/null || true
-done
-sed 's/ / +/g;s/^/+/' /sys/fs/cgroup/cgroup.controllers > /sys/fs/cgroup/cgroup.subtree_control
-mount --make-rshared /
 mkdir -p /v/box/bin; cp /usr/bin/busybox /v/box/bin
 for name in sh echo cat id ls sleep; do ln -sf busybox /v/box/bin/$name; done
 mkdir -p /etc/containers; echo '{"default": [{"type": "insecureAcceptAnything"}]}' > /etc/containers/policy.json
@@ -61,7 +57,7 @@ pushed
 #[test]
 #[ignore = "long: --suite week"]
 fn podman_and_buildah() {
-    let script = format!("{NEST}{PODMAN}");
+    let script = format!("{NEST}{BOX}{PODMAN}");
     same("Podman and Buildah inside", Debian::More, PODMAN_RIGHT, |room| {
         room.container("podman", &script).privileged().run()
     });
@@ -104,7 +100,7 @@ const CONTAINERD_RIGHT: &str =
 #[test]
 #[ignore = "long: --suite week"]
 fn containerd() {
-    let script = format!("{NEST}{CONTAINERD}");
+    let script = format!("{NEST}{BOX}{CONTAINERD}");
     same("containerd inside", Debian::More, CONTAINERD_RIGHT, |room| {
         room.container("containerd", &script).privileged().run()
     });

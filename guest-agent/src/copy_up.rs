@@ -14,7 +14,7 @@ use rustix::fs::{
 };
 use rustix::mount::MountFlags;
 
-use crate::staged::Staged;
+use crate::staged::{self, Staged};
 
 pub(crate) const OPTION: &str = "tmpcopyup";
 /// The deepest tree that is copied; a deeper one, which no honest root has, is an error.
@@ -58,9 +58,7 @@ fn fill(asked: &mut Mount, from: &OwnedFd, target: PathBuf, staged: &mut Staged)
         own(to.as_fd(), &stat)?;
     }
     copy_directory(from, &to, DEPTH_MAX)?;
-    asked.set_typ(Some("bind".to_owned()));
-    asked.set_source(Some(target));
-    asked.set_options(Some(flags.into_iter().chain(["bind".to_owned()]).collect()));
+    staged::bind(asked, target, flags);
     Ok(())
 }
 

@@ -13,9 +13,11 @@ use bulkhead_protocol::agent::Disk;
 use oci_spec::runtime::{Linux, LinuxDeviceType, Spec};
 use rustix::mount::MountFlags;
 
+use crate::copy_up;
 use crate::hotplug;
 use crate::mount_options::is_bind;
-use crate::staged::Staged;
+use crate::propagation;
+use crate::staged::{self, Staged};
 
 /// Block devices in sysfs.
 const BLOCK: &str = "/sys/block";
@@ -45,6 +47,8 @@ pub(crate) struct BoundDisk {
     name: OsString,
     /// Major and minor number in this guest.
     number: (i64, i64),
+    /// The host lets nobody here write to it.
+    read_only: bool,
 }
 
 /// Binds the slots that have got a disk, and finds these disks.
@@ -56,23 +60,26 @@ pub(crate) fn bind(disks: Vec<Disk>) -> Result<Vec<BoundDisk>, DiskError> {
         return Ok(Vec::new());
     }
     hotplug::rescan(Path::new(hotplug::PLATFORM_BUS)).map_err(DiskError::Bind)?;
-    let find = |disk: Disk| match find(Path::new(BLOCK), &disk.serial) {
-        Some((name, number)) => {
-            Ok(BoundDisk { path: disk.path.into(), mounted: disk.mounted, name, number })
-        }
-        None => Err(DiskError::Missing(disk.path)),
+    let find = |disk: Disk| {
+        find(Path::new(BLOCK), &disk).ok_or_else(|| DiskError::Missing(disk.path.clone()))
     };
     disks.into_iter().map(find).collect()
 }
 
-/// Name and number of the disk with this serial number.
-fn find(block: &Path, serial: &str) -> Option<(OsString, (i64, i64))> {
+/// The disk with this serial number.
+fn find(block: &Path, disk: &Disk) -> Option<BoundDisk> {
     let disks = fs::read_dir(block).ok()?.flatten().map(|entry| entry.path());
     let read = |path: PathBuf| fs::read_to_string(path).unwrap_or_default();
-    let disk = disks.into_iter().find(|disk| read(disk.join("serial")).trim() == serial)?;
-    let number = read(disk.join("dev"));
+    let found = disks.into_iter().find(|it| read(it.join("serial")).trim() == disk.serial)?;
+    let number = read(found.join("dev"));
     let (major, minor) = number.trim().split_once(':')?;
-    Some((disk.file_name()?.to_owned(), (major.parse().ok()?, minor.parse().ok()?)))
+    Some(BoundDisk {
+        path: (&disk.path).into(),
+        mounted: disk.mounted,
+        name: found.file_name()?.to_owned(),
+        number: (major.parse().ok()?, minor.parse().ok()?),
+        read_only: read(found.join("ro")).trim() == "1",
+    })
 }
 
 /// Mounts the file systems of disks below `directory`, and makes the specification bind them.
@@ -93,23 +100,22 @@ pub(crate) fn mount_all(
         let failed =
             |source| DiskError::Mount { kind: kind.clone(), path: disk.path.clone(), source };
         let options = mount.options().clone().unwrap_or_default();
-        let (mut options, parameters): (Vec<_>, Vec<_>) =
+        let (options, parameters): (Vec<_>, Vec<_>) =
             options.into_iter().partition(|option| is_of_mount(option));
-        let flags = match options.iter().any(|option| option == "ro" || option == "rro") {
+        let flags = match disk.read_only {
             true => MountFlags::RDONLY,
             false => MountFlags::empty(),
         };
         let source = Path::new("/dev").join(&disk.name);
         staged.mount((&source, &kind), &target, flags, &parameters).map_err(failed)?;
-        options.push("bind".to_owned());
-        mount.set_typ(Some("bind".to_owned())).set_source(Some(target)).set_options(Some(options));
+        staged::bind(mount, target, options);
     }
     Ok(())
 }
 
 /// Whether an option is one of the mount, and not a parameter of the file system.
 fn is_of_mount(option: &str) -> bool {
-    const FLAGS: [&str; 22] = [
+    const FLAGS: [&str; 21] = [
         "ro",
         "rw",
         "rro",
@@ -131,11 +137,8 @@ fn is_of_mount(option: &str) -> bool {
         "nosymfollow",
         "symfollow",
         "defaults",
-        "tmpcopyup",
     ];
-    const PROPAGATION: [&str; 4] = ["private", "shared", "slave", "unbindable"];
-    let recursive = option.strip_prefix('r').unwrap_or(option);
-    FLAGS.contains(&option) || PROPAGATION.contains(&option) || PROPAGATION.contains(&recursive)
+    FLAGS.contains(&option) || option == copy_up::OPTION || propagation::is_option(option)
 }
 
 impl BoundDisk {
@@ -174,8 +177,13 @@ mod tests {
             fs::write(block.path().join(name).join("dev"), number).unwrap();
         }
         fs::create_dir(block.path().join("loop0")).unwrap();
-        assert_eq!(find(block.path(), "mine"), Some(("vdb".into(), (254, 16))));
-        assert_eq!(find(block.path(), "none"), None);
+        fs::write(block.path().join("vdb/ro"), "1\n").unwrap();
+        let disk = |serial: &str| Disk { path: "/d".into(), serial: serial.into(), mounted: true };
+        let (path, name, number) = ("/d".into(), "vdb".into(), (254, 16));
+        let mine = BoundDisk { path, mounted: true, name, number, read_only: true };
+        assert_eq!(find(block.path(), &disk("mine")), Some(mine));
+        assert!(!find(block.path(), &disk("other")).unwrap().read_only);
+        assert_eq!(find(block.path(), &disk("none")), None);
     }
 
     #[test]
@@ -193,7 +201,8 @@ mod tests {
         }))
         .unwrap();
         let (path, name, number) = ("/dev/b".into(), "vdb".into(), (254, 16));
-        BoundDisk { path, mounted: false, name, number }.renumber(&mut linux);
+        let disk = BoundDisk { path, mounted: false, name, number, read_only: false };
+        disk.renumber(&mut linux);
         let linux = serde_json::to_value(linux).unwrap();
         assert_eq!(
             (&linux["devices"][0]["major"], &linux["devices"][1]["major"]),

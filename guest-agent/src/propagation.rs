@@ -27,6 +27,11 @@ const OPTIONS: [(&str, MountPropagationFlags); 8] = [
     ("runbindable", MountPropagationFlags::UNBINDABLE),
 ];
 
+/// Whether an option of a mount is one of its propagation.
+pub(crate) fn is_option(option: &str) -> bool {
+    OPTIONS.iter().any(|(name, _)| *name == option)
+}
+
 /// Whether any mount is to change. Mounts are private already, and making one a slave keeps it so.
 pub(crate) fn matters(spec: &Spec) -> bool {
     let other = |flag: &MountPropagationFlags| {

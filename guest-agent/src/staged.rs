@@ -5,6 +5,7 @@ use std::ffi::CString;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use oci_spec::runtime::Mount;
 use rustix::mount::{MountFlags, UnmountFlags, mount, unmount};
 
 /// What is mounted. Dropping this detaches it there, so that only the container has it.
@@ -29,6 +30,12 @@ impl Staged {
         self.0.push(target.to_owned());
         Ok(())
     }
+}
+
+/// Makes a mount of a specification bind what is mounted at `target`, with these options.
+pub(crate) fn bind(mount: &mut Mount, target: PathBuf, mut options: Vec<String>) {
+    options.push("bind".to_owned());
+    mount.set_typ(Some("bind".to_owned())).set_source(Some(target)).set_options(Some(options));
 }
 
 impl Drop for Staged {

@@ -8,10 +8,10 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use oci_spec::runtime::{Linux, LinuxDeviceCgroup, LinuxDeviceType};
+use oci_spec::runtime::{Linux, LinuxDeviceCgroup, LinuxDeviceType, Spec};
 use rustix::fs::{major, minor};
 
-use super::{BundleError, refuse};
+use super::{BundleError, refuse, volumes};
 
 /// The most disks that a machine has slots for.
 pub const DISKS_MAX: usize = 8;
@@ -48,9 +48,19 @@ impl Disk {
     }
 }
 
-/// The disks that a specification names. A container that may use every device gets none: its
+/// The disks that a specification names. A relative path is relative to the bundle.
+///
+/// # Errors
+/// The host does not have one of them.
+pub(super) fn of(spec: &Spec, bundle: &Path) -> Result<Vec<Disk>, BundleError> {
+    let mut disks = devices(spec.linux().as_ref())?;
+    disks.extend(volumes::of(spec, bundle)?);
+    Ok(disks)
+}
+
+/// The block devices that a specification lists. A container that may use every device gets none: its
 /// caller lists all devices of the host, and asks for none in particular.
-pub(super) fn of(linux: Option<&Linux>) -> Result<Vec<Disk>, BundleError> {
+fn devices(linux: Option<&Linux>) -> Result<Vec<Disk>, BundleError> {
     let Some(linux) = linux.filter(|linux| !refuse::every_device_allowed(linux)) else {
         return Ok(Vec::new());
     };

@@ -322,11 +322,7 @@ impl Bundle {
             shared: guest.shared,
             host_sockets: guest.host_sockets,
             users: Users::of(&self.spec),
-            disks: {
-                let mut disks = disks::of(self.spec.linux().as_ref())?;
-                disks.extend(volumes::of(&self.spec, &self.dir)?);
-                disks
-            },
+            disks: disks::of(&self.spec, &self.dir)?,
             oom_score_adj: self.spec.process().as_ref().and_then(|it| it.oom_score_adj()),
             annotations: self.spec.annotations().clone().unwrap_or_default(),
             hooks: self.spec.hooks().clone().unwrap_or_default(),

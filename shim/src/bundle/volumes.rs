@@ -14,7 +14,7 @@ use oci_spec::runtime::{Mount, Spec};
 use super::disks::{Disk, FileSystem};
 use super::guest::is_bind;
 use super::refuse::{Refusal, refuse};
-use super::{BundleError, guest};
+use super::{BundleError, guest, read_only};
 
 /// The annotation that makes bind mounts disks: `DESTINATION=TYPE` or `DESTINATION=TYPE,makefs`,
 /// several with spaces between them.
@@ -25,8 +25,8 @@ const MAKE: &str = "x-bulkhead.makefs";
 /// The file systems that can be on a disk: those of the guest's kernel.
 const KINDS: [&str; 10] =
     ["ext4", "xfs", "btrfs", "ext3", "ext2", "vfat", "exfat", "squashfs", "erofs", "iso9660"];
-/// The first of [`KINDS`] are those that can be made on an empty disk.
-const MADE: usize = 3;
+/// Those that can be made on an empty disk.
+const MADE: [&str; 3] = ["ext4", "xfs", "btrfs"];
 
 /// Makes the bind mounts that the annotation names mounts of disks.
 ///
@@ -84,11 +84,10 @@ fn make_disk(mount: &mut Mount, kind: &str, make: bool) {
 fn expected(mount: &Mount) -> Option<FileSystem> {
     let named = |kind: &&&str| mount.typ().as_deref() == Some(**kind);
     let kind = KINDS.iter().find(named).filter(|_| !is_bind(mount))?;
-    let make = mount.options().iter().flatten().any(|option| option == MAKE);
-    Some(FileSystem { kind, make })
+    Some(FileSystem { kind, make: guest::has_option(mount, &[MAKE]) })
 }
 
-/// Checks what can be checked without the host.
+/// Checks what can be checked without the host; returns how many disks are mounted.
 ///
 /// # Errors
 /// A file system that cannot be made is to be made.
@@ -97,7 +96,7 @@ pub(super) fn check(spec: &Spec) -> Result<usize, Refusal> {
     for mount in spec.mounts().iter().flatten() {
         let Some(file_system) = expected(mount) else { continue };
         count += 1;
-        if file_system.make && !KINDS[..MADE].contains(&file_system.kind) {
+        if file_system.make && !MADE.contains(&file_system.kind) {
             return Err(refuse(
                 format!(
                     "mount {} would make a file system of type {}",
@@ -129,7 +128,7 @@ pub(super) fn of(spec: &Spec, bundle: &Path) -> Result<Vec<Disk>, BundleError> {
                 let error = io::Error::other("it is neither a file nor a block device");
                 return Err(unusable(error));
             }
-            let read_only = guest::has_option(mount, &["ro", "rro"]);
+            let read_only = read_only::of(mount).itself;
             let path = mount.destination().clone();
             Ok(Disk { path, source, read_only, file_system: Some(file_system) })
         })

@@ -6,8 +6,8 @@
 //! monitor has the disk open.
 
 use std::fs::{self, File};
-use std::io;
-use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::io::{self, Read as _};
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -25,7 +25,7 @@ use crate::machine::monitor::Machine;
 const PROGRAMS: &str = "/usr/local/sbin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// How much of a disk has to be zero for it to be empty. The file systems have their first block
 /// here, and so have partition tables and the headers of LVM and LUKS.
-const BLANK: usize = 1 << 20;
+const BLANK: u64 = 1 << 20;
 
 /// The disks that a machine has, by their slots.
 #[derive(Debug, Default)]
@@ -128,15 +128,9 @@ fn lock(file: &File, read_only: bool) -> io::Result<()> {
 }
 
 fn is_blank(file: &File) -> io::Result<bool> {
-    let mut start = vec![0; BLANK];
-    let mut filled = 0;
-    while filled < BLANK {
-        match file.read_at(&mut start[filled..], filled as u64)? {
-            0 => break,
-            length => filled += length,
-        }
-    }
-    Ok(filled > 0 && start.iter().all(|byte| *byte == 0))
+    let mut start = Vec::new();
+    file.take(BLANK).read_to_end(&mut start)?;
+    Ok(!start.is_empty() && start.iter().all(|byte| *byte == 0))
 }
 
 /// Makes a file system on an empty disk.
@@ -161,6 +155,8 @@ fn make(kind: &str, disk: &Path) -> io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::FileExt as _;
+
     use super::*;
 
     fn image(bytes: &[u8], length: u64) -> (tempfile::TempDir, Disk) {

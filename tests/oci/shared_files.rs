@@ -128,6 +128,23 @@ print(before, os.pread(file, 5, 0).decode())
 fcntl.flock(file, fcntl.LOCK_UN)
 "#;
 
+/// Counts up in one file under a lock of another, while a thread reads so often that what the kernel
+/// has asked for is always recent.
+const COUNTER: &str = r#"
+import threading
+lock = os.open("/v/lock", os.O_RDWR)
+number = os.open("/v/number", os.O_RDWR)
+def watch():
+    while True: os.pread(number, 8, 0); time.sleep(0.002)
+threading.Thread(target=watch, daemon=True).start()
+open("/v/ready", "w").close()
+for turn in range(100):
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    value = int(os.pread(number, 8, 0)) + 1
+    os.pwrite(number, b"%08d" % value, 0)
+    fcntl.flock(lock, fcntl.LOCK_UN)
+"#;
+
 /// What a file system of the host can do.
 const ABILITIES: &str = r#"
 def tried(what):
@@ -174,8 +191,14 @@ libc.umount(b"/v/m")
 #[test]
 fn what_the_host_has_and_does() {
     let [runc, ours] = ask(|volume| {
-        [volume.python(ABILITIES), locked_by_the_host(volume), mapped(volume), changed(volume)]
-            .join("\n")
+        [
+            volume.python(ABILITIES),
+            locked_by_the_host(volume),
+            counted_by_both(volume),
+            mapped(volume),
+            changed(volume),
+        ]
+        .join("\n")
     });
     assert_eq!(
         runc,
@@ -184,7 +207,7 @@ fn what_the_host_has_and_does() {
          trusted done ['trusted.x']\noverlay done\n\
          ['d', 'moved'] ['link', 'new'] lower and upper\n\
          ['d', 'moved'] ['link', 'new'] ['old']\n\
-         interrupted True\nfirst later\nmapped true\n\
+         interrupted True\nfirst later\ncounted 200\nmapped true\n\
          replaced, longer\noverwritten\nremoved: gone\nmode 640"
     );
     assert_eq!(ours, runc);
@@ -225,6 +248,27 @@ fn locked_by_the_host(volume: &Volume) -> String {
     file.write_all_at(b"later", 0).unwrap();
     flock(&file, FlockOperation::Unlock).unwrap();
     said(waiter)
+}
+
+/// The host and the container count up the same number, each with the lock.
+fn counted_by_both(volume: &Volume) -> String {
+    let number = volume.path.join("number");
+    fs::write(volume.path.join("lock"), "").unwrap();
+    fs::write(&number, "00000000").unwrap();
+    let counter = volume.python_until_ready(COUNTER);
+    let lock = File::open(volume.path.join("lock")).unwrap();
+    let file = File::options().write(true).open(&number).unwrap();
+    let value = || fs::read_to_string(&number).unwrap().parse::<u32>().unwrap();
+    for _ in 0..100 {
+        flock(&lock, FlockOperation::LockExclusive).unwrap();
+        // Meanwhile the container's thread asks once more.
+        sleep(Duration::from_millis(20));
+        file.write_all_at(format!("{:08}", value() + 1).as_bytes(), 0).unwrap();
+        flock(&lock, FlockOperation::Unlock).unwrap();
+        sleep(Duration::from_millis(5));
+    }
+    said(counter);
+    format!("counted {}", value())
 }
 
 /// Answers the host's changes one by one: each as soon as it sees the next request.

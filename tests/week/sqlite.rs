@@ -76,9 +76,7 @@ fn in_two(room: &Room) -> String {
     did + &second.exec(LOOK)
 }
 
-/// Not always right yet: `docs/COMPATIBILITY.md` has a row for it.
 #[test]
-#[ignore = "long: --suite week"]
 fn sqlite_in_two_containers() {
     let right = "wal\na wrote 40\nb wrote 40\nok\n80|80|2\nok\n80|80|2";
     same("SQLite in WAL mode from two containers", Debian::Few, right, in_two);

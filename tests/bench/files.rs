@@ -13,20 +13,33 @@ use serde_json::{Map, Value, json};
 
 use crate::table::{self, median};
 
-const MIB: usize = 64;
-const FILES: usize = 2000;
-/// The measured work: a name, and a script that has the directory in `$D`.
-const WORK: [(&str, &str); 3] = [
-    ("sequential write, MiB/s", "dd if=/dev/zero of=$D/big bs=1M count=64 conv=fsync 2>/dev/null"),
-    ("sequential read, MiB/s", "dd if=$D/big of=/dev/null bs=1M 2>/dev/null"),
-    ("metadata walk, files/s", "find $D/tree -type f -exec stat -c %s {} + > /dev/null"),
+const FILES: u32 = 2000;
+/// The measured work: a name, how much of its unit is done, and a script that has the directory in
+/// `$D`.
+const WORK: [(&str, u32, &str); 5] = [
+    (
+        "sequential write, MiB/s",
+        64,
+        "dd if=/dev/zero of=$D/big bs=1M count=64 conv=fsync 2>/dev/null",
+    ),
+    ("sequential read, MiB/s", 64, "dd if=$D/big of=/dev/null bs=1M 2>/dev/null"),
+    ("metadata walk, files/s", FILES, "find $D/tree -type f -exec stat -c %s {} + > /dev/null"),
+    ("small files read, files/s", FILES, "find $D/tree -type f -exec cat {} + > /dev/null"),
+    (
+        "small files made, files/s",
+        500,
+        "rm -rf $D/new; mkdir $D/new; i=0; while [ $i -lt 500 ]; do echo x > $D/new/$i; i=$((i+1)); done",
+    ),
 ];
+
+/// The seconds that each piece of [`WORK`] took, round by round.
+type Times = [Vec<f64>; WORK.len()];
 
 /// Does the work on both sides, prints the table, returns the medians.
 pub(crate) fn measure(rounds: usize) -> Result<Value> {
     let directory = tempfile::tempdir()?;
     make_tree(directory.path())?;
-    let (mut host, mut guest): ([Vec<f64>; 3], [Vec<f64>; 3]) = Default::default();
+    let (mut host, mut guest): (Times, Times) = Default::default();
     for _ in 0..rounds.min(5) {
         let mut on_host = Command::new("/bin/busybox");
         on_host.args(["sh", "-c", &script(directory.path())]);
@@ -39,11 +52,8 @@ pub(crate) fn measure(rounds: usize) -> Result<Value> {
     }
     let mut rows = Vec::new();
     let mut results = Map::new();
-    for ((name, _), (host, guest)) in WORK.iter().zip(host.iter().zip(&guest)) {
-        let amount = if name.contains("MiB") { MIB } else { FILES };
-        // Both values fit into a double without loss.
-        let rate =
-            |seconds: &[f64]| f64::from(u32::try_from(amount).unwrap_or(0)) / median(seconds);
+    for ((name, amount, _), (host, guest)) in WORK.iter().zip(host.iter().zip(&guest)) {
+        let rate = |seconds: &[f64]| f64::from(*amount) / median(seconds);
         let (host, guest) = (rate(host), rate(guest));
         let share = guest / host;
         rows.push(vec![
@@ -62,13 +72,13 @@ pub(crate) fn measure(rounds: usize) -> Result<Value> {
 /// the times.
 fn script(directory: &Path) -> String {
     let mut script = format!("D={}; ", directory.display());
-    for (_, work) in WORK {
+    for (.., work) in WORK {
         script.push_str(&format!("echo begin; {work}; echo end; "));
     }
     script
 }
 
-fn collect(child: Child, times: &mut [Vec<f64>; 3]) -> Result<()> {
+fn collect(child: Child, times: &mut Times) -> Result<()> {
     let mut pieces = times.iter_mut();
     let mut begun = Instant::now();
     each_line(child, |line| {

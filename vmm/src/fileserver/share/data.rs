@@ -26,6 +26,8 @@ use crate::fileserver::wire::{Body, DATA_MAX, Reply, Request};
 
 /// `FOPEN_KEEP_CACHE`: the pages that the guest has of this file are still valid.
 const KEEP_CACHE: u32 = 1 << 1;
+/// `FOPEN_FLUSH_CHANGES` of our guest's kernel: no FLUSH from who has only read.
+const FLUSH_CHANGES: u32 = 1 << 30;
 /// `FOPEN_UNSHARED` of our guest's kernel: nobody else uses this file.
 const UNSHARED: u32 = 1 << 31;
 /// `FUSE_OPEN_KILL_SUIDGID`.
@@ -156,7 +158,7 @@ impl Share {
     fn put_open(&self, inode: &Inode, file: Kept, flags: u32, reply: &mut Reply<'_>) {
         let unshared = if inode.place.is_unshared() { UNSHARED } else { 0 };
         reply.put_u64s([self.handles.insert(inode.node, file)]);
-        reply.put_u32s([flags | unshared, 0]);
+        reply.put_u32s([flags | FLUSH_CHANGES | unshared, 0]);
     }
 
     /// Whether the pages that the guest has cached since it last opened this file are still valid:
@@ -262,7 +264,8 @@ impl Share {
         Ok(())
     }
 
-    /// FLUSH: a process closed a descriptor of the file, and so loses its locks of the file.
+    /// FLUSH: a process closed a descriptor of a file that it may have changed, or of which the
+    /// guest has locks; the process loses its own.
     pub(super) fn flush(&self, request: &Request, body: &mut Body<'_>) -> Result<(), Errno> {
         let (handle, _unused, _padding) = (body.u64()?, body.u32()?, body.u32()?);
         let handle = self.handles.get(handle, request.node)?;

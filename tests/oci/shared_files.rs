@@ -92,7 +92,7 @@ for path in ["/v/locked", "/locked"]:
 
     # Closing any descriptor of a file releases the process's locks of ranges.
     lock(file, F.F_SETLK, 3)
-    os.close(os.open(path, os.O_RDWR))
+    os.close(os.open(path, os.O_RDONLY))
     def taker(go):
         os.write(go, b"x")
         lock(os.open(path, os.O_RDWR), F.F_SETLK, 3)

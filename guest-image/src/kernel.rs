@@ -64,11 +64,12 @@ macro_rules! patch {
     };
 }
 
-/// What the guest's kernel has beyond its source. Five decisions say why:
+/// What the guest's kernel has beyond its source. Six decisions say why:
 /// `docs/decisions/0021-memory-on-demand.md`, `docs/decisions/0022-the-guests-clock.md`,
-/// `docs/decisions/0023-files-of-two-kinds.md`, `docs/decisions/0024-modules.md` and
-/// `docs/decisions/0028-changes-by-others.md`.
-const PATCHES: [Patch<'static>; 10] = [
+/// `docs/decisions/0023-files-of-two-kinds.md`, `docs/decisions/0024-modules.md`,
+/// `docs/decisions/0028-changes-by-others.md` and
+/// `docs/decisions/0030-fifos-in-shared-directories.md`.
+const PATCHES: [Patch<'static>; 11] = [
     patch!("0001-mm-count-ram-that-is-plugged-on-demand.patch"),
     patch!("0002-timekeeping-show-how-far-the-persistent-clock-is-ahead.patch"),
     patch!("0003-fuse-locks-of-this-kernel-and-of-others.patch"),
@@ -77,8 +78,9 @@ const PATCHES: [Patch<'static>; 10] = [
     patch!("0006-fuse-forget-what-is-idle.patch"),
     patch!("0007-fuse-watch-what-others-change.patch"),
     patch!("0008-fuse-submounts-have-the-flags-of-their-connection.patch"),
-    patch!("0012-fuse-stat-uses-what-its-lookup-brought.patch"),
-    patch!("0013-fuse-no-flush-for-who-only-reads.patch"),
+    patch!("0009-fuse-stat-uses-what-its-lookup-brought.patch"),
+    patch!("0010-fuse-no-flush-for-who-only-reads.patch"),
+    patch!("0011-fuse-fifos-that-others-use.patch"),
 ];
 
 /// The kernel of a pod.

@@ -17,7 +17,11 @@ def tried(what):
     try: what(); return "done"
     except OSError as error: return errno.errorcode[error.errno]
 print("socket", tried(lambda: socket.socket(socket.AF_UNIX).connect("/v/socket")))
-print("fifo", tried(lambda: os.open("/v/fifo", os.O_WRONLY | os.O_NONBLOCK)))
+fifo = os.open("/v/fifo", os.O_WRONLY | os.O_NONBLOCK)
+size = tried(lambda: fcntl.fcntl(fifo, fcntl.F_SETPIPE_SZ, 4096))
+to, source = os.open("/v/fifo", os.O_RDONLY), os.open("/v/file", os.O_RDWR)
+os.write(fifo, b"x")
+print("fifo", size, tried(lambda: os.splice(to, source, 1)))
 "#;
     let [runc, ours] = ask(|volume| {
         let _listener = UnixListener::bind(volume.path.join("socket")).unwrap();
@@ -27,8 +31,8 @@ print("fifo", tried(lambda: os.open("/v/fifo", os.O_WRONLY | os.O_NONBLOCK)))
         let _reader = OpenOptions::new().read(true).custom_flags(nonblock).open(fifo).unwrap();
         volume.python(QUESTIONS)
     });
-    assert_eq!(runc, "socket done\nfifo done");
-    assert_eq!(ours, "socket ECONNREFUSED\nfifo ENXIO");
+    assert_eq!(runc, "socket done\nfifo done done");
+    assert_eq!(ours, "socket ECONNREFUSED\nfifo EBADF EINVAL");
 }
 
 #[test]

@@ -88,6 +88,8 @@ mod resources;
 #[cfg(test)]
 mod seccomp;
 #[cfg(test)]
+mod shared_fifos;
+#[cfg(test)]
 mod shared_files;
 #[cfg(test)]
 mod sizes;

@@ -5,6 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use rustix::fs::FileType;
 use rustix::io::Errno;
 
 use super::slots::Kept;
@@ -14,6 +15,8 @@ use super::slots::Kept;
 pub(super) struct Handle {
     /// The inode that it was opened for.
     pub(super) node: u64,
+    /// What kind of file it is.
+    pub(super) kind: FileType,
     /// Held while the position of a directory is in use.
     pub(super) position: Mutex<()>,
     /// Some owner of range locks took its first lock through this handle.
@@ -41,9 +44,9 @@ pub(super) struct Handles {
 
 impl Handles {
     /// Keeps an open file; the number is never used again.
-    pub(super) fn insert(&self, node: u64, file: Kept) -> u64 {
+    pub(super) fn insert(&self, node: u64, kind: FileType, file: Kept) -> u64 {
         let (position, locked_ranges) = (Mutex::default(), AtomicBool::new(false));
-        let handle = Arc::new(Handle { node, position, locked_ranges, file });
+        let handle = Arc::new(Handle { node, kind, position, locked_ranges, file });
         let mut table = self.table.lock().unwrap_or_else(PoisonError::into_inner);
         table.last += 1;
         let number = table.last;
@@ -84,8 +87,8 @@ mod tests {
         let slots = Slots::new(100, 1);
         let open = || std::fs::File::open("/dev/null").unwrap().into();
         let file = || slots.take().unwrap().keep(open());
-        let first = handles.insert(5, file());
-        let second = handles.insert(5, file());
+        let first = handles.insert(5, FileType::RegularFile, file());
+        let second = handles.insert(5, FileType::RegularFile, file());
         assert_ne!(first, second);
         assert!(handles.get(first, 5).is_ok());
         assert_eq!(handles.get(first, 6).unwrap_err(), Errno::BADF);

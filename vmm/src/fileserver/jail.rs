@@ -59,7 +59,7 @@ pub(super) fn enter(
     let mut open = vec![0, 1, 2, proc_self_fd.as_raw_fd()];
     open.extend(kept.iter().map(AsRawFd::as_raw_fd));
     descriptors::close_all_but(&open).map_err(failed("descriptors"))?;
-    jail::limit(descriptors, u64::from(super::config::THREADS_MAX) + 3)?;
+    jail::limit(descriptors, u64::from(super::config::THREADS_MAX) + 4)?;
     become_unprivileged(identity).map_err(failed("identity"))?;
     jail::seal()?;
     Ok((proc_self_fd, descriptors))

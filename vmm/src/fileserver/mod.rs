@@ -27,6 +27,7 @@ use slots::Slots;
 
 mod caller;
 pub mod config;
+mod fifos;
 mod handles;
 mod inodes;
 mod jail;
@@ -93,9 +94,10 @@ fn run(control: &OwnedFd) -> Result<(), StartError> {
         let service = Arc::clone(&service);
         start_thread(format!("serve-{number}"), move || service.run())?;
     }
-    let watching = Arc::clone(&service);
+    let (watching, waiting) = (Arc::clone(&service), Arc::clone(&service));
     start_thread("locks".into(), move || service.run_locks())?;
     start_thread("watches".into(), move || watching.run_watches())?;
+    start_thread("fifos".into(), move || waiting.run_fifos())?;
     jail::seal()?;
     answer(control, &FsAnswer::Ready(true)).map_err(StartError::Control)?;
     // Further messages are ignored; only the end of the socket matters.

@@ -77,6 +77,13 @@ impl Service {
         }
     }
 
+    /// Tells the guest what happens to FIFOs that it waits for.
+    pub(super) fn run_fifos(&self) {
+        if let Err(error) = self.share.run_fifos(|reply| self.send(reply)) {
+            log::error!("cannot wait for FIFOs: {error}");
+        }
+    }
+
     fn answer(&self, packet: &[u8], mut reply: Reply<'_>) {
         let Some(request) = Request::parse(packet) else {
             guest_warn!("dropped a packet of {} bytes: no header", packet.len());

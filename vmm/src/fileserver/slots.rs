@@ -13,11 +13,11 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::io::Errno;
 
-/// The process's own descriptors: standard streams, control and relay socket, `/proc/self/fd`, and
-/// the group of watches.
-const OWN: u64 = 7;
+/// The process's own descriptors: standard streams, control and relay socket, `/proc/self/fd`, the
+/// group of watches and the epoll of FIFOs.
+const OWN: u64 = 8;
 /// The most descriptors that one request opens and does not keep, and one to spare.
-const PER_THREAD: u64 = 2;
+const PER_THREAD: u64 = 3;
 
 /// How many slots are free.
 #[derive(Debug)]

@@ -67,6 +67,9 @@ pub(crate) mod opcode {
     /// Our own: see [`crate::fileserver`]'s watches.
     pub(crate) const WATCH: u32 = 2048;
     pub(crate) const WATCH_EVENTS: u32 = 2049;
+    /// Our own: see [`crate::fileserver`]'s FIFOs.
+    pub(crate) const FIFO_POLL: u32 = 2064;
+    pub(crate) const FIFO_EVENTS: u32 = 2065;
 }
 
 /// How long the host may take for a request: the slowest first.

@@ -14,7 +14,7 @@ use rustix::fs::{
     FallocateFlags, FileType, OFlags, SeekFrom, copy_file_range, fallocate, fdatasync, fsync,
     openat, seek,
 };
-use rustix::io::{Errno, ReadWriteFlags, dup, pread, pwrite, pwritev2};
+use rustix::io::{Errno, ReadWriteFlags, dup, pread, pwrite, pwritev2, read, write};
 use rustix::time::{ClockId, clock_gettime};
 
 use super::names::{open_name, permissions};
@@ -29,7 +29,7 @@ const KEEP_CACHE: u32 = 1 << 1;
 /// `FOPEN_FLUSH_CHANGES` of our guest's kernel: no FLUSH from who has only read.
 const FLUSH_CHANGES: u32 = 1 << 30;
 /// `FOPEN_UNSHARED` of our guest's kernel: nobody else uses this file.
-const UNSHARED: u32 = 1 << 31;
+pub(super) const UNSHARED: u32 = 1 << 31;
 /// `FUSE_OPEN_KILL_SUIDGID`.
 const OPEN_KILL_SUIDGID: u32 = 1;
 /// `FUSE_WRITE_CACHE`: pages of a mapping, not a call of `write`.
@@ -57,6 +57,7 @@ impl Share {
         let inode = self.inodes.get(request.node)?;
         match inode.kind {
             FileType::RegularFile => {}
+            FileType::Fifo => return self.open_fifo(&inode, flags, reply),
             FileType::Directory => return Err(Errno::ISDIR),
             _ => return Err(Errno::NXIO),
         }
@@ -155,9 +156,9 @@ impl Share {
     }
 
     /// Writes `struct fuse_open_out`.
-    fn put_open(&self, inode: &Inode, file: Kept, flags: u32, reply: &mut Reply<'_>) {
+    pub(super) fn put_open(&self, inode: &Inode, file: Kept, flags: u32, reply: &mut Reply<'_>) {
         let unshared = if inode.place.is_unshared() { UNSHARED } else { 0 };
-        reply.put_u64s([self.handles.insert(inode.node, file)]);
+        reply.put_u64s([self.handles.insert(inode.node, inode.kind, file)]);
         reply.put_u32s([flags | FLUSH_CHANGES | unshared, 0]);
     }
 
@@ -190,7 +191,10 @@ impl Share {
         let (handle, offset, size) = (body.u64()?, body.u64()?, body.u32()?);
         let handle = self.handles.get(handle, request.node)?;
         let room = reply.room(size.min(DATA_MAX) as usize);
-        let len = pread(&handle, room, offset)?;
+        let len = match handle.kind {
+            FileType::Fifo => read(&handle, room)?,
+            _ => pread(&handle, room, offset)?,
+        };
         reply.filled(len);
         Ok(())
     }
@@ -208,7 +212,9 @@ impl Share {
         let handle = self.handles.get(handle, request.node)?;
         let append = flags & OFlags::APPEND.bits() != 0 && write_flags & WRITE_CACHE == 0;
         let write = || {
-            if append {
+            if handle.kind == FileType::Fifo {
+                write(&handle, data)
+            } else if append {
                 pwritev2(&handle, &[IoSlice::new(data)], offset, ReadWriteFlags::APPEND)
             } else {
                 pwrite(&handle, data, offset)

@@ -35,7 +35,7 @@ impl Share {
         }
         let slot = self.slots.take()?;
         let file = self.reopen(&inode, OFlags::RDONLY | OFlags::DIRECTORY)?;
-        reply.put_u64s([self.handles.insert(request.node, slot.keep(file))]);
+        reply.put_u64s([self.handles.insert(request.node, FileType::Directory, slot.keep(file))]);
         reply.put_u32s([0, 0]);
         Ok(())
     }

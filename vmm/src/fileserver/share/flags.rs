@@ -1,5 +1,6 @@
 //! The flags of a file that `lsattr(1)` shows and `chattr(1)` sets, `ioctl_iflags(2)`, and those of
-//! XFS, `ioctl_xfs_fsgetxattr(2)`. They are the only requests of `ioctl(2)` that reach the host.
+//! XFS, `ioctl_xfs_fsgetxattr(2)`. They and the length of what a FIFO holds are the only requests of
+//! `ioctl(2)` that reach the host.
 //!
 //! The server has no CAP_LINUX_IMMUTABLE: a guest whose kernel is taken over must not leave files
 //! that its host cannot remove.
@@ -7,8 +8,8 @@
 // UNSAFETY: rustix has no wrapper for the requests with `struct fsxattr`.
 #![expect(unsafe_code, reason = "ioctl(2)")]
 
-use rustix::fs::{IFlags, ioctl_getflags, ioctl_setflags};
-use rustix::io::Errno;
+use rustix::fs::{FileType, IFlags, ioctl_getflags, ioctl_setflags};
+use rustix::io::{Errno, ioctl_fionread};
 use rustix::ioctl::{Getter, Opcode, Setter, ioctl, opcode};
 
 use super::Share;
@@ -23,6 +24,8 @@ const GET_FLAGS: Opcode = opcode::read::<libc::c_long>(b'f', 1);
 const SET_FLAGS: Opcode = opcode::write::<libc::c_long>(b'f', 2);
 const GET_EXTENDED: Opcode = opcode::read::<Extended>(b'X', 31);
 const SET_EXTENDED: Opcode = opcode::write::<Extended>(b'X', 32);
+/// `FIONREAD`, whose result is an `int`.
+const FIFO_LENGTH: Opcode = 0x541b;
 
 impl Share {
     /// IOCTL: `struct fuse_ioctl_in` and `fuse_ioctl_out`, each with the data behind it.
@@ -53,6 +56,10 @@ impl Share {
                 let set = unsafe { Setter::<SET_EXTENDED, Extended>::new(flags) };
                 // SAFETY: the kernel checks every field.
                 unsafe { ioctl(&file, set) }?;
+            }
+            FIFO_LENGTH if file.kind == FileType::Fifo && out_size == 4 => {
+                let length = ioctl_fionread(&file)?;
+                reply.put_u32s([u32::try_from(length).unwrap_or(u32::MAX)]);
             }
             _ => return Err(Errno::NOTTY),
         }

@@ -11,7 +11,7 @@
 //! data is written before the guest's `write` returns. Lookups of names that do not exist are not
 //! cached.
 //!
-//! The guest opens devices, FIFOs and sockets itself; here they are only names.
+//! The guest opens devices, sockets and the FIFOs of its root itself; here they are only names.
 
 use std::ffi::CStr;
 use std::os::fd::{AsFd, OwnedFd};
@@ -22,6 +22,7 @@ use rustix::fs::{CWD, Mode, OFlags, Statx, openat};
 use rustix::io::Errno;
 
 use super::caller::Caller;
+use super::fifos::Fifos;
 use super::handles::Handles;
 use super::inodes::{Inode, Inodes, device};
 use super::places::Place;
@@ -33,6 +34,7 @@ use locks::Locks;
 mod attributes;
 mod data;
 mod directories;
+mod fifos;
 mod flags;
 pub(super) mod locks;
 mod names;
@@ -63,6 +65,7 @@ pub(super) struct Share {
     handles: Handles,
     locks: Locks,
     watches: Arc<Watches>,
+    fifos: Fifos,
     /// The guest mounts each mount of the share as a file system of its own.
     submounts: AtomicBool,
 }
@@ -74,9 +77,9 @@ impl Share {
         let inodes = Inodes::new(root, Arc::clone(&slots))?;
         let proc_self_fd = Arc::new(proc_self_fd);
         let watches = Watches::new(Arc::clone(&proc_self_fd));
-        let (handles, locks) = (Handles::default(), Locks::default());
+        let (handles, locks, fifos) = (Handles::default(), Locks::default(), Fifos::default());
         let submounts = AtomicBool::new(false);
-        Ok(Self { proc_self_fd, slots, inodes, handles, locks, watches, submounts })
+        Ok(Self { proc_self_fd, slots, inodes, handles, locks, watches, fifos, submounts })
     }
 
     /// The working directory that [`Share::handle`] needs its thread to have.
@@ -87,6 +90,11 @@ impl Share {
     /// Answers requests that wait for events, see [`Watches::run`].
     pub(super) fn run_watches(&self, send: impl Fn(&[u8])) -> Result<(), Errno> {
         self.watches.run(&self.inodes, send)
+    }
+
+    /// Answers requests that wait for FIFOs, see [`Fifos::run`].
+    pub(super) fn run_fifos(&self, send: impl Fn(&[u8])) -> Result<(), Errno> {
+        self.fifos.run(send)
     }
 
     /// The waiting locks.
@@ -109,10 +117,9 @@ impl Share {
             opcode::INTERRUPT => self.interrupt(&mut body),
             // The guest is about to leave.
             opcode::WATCH if request.node == 0 => Outcome::Ended(self.watches.stop()),
-            opcode::WATCH_EVENTS => match self.watches.wait(request.unique) {
-                Ok(()) => Outcome::Later,
-                Err(error) => Outcome::Done(Err(error)),
-            },
+            opcode::FIFO_POLL if request.node == 0 => Outcome::Ended(self.fifos.stop()),
+            opcode::WATCH_EVENTS => later(self.watches.wait(request.unique)),
+            opcode::FIFO_EVENTS => later(self.fifos.wait(request.unique)),
             _ => Outcome::Done(self.answer(request, &mut body, reply)),
         }
     }
@@ -164,6 +171,7 @@ impl Share {
             opcode::GETLK => self.get_lock(request, body, reply),
             opcode::SETLK => self.set_lock(request, body),
             opcode::IOCTL => self.control(request, body, reply),
+            opcode::FIFO_POLL => self.poll_fifo(request, body, reply),
             opcode::WATCH => self.watches.watch(&*self.inodes.get(request.node)?, body.u32()?),
             _ => Err(Errno::NOSYS),
         }
@@ -191,6 +199,7 @@ impl Share {
         self.locks.clear();
         // Whoever waited is gone.
         self.watches.stop();
+        self.fifos.stop();
         self.handles.clear();
         self.inodes.clear();
     }
@@ -254,6 +263,11 @@ impl Share {
     fn is_submount(&self, place: Place) -> bool {
         place.is_submount() && self.submounts.load(Ordering::Relaxed)
     }
+}
+
+/// A request that waits, unless it cannot.
+fn later(waits: Result<(), Errno>) -> Outcome {
+    waits.map_or_else(|error| Outcome::Done(Err(error)), |()| Outcome::Later)
 }
 
 /// The name of a descriptor in `/proc/self/fd`.

@@ -88,8 +88,8 @@ fn it_holds_no_other_descriptors() {
 fn it_serves_on_as_many_threads_as_asked() {
     let pod = Pod::new();
     let tasks = fs::read_dir(format!("/proc/{}/task", pod.server.child.id())).unwrap().count();
-    // The main thread, and those for locks and for watches.
-    assert_eq!(tasks, usize::from(THREADS) + 3);
+    // The main thread, and those for locks, watches and FIFOs.
+    assert_eq!(tasks, usize::from(THREADS) + 4);
 }
 
 #[test]

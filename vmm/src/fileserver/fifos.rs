@@ -46,12 +46,15 @@ pub(super) struct Question {
     /// What the guest calls its open file.
     file: u64,
     flags: u32,
-    events: u32,
+    events: PollFlags,
 }
 
 impl Question {
     pub(super) fn read(body: &mut Body<'_>) -> Result<Self, Errno> {
-        let (handle, file, flags, events) = (body.u64()?, body.u64()?, body.u32()?, body.u32()?);
+        let (handle, file, flags) = (body.u64()?, body.u64()?, body.u32()?);
+        // The kernel has 32 bits, of which poll(2) knows 16.
+        let [low, high, ..] = body.u32()?.to_le_bytes();
+        let events = PollFlags::from_bits_truncate(u16::from_le_bytes([low, high]));
         Ok(Self { handle, file, flags, events })
     }
 }
@@ -65,10 +68,7 @@ impl Fifos {
         if question.flags & NOTIFY != 0 {
             self.report(question.file, fifo)?;
         }
-        let events = PollFlags::from_bits_truncate(
-            u16::try_from(question.events & 0xffff).unwrap_or_default(),
-        );
-        Ok(u32::from(events_now(fifo, events)?.bits()))
+        Ok(u32::from(events_now(fifo, question.events)?.bits()))
     }
 
     /// Reports each change of an open FIFO until it is closed.

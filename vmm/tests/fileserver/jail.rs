@@ -88,7 +88,7 @@ fn it_holds_no_other_descriptors() {
 fn it_serves_on_as_many_threads_as_asked() {
     let pod = Pod::new();
     let tasks = fs::read_dir(format!("/proc/{}/task", pod.server.child.id())).unwrap().count();
-    // The main thread, and those for locks, for watches and for FIFOs.
+    // The main thread, and those for locks, watches and FIFOs.
     assert_eq!(tasks, usize::from(THREADS) + 4);
 }
 

@@ -42,6 +42,7 @@ use crate::notify;
 use crate::process::{Exit, Reaper, Waiter, send_signal};
 use crate::report::{self, Line};
 use crate::share::{self, Share};
+use crate::shared_sockets::SharedSockets;
 use crate::socket_path::SocketPath;
 use crate::spec::{self, Prepared, SpecError};
 use crate::staged::Staged;
@@ -107,6 +108,7 @@ pub(crate) struct Containers {
     share: Share,
     /// Bounds the connections to sockets of the host.
     connections: Arc<Semaphore>,
+    shared_sockets: SharedSockets,
 }
 
 #[derive(Clone, Debug)]
@@ -143,9 +145,13 @@ struct Made {
 
 impl Containers {
     /// No containers.
-    pub(crate) fn new(reaper: Reaper, meeting: Meeting<VsockStream>, share: Share) -> Self {
+    pub(crate) fn new(
+        reaper: Reaper,
+        (meeting, shared_sockets): (Meeting<VsockStream>, SharedSockets),
+        share: Share,
+    ) -> Self {
         let connections = Arc::new(Semaphore::new(CONNECTIONS_MAX));
-        Self { table: Arc::default(), reaper, meeting, share, connections }
+        Self { table: Arc::default(), reaper, meeting, share, connections, shared_sockets }
     }
 
     /// Creates a container and returns its init's pid. Runs to its end even if nobody waits for it.
@@ -294,6 +300,7 @@ impl Containers {
         }
         remove(id).await.map_err(failed("remove the container"))?;
         container.settle().await;
+        self.shared_sockets.settle().await;
         self.table().remove(id);
         // Other containers may live on, so this one's data and files are given back to the host
         // now.
@@ -315,6 +322,7 @@ impl Containers {
         for container in ended {
             container.settle().await;
         }
+        self.shared_sockets.settle().await;
     }
 
     /// Reserves the id for a container that is about to be created.
@@ -711,7 +719,7 @@ mod tests {
 
     #[tokio::test]
     async fn calls_on_a_container_that_is_not_there_name_it() {
-        let containers = Containers::new(Reaper::default(), Meeting::default(), Share::default());
+        let containers = Containers::new(Reaper::default(), Default::default(), Share::default());
         let error = containers.kill("nobody", 9, false).unwrap_err();
         assert_eq!(error.to_string(), "container nobody does not exist");
         assert!(containers.wait("nobody").await.is_err());
@@ -719,7 +727,7 @@ mod tests {
 
     #[tokio::test]
     async fn an_id_is_taken_while_its_container_is_created() {
-        let containers = Containers::new(Reaper::default(), Meeting::default(), Share::default());
+        let containers = Containers::new(Reaper::default(), Default::default(), Share::default());
         containers.reserve("one").unwrap();
         assert!(matches!(containers.reserve("one"), Err(ContainerError::Exists(_))));
         let error = containers.start("one").await.unwrap_err();

@@ -7,7 +7,6 @@
 
 mod datagrams;
 mod fifo;
-mod peer;
 
 use std::collections::HashMap;
 use std::fs::{self, File, Permissions};
@@ -22,8 +21,8 @@ use std::time::Duration;
 
 use bulkhead_protocol::agent::host_socket::Kind;
 use bulkhead_protocol::agent::{ConnectionWanted, HostSocket};
-use bulkhead_protocol::{HOST_SOCKETS_DIR, StreamHeader};
-use bulkhead_relay::{Content, FRAME_MAX, relay, write_frame};
+use bulkhead_protocol::{HOST_SOCKET_GROUPS_MAX, HOST_SOCKETS_DIR, StreamHeader};
+use bulkhead_relay::{Content, FRAME_MAX, Peer, relay, write_frame};
 use prost::Message as _;
 use rustix::fs::{CWD, FileType, Mode, mknodat};
 use rustix::net::sockopt::{set_socket_passcred, set_socket_send_buffer_size_force};
@@ -40,7 +39,6 @@ use tokio_vsock::VsockStream;
 
 use crate::io::{Meeting, StreamKind};
 use crate::socket_path::SocketPath;
-use peer::Peer;
 
 /// Connections that may wait to be accepted.
 const BACKLOG: i32 = 128;
@@ -222,7 +220,7 @@ async fn accept(listener: UnixListener, socket: u32, content: Content, host: Hos
         let accepted = listener.accept().await.and_then(|(connection, _)| {
             // So that a packet is never too long for the buffer.
             let _ = set_socket_send_buffer_size_force(&connection, 2 * FRAME_MAX);
-            let peer = Peer::of(&connection)?;
+            let peer = Peer::of(&connection, HOST_SOCKET_GROUPS_MAX)?;
             Ok((connection, peer))
         });
         match accepted {

@@ -21,6 +21,7 @@ use crate::container::Containers;
 use crate::io::Meeting;
 use crate::process::Reaper;
 use crate::share::Share;
+use crate::shared_sockets::SharedSockets;
 use crate::{cgroup, fault, io as streams, logging, rpc};
 
 /// The guest could not be prepared or can no longer be served.
@@ -241,12 +242,14 @@ fn serve() -> Result<(), InitError> {
                 tracing::warn!(%error, "cannot mount the share");
             }
         });
-        let containers = Containers::new(reaper.clone(), meeting.clone(), share.clone());
+        let sockets = SharedSockets::serve(meeting.clone());
+        let waits = (meeting.clone(), sockets.clone());
+        let containers = Containers::new(reaper.clone(), waits, share.clone());
         let host = host_address();
         tokio::select! {
             ended = reaper.run() => ended.map_err(InitError::Reaper),
             ended = streams::serve(streams, meeting, host) => ended.map_err(InitError::Streams),
-            ended = rpc::serve(calls, host, containers, share) => ended.map_err(InitError::Calls),
+            ended = rpc::serve(calls, host, containers, (share, sockets)) => ended.map_err(InitError::Calls),
         }
     })
 }

@@ -41,6 +41,7 @@ mod report;
 mod rpc;
 mod seccomp;
 mod share;
+mod shared_sockets;
 mod socket_path;
 mod spec;
 mod staged;

@@ -8,13 +8,13 @@ use std::time::UNIX_EPOCH;
 
 use bulkhead_protocol::agent::agent_server::{Agent, AgentServer};
 use bulkhead_protocol::agent::{
-    ClockReply, ClockRequest, ConfigureReply, ConfigureRequest, CreateReply, CreateRequest,
-    DeleteReply, DeleteRequest, ExecReply, ExecRequest, HelloReply, HelloRequest, KillReply,
-    KillRequest, MemorySize, MemoryWanted, NameQuery, NamesRequest, PauseReply, PauseRequest,
-    ProcessesReply, ProcessesRequest, ReleaseReply, ReleaseRequest, RescanReply, RescanRequest,
-    ResizeReply, ResizeRequest, ResumeReply, ResumeRequest, StartProcessorsReply,
-    StartProcessorsRequest, StartReply, StartRequest, SyncReply, SyncRequest, UpdateReply,
-    UpdateRequest, WaitReply, WaitRequest,
+    ClockReply, ClockRequest, ConfigureReply, ConfigureRequest, ConnectReply, ConnectRequest,
+    CreateReply, CreateRequest, DeleteReply, DeleteRequest, ExecReply, ExecRequest, HelloReply,
+    HelloRequest, KillReply, KillRequest, MemorySize, MemoryWanted, NameQuery, NamesRequest,
+    PauseReply, PauseRequest, ProcessesReply, ProcessesRequest, ReleaseReply, ReleaseRequest,
+    RescanReply, RescanRequest, ResizeReply, ResizeRequest, ResumeReply, ResumeRequest,
+    StartProcessorsReply, StartProcessorsRequest, StartReply, StartRequest, SyncReply, SyncRequest,
+    UpdateReply, UpdateRequest, WaitReply, WaitRequest,
 };
 use bulkhead_protocol::{MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES, VERSION};
 use rustix::system::uname;
@@ -32,6 +32,7 @@ use crate::memory::Watch;
 use crate::names::Names;
 use crate::network::Network;
 use crate::share::Share;
+use crate::shared_sockets::SharedSockets;
 use crate::sysctl::Setting;
 use crate::{clock, hotplug, logging, memory, timekeeping};
 
@@ -44,6 +45,7 @@ const QUERIES: usize = 64;
 struct Calls {
     containers: Containers,
     share: Share,
+    sockets: SharedSockets,
     network: Arc<Mutex<Network>>,
     /// Set once the host has asked for it.
     names: Mutex<Option<Names>>,
@@ -61,13 +63,14 @@ pub(crate) async fn serve(
     listener: VsockListener,
     host: u32,
     containers: Containers,
-    share: Share,
+    (share, sockets): (Share, SharedSockets),
 ) -> Result<(), tonic::transport::Error> {
     let clock = Arc::new(Notify::new());
     tokio::spawn(timekeeping::keep(clock.clone()));
     let service = AgentServer::new(Calls {
         containers,
         share,
+        sockets,
         network: Arc::default(),
         names: Mutex::default(),
         memory: Arc::default(),
@@ -284,6 +287,15 @@ impl Agent for Calls {
         let serving = Names::serve(&first.servers, answers, queries).await;
         *names = Some(serving.map_err(internal("cannot answer for name servers"))?);
         Ok(Response::new(ReceiverStream::new(asked)))
+    }
+
+    async fn connect_socket(
+        &self,
+        request: Request<ConnectRequest>,
+    ) -> Result<Response<ConnectReply>, Status> {
+        let connected = self.sockets.connect(request.into_inner()).await;
+        connected.map_err(|error| Status::failed_precondition(logging::chain(&error)))?;
+        Ok(Response::new(ConnectReply {}))
     }
 
     async fn start_processors(

@@ -16,7 +16,7 @@ pub mod agent {
 }
 
 /// The version of this contract; both sides must name the same.
-pub const VERSION: u32 = 11;
+pub const VERSION: u32 = 12;
 /// The vsock port on which the agent serves its calls.
 pub const AGENT_PORT: u32 = 1024;
 /// The vsock port on which the agent accepts streams of processes.
@@ -38,6 +38,9 @@ pub const NOTIFY_SOCKET: &str = "notify.sock";
 pub const NOTIFY_BYTES_MAX: usize = 4096;
 /// Where the agent makes sockets that stand for those of the host, in a directory for each container.
 pub const HOST_SOCKETS_DIR: &str = "/run/bulkhead/sockets";
+/// Where the agent listens for connections to sockets in shared directories that nobody inside has
+/// bound.
+pub const SHARED_SOCKETS_DIR: &str = "/run/bulkhead/shared-sockets";
 /// The most supplementary groups of a process that connects to one that the host is told of.
 pub const HOST_SOCKET_GROUPS_MAX: usize = 256;
 /// The most bytes of a `ConnectionWanted`.

@@ -2,7 +2,7 @@
 
 use std::future::pending;
 use std::io;
-use std::os::fd::AsFd as _;
+use std::os::fd::AsFd;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -39,7 +39,8 @@ fn empty(socket: &UnixStream) {
 }
 
 /// Whether the other side of a Unix socket is closed as a whole.
-pub(crate) fn is_hung_up(socket: &UnixStream) -> bool {
+#[must_use]
+pub fn is_hung_up(socket: &impl AsFd) -> bool {
     let now = Timespec { tv_sec: 0, tv_nsec: 0 };
     let mut watched = [PollFd::new(socket, PollFlags::empty())];
     poll(&mut watched, Some(&now)).is_ok() && watched[0].revents().contains(PollFlags::HUP)

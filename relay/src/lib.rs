@@ -11,6 +11,8 @@
 mod ends;
 mod fifo;
 mod frames;
+mod peer;
+mod user;
 
 use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
@@ -22,8 +24,11 @@ use rustix::net::{
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 
+pub use ends::is_hung_up;
 pub use fifo::{Drained, FIFO_CHUNK, drain_fifo, feed_fifo};
 pub use frames::{FRAME_MAX, read_frame, write_all, write_frame};
+pub use peer::Peer;
+pub use user::User;
 
 /// The most bytes that one step of a copy moves. Each direction of a relay keeps so many.
 const CHUNK: usize = 16 << 10;
@@ -50,7 +55,7 @@ pub async fn relay(
 ) {
     let outward = async {
         let copied = copy_out(content, &socket, &stream).await;
-        ends::pass_on(copied, &socket, &stream, ends::is_hung_up(&socket))
+        ends::pass_on(copied, &socket, &stream, is_hung_up(&socket))
     };
     let inward = async {
         let copied = copy_in(content, &stream, (&socket, sender)).await;

@@ -54,7 +54,7 @@ async fn a_side_that_is_closed_closes_the_other() {
         stays.read_to_string(&mut said).await.unwrap();
         assert_eq!(said, "last words");
         let closed = async {
-            while !ends::is_hung_up(&stays) {
+            while !is_hung_up(&stays) {
                 sleep(Duration::from_millis(1)).await;
             }
         };

@@ -26,7 +26,7 @@ use tempfile::TempDir;
 use crate::mounts::mapped;
 
 /// What each program of Python begins with.
-const IMPORTS: &str = r#"
+pub(crate) const IMPORTS: &str = r#"
 import errno,os,socket,sys,threading,time
 def connected(path, kind=socket.SOCK_STREAM):
     end = socket.socket(socket.AF_UNIX, kind)
@@ -88,16 +88,16 @@ impl Container {
     }
 }
 
-fn both() -> [Runtime; 2] {
+pub(crate) fn both() -> [Runtime; 2] {
     [Runtime::runc().unwrap(), Runtime::new().unwrap()]
 }
 
-fn open_to_all(path: &Path) {
+pub(crate) fn open_to_all(path: &Path) {
     fs::set_permissions(path, Permissions::from_mode(0o777)).unwrap();
 }
 
 /// A server that tells each client who it is, and sends back what it gets, until its end.
-fn echo(path: &Path) {
+pub(crate) fn echo(path: &Path) {
     let listener = UnixListener::bind(path).unwrap();
     open_to_all(path);
     thread::spawn(move || {
@@ -123,7 +123,7 @@ fn serve(mut client: UnixStream) {
 }
 
 /// A server of packets: it answers each with its length.
-fn measure(path: &Path) {
+pub(crate) fn measure(path: &Path) {
     let listener = socket(AddressFamily::UNIX, SocketType::SEQPACKET, None).unwrap();
     bind(&listener, &SocketAddrUnix::new(path).unwrap()).unwrap();
     listen(&listener, 8).unwrap();
@@ -138,7 +138,7 @@ fn measure(path: &Path) {
 }
 
 /// A server that tells each client whom its bytes are from.
-fn name(path: &Path) {
+pub(crate) fn name(path: &Path) {
     let listener = UnixListener::bind(path).unwrap();
     open_to_all(path);
     set_socket_passcred(&listener, true).unwrap();

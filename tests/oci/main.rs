@@ -92,6 +92,8 @@ mod shared_fifos;
 #[cfg(test)]
 mod shared_files;
 #[cfg(test)]
+mod shared_sockets;
+#[cfg(test)]
 mod sizes;
 #[cfg(test)]
 mod storage;

@@ -9,7 +9,7 @@ use oci_spec::runtime::{LinuxNamespaceType, Spec};
 
 use super::{Bundle, HostSize, MachineSize, namespaces, size};
 use crate::network::namespace::Network;
-use crate::policy::{NetworkPolicy, Policy};
+use crate::policy::{HostSocketRule, NetworkPolicy, Policy};
 
 /// The properties of a pod.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,6 +27,8 @@ pub struct PodPlan {
     pub boot_timeout: Duration,
     /// How frames of the network move.
     pub frames: NetworkPolicy,
+    /// Whether sockets in shared directories have another end.
+    pub sockets: bool,
     /// How many pairs of queues each network interface has.
     pub queue_pairs: u8,
     /// The network namespace of the host whose interfaces the machine gets.
@@ -48,6 +50,7 @@ impl PodPlan {
             sysctls: sysctls(&bundle.spec),
             boot_timeout: policy.guest.boot_timeout,
             frames: policy.network,
+            sockets: policy.sockets.host == HostSocketRule::Allow,
             // Each pair takes a megabyte of the guest. A container without a quota may never need
             // more than one.
             queue_pairs: size::processors(&resources).map_or(1, |_| size.vcpus),

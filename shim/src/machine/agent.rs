@@ -12,9 +12,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bulkhead_protocol::agent::agent_client::AgentClient;
 use bulkhead_protocol::agent::{
-    ClockRequest, ConfigureRequest, CreateRequest, DeleteRequest, ExecRequest, HelloRequest,
-    KillRequest, MemorySize, MemoryWanted, NameQuery, NamesRequest, PauseRequest, ProcessInfo,
-    ProcessesRequest, ReleaseRequest, RescanRequest, ResizeRequest, ResumeRequest,
+    ClockRequest, ConfigureRequest, ConnectRequest, CreateRequest, DeleteRequest, ExecRequest,
+    HelloRequest, KillRequest, MemorySize, MemoryWanted, NameQuery, NamesRequest, PauseRequest,
+    ProcessInfo, ProcessesRequest, ReleaseRequest, RescanRequest, ResizeRequest, ResumeRequest,
     StartProcessorsRequest, StartRequest, SyncRequest, UpdateRequest, WaitReply, WaitRequest,
 };
 use bulkhead_protocol::{MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES, VERSION};
@@ -317,6 +317,15 @@ impl Agent {
         let requests = tokio_stream::once(first).chain(ReceiverStream::new(answers));
         let mut client = self.client.clone();
         within(SHORT, "Names", client.names(requests)).await
+    }
+
+    /// Connects a stream to a socket that a process of the guest has bound.
+    ///
+    /// # Errors
+    /// When nobody listens, or the server does not accept in time.
+    pub async fn connect_socket(&self, request: ConnectRequest) -> Result<(), AgentError> {
+        let mut client = self.client.clone();
+        within(CREATE, "Connect", client.connect_socket(request)).await.map(drop)
     }
 
     /// Has the guest take over the host's time.

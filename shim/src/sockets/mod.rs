@@ -9,10 +9,11 @@
 mod datagrams;
 mod fifo;
 mod node;
+mod shared;
 mod user;
 
 use std::io;
-use std::os::fd::OwnedFd;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream as StdStream;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -30,6 +31,7 @@ use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::timeout;
 
 pub use self::node::{Node, NodeError};
+pub use self::shared::{Population, serve as serve_shared};
 pub use self::user::Users;
 use crate::supervisor::pod::{Pod, PodError};
 
@@ -111,10 +113,8 @@ impl Connections {
     /// Waits until what was sent through them has been read, for a bounded time. To be called when
     /// the container is gone from its pod.
     pub async fn settle(mut self) {
-        if let Some(task) = self.0.as_mut()
-            && timeout(SETTLED, task).await.is_err()
-        {
-            tracing::warn!("a server of the host has not read all that a container has sent to it");
+        if let Some(task) = self.0.take() {
+            settle(task).await;
         }
     }
 }
@@ -211,6 +211,14 @@ impl Service {
     }
 }
 
+/// Waits for a bounded time until a task that relays has ended, then ends it.
+pub async fn settle(mut task: JoinHandle<()>) {
+    if timeout(SETTLED, &mut task).await.is_err() {
+        tracing::warn!("a server of the host has not read all that a container has sent to it");
+        task.abort();
+    }
+}
+
 /// A connected socket for this program's runtime.
 fn in_tokio(socket: StdStream) -> io::Result<UnixStream> {
     socket.set_nonblocking(true)?;
@@ -218,6 +226,6 @@ fn in_tokio(socket: StdStream) -> io::Result<UnixStream> {
 }
 
 /// Lets a socket take a packet of any length that is relayed. Fails only without the right to.
-fn widen(socket: &OwnedFd) {
+fn widen(socket: impl AsFd) {
     let _ = set_socket_send_buffer_size_force(socket, 2 * FRAME_MAX);
 }

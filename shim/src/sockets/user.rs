@@ -4,17 +4,10 @@
 
 use std::io;
 use std::ops::Range;
-use std::thread;
 
 use bulkhead_protocol::HOST_SOCKET_GROUPS_MAX;
+pub(super) use bulkhead_relay::User;
 use oci_spec::runtime::{LinuxIdMapping, Spec};
-use rustix::net::UCred;
-use rustix::process::{Gid, Uid, getpid};
-use rustix::thread::{set_thread_groups, set_thread_res_gid, set_thread_res_uid};
-use tokio::sync::oneshot;
-
-/// The stack of a thread that makes one system call.
-const STACK: usize = 128 << 10;
 
 /// The users and groups of the host that a container has.
 #[derive(Clone, Debug, Default)]
@@ -23,14 +16,6 @@ pub struct Users {
     uids: Option<Vec<Range<u64>>>,
     gids: Option<Vec<Range<u64>>>,
     root: User,
-}
-
-/// A user of the host.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(super) struct User {
-    pub(super) uid: u32,
-    pub(super) gid: u32,
-    groups: Vec<u32>,
 }
 
 impl Users {
@@ -64,40 +49,6 @@ impl Users {
     /// The container's root.
     pub(super) fn root(&self) -> User {
         self.root.clone()
-    }
-}
-
-impl User {
-    /// What a server is to see of a sender. Root may name any user, but no other process.
-    pub(super) fn credentials(&self) -> UCred {
-        let (uid, gid) = (Uid::from_raw(self.uid), Gid::from_raw(self.gid));
-        UCred { pid: getpid(), uid, gid }
-    }
-
-    /// Does something as this user, in a thread of its own: the kernel has an identity for each
-    /// thread.
-    pub(super) async fn run<T: Send + 'static>(
-        self,
-        work: impl FnOnce() -> io::Result<T> + Send + 'static,
-    ) -> io::Result<T> {
-        let (tell, done) = oneshot::channel();
-        let as_user = move || {
-            // Nobody waits for the result if the connection was given up.
-            let _ = tell.send(self.become_it().and_then(|()| work()));
-        };
-        thread::Builder::new().name("connect".into()).stack_size(STACK).spawn(as_user)?;
-        done.await.map_err(|_| io::Error::other("a thread of the supervisor failed"))?
-    }
-
-    /// Gives the calling thread this identity, and with it no capabilities unless it is root. It is
-    /// the effective one only, which the kernel and servers look at: by the real one, other processes
-    /// of the user could send signals to this one.
-    fn become_it(&self) -> io::Result<()> {
-        let groups: Vec<_> = self.groups.iter().map(|group| Gid::from_raw(*group)).collect();
-        let (uid, gid) = (Uid::from_raw(self.uid), Gid::from_raw(self.gid));
-        set_thread_groups(&groups)?;
-        set_thread_res_gid(None, gid, None)?;
-        Ok(set_thread_res_uid(None, uid, None)?)
     }
 }
 

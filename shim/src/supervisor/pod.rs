@@ -25,7 +25,7 @@ use rustix::fs::OFlags;
 use rustix::net::sockopt::{set_socket_recv_buffer_size_force, set_socket_send_buffer_size_force};
 use thiserror::Error;
 use tokio::sync::{Semaphore, watch};
-use tokio::task::AbortHandle;
+use tokio::task::{AbortHandle, JoinHandle};
 use tokio::time::{sleep, timeout};
 
 use self::boot::boot;
@@ -129,6 +129,9 @@ pub struct Pod {
     names: tokio::sync::Mutex<NameService>,
     /// Bounds the connections of its containers to sockets of the host.
     pub(crate) connections: Arc<Semaphore>,
+    /// As which users its guest may connect to sockets in shared directories.
+    pub(crate) population: sockets::Population,
+    shared_sockets: OnceLock<JoinHandle<()>>,
     condemned: watch::Sender<bool>,
 }
 
@@ -169,7 +172,8 @@ impl Pod {
             let phase = Phase::begin("file server and share");
             let log = log(home, "fileserver.log")?;
             let launch = Launch { program: &assets.file_server, pod, log };
-            let server = FileServer::start(launch, other.as_fd(), assets.modules, server).await?;
+            let jail = (server, plan.sockets);
+            let server = FileServer::start(launch, other.as_fd(), assets.modules, jail).await?;
             phase.end();
             Ok::<_, PodError>(server)
         };
@@ -189,6 +193,8 @@ impl Pod {
             _timekeeper: timekeeper,
             names: tokio::sync::Mutex::default(),
             connections: sockets::room(),
+            population: sockets::Population::default(),
+            shared_sockets: OnceLock::new(),
             condemned: watch::channel(false).0,
         })
     }
@@ -228,8 +234,18 @@ impl Pod {
         Ok(lent)
     }
 
+    /// Gives sockets in shared directories their other ends, from now on until the pod ends.
+    pub fn serve_sockets(self: &Arc<Self>) {
+        if let Some(reports) = self.file_server.take_reports() {
+            let serving = sockets::serve_shared(Arc::downgrade(self), reports);
+            // This is the only call: the reports can be taken once.
+            let _ = self.shared_sockets.set(tokio::spawn(serving));
+        }
+    }
+
     /// Removes a container from a pod that continues without it.
     pub async fn dismiss(&self, id: &ContainerId, dir: ShareDir) {
+        self.population.leave(id);
         let removed = async {
             let deadline = Instant::now() + DISMISSAL;
             // Deleting fails while the container is being created or has running processes, so kill
@@ -353,6 +369,9 @@ impl Pod {
         self.machine.stop().await;
         drop(self.file_server);
         phase.end();
+        if let Some(serving) = self.shared_sockets.into_inner() {
+            sockets::settle(serving).await;
+        }
     }
 }
 

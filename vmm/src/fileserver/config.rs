@@ -2,7 +2,9 @@
 //!
 //! The supervisor sends it as JSON in the first message on the control socket, with exactly two
 //! descriptors beside it: [`SHARE_ROOT`] and [`RELAY`]. The file server answers with one
-//! [`FsAnswer`] and never speaks again; it exits when the control socket reaches end of file.
+//! [`FsAnswer`]. From then on it reports what the guest's sockets need ([`FsReport`]), and the
+//! supervisor answers some of it ([`FsVerdict`]). It exits when the control socket reaches end of
+//! file.
 
 use serde::{Deserialize, Serialize};
 
@@ -10,7 +12,7 @@ use super::wire::Class;
 use crate::config::{ConfigError, JailConfig};
 
 /// The version of this shape; the file server refuses any other.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// The fewest threads that serve requests: one more than the monitor lets be busy with slow
 /// requests.
 pub const THREADS_MIN: u8 = Class::Read.at_once() + 1;
@@ -34,6 +36,8 @@ pub struct FsConfig {
     pub jail: JailConfig,
     /// Threads that serve requests, [`THREADS_MIN`] to [`THREADS_MAX`].
     pub threads: u8,
+    /// Sockets in shared directories lead to those of the host, and the other way round.
+    pub sockets: bool,
 }
 
 /// The file server's answer to its configuration.
@@ -44,6 +48,69 @@ pub enum FsAnswer {
     Ready(bool),
     /// Why it exits instead.
     Error(String),
+}
+
+/// What the guest's sockets need of the supervisor. One descriptor comes with each.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FsReport {
+    /// A process of the guest connects to the socket that the descriptor refers to (`O_PATH`). The
+    /// supervisor answers with an [`FsVerdict`].
+    Connect(ConnectWanted),
+    /// A process of the guest listens, and the descriptor is the host's socket that does so for it.
+    /// It is shut down when the guest's is closed.
+    Listen(Listening),
+}
+
+/// A connection that a process of the guest makes.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ConnectWanted {
+    /// Names the request in the verdict.
+    pub request: u64,
+    /// Names the connection to the guest's agent.
+    pub token: [u8; 16],
+    /// The type of the process's socket.
+    pub kind: SocketKind,
+    /// The process's user and group, as the guest numbers them.
+    pub uid: u32,
+    /// See `uid`.
+    pub gid: u32,
+    /// Its supplementary groups, at most [`GROUPS_MAX`].
+    pub groups: Vec<u32>,
+}
+
+/// A socket of the guest that listens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Listening {
+    /// Names the socket to the guest.
+    pub node: u64,
+    /// Its type.
+    pub kind: SocketKind,
+}
+
+/// The types of sockets that are connected.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum SocketKind {
+    /// A stream of bytes.
+    Stream,
+    /// A stream of packets.
+    Seqpacket,
+}
+
+/// The most supplementary groups of a [`ConnectWanted`].
+pub const GROUPS_MAX: usize = 256;
+
+/// What came of a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FsVerdict {
+    /// As in [`ConnectWanted`].
+    pub request: u64,
+    /// Linux's number of the error; 0 if it is connected.
+    pub error: i32,
 }
 
 impl FsConfig {
@@ -84,7 +151,7 @@ impl FsConfig {
 mod tests {
     use super::*;
 
-    const GOOD: &str = r#"{"version":1,"jail":{"uid":1000,"gid":1001},"threads":6}"#;
+    const GOOD: &str = r#"{"version":2,"jail":{"uid":1000,"gid":1001},"threads":6,"sockets":true}"#;
 
     #[test]
     fn a_complete_configuration_is_read() {
@@ -95,7 +162,7 @@ mod tests {
     #[test]
     fn errors_name_the_field() {
         for (from, to, field) in [
-            ("\"version\":1", "\"version\":2", "version"),
+            ("\"version\":2", "\"version\":1", "version"),
             ("\"uid\":1000", "\"uid\":0", "jail.uid"),
             ("\"gid\":1001", "\"gid\":4294967295", "jail.gid"),
             ("\"threads\":6", "\"threads\":5", "threads"),

@@ -20,10 +20,11 @@ use thiserror::Error;
 use crate::config::ConfigError;
 use crate::jail::{JailError, descriptors};
 use crate::{logging, seqpacket};
-use config::{FsAnswer, FsConfig};
+use config::{FsAnswer, FsConfig, FsVerdict};
 use serve::Service;
 use share::Share;
 use slots::Slots;
+use sockets::Sockets;
 
 mod caller;
 pub mod config;
@@ -35,6 +36,7 @@ mod places;
 mod serve;
 mod share;
 mod slots;
+mod sockets;
 mod watches;
 pub(crate) mod wire;
 
@@ -66,6 +68,7 @@ enum StartError {
 pub fn main() -> ExitCode {
     logging::start();
     let Some(control) = descriptors::inherited_control() else { return ExitCode::FAILURE };
+    let control = Arc::new(control);
     match run(&control) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -77,7 +80,7 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn run(control: &OwnedFd) -> Result<(), StartError> {
+fn run(control: &Arc<OwnedFd>) -> Result<(), StartError> {
     let Some(message) = seqpacket::receive(control).map_err(StartError::Control)? else {
         return Ok(());
     };
@@ -88,20 +91,26 @@ fn run(control: &OwnedFd) -> Result<(), StartError> {
     let kept = [control.as_fd(), relay.as_fd()];
     let (proc_self_fd, limit) = jail::enter(config.jail, share, &kept)?;
     let slots = Slots::new(limit, config.threads);
-    let share = Share::new(proc_self_fd, slots).map_err(StartError::Share)?;
+    let sockets = Sockets::new(config.sockets.then(|| Arc::clone(control)));
+    let share = Share::new(proc_self_fd, slots, sockets).map_err(StartError::Share)?;
     let service = Arc::new(Service::new(share, relay));
     for number in 0..config.threads {
         let service = Arc::clone(&service);
         start_thread(format!("serve-{number}"), move || service.run())?;
     }
     let (watching, waiting) = (Arc::clone(&service), Arc::clone(&service));
+    let connecting = Arc::clone(&service);
     start_thread("locks".into(), move || service.run_locks())?;
     start_thread("watches".into(), move || watching.run_watches())?;
     start_thread("fifos".into(), move || waiting.run_fifos())?;
     jail::seal()?;
     answer(control, &FsAnswer::Ready(true)).map_err(StartError::Control)?;
-    // Further messages are ignored; only the end of the socket matters.
-    while seqpacket::receive(control).map_err(StartError::Control)?.is_some() {}
+    while let Some(message) = seqpacket::receive(control).map_err(StartError::Control)? {
+        match serde_json::from_slice::<FsVerdict>(&message.bytes) {
+            Ok(verdict) => connecting.conclude(verdict),
+            Err(error) => log::warn!("not a verdict: {error}"),
+        }
+    }
     Ok(())
 }
 

@@ -8,8 +8,9 @@ use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 
 use super::caller;
+use super::config::FsVerdict;
 use super::share::{Outcome, Share};
-use super::wire::{self, Reply, ReplyHeader, Request};
+use super::wire::{self, OUT_HEADER, Reply, ReplyHeader, Request};
 use crate::devices::rate_limit::guest_warn;
 
 /// How long to wait before sending again after the kernel had no memory: a packet needs much of it
@@ -82,6 +83,19 @@ impl Service {
         if let Err(error) = self.share.run_fifos(|reply| self.send(reply)) {
             log::error!("cannot wait for FIFOs: {error}");
         }
+    }
+
+    /// Answers a process that connects to a socket.
+    pub(super) fn conclude(&self, verdict: FsVerdict) {
+        let mut buffer = [0; OUT_HEADER + 8];
+        let mut reply = Reply::new(&mut buffer);
+        // No socket of the guest's own.
+        reply.put_u64s([0]);
+        let result = match verdict.error {
+            0 => Ok(()),
+            error => Err(Errno::from_raw_os_error(error)),
+        };
+        self.send(reply.message(verdict.request, result));
     }
 
     fn answer(&self, packet: &[u8], mut reply: Reply<'_>) {

@@ -70,6 +70,10 @@ pub(crate) mod opcode {
     /// Our own: see [`crate::fileserver`]'s FIFOs.
     pub(crate) const FIFO_POLL: u32 = 2064;
     pub(crate) const FIFO_EVENTS: u32 = 2065;
+    /// Our own: see [`crate::fileserver`]'s sockets.
+    pub(crate) const SOCKET_CONNECT: u32 = 2050;
+    pub(crate) const SOCKET_LISTEN: u32 = 2051;
+    pub(crate) const SOCKET_RELEASE: u32 = 2052;
 }
 
 /// How long the host may take for a request: the slowest first.

@@ -126,7 +126,7 @@ impl Server {
         descriptors: Option<u64>,
     ) -> Self {
         let server = Self::spawn(descriptors);
-        let config = FsConfig { version: VERSION, jail: JAIL, threads: THREADS };
+        let config = FsConfig { version: VERSION, jail: JAIL, threads: THREADS, sockets: false };
         let answer = server.configure(&serde_json::to_vec(&config).unwrap(), &[share, relay]);
         assert_eq!(answer, FsAnswer::Ready(true));
         server

@@ -108,6 +108,7 @@ impl Container {
                 Source::New(origin) => {
                     let pod = Arc::new(Pod::start(&self.home, pod_plan, origin).await?);
                     self.sandbox.is_up(&pod)?;
+                    pod.serve_sockets();
                     pod.provide_memory().await?;
                     Ok(pod)
                 }
@@ -265,6 +266,7 @@ impl Container {
             true => notify::open(pod, &self.home).await?,
             false => Vec::new(),
         };
+        pod.population.admit(self.home.id(), plan.users.clone());
         let host_sockets = find_host_sockets(plan).await?;
         let sockets = host_sockets.describe();
         let (connections, served) = host_sockets.serve(pod).await?;

@@ -25,6 +25,7 @@ fn a_pod_lives_and_ends_without_a_container() {
         sysctls: [("net.core.somaxconn".to_owned(), "4097".to_owned())].into(),
         boot_timeout: policy.guest.boot_timeout,
         frames: policy.network,
+        sockets: true,
         queue_pairs: 1,
         network: Network::New,
         resolv_conf: None,

@@ -11,7 +11,8 @@
 //! data is written before the guest's `write` returns. Lookups of names that do not exist are not
 //! cached.
 //!
-//! The guest opens devices, sockets and the FIFOs of its root itself; here they are only names.
+//! The guest opens devices, sockets and the FIFOs of its root itself; here they are only names. A
+//! socket that it binds in a directory of the host is bound here as well ([`Sockets`]).
 
 use std::ffi::CStr;
 use std::os::fd::{AsFd, OwnedFd};
@@ -27,6 +28,7 @@ use super::handles::Handles;
 use super::inodes::{Inode, Inodes, device};
 use super::places::Place;
 use super::slots::{Slot, Slots};
+use super::sockets::Sockets;
 use super::watches::Watches;
 use super::wire::{Body, DATA_MAX, Reply, Request, opcode};
 use locks::Locks;
@@ -38,6 +40,7 @@ mod fifos;
 mod flags;
 pub(super) mod locks;
 mod names;
+mod sockets;
 mod xattr;
 
 /// The result of a request.
@@ -47,7 +50,7 @@ pub(super) enum Outcome {
     Done(Result<(), Errno>),
     /// Never answered.
     Silent,
-    /// Answered later: when a lock is free, or something has happened.
+    /// Answered later: when a lock is free, something has happened, or a socket is connected.
     Later,
     /// This other request is to be answered as interrupted.
     Interrupted(u64),
@@ -66,20 +69,25 @@ pub(super) struct Share {
     locks: Locks,
     watches: Arc<Watches>,
     fifos: Fifos,
+    sockets: Sockets,
     /// The guest mounts each mount of the share as a file system of its own.
     submounts: AtomicBool,
 }
 
 impl Share {
     /// Serves the root directory of the process.
-    pub(super) fn new(proc_self_fd: OwnedFd, slots: Arc<Slots>) -> Result<Self, Errno> {
+    pub(super) fn new(
+        proc_self_fd: OwnedFd,
+        slots: Arc<Slots>,
+        sockets: Sockets,
+    ) -> Result<Self, Errno> {
         let root = openat(CWD, "/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
         let inodes = Inodes::new(root, Arc::clone(&slots))?;
         let proc_self_fd = Arc::new(proc_self_fd);
         let watches = Watches::new(Arc::clone(&proc_self_fd));
         let (handles, locks, fifos) = (Handles::default(), Locks::default(), Fifos::default());
         let submounts = AtomicBool::new(false);
-        Ok(Self { proc_self_fd, slots, inodes, handles, locks, watches, fifos, submounts })
+        Ok(Self { proc_self_fd, slots, inodes, handles, locks, watches, fifos, sockets, submounts })
     }
 
     /// The working directory that [`Share::handle`] needs its thread to have.
@@ -120,6 +128,7 @@ impl Share {
             opcode::FIFO_POLL if request.node == 0 => Outcome::Ended(self.fifos.stop()),
             opcode::WATCH_EVENTS => later(self.watches.wait(request.unique)),
             opcode::FIFO_EVENTS => later(self.fifos.wait(request.unique)),
+            opcode::SOCKET_CONNECT => self.connect(request, &mut body, reply),
             _ => Outcome::Done(self.answer(request, &mut body, reply)),
         }
     }
@@ -172,6 +181,11 @@ impl Share {
             opcode::SETLK => self.set_lock(request, body),
             opcode::IOCTL => self.control(request, body, reply),
             opcode::FIFO_POLL => self.poll_fifo(request, body, reply),
+            opcode::SOCKET_LISTEN => self.listen(request, &mut *body),
+            opcode::SOCKET_RELEASE => {
+                self.sockets.release(request.node);
+                Ok(())
+            }
             opcode::WATCH => self.watches.watch(&*self.inodes.get(request.node)?, body.u32()?),
             _ => Err(Errno::NOSYS),
         }
@@ -200,6 +214,7 @@ impl Share {
         // Whoever waited is gone.
         self.watches.stop();
         self.fifos.stop();
+        self.sockets.clear();
         self.handles.clear();
         self.inodes.clear();
     }

@@ -11,6 +11,7 @@ use rustix::io::Errno;
 
 use super::{Share, caller, link_name};
 use crate::fileserver::inodes::Inode;
+use crate::fileserver::sockets::kind as socket_kind;
 use crate::fileserver::wire::{Body, Reply, Request};
 
 impl Share {
@@ -57,6 +58,12 @@ impl Share {
         let name = body.name()?;
         let directory = self.inodes.get(request.node)?;
         let kind = FileType::from_raw_mode(mode);
+        if kind == FileType::Socket
+            && self.sockets.has_other_end(directory.place)
+            && let Some(bound) = socket_kind(device)
+        {
+            return self.bind((&directory, name), (request, umask), (mode, bound), reply);
+        }
         let create = || mknodat(&directory, name, kind, permissions(mode), decode_device(device));
         let slot = self.slots.take()?;
         caller(request, umask).run(create)?;

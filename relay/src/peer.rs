@@ -6,27 +6,30 @@
 use std::io;
 use std::os::fd::AsRawFd as _;
 
-use bulkhead_protocol::HOST_SOCKET_GROUPS_MAX;
 use rustix::net::sockopt::socket_peercred;
 use tokio::net::UnixStream;
 
-/// A process's user at the time at which it connected, as the guest numbers users.
+/// A process's user at the time at which it connected, as this kernel numbers users.
 #[derive(Debug)]
-pub(super) struct Peer {
-    pub(super) uid: u32,
-    pub(super) gid: u32,
-    /// As many of its supplementary groups as the host is told of.
-    pub(super) groups: Vec<u32>,
+pub struct Peer {
+    /// Its user.
+    pub uid: u32,
+    /// Its group.
+    pub gid: u32,
+    /// As many of its supplementary groups as the other side is told of.
+    pub groups: Vec<u32>,
 }
 
 impl Peer {
+    /// Who is at the other end, with at most so many groups.
+    ///
     /// # Errors
     /// The socket is not connected.
-    pub(super) fn of(connection: &UnixStream) -> io::Result<Self> {
+    pub fn of(connection: &UnixStream, most: usize) -> io::Result<Self> {
         let credentials = socket_peercred(connection)?;
         let (uid, gid) = (credentials.uid.as_raw(), credentials.gid.as_raw());
         let mut groups = groups(connection)?;
-        groups.truncate(HOST_SOCKET_GROUPS_MAX);
+        groups.truncate(most);
         Ok(Self { uid, gid, groups })
     }
 }
@@ -34,7 +37,9 @@ impl Peer {
 fn groups(connection: &UnixStream) -> io::Result<Vec<u32>> {
     /// What Linux allows, include/uapi/linux/limits.h.
     const NGROUPS_MAX: usize = 65536;
-    let mut groups = vec![0_u32; HOST_SOCKET_GROUPS_MAX];
+    /// What most processes have less than.
+    const FEW: usize = 256;
+    let mut groups = vec![0_u32; FEW];
     loop {
         let mut bytes =
             libc::socklen_t::try_from(size_of_val(&*groups)).map_err(io::Error::other)?;

@@ -171,6 +171,8 @@ async fn accept(listener: &AsyncFd<OwnedFd>) -> io::Result<Option<UnixStream>> {
         match accept_with(listener, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK) {
             Ok(connection) => return in_tokio(StdStream::from(connection)).map(Some),
             Err(Errno::AGAIN) => ready.clear_ready(),
+            // It does not listen, or is no such socket at all.
+            Err(error @ (Errno::INVAL | Errno::OPNOTSUPP)) => return Err(error.into()),
             // There may be no descriptors left.
             Err(_) => sleep(PAUSE).await,
         }

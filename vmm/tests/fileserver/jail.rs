@@ -111,7 +111,10 @@ fn a_configuration_that_cannot_be_used_is_answered_with_the_field() {
     let share = tmpfs();
     let descriptors = [share.as_fd(), relay.as_fd()];
     let cases = [
-        (r#"{"version":9,"jail":{"uid":1,"gid":1},"threads":1}"#, "field version: is 9"),
+        (
+            r#"{"version":9,"jail":{"uid":1,"gid":1},"threads":1,"sockets":true}"#,
+            "field version: is 9",
+        ),
         (
             r#"{"version":2,"jail":{"uid":0,"gid":1},"threads":1,"sockets":true}"#,
             "field jail.uid: 0 is not",

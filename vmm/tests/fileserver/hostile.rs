@@ -6,6 +6,8 @@
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
+use bulkhead_vmm::fileserver::config::{FsReport, FsVerdict, Listening, SocketKind};
+use bulkhead_vmm::seqpacket;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 
@@ -14,12 +16,18 @@ use crate::pod::{Server, relay_pair, tmpfs};
 const LOOKUP: u32 = 1;
 const FORGET: u32 = 2;
 const GETATTR: u32 = 3;
+const MKNOD: u32 = 8;
 const INIT: u32 = 26;
 const SETLK: u32 = 32;
 const SETLKW: u32 = 33;
 const OPENDIR: u32 = 27;
 const CREATE: u32 = 35;
 const DESTROY: u32 = 38;
+const SOCKET_CONNECT: u32 = 2050;
+const SOCKET_LISTEN: u32 = 2051;
+const SOCKET_RELEASE: u32 = 2052;
+/// The requests that only our guest's kernel knows: watches, sockets, FIFOs.
+const OUR_OWN: [u32; 7] = [2048, 2049, SOCKET_CONNECT, SOCKET_LISTEN, SOCKET_RELEASE, 2064, 2065];
 
 struct Wire {
     server: Server,
@@ -34,6 +42,8 @@ impl Wire {
         let server = Server::start(share.as_fd(), relay.as_fd(), None);
         // A writable directory: the root itself is served read-only.
         server.attach(&share, &tmpfs(), "w");
+        // A directory of the host, of a container.
+        server.attach(&share, &tmpfs(), "c/v");
         Self { server, relay: ours, unique: 0 }
     }
 
@@ -93,6 +103,41 @@ impl Wire {
         }
         body.extend([0; 44]);
         self.call(INIT, 0, &body)
+    }
+
+    /// The node of the directory of the host.
+    fn volume(&mut self) -> u64 {
+        let mut node = 1;
+        for name in [b"c\0", b"v\0"] {
+            let (error, entry) = self.call(LOOKUP, node, name);
+            assert_eq!(error, 0);
+            node = u64::from_le_bytes(entry[..8].try_into().unwrap());
+        }
+        node
+    }
+
+    /// Binds a socket of this type.
+    fn bind(&mut self, directory: u64, kind: u32, name: &str) -> (i32, u64) {
+        let mut body: Vec<u8> = [0o140_755, kind, 0, 0].map(u32::to_le_bytes).concat();
+        body.extend(name.as_bytes());
+        body.push(0);
+        let (error, entry) = self.call(MKNOD, directory, &body);
+        let node = entry.first_chunk().map_or(0, |node| u64::from_le_bytes(*node));
+        (error, node)
+    }
+
+    /// What is said of a connection to a node, with this type and that many groups.
+    fn connect(&mut self, node: u64, kind: u32, groups: u32) -> (i32, Vec<u8>) {
+        let mut body = vec![7; 16];
+        body.extend([kind, groups].map(u32::to_le_bytes).concat());
+        self.call(SOCKET_CONNECT, node, &body)
+    }
+
+    /// The next report to the supervisor, and whether a descriptor came with it.
+    fn report(&self) -> (FsReport, bool) {
+        let control = self.server.control.as_ref().unwrap();
+        let message = seqpacket::receive(control).unwrap().unwrap();
+        (serde_json::from_slice(&message.bytes).unwrap(), message.descriptors.len() == 1)
     }
 
     fn is_well(&mut self) {
@@ -194,6 +239,61 @@ fn a_guest_that_lets_ever_more_locks_wait_cannot_make_it_grow() {
 }
 
 #[test]
+fn a_guest_that_lies_about_sockets_reaches_none() {
+    const STREAM: u32 = 1;
+    const PACKETS: u32 = 5;
+    let mut wire = Wire::new();
+    wire.init();
+    let volume = wire.volume();
+    // What is no socket, what was never given out, and what nobody else can have bound.
+    assert_eq!(wire.connect(volume, STREAM, 0).0, -libc::ECONNREFUSED);
+    assert_eq!(wire.connect(99, STREAM, 0).0, -libc::ESTALE);
+    let (error, plain) = wire.bind(volume, 0, "plain");
+    assert_eq!(error, 0);
+    // Other types, and groups that do not follow or are too many.
+    for kind in [0, 2, 3, u32::MAX] {
+        assert_eq!(wire.connect(plain, kind, 0).0, -libc::EPROTOTYPE, "{kind}");
+    }
+    for groups in [1, 257, u32::MAX] {
+        assert_eq!(wire.connect(plain, STREAM, groups).0, -libc::EINVAL, "{groups}");
+    }
+    // To listen and to close says nothing about what was not bound here.
+    for node in [plain, volume, 99, 0, u64::MAX] {
+        wire.call(SOCKET_LISTEN, node, &u32::MAX.to_le_bytes());
+        wire.call(SOCKET_RELEASE, node, &[]);
+    }
+    // The first report is of the first socket that listens, once, and of no other.
+    let (error, bound) = wire.bind(volume, PACKETS, "bound");
+    assert_eq!(error, 0);
+    for _ in 0..3 {
+        assert_eq!(wire.call(SOCKET_LISTEN, bound, &1_u32.to_le_bytes()).0, 0);
+    }
+    let listening = Listening { node: bound, kind: SocketKind::Seqpacket };
+    assert_eq!(wire.report(), (FsReport::Listen(listening), true));
+    // What it has bound itself is its own.
+    assert_eq!(wire.connect(bound, PACKETS, 0), (0, bound.to_le_bytes().to_vec()));
+    wire.call(SOCKET_RELEASE, bound, &[]);
+    wire.call(SOCKET_RELEASE, bound, &[]);
+    // Then the supervisor is asked, and the guest waits for it.
+    let waits = {
+        let body: Vec<u8> = [vec![7; 16], PACKETS.to_le_bytes().to_vec(), vec![0; 4]].concat();
+        wire.send(SOCKET_CONNECT, bound, &body)
+    };
+    let (FsReport::Connect(wanted), true) = wire.report() else { panic!("another report") };
+    assert_eq!((wanted.kind, wanted.token, wanted.uid), (SocketKind::Seqpacket, [7; 16], 0));
+    let verdict = FsVerdict { request: wanted.request, error: libc::EACCES };
+    let verdict = serde_json::to_vec(&verdict).unwrap();
+    seqpacket::send(wire.server.control.as_ref().unwrap(), &verdict, &[]).unwrap();
+    assert_eq!(wire.reply(waits).0, -libc::EACCES);
+    // No more than so many.
+    let errors: Vec<_> =
+        (0..1100).map(|number| wire.bind(volume, STREAM, &number.to_string()).0).collect();
+    assert_eq!(errors.iter().filter(|error| **error == 0).count(), 1024);
+    assert_eq!(errors.last(), Some(&-libc::ENOSPC));
+    wire.is_well();
+}
+
+#[test]
 fn noise_is_survived() {
     let mut wire = Wire::new();
     wire.init();
@@ -207,9 +307,9 @@ fn noise_is_survived() {
     };
     for round in 0..20_000 {
         // Requests that forget everything are rare, so that there is something to attack.
-        let opcode = match random(56) as u32 {
+        let opcode = match random(56 + OUR_OWN.len() as u64) as u32 {
             INIT | DESTROY | FORGET if round % 64 != 0 => CREATE,
-            opcode => opcode,
+            opcode => *OUR_OWN.get((opcode as usize).wrapping_sub(56)).unwrap_or(&opcode),
         };
         let mut body = vec![0; random(160) as usize];
         for field in body.chunks_mut(4) {

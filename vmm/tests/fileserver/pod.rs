@@ -54,7 +54,7 @@ pub(crate) struct Pod {
 /// The process of the file server.
 pub(crate) struct Server {
     pub(crate) child: Child,
-    control: Option<OwnedFd>,
+    pub(crate) control: Option<OwnedFd>,
 }
 
 impl Pod {
@@ -126,7 +126,7 @@ impl Server {
         descriptors: Option<u64>,
     ) -> Self {
         let server = Self::spawn(descriptors);
-        let config = FsConfig { version: VERSION, jail: JAIL, threads: THREADS, sockets: false };
+        let config = FsConfig { version: VERSION, jail: JAIL, threads: THREADS, sockets: true };
         let answer = server.configure(&serde_json::to_vec(&config).unwrap(), &[share, relay]);
         assert_eq!(answer, FsAnswer::Ready(true));
         server

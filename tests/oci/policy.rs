@@ -6,7 +6,7 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::os::unix::net::UnixListener;
 use std::path::PathBuf;
 
-use bulkhead_tests::bundle::Bundle;
+use bulkhead_tests::bundle::{Bundle, bind};
 use bulkhead_tests::runtime::{Runtime, told};
 use bulkhead_tests::vm::dist;
 use serde_json::json;
@@ -210,6 +210,42 @@ fn a_socket_of_the_host_is_refused_where_the_policy_says_so() {
         format!("/host.sock is the socket or FIFO {source} of the host, which the policy does not");
     assert!(errors.contains(&words), "{errors}");
     for runtime in [plain, strict] {
+        runtime.assert_clean().unwrap();
+    }
+}
+
+/// Connects to a server of the host, then to one of its own in the same directory.
+const CONNECT: &str = r#"
+import errno, socket
+def connect(path):
+    try: socket.socket(socket.AF_UNIX).connect(path); return "connected"
+    except OSError as error: return errno.errorcode[error.errno]
+server = socket.socket(socket.AF_UNIX)
+server.bind("/s/own")
+server.listen()
+print(connect("/s/sock"), connect("/s/own"))
+"#;
+
+#[test]
+fn sockets_in_a_directory_are_the_pods_own_where_the_policy_says_so() {
+    let host = Host::with("[runtime.bulkhead-strict]\nsockets.host = \"refuse\"\n");
+    let (plain, strict) = (host.plain(), host.strict());
+    for (runtime, expected) in
+        [(plain, "connected connected\n"), (strict, "ECONNREFUSED connected\n")]
+    {
+        let directory = tempfile::tempdir().unwrap();
+        let _listener = UnixListener::bind(directory.path().join("sock")).unwrap();
+        let mut bundle = Bundle::new(&["/usr/bin/python3", "-c", CONNECT]).unwrap();
+        for name in ["lib", "lib64"] {
+            symlink(format!("usr/{name}"), bundle.rootfs().join(name)).unwrap();
+        }
+        for mount in [
+            bind("/usr".as_ref(), "/usr", &["rbind", "ro"]),
+            bind(directory.path(), "/s", &["rbind"]),
+        ] {
+            bundle = bundle.mount(mount).unwrap();
+        }
+        assert_eq!(told(&runtime.run("c", &bundle).unwrap()).1, expected);
         runtime.assert_clean().unwrap();
     }
 }

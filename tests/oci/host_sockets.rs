@@ -167,8 +167,8 @@ fn received(log: impl AsFd) -> String {
     format!("{uid} {gid} {first} {length}\n")
 }
 
-/// Talks to the servers. Each answer is a line.
-const TALK: &str = r#"
+/// Talks to servers of streams and of packets: much, many at once, and packet by packet.
+pub(crate) const EXCHANGES: &str = r#"
 end = connected("/s/stream")
 sent = bytes(range(256)) * 8192
 threading.Thread(target=lambda: (end.sendall(sent), end.shutdown(socket.SHUT_WR))).start()
@@ -185,6 +185,10 @@ for length in [1, 5000, 100000, 7]:
     end.send(b"p" * length)
     lengths.append(int(end.recv(100)))
 print("packets", lengths)
+"#;
+
+/// Talks to the servers, after [`EXCHANGES`]. Each answer is a line.
+const TALK: &str = r#"
 for kind in [socket.SOCK_STREAM, socket.SOCK_DGRAM]:
     try: connected("/s/packets", kind)
     except OSError as error: print(errno.errorcode[error.errno])
@@ -226,7 +230,7 @@ fn programs_talk_to_servers_of_the_host_as_who_they_are() {
         let container = Container::start(runtime, directory);
         let talking = thread::scope(|scope| {
             let heard = scope.spawn(|| [(); 3].map(|()| received(&log)).concat());
-            let said = container.python(TALK);
+            let said = container.python(&format!("{EXCHANGES}{TALK}"));
             (said, heard.join().unwrap())
         });
         let who = if container.runtime.is_runc() { "runc" } else { "ours" };

@@ -19,7 +19,7 @@ use rustix::net::{
 };
 use tempfile::TempDir;
 
-use crate::host_sockets::{IMPORTS, both, echo, measure, name, open_to_all};
+use crate::host_sockets::{EXCHANGES, IMPORTS, both, echo, measure, name, open_to_all};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -114,24 +114,8 @@ fn stop(mut server: Child) {
     assert!(finish(server).unwrap().status.success());
 }
 
-/// Talks to servers of the host. Each answer is a line.
+/// Talks to servers of the host, after [`EXCHANGES`]. Each answer is a line.
 const TALK: &str = r#"
-end = connected("/s/stream")
-sent = bytes(range(256)) * 8192
-threading.Thread(target=lambda: (end.sendall(sent), end.shutdown(socket.SHUT_WR))).start()
-said = rest(end)
-print("echo", len(said), said == b"0 0\n" + sent)
-ends = [connected("/s/stream") for _ in range(50)]
-for number, end in enumerate(ends): end.sendall(b"%d" % number)
-for end in ends: end.shutdown(socket.SHUT_WR)
-said = [rest(end) for end in ends]
-print("fifty", sum(said[number] == b"0 0\n%d" % number for number in range(50)))
-end = connected("/s/packets", socket.SOCK_SEQPACKET)
-lengths = []
-for length in [1, 5000, 100000, 7]:
-    end.send(b"p" * length)
-    lengths.append(int(end.recv(100)))
-print("packets", lengths)
 for path in ["/s/below/deep/stream", "/r/stream", "/s/link"]:
     end = connected(path); end.shutdown(socket.SHUT_WR); print(rest(end))
 print(tried("/s/packets"), tried("/s/stream", socket.SOCK_SEQPACKET))
@@ -185,7 +169,7 @@ fn programs_inside_reach_servers_of_the_host_in_a_directory() {
         let rest =
             "EAGAIN 4\nEACCES EACCES\nb'1000 1000\\n'\nb'1000 1000 h 5\\n'\nb'1000 1000\\n'\n";
         let expected = format!("{TALKED}{}\n{rest}", "/s/stream");
-        let said = room.python(TALK);
+        let said = room.python(&format!("{EXCHANGES}{TALK}"));
         // A server of runc's sees its own name, one of ours the name that the program used.
         let said = said.replace(&format!("{}", path("stream").display()), "/s/stream");
         assert_eq!(said, expected, "{}", room.who());

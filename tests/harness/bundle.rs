@@ -164,6 +164,17 @@ impl Bundle {
         })
     }
 
+    /// Adds the host's `/usr`, read-only, with the links to it that its programs need: Python's too.
+    ///
+    /// # Errors
+    /// When `config.json` or a link cannot be written.
+    pub fn with_usr_of_the_host(self) -> Result<Self> {
+        for name in ["lib", "lib64"] {
+            symlink(format!("usr/{name}"), self.rootfs().join(name))?;
+        }
+        self.mount(bind("/usr".as_ref(), "/usr", &["rbind", "ro"]))
+    }
+
     /// Writes `config.json`.
     ///
     /// # Errors

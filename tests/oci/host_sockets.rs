@@ -6,7 +6,7 @@ use std::io::{IoSliceMut, Read as _, Write as _};
 use std::mem::MaybeUninit;
 use std::net::Shutdown;
 use std::os::fd::AsFd;
-use std::os::unix::fs::{PermissionsExt as _, chown, symlink};
+use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -51,11 +51,7 @@ struct Container {
 impl Container {
     fn start(runtime: Runtime, directory: TempDir) -> Self {
         let mut bundle = Bundle::new(&["/bin/sleep", "1000"]).unwrap();
-        for name in ["lib", "lib64"] {
-            symlink(format!("usr/{name}"), bundle.rootfs().join(name)).unwrap();
-        }
-        let usr = bundle::bind("/usr".as_ref(), "/usr", &["rbind", "ro"]);
-        bundle = bundle.mount(usr).unwrap();
+        bundle = bundle.with_usr_of_the_host().unwrap();
         for entry in fs::read_dir(directory.path()).unwrap() {
             let name = entry.unwrap().file_name().into_string().unwrap();
             let source = directory.path().join(&name);
@@ -361,10 +357,7 @@ end = connected("/s/stream"); end.sendall(b"z" * 150000)
         });
         let mut bundle =
             Bundle::new(&["/usr/bin/python3", "-c", &format!("{IMPORTS}{LAST}")]).unwrap();
-        for name in ["lib", "lib64"] {
-            symlink(format!("usr/{name}"), bundle.rootfs().join(name)).unwrap();
-        }
-        bundle = bundle.mount(bundle::bind("/usr".as_ref(), "/usr", &["rbind", "ro"])).unwrap();
+        bundle = bundle.with_usr_of_the_host().unwrap();
         for name in ["stream", "log"] {
             let source = directory.path().join(name);
             bundle = bundle.mount(bundle::bind(&source, &format!("/s/{name}"), &[])).unwrap();

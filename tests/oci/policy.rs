@@ -235,16 +235,9 @@ fn sockets_in_a_directory_are_the_pods_own_where_the_policy_says_so() {
     {
         let directory = tempfile::tempdir().unwrap();
         let _listener = UnixListener::bind(directory.path().join("sock")).unwrap();
-        let mut bundle = Bundle::new(&["/usr/bin/python3", "-c", CONNECT]).unwrap();
-        for name in ["lib", "lib64"] {
-            symlink(format!("usr/{name}"), bundle.rootfs().join(name)).unwrap();
-        }
-        for mount in [
-            bind("/usr".as_ref(), "/usr", &["rbind", "ro"]),
-            bind(directory.path(), "/s", &["rbind"]),
-        ] {
-            bundle = bundle.mount(mount).unwrap();
-        }
+        let bundle = Bundle::new(&["/usr/bin/python3", "-c", CONNECT]).unwrap();
+        let bundle = bundle.with_usr_of_the_host().unwrap();
+        let bundle = bundle.mount(bind(directory.path(), "/s", &["rbind"])).unwrap();
         assert_eq!(told(&runtime.run("c", &bundle).unwrap()).1, expected);
         runtime.assert_clean().unwrap();
     }

@@ -63,18 +63,14 @@ struct Room {
 impl Room {
     fn start(runtime: Runtime, id: &'static str, directory: &TempDir) -> Self {
         let mut bundle = Bundle::new(&["/bin/sleep", "1000"]).unwrap();
-        for name in ["lib", "lib64"] {
-            symlink(format!("usr/{name}"), bundle.rootfs().join(name)).unwrap();
-        }
         let path = directory.path().to_owned();
         open_to_all(&path);
-        for mount in [
-            bundle::bind("/usr".as_ref(), "/usr", &["rbind", "ro"]),
-            bundle::bind(&path, "/s", &["rbind"]),
-            bundle::bind(&path, "/r", &["rbind", "ro"]),
-        ] {
+        for mount in
+            [bundle::bind(&path, "/s", &["rbind"]), bundle::bind(&path, "/r", &["rbind", "ro"])]
+        {
             bundle = bundle.mount(mount).unwrap();
         }
+        bundle = bundle.with_usr_of_the_host().unwrap();
         runtime.create(id, &bundle).unwrap();
         runtime.ok(&["start", id]).unwrap();
         Self { runtime, id, path, _bundle: bundle }

@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::io::Read as _;
-use std::os::unix::fs::symlink;
 use std::path::PathBuf;
 use std::process::{Child, Stdio};
 use std::time::Duration;
@@ -32,12 +31,8 @@ impl Volume {
         mount("tmpfs", &path, "tmpfs", MountFlags::empty(), None).unwrap();
         fs::write(path.join("file"), "old").unwrap();
         let bundle = Bundle::new(&["/bin/sleep", "1000"]).unwrap();
-        for name in ["lib", "lib64"] {
-            symlink(format!("usr/{name}"), bundle.rootfs().join(name)).unwrap();
-        }
         let bundle = bundle.mount(bundle::bind(&path, "/v", &["rbind"])).unwrap();
-        let usr = bundle::bind("/usr".as_ref(), "/usr", &["rbind", "ro"]);
-        let bundle = bundle.mount(usr).unwrap();
+        let bundle = bundle.with_usr_of_the_host().unwrap();
         let bundle = bundle.with_capability("CAP_SYS_ADMIN").unwrap();
         runtime.create("c", &bundle).unwrap();
         runtime.ok(&["start", "c"]).unwrap();

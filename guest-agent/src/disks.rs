@@ -106,8 +106,7 @@ pub(crate) fn mount_all(
             true => MountFlags::RDONLY,
             false => MountFlags::empty(),
         };
-        let source = Path::new("/dev").join(&disk.name);
-        staged.mount((&source, &kind), &target, flags, &parameters).map_err(failed)?;
+        staged.mount((&disk.node(), &kind), &target, flags, &parameters).map_err(failed)?;
         staged::bind(mount, target, options);
     }
     Ok(())
@@ -142,6 +141,11 @@ fn is_of_mount(option: &str) -> bool {
 }
 
 impl BoundDisk {
+    /// Its node among the devices of this guest.
+    pub(crate) fn node(&self) -> PathBuf {
+        Path::new("/dev").join(&self.name)
+    }
+
     /// Puts this guest's number where the host's is: at the device, and in the rules for it.
     pub(crate) fn renumber(&self, linux: &mut Linux) {
         let (major, minor) = self.number;

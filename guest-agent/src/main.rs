@@ -45,6 +45,7 @@ mod shared_sockets;
 mod socket_path;
 mod spec;
 mod staged;
+mod swap;
 mod sysctl;
 mod table;
 mod tenant;

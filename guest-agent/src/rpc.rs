@@ -8,13 +8,14 @@ use std::time::UNIX_EPOCH;
 
 use bulkhead_protocol::agent::agent_server::{Agent, AgentServer};
 use bulkhead_protocol::agent::{
-    ClockReply, ClockRequest, ConfigureReply, ConfigureRequest, ConnectReply, ConnectRequest,
-    CreateReply, CreateRequest, DeleteReply, DeleteRequest, ExecReply, ExecRequest, HelloReply,
-    HelloRequest, KillReply, KillRequest, MemorySize, MemoryWanted, NameQuery, NamesRequest,
-    PauseReply, PauseRequest, ProcessesReply, ProcessesRequest, ReleaseReply, ReleaseRequest,
-    RescanReply, RescanRequest, ResizeReply, ResizeRequest, ResumeReply, ResumeRequest,
-    StartProcessorsReply, StartProcessorsRequest, StartReply, StartRequest, SyncReply, SyncRequest,
-    UpdateReply, UpdateRequest, WaitReply, WaitRequest,
+    AddSwapReply, AddSwapRequest, ClockReply, ClockRequest, ConfigureReply, ConfigureRequest,
+    ConnectReply, ConnectRequest, CreateReply, CreateRequest, DeleteReply, DeleteRequest,
+    ExecReply, ExecRequest, HelloReply, HelloRequest, KillReply, KillRequest, MemorySize,
+    MemoryWanted, NameQuery, NamesRequest, PauseReply, PauseRequest, ProcessesReply,
+    ProcessesRequest, ReleaseReply, ReleaseRequest, RescanReply, RescanRequest, ResizeReply,
+    ResizeRequest, ResumeReply, ResumeRequest, StartProcessorsReply, StartProcessorsRequest,
+    StartReply, StartRequest, SyncReply, SyncRequest, UpdateReply, UpdateRequest, WaitReply,
+    WaitRequest,
 };
 use bulkhead_protocol::{MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES, VERSION};
 use rustix::system::uname;
@@ -34,7 +35,7 @@ use crate::network::Network;
 use crate::share::Share;
 use crate::shared_sockets::SharedSockets;
 use crate::sysctl::Setting;
-use crate::{clock, hotplug, logging, memory, timekeeping};
+use crate::{clock, hotplug, logging, memory, swap, timekeeping};
 
 /// The longest reason that is sent: a status is a header, whose size is limited.
 const REASON_BYTES: usize = 2048;
@@ -339,6 +340,18 @@ impl Agent for Calls {
             drop(held);
         });
         Ok(Response::new(ReceiverStream::new(wanted)))
+    }
+
+    async fn add_swap(
+        &self,
+        request: Request<AddSwapRequest>,
+    ) -> Result<Response<AddSwapReply>, Status> {
+        let serial = request.into_inner().serial;
+        spawn_blocking(move || swap::add(serial))
+            .await
+            .map_err(|error| Status::internal(error.to_string()))?
+            .map_err(|error| Status::failed_precondition(logging::chain(&error)))?;
+        Ok(Response::new(AddSwapReply {}))
     }
 
     async fn sync(&self, _: Request<SyncRequest>) -> Result<Response<SyncReply>, Status> {

@@ -101,6 +101,7 @@ mod storage;
 mod streams;
 #[cfg(test)]
 mod supervisor;
+mod swap;
 #[cfg(test)]
 mod terminal;
 #[cfg(test)]

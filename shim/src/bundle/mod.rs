@@ -18,6 +18,7 @@ mod read_only_root;
 pub mod refuse;
 mod resources;
 mod size;
+mod swap;
 mod unified;
 mod volumes;
 
@@ -41,6 +42,7 @@ pub use self::pod::PodPlan;
 use self::refuse::Refusal;
 pub use self::resources::{merge, normalize, say_no_swap, total};
 pub use self::size::{HostSize, MACHINE_OVERHEAD_MIB, MachineSize};
+pub use self::swap::{swap_mib, swap_of_the_host};
 pub(crate) use self::unified::bytes;
 pub use self::unified::check as check_files;
 use crate::network::namespace::Network;

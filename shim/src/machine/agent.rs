@@ -12,10 +12,11 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bulkhead_protocol::agent::agent_client::AgentClient;
 use bulkhead_protocol::agent::{
-    ClockRequest, ConfigureRequest, ConnectRequest, CreateRequest, DeleteRequest, ExecRequest,
-    HelloRequest, KillRequest, MemorySize, MemoryWanted, NameQuery, NamesRequest, PauseRequest,
-    ProcessInfo, ProcessesRequest, ReleaseRequest, RescanRequest, ResizeRequest, ResumeRequest,
-    StartProcessorsRequest, StartRequest, SyncRequest, UpdateRequest, WaitReply, WaitRequest,
+    AddSwapRequest, ClockRequest, ConfigureRequest, ConnectRequest, CreateRequest, DeleteRequest,
+    ExecRequest, HelloRequest, KillRequest, MemorySize, MemoryWanted, NameQuery, NamesRequest,
+    PauseRequest, ProcessInfo, ProcessesRequest, ReleaseRequest, RescanRequest, ResizeRequest,
+    ResumeRequest, StartProcessorsRequest, StartRequest, SyncRequest, UpdateRequest, WaitReply,
+    WaitRequest,
 };
 use bulkhead_protocol::{MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES, VERSION};
 use hyper_util::rt::TokioIo;
@@ -358,6 +359,16 @@ impl Agent {
         let mut client = self.client.clone();
         let request = StartProcessorsRequest { count };
         within(PROCESSORS, "StartProcessors", client.start_processors(request)).await.map(drop)
+    }
+
+    /// Lets the guest swap to a disk that is attached.
+    ///
+    /// # Errors
+    /// When the guest does not find the disk, or cannot use it.
+    pub async fn add_swap(&self, serial: String) -> Result<(), AgentError> {
+        let mut client = self.client.clone();
+        let request = AddSwapRequest { serial };
+        within(SHORT, "AddSwap", client.add_swap(request)).await.map(drop)
     }
 
     /// Writes everything back to the share.

@@ -8,6 +8,7 @@ mod boot;
 mod disks;
 mod memory;
 mod network;
+mod swap;
 
 use std::fs::File;
 use std::io;
@@ -122,6 +123,8 @@ pub struct Pod {
     /// The agent.
     pub agent: Agent,
     disks: Disks,
+    /// How much the machine can swap, in MiB.
+    swap_mib: tokio::sync::Mutex<u64>,
     interfaces: Interfaces,
     follower: OnceLock<AbortOnDrop>,
     provider: OnceLock<AbortOnDrop>,
@@ -187,6 +190,7 @@ impl Pod {
             growth,
             agent,
             disks: Disks::default(),
+            swap_mib: tokio::sync::Mutex::default(),
             interfaces: Interfaces::new(plan.queue_pairs, plan.frames),
             follower: OnceLock::new(),
             provider: OnceLock::new(),

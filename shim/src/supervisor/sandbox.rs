@@ -245,7 +245,21 @@ impl Sandbox {
             }
             pod.grow(size).await?;
         }
+        self.provide_swap(pod).await;
         Ok(())
+    }
+
+    /// Gives the machine the swap that its containers may use. One that gets less runs out of memory
+    /// earlier, as on a host with less swap.
+    pub async fn provide_swap(&self, pod: &Pod) {
+        let host_mib = bundle::swap_of_the_host();
+        let wanted = bundle::swap_mib(&self.members().resources(), host_mib);
+        if let Err(error) = pod.provide_swap(wanted, host_mib).await {
+            tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "the containers have less swap than they may use"
+            );
+        }
     }
 
     /// Sets the limits of all containers together on the host, once the pod uses less.

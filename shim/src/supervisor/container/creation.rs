@@ -110,6 +110,7 @@ impl Container {
                     self.sandbox.is_up(&pod)?;
                     pod.serve_sockets();
                     pod.provide_memory().await?;
+                    self.sandbox.provide_swap(&pod).await;
                     Ok(pod)
                 }
             }

@@ -54,9 +54,9 @@ impl Disks {
             Some(_) => Some(identity(&disk.source).map_err(failed)?),
             None => None,
         };
-        let named = |index: usize| agent::Disk {
+        let named = |serial| agent::Disk {
             path: disk.path.display().to_string(),
-            serial: format!("bulkhead-{index}"),
+            serial,
             mounted: disk.file_system.is_some(),
         };
         let known = attached.iter().position(|it| file.is_some() && it.file == file);
@@ -65,11 +65,7 @@ impl Disks {
                 let why = "another container of the pod has it read-only";
                 return Err(failed(io::Error::other(why)));
             }
-            return Ok(named(index));
-        }
-        let index = attached.len();
-        if index >= DISKS_MAX {
-            return Err(PodError::Disks);
+            return Ok(named(serial(index)));
         }
         let opening = disk.clone();
         let open = spawn_blocking(move || match &opening.file_system {
@@ -77,13 +73,40 @@ impl Disks {
             None => opening.open(),
         });
         let open = open.await.map_err(io::Error::other).flatten().map_err(failed)?;
-        let agent_disk = named(index);
-        let slot = u8::try_from(index).map_err(|_| PodError::Disks)?;
-        machine.attach_disk(slot, &open, disk.read_only, agent_disk.serial.clone()).await?;
-        // A disk that cannot be attached leaves its slot to the next one.
-        attached.push(Attached { file, read_only: disk.read_only });
-        Ok(agent_disk)
+        let serial =
+            give(machine, &mut attached, &open, Attached { file, read_only: disk.read_only });
+        Ok(named(serial.await?))
     }
+
+    /// Attaches a file that no container has as a disk; returns its serial number.
+    pub(super) async fn attach_file(
+        &self,
+        machine: &Machine,
+        file: &File,
+    ) -> Result<String, PodError> {
+        let own = Attached { file: None, read_only: false };
+        give(machine, &mut *self.0.lock().await, file, own).await
+    }
+}
+
+/// Gives a disk the next slot; returns its serial number.
+async fn give(
+    machine: &Machine,
+    attached: &mut Vec<Attached>,
+    open: &File,
+    disk: Attached,
+) -> Result<String, PodError> {
+    let index = attached.len();
+    let slot = u8::try_from(index).ok().filter(|_| index < DISKS_MAX).ok_or(PodError::Disks)?;
+    machine.attach_disk(slot, open, disk.read_only, serial(index)).await?;
+    // A disk that cannot be attached leaves its slot to the next one.
+    attached.push(disk);
+    Ok(serial(index))
+}
+
+/// The serial number of the disk in a slot.
+fn serial(index: usize) -> String {
+    format!("bulkhead-{index}")
 }
 
 fn identity(path: &Path) -> io::Result<Identity> {

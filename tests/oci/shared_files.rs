@@ -207,7 +207,7 @@ fn what_the_host_has_and_does() {
          trusted done ['trusted.x']\noverlay done\n\
          ['d', 'moved'] ['link', 'new'] lower and upper\n\
          ['d', 'moved'] ['link', 'new'] ['old']\n\
-         interrupted True\nfirst later\ncounted 200\nmapped true\n\
+         interrupted True\nfirst later\ncounted 200\nmapped true True True x y - +\n\
          replaced, longer\noverwritten\nremoved: gone\nmode 640"
     );
     assert_eq!(ours, runc);
@@ -286,22 +286,32 @@ wait("3"); print("removed:", look())
 wait("4"); print("mode", oct(os.stat("/v/other").st_mode & 0o777)[2:])
 "#;
 
-/// Writes to a mapping, and does not write it back.
+/// Writes to a mapping, and does not write it back; then looks there for what the host writes.
 const MAPPER: &str = r#"
-pages = mmap.mmap(os.open("/v/mapped", os.O_RDWR), 4096)
+file = os.open("/v/mapped", os.O_RDWR)
+pages, whole = mmap.mmap(file, 4096), mmap.mmap(file, 8192, prot=mmap.PROT_READ)
+before = whole[4096]
 pages[0] = 120
 open("/v/ready", "w").close()
-time.sleep(5)
+def comes(place, byte):
+    end = time.monotonic() + 5
+    while pages[place] != byte and time.monotonic() < end: time.sleep(0.01)
+    return pages[place] == byte
+print(comes(1, 121), comes(2, 122), chr(pages[0]), chr(whole[1]), chr(before), chr(whole[4096]))
 "#;
 
 fn mapped(volume: &Volume) -> String {
-    let file = volume.path.join("mapped");
-    fs::write(&file, [b'-'; 4096]).unwrap();
+    let path = volume.path.join("mapped");
+    fs::write(&path, [b'-'; 8192]).unwrap();
     let mapper = volume.python_until_ready(MAPPER);
-    let written = || fs::read(&file).unwrap()[0] == b'x';
+    let file = File::options().write(true).open(&path).unwrap();
+    let written = || fs::read(&path).unwrap()[0] == b'x';
     let seen = comes_true(Duration::from_secs(3), written);
-    said(mapper);
-    format!("mapped {seen}")
+    file.write_all_at(b"y", 1).unwrap();
+    file.write_all_at(b"+", 4096).unwrap();
+    sleep(Duration::from_secs(1));
+    file.write_all_at(b"z", 2).unwrap();
+    format!("mapped {seen} {}", said(mapper))
 }
 
 fn changed(volume: &Volume) -> String {

@@ -5,7 +5,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use bulkhead_tests::bundle::Bundle;
-use bulkhead_tests::runtime::{Runtime, comes_true, told};
+use bulkhead_tests::runtime::{Runtime, comes_true, output, told};
 use serde_json::{Value, json};
 
 use crate::growth::resident;
@@ -97,4 +97,46 @@ fn swap_comes_with_an_update_and_what_is_freed_goes_back() {
     assert!(found, "{} MiB, {idle} MiB before", resident(&runtime));
     runtime.ok(&["delete", "--force", "c"]).unwrap();
     runtime.assert_clean().unwrap();
+}
+
+#[test]
+fn swap_is_limited_and_refused_as_by_runc() {
+    let limits = json!({"limit": 64 * MIB, "swap": 96 * MIB});
+    let bundle = container("exec sleep 1000", &limits);
+    let outcomes = |runtime: Runtime| {
+        let mut seen = Vec::new();
+        for memory in [
+            json!({"limit": 64 * MIB, "swap": 32 * MIB}),
+            json!({"swap": 64 * MIB}),
+            json!({"limit": -1, "swap": 64 * MIB}),
+            json!({"limit": 64 * MIB, "swap": 0}),
+            json!({"limit": 0, "swap": -1}),
+        ] {
+            let bundle = container("cat /sys/fs/cgroup/memory.swap.max", &memory);
+            let (status, printed, _) = told(&runtime.run("c", &bundle).unwrap());
+            seen.push((memory.to_string(), status, printed));
+        }
+        runtime.create("c", &bundle).unwrap();
+        runtime.ok(&["start", "c"]).unwrap();
+        for update in [
+            &["--memory", "128m"][..],
+            &["--memory-swap", "32m"],
+            &["--memory", "128m", "--memory-swap", "160m"],
+            &["--memory", "32m"],
+            &["--memory-swap", "-1"],
+            &["--memory", "-1"],
+            &["--memory", "-1", "--memory-swap", "-1"],
+            &["--memory", "48m"],
+        ] {
+            let updated = output(&mut runtime.command(&[&["update"], update, &["c"]].concat()));
+            let read = "cd /sys/fs/cgroup; cat memory.max memory.swap.max";
+            let limits = runtime.ok(&["exec", "c", "sh", "-c", read]).unwrap();
+            seen.push((update.join(" "), updated.unwrap().status.code(), limits));
+        }
+        runtime.ok(&["delete", "--force", "c"]).unwrap();
+        runtime.assert_clean().unwrap();
+        seen
+    };
+    let runc = outcomes(Runtime::runc().unwrap());
+    assert_eq!(outcomes(Runtime::new().unwrap()), runc);
 }

@@ -40,7 +40,7 @@ pub use self::id_map::IdMap;
 pub use self::limits::ProcessLimits;
 pub use self::pod::PodPlan;
 use self::refuse::Refusal;
-pub use self::resources::{merge, normalize, say_no_swap, total};
+pub use self::resources::{check_swap, merge, normalize, say_no_swap, total};
 pub use self::size::{HostSize, MACHINE_OVERHEAD_MIB, MachineSize};
 pub use self::swap::{swap_mib, swap_of_the_host};
 pub(crate) use self::unified::bytes;

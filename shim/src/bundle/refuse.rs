@@ -15,6 +15,7 @@ use oci_spec::runtime::{
 use thiserror::Error;
 
 use super::disks::DISKS_MAX;
+use super::resources::check_swap;
 use super::volumes;
 use super::{id_map, unified};
 use crate::supervisor::neighbours::{Joined, Neighbours};
@@ -268,6 +269,7 @@ fn host_features(linux: &Linux) -> Result<(), Refusal> {
     }
     let resources = linux.resources().as_ref();
     resources.map_or(Ok(()), unified::check)?;
+    resources.map_or(Ok(()), check_swap)?;
     if resources.and_then(|it| it.rdma().as_ref()).is_some_and(|rdma| !rdma.is_empty()) {
         return Err(refuse(
             "linux.resources.rdma limits adapters of the host, which are not passed",

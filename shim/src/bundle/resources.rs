@@ -4,6 +4,7 @@
 
 use oci_spec::runtime::{LinuxMemory, LinuxResources};
 
+use super::refuse::{Refusal, refuse};
 use super::size::PERIOD_DEFAULT_US;
 use super::unified;
 
@@ -16,10 +17,11 @@ pub fn merge(current: &mut LinuxResources, update: &LinuxResources) {
     unified::fold(&mut update);
     if let Some(new) = update.memory() {
         let mut memory = current.memory().unwrap_or_default();
-        let (limit, swap, reservation) = (memory.limit(), memory.swap(), memory.reservation());
+        let (limit, reservation) = (set(new.limit()).or(memory.limit()), memory.reservation());
+        let swap = set(new.swap()).or(kept_swap(&memory, limit));
         memory
-            .set_limit(set(new.limit()).or(limit))
-            .set_swap(set(new.swap()).or(swap))
+            .set_limit(limit)
+            .set_swap(swap)
             .set_reservation(set(new.reservation()).or(reservation));
         current.set_memory(Some(memory));
     }
@@ -52,12 +54,49 @@ pub fn merge(current: &mut LinuxResources, update: &LinuxResources) {
     }
 }
 
+/// The limit of memory and swap that goes with a new memory limit. As in runc with cgroup v2, the swap
+/// stays as it is, and without a memory limit there is no limit of swap either.
+fn kept_swap(before: &LinuxMemory, limit: Option<i64>) -> Option<i64> {
+    match (before.swap()?, before.limit(), limit) {
+        (swap, Some(old), Some(new)) if swap > 0 && old > 0 && new > 0 => {
+            Some(new.saturating_add(swap.saturating_sub(old)))
+        }
+        (_, _, Some(new)) if new < 0 => Some(new),
+        (swap, _, _) => Some(swap),
+    }
+}
+
+/// Checks the limit of memory and swap together.
+///
+/// # Errors
+/// It is lower than the memory limit, or there is none of memory.
+pub fn check_swap(resources: &LinuxResources) -> Result<(), Refusal> {
+    let Some(memory) = resources.memory() else { return Ok(()) };
+    let Some(both) = memory.swap().filter(|both| *both > 0) else { return Ok(()) };
+    match memory.limit().filter(|limit| *limit > 0) {
+        None => Err(refuse(
+            format!("memory.swap is {both} and there is no memory limit"),
+            "set memory.limit too, or swap to -1",
+        )),
+        Some(limit) if both < limit => Err(refuse(
+            format!(
+                "memory.swap, which limits memory and swap together, is {both}, and the memory limit \
+                 is {limit}"
+            ),
+            "raise memory.swap, or set it to -1",
+        )),
+        Some(_) => Ok(()),
+    }
+}
+
 /// Brings limits to the one form that the rest of this program knows. As in runc, the number 0 and
 /// an empty list mean that there is no limit. Files become fields where there is one (`unified`).
 pub fn normalize(resources: &mut LinuxResources) {
     unified::fold(resources);
     if let Some(memory) = resources.memory_mut() {
-        let (limit, swap) = (set(memory.limit()), set(memory.swap()));
+        let limit = set(memory.limit());
+        // To limit nothing needs no limit of memory.
+        let swap = set(memory.swap()).filter(|swap| *swap > 0 || limit.is_some());
         let (reservation, kernel) = (set(memory.reservation()), set(memory.kernel()));
         memory.set_limit(limit).set_swap(swap).set_reservation(reservation).set_kernel(kernel);
     }
@@ -191,13 +230,48 @@ mod tests {
             "unified": {"c.d": "2"},
         });
         let after = json!({
-            "memory": {"limit": 6, "swap": 7},
+            "memory": {"limit": 6, "swap": 8},
             "cpu": {"quota": -1},
             "pids": {"limit": -1},
             "blockIO": {"weight": 10},
             "unified": {"a.b": "1", "c.d": "2"},
         });
         assert_eq!(merged(&before, &update), after);
+    }
+
+    #[test]
+    fn swap_stays_when_memory_changes() {
+        let before = json!({"memory": {"limit": 50, "swap": 70}});
+        let after = |update: Value| merged(&before, &json!({"memory": update}))["memory"].clone();
+        assert_eq!(after(json!({"limit": 20})), json!({"limit": 20, "swap": 40}));
+        assert_eq!(after(json!({"limit": 20, "swap": 30})), json!({"limit": 20, "swap": 30}));
+        assert_eq!(after(json!({"limit": -1})), json!({"limit": -1, "swap": -1}));
+        assert_eq!(after(json!({"swap": -1})), json!({"limit": 50, "swap": -1}));
+    }
+
+    #[test]
+    fn swap_needs_a_memory_limit_that_is_not_higher() {
+        let check = |memory: Value| {
+            check_swap(&serde_json::from_value(json!({"memory": memory})).unwrap()).is_ok()
+        };
+        for wrong in [
+            json!({"limit": 5, "swap": 4}),
+            json!({"swap": 4}),
+            json!({"limit": 0, "swap": 4}),
+            json!({"limit": -1, "swap": 4}),
+        ] {
+            assert!(!check(wrong.clone()), "{wrong}");
+        }
+        for right in [
+            json!({"limit": 5, "swap": 5}),
+            json!({"limit": 5, "swap": -1}),
+            json!({"limit": 5, "swap": 0}),
+            json!({"swap": -1}),
+            json!({"limit": -1, "swap": -1}),
+            json!({}),
+        ] {
+            assert!(check(right.clone()), "{right}");
+        }
     }
 
     #[test]

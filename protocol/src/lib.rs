@@ -16,7 +16,7 @@ pub mod agent {
 }
 
 /// The version of this contract; both sides must name the same.
-pub const VERSION: u32 = 12;
+pub const VERSION: u32 = 13;
 /// The vsock port on which the agent serves its calls.
 pub const AGENT_PORT: u32 = 1024;
 /// The vsock port on which the agent accepts streams of processes.
@@ -53,6 +53,8 @@ pub const SHARE_TAG: &str = "bulkhead";
 pub const SHARE_DIR: &str = "/run/bulkhead/share";
 /// The name of the file in there that has the modules of the guest's kernel.
 pub const MODULES_FILE: &str = "modules";
+/// The name of the directory in there that has the interpreters of the host's binary formats.
+pub const FORMATS_DIR: &str = "formats";
 
 /// Names one stream of a process: the first 16 bytes on a connection to [`STREAM_PORT`].
 ///

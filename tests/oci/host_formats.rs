@@ -45,18 +45,23 @@ impl Formats {
         self.names.push(name.to_owned());
     }
 
-    /// Registers a format of files that begin with `comment`, for an interpreter that is in a mount
-    /// namespace of its own, which is gone afterwards.
-    fn add_and_leave(&mut self, name: &str, comment: &str) {
-        let register = format!("{DIRECTORY}/register");
+    /// Registers a format whose interpreter is in a mount namespace of its own, which is gone
+    /// afterwards. The fields are those between its name and the interpreter.
+    fn add_and_leave(&mut self, name: &str, fields: &str) {
         let script = format!(
             "set -e; mount -t tmpfs none /mnt; mkdir /mnt/image; cp {SHELL} /mnt/image/sh; \
-             printf '|{name}|M||{comment}||/mnt/image/sh|F' > {register}"
+             echo '|{name}{fields}|/mnt/image/sh|F' > {DIRECTORY}/register"
         );
         let mut unshare = Command::new("unshare");
         unshare.args(["--mount", "--propagation", "private", "sh", "-c", &script]);
         assert!(unshare.status().unwrap().success());
         self.names.push(name.to_owned());
+    }
+
+    /// Enables or disables all of them.
+    fn enable(&self, enabled: bool) {
+        let word = if enabled { "1" } else { "0" };
+        fs::write(Path::new(DIRECTORY).join("status"), word).unwrap();
     }
 }
 
@@ -65,6 +70,7 @@ impl Drop for Formats {
         for name in &self.names {
             let _ = fs::write(Path::new(DIRECTORY).join(name), "-1");
         }
+        self.enable(true);
         if self.mounted {
             let _ = Command::new("umount").arg(DIRECTORY).status();
         }
@@ -80,7 +86,7 @@ fn shell(directory: &Path) -> PathBuf {
 }
 
 /// The files of a container, by what their contents begin with.
-const FILES: [(&str, &str); 11] = [
+const FILES: [(&str, &str); 13] = [
     ("/inside.bh-ext", "#"),
     ("/held", "#bh-held"),
     ("/linked", "#bh-linked"),
@@ -90,6 +96,8 @@ const FILES: [(&str, &str); 11] = [
     ("/both", "#bh-both"),
     ("/pair", "#bh-pair"),
     ("/gone", "#bh-gone"),
+    ("/gone.bh-out", "#"),
+    ("/hidden", "#bh-hidden"),
     ("/deleted", "#bh-deleted"),
     ("/none", "#bh-none"),
 ];
@@ -107,54 +115,74 @@ fn container(script: &str) -> Bundle {
     bundle
 }
 
-#[test]
-fn the_hosts_formats_hold_in_a_container() {
-    let host = TempDir::with_prefix("formats-").unwrap();
-    let mut formats = Formats::new();
+/// Registers formats of each kind.
+fn register(formats: &mut Formats, host: &Path) -> PathBuf {
     formats.add("bh-ext", "|E||bh-ext||/bin/sh|");
-    let odd = shell(&host.path().join("odd: dir;"));
+    let odd = shell(&host.join("odd: dir;"));
     formats.add("bh-held", &format!("|M|1|bh-held||{}|F", odd.display()));
-    let link = host.path().join("linked");
-    symlink(&odd, &link).unwrap();
     // The name of the link is what the shell is run as.
-    fs::create_dir(host.path().join("bin")).unwrap();
-    symlink("../linked", host.path().join("bin/sh")).unwrap();
-    formats.add("bh-linked", &format!("|M||#bh-linked||{}/bin/sh|F", host.path().display()));
+    let link = host.join("bin/sh");
+    fs::create_dir(host.join("bin")).unwrap();
+    symlink("../odd: dir;/sh", &link).unwrap();
+    formats.add("bh-linked", &format!("|M||#bh-linked||{}|F", link.display()));
     formats.add("bh:told", &format!("|M||#bh-told||{}|POCF", odd.display()));
     let masked = r"|M|0|#b\x00masked\x09|\xff\xff\x00\xff\xff\xff\xff\xff\xff\xff|/bin/sh|";
     formats.add("bh-masked", masked);
     formats.add("bh-off", &format!("|E||bh-off||{}|F", odd.display()));
     fs::write(Path::new(DIRECTORY).join("bh-off"), "0").unwrap();
-    // The newer one is the first by name, and the last one.
+    // By name, the newer one is the first here, and the last below.
     formats.add("bh-m", "|M||#bh-both||/bin/ash|");
     formats.add("bh-a", "|M||#bh-bot||/bin/sh|");
     formats.add("bh-n", "|M||#bh-pai||/bin/ash|");
     formats.add("bh-z", "|M||#bh-pair||/bin/sh|");
-    formats.add_and_leave("bh-gone", "#bh-gone");
-    let deleted = shell(&host.path().join("deleted"));
+    formats.add_and_leave("bh-gone", "|M||#bh-gone|");
+    formats.add_and_leave("bh-out", "|E||bh-out|");
+    formats.add_and_leave("bh-hidden", "|M||#bh-hidden|");
+    formats.add("bh-hiding", "|M||#bh-hid||/bin/sh|");
+    let deleted = shell(&host.join("deleted"));
     formats.add("bh-deleted", &format!("|M||#bh-deleted||{}|F", deleted.display()));
     fs::remove_file(&deleted).unwrap();
     formats.add("bh-none", "|M||#bh-none||/nowhere/sh|");
+    odd
+}
+
+#[test]
+fn the_hosts_formats_hold_in_a_container() {
+    let host = TempDir::with_prefix("formats-").unwrap();
+    let mut formats = Formats::new();
+    let odd = register(&mut formats, host.path());
+    let odd = odd.display();
+    let run = FILES.map(|(path, _)| format!("echo \"$ {path}\"; {path} a 'b c'; echo $?\n"));
+    let users = "/usr/bin/unshare -Ur /held x; busybox ls /proc/sys/fs/binfmt_misc\n";
+    let script = format!("exec 2>&1\n{}{users}", run.concat());
 
     let pods = Pod::beside_runc().unwrap();
-    let run = FILES.map(|(path, _)| format!("echo \"$ {path}\"; {path} a 'b c'; echo $?\n"));
-    let script = format!(
-        "exec 2>&1\n{}busybox ls /proc/sys/fs/binfmt_misc\n/usr/bin/unshare -Ur /held x\n",
-        run.concat()
-    );
     let [ours, theirs] =
         pods.each_ref().map(|pod| told(&pod.run("formats", &mut container(&script)).unwrap()));
     // Only the host knows that the file has lost its name.
     assert_eq!((ours.0, ours.1.as_str()), (theirs.0, &*theirs.1.replace(" (deleted)", "")));
-    let held = format!("$ /held\n{0}\n{0}|/held|a|b c|\n", odd.display());
     for lines in [
         "$ /inside.bh-ext\n/bin/busybox\n/bin/sh|/inside.bh-ext|a|b c|\n",
-        &held,
+        &format!("$ /held\n{odd}\n{odd}|/held|a|b c|\n"),
         "$ /gone\n/image/sh\n/mnt/image/sh|/gone|a|b c|\n",
+        "$ /gone.bh-out\n/image/sh\n/mnt/image/sh|/gone.bh-out|a|b c|\n",
         "$ /both\n/bin/busybox\n/bin/sh|/both|a|b c|\n",
         "$ /pair\n/bin/busybox\n/bin/sh|/pair|a|b c|\n",
     ] {
         assert!(ours.1.contains(lines), "{lines}\n{}", ours.1);
     }
+    let log = fs::read_to_string(pods[0].runtime().root().join("keeper/supervisor.log")).unwrap();
+    let left_out: Vec<_> =
+        log.lines().filter(|line| line.contains("a format of the host")).collect();
+    let [line] = left_out[..] else { panic!("{log}") };
+    assert!(line.contains("bh-hidden") && line.contains("newer formats"), "{line}");
+    Pod::end_all(pods).unwrap();
+
+    formats.enable(false);
+    let pods = Pod::beside_runc().unwrap();
+    let [ours, theirs] =
+        pods.each_ref().map(|pod| told(&pod.run("formats", &mut container("/held")).unwrap()));
+    assert_eq!(ours, theirs);
+    assert!(ours.1.starts_with("/bin/busybox\n"), "{}", ours.1);
     Pod::end_all(pods).unwrap();
 }

@@ -172,9 +172,13 @@ fn open(path: &Path) -> io::Result<OwnedFd> {
         return Err(io::Error::other("its path is not absolute"));
     }
     let file = openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())?;
-    match FileType::from_raw_mode(fstat(&file)?.st_mode) {
-        FileType::RegularFile => Ok(file),
-        _ => Err(io::Error::other("it is no file")),
+    let mode = fstat(&file)?.st_mode;
+    // The kernel has opened a program. Where that was in a container, somebody else may have put
+    // something else here, which is nothing for the guest.
+    if FileType::from_raw_mode(mode) == FileType::RegularFile && mode & 0o111 != 0 {
+        Ok(file)
+    } else {
+        Err(io::Error::other("it is no program"))
     }
 }
 

@@ -22,6 +22,7 @@ mod device_rules;
 mod disks;
 mod executor;
 mod fault;
+mod formats;
 mod hooks;
 mod host_sockets;
 mod hotplug;

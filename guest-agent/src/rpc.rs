@@ -10,12 +10,12 @@ use bulkhead_protocol::agent::agent_server::{Agent, AgentServer};
 use bulkhead_protocol::agent::{
     AddSwapReply, AddSwapRequest, ClockReply, ClockRequest, ConfigureReply, ConfigureRequest,
     ConnectReply, ConnectRequest, CreateReply, CreateRequest, DeleteReply, DeleteRequest,
-    ExecReply, ExecRequest, HelloReply, HelloRequest, KillReply, KillRequest, MemorySize,
-    MemoryWanted, NameQuery, NamesRequest, PauseReply, PauseRequest, ProcessesReply,
-    ProcessesRequest, ReleaseReply, ReleaseRequest, RescanReply, RescanRequest, ResizeReply,
-    ResizeRequest, ResumeReply, ResumeRequest, StartProcessorsReply, StartProcessorsRequest,
-    StartReply, StartRequest, SyncReply, SyncRequest, UpdateReply, UpdateRequest, WaitReply,
-    WaitRequest,
+    ExecReply, ExecRequest, FormatsReply, FormatsRequest, HelloReply, HelloRequest, KillReply,
+    KillRequest, MemorySize, MemoryWanted, NameQuery, NamesRequest, PauseReply, PauseRequest,
+    ProcessesReply, ProcessesRequest, ReleaseReply, ReleaseRequest, RescanReply, RescanRequest,
+    ResizeReply, ResizeRequest, ResumeReply, ResumeRequest, StartProcessorsReply,
+    StartProcessorsRequest, StartReply, StartRequest, SyncReply, SyncRequest, UpdateReply,
+    UpdateRequest, WaitReply, WaitRequest,
 };
 use bulkhead_protocol::{MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES, VERSION};
 use rustix::system::uname;
@@ -29,13 +29,14 @@ use tonic::{Request, Response, Status, Streaming};
 
 use crate::container::exec::ExecOrder;
 use crate::container::{ContainerError, Containers};
+use crate::formats::Registered;
 use crate::memory::Watch;
 use crate::names::Names;
 use crate::network::Network;
 use crate::share::Share;
 use crate::shared_sockets::SharedSockets;
 use crate::sysctl::Setting;
-use crate::{clock, hotplug, logging, memory, swap, timekeeping};
+use crate::{clock, formats, hotplug, logging, memory, swap, timekeeping};
 
 /// The longest reason that is sent: a status is a header, whose size is limited.
 const REASON_BYTES: usize = 2048;
@@ -50,6 +51,8 @@ struct Calls {
     network: Arc<Mutex<Network>>,
     /// Set once the host has asked for it.
     names: Mutex<Option<Names>>,
+    /// Set once the host has registered its own.
+    formats: Mutex<Option<Registered>>,
     /// Held by the call that watches the containers' memory.
     memory: Arc<Mutex<()>>,
     /// Rung when the host's clock was set.
@@ -74,6 +77,7 @@ pub(crate) async fn serve(
         sockets,
         network: Arc::default(),
         names: Mutex::default(),
+        formats: Mutex::default(),
         memory: Arc::default(),
         clock: clock.clone(),
     })
@@ -132,6 +136,22 @@ impl Agent for Calls {
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
             kernel_release: uname().release().to_string_lossy().into_owned(),
         }))
+    }
+
+    async fn register_formats(
+        &self,
+        request: Request<FormatsRequest>,
+    ) -> Result<Response<FormatsReply>, Status> {
+        let mut registered = self.formats.lock().await;
+        if registered.is_some() {
+            return Err(Status::failed_precondition("formats are registered already"));
+        }
+        self.share.mount().await.map_err(internal("cannot mount the share"))?;
+        let request = request.into_inner();
+        let register = spawn_blocking(move || formats::register(request));
+        let done = register.await.map_err(|error| Status::internal(error.to_string()))?;
+        *registered = Some(done.map_err(internal("cannot register formats"))?);
+        Ok(Response::new(FormatsReply {}))
     }
 
     async fn create(

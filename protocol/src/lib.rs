@@ -53,6 +53,8 @@ pub const SHARE_TAG: &str = "bulkhead";
 pub const SHARE_DIR: &str = "/run/bulkhead/share";
 /// The name of the file in there that has the modules of the guest's kernel.
 pub const MODULES_FILE: &str = "modules";
+/// The name of the directory in there that has the interpreters of the host's binary formats.
+pub const FORMATS_DIR: &str = "formats";
 
 /// Names one stream of a process: the first 16 bytes on a connection to [`STREAM_PORT`].
 ///

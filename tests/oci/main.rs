@@ -42,6 +42,8 @@ mod hook_environment;
 #[cfg(test)]
 mod hooks;
 #[cfg(test)]
+mod host_formats;
+#[cfg(test)]
 mod host_sockets;
 #[cfg(test)]
 mod ids;

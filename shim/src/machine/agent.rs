@@ -13,10 +13,10 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use bulkhead_protocol::agent::agent_client::AgentClient;
 use bulkhead_protocol::agent::{
     AddSwapRequest, ClockRequest, ConfigureRequest, ConnectRequest, CreateRequest, DeleteRequest,
-    ExecRequest, HelloRequest, KillRequest, MemorySize, MemoryWanted, NameQuery, NamesRequest,
-    PauseRequest, ProcessInfo, ProcessesRequest, ReleaseRequest, RescanRequest, ResizeRequest,
-    ResumeRequest, StartProcessorsRequest, StartRequest, SyncRequest, UpdateRequest, WaitReply,
-    WaitRequest,
+    ExecRequest, FormatsRequest, HelloRequest, KillRequest, MemorySize, MemoryWanted, NameQuery,
+    NamesRequest, PauseRequest, ProcessInfo, ProcessesRequest, ReleaseRequest, RescanRequest,
+    ResizeRequest, ResumeRequest, StartProcessorsRequest, StartRequest, SyncRequest, UpdateRequest,
+    WaitReply, WaitRequest,
 };
 use bulkhead_protocol::{MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES, VERSION};
 use hyper_util::rt::TokioIo;
@@ -151,6 +151,15 @@ impl Agent {
         };
         let mut client = self.client.clone();
         Ok(within(SHORT, "Hello", client.hello(request)).await?.kernel_release)
+    }
+
+    /// Registers the host's binary formats.
+    ///
+    /// # Errors
+    /// When the guest's kernel has none.
+    pub async fn register_formats(&self, request: FormatsRequest) -> Result<(), AgentError> {
+        let mut client = self.client.clone();
+        within(SHORT, "RegisterFormats", client.register_formats(request)).await.map(drop)
     }
 
     /// Creates a container whose disks have been attached to the machine. `hooks` is additional

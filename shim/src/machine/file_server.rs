@@ -16,7 +16,7 @@ use tokio::task::spawn_blocking;
 use tokio::time::timeout;
 
 use crate::machine::channel::Channel;
-use crate::machine::share::{self, Files, ShareDir, ShareDirs, ShareError};
+use crate::machine::share::{self, Files, Interpreter, ShareDir, ShareDirs, ShareError};
 use crate::machine::spawn::{self, Jailed, Launch};
 use crate::state::process::Process;
 
@@ -150,6 +150,16 @@ impl FileServer {
     pub async fn show(&self, files: Files, dir: ShareDir) -> Result<(), ShareError> {
         let pid = self.jailed.process.pid;
         let attached = spawn_blocking(move || files.attach(pid, dir)).await;
+        attached.unwrap_or_else(|error| Err(ShareError::Namespace(error.into())))
+    }
+
+    /// Attaches the interpreters of binary formats, for as long as it runs.
+    ///
+    /// # Errors
+    /// Names what failed.
+    pub async fn show_interpreters(&self, files: Vec<Interpreter>) -> Result<(), ShareError> {
+        let pid = self.jailed.process.pid;
+        let attached = spawn_blocking(move || share::attach_interpreters(pid, files)).await;
         attached.unwrap_or_else(|error| Err(ShareError::Namespace(error.into())))
     }
 

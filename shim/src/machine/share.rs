@@ -8,7 +8,8 @@
 //! all when the file server dies.
 //!
 //! Beside these directories is a file with the modules of the guest's kernel, for its agent alone:
-//! a container sees only mounts of its own directory.
+//! a container sees only mounts of its own directory. A further directory gets the interpreters of
+//! the host's binary formats, if there are any.
 //!
 //! Every tmpfs of the share is made read-only before the guest can see it.
 
@@ -16,13 +17,13 @@
 #![expect(unsafe_code, reason = "mount_setattr is called directly")]
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Read as _};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc;
 use std::thread::{self, JoinHandle};
 
-use bulkhead_protocol::MODULES_FILE;
+use bulkhead_protocol::{FORMATS_DIR, MODULES_FILE};
 use nix::sched::{CloneFlags, unshare};
 use rustix::fs::{AtFlags, CWD, Mode, OFlags, mkdirat, openat};
 use rustix::mount::{
@@ -35,11 +36,13 @@ use thiserror::Error;
 use crate::bundle::{FileKind, IdMap, Shared};
 use crate::machine::{mount_points, user_namespace};
 
-/// The size of a tmpfs, which holds only mount points.
-const SIZE: &str = "1m";
+/// The size of a tmpfs that holds only mount points.
+const SIZE: u64 = 1 << 20;
 /// The most clones that are open at once: a container may have more mounts than a process may have
 /// descriptors.
 const CLONES: usize = 256;
+/// What a file in a tmpfs takes is a multiple of this.
+const PAGE: u64 = 4096;
 /// The number of directories in a share.
 const SHARE_DIRS: u32 = 64;
 
@@ -119,10 +122,11 @@ impl ShareDirs {
 /// When the host's kernel refuses.
 pub fn root() -> Result<OwnedFd, ShareError> {
     let made = || {
-        let root = make_tmpfs()?;
+        let root = make_tmpfs(SIZE)?;
         for number in 0..SHARE_DIRS {
             mkdirat(&root, ShareDir(number).directory(), Mode::from_raw_mode(0o755))?;
         }
+        mkdirat(&root, FORMATS_DIR, Mode::from_raw_mode(0o755))?;
         let new = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
         openat(&root, MODULES_FILE, new, Mode::from_raw_mode(0o400))?;
         set_attributes(root.as_fd(), libc::MOUNT_ATTR_RDONLY, false)?;
@@ -147,7 +151,7 @@ impl Files {
     /// # Errors
     /// Names the path that failed.
     pub fn prepare(shared: &[Shared]) -> Result<Self, ShareError> {
-        let mount_points = make_tmpfs().map_err(ShareError::Root)?;
+        let mount_points = make_tmpfs(SIZE).map_err(ShareError::Root)?;
         for entry in shared {
             mount_point(mount_points.as_fd(), &entry.target, entry.kind)
                 .map_err(|error| ShareError::MountPoint(entry.target.clone(), error))?;
@@ -164,7 +168,7 @@ impl Files {
     /// # Errors
     /// When a mount point cannot be made.
     pub fn given(mounts: Vec<(FileKind, OwnedFd)>) -> Result<Self, ShareError> {
-        let mount_points = make_tmpfs().map_err(ShareError::Root)?;
+        let mount_points = make_tmpfs(SIZE).map_err(ShareError::Root)?;
         let mut clones = Vec::with_capacity(mounts.len());
         for (number, (kind, clone)) in mounts.into_iter().enumerate() {
             let target = PathBuf::from(number.to_string());
@@ -214,6 +218,47 @@ pub fn attach_modules(file_server: u32, modules: &File) -> Result<(), ShareError
     end(start_inside(file_server, move || attach(&clone, &path))?)
 }
 
+/// An interpreter of a binary format.
+#[derive(Debug)]
+pub enum Interpreter {
+    /// A detached mount of its file.
+    Mount(OwnedFd),
+    /// Its file, which is on no mount of this mount namespace, and its size. It is copied.
+    Copy(File, u64),
+}
+
+/// Attaches the interpreters of binary formats; each is named by its index.
+///
+/// # Errors
+/// Names the first that failed; the others are there all the same.
+pub fn attach_interpreters(file_server: u32, files: Vec<Interpreter>) -> Result<(), ShareError> {
+    let base = Path::new("/").join(FORMATS_DIR);
+    let failed = |error| ShareError::Attach(FORMATS_DIR.into(), error);
+    let copied = files.iter().map(|file| match file {
+        Interpreter::Mount(_) => 0,
+        Interpreter::Copy(_, size) => size.next_multiple_of(PAGE),
+    });
+    let directory = make_tmpfs(SIZE + copied.sum::<u64>()).map_err(failed)?;
+    let mut mounts = Vec::new();
+    for (number, file) in files.into_iter().enumerate() {
+        let name = number.to_string();
+        let new = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::CLOEXEC;
+        let place = openat(&directory, &name, new, Mode::from_raw_mode(0o755));
+        let mut place = place.map(File::from).map_err(|error| failed(error.into()))?;
+        match file {
+            Interpreter::Mount(mount) => mounts.push((base.join(name), mount)),
+            Interpreter::Copy(file, size) => {
+                io::copy(&mut file.take(size), &mut place).map_err(failed)?;
+            }
+        }
+    }
+    set_attributes(directory.as_fd(), libc::MOUNT_ATTR_RDONLY, false).map_err(failed)?;
+    end(start_inside(file_server, move || {
+        attach(&directory, &base)?;
+        mounts.iter().map(|(path, mount)| attach(mount, path)).fold(Ok(()), Result::and)
+    })?)
+}
+
 /// Detaches the mounts at a directory.
 ///
 /// # Errors
@@ -260,10 +305,10 @@ fn join(namespace: BorrowedFd<'_>) -> io::Result<()> {
     Ok(move_into_link_name_space(namespace, Some(LinkNameSpaceType::Mount))?)
 }
 
-fn make_tmpfs() -> io::Result<OwnedFd> {
+fn make_tmpfs(size: u64) -> io::Result<OwnedFd> {
     let context = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
     fsconfig_set_string(&context, "mode", "0755")?;
-    fsconfig_set_string(&context, "size", SIZE)?;
+    fsconfig_set_string(&context, "size", size.to_string())?;
     fsconfig_create(&context)?;
     let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID
         | MountAttrFlags::MOUNT_ATTR_NODEV

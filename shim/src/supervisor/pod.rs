@@ -6,6 +6,7 @@
 
 mod boot;
 mod disks;
+mod formats;
 mod memory;
 mod network;
 mod swap;
@@ -33,6 +34,7 @@ use self::boot::boot;
 use self::disks::Disks;
 use self::network::NameService;
 use crate::bundle::{DISKS_MAX, Disk, FileKind, MachineSize, PodPlan};
+use crate::machine;
 use crate::machine::agent::{Agent, AgentError, Target};
 use crate::machine::assets::{AssetError, Assets};
 use crate::machine::file_server::{FileServer, FileServerError};
@@ -181,7 +183,11 @@ impl Pod {
             Ok::<_, PodError>(server)
         };
         let clock = HostClock::watch().map_err(|error| PodError::Io("clock", error))?;
-        let ((machine, agent), file_server) = tokio::try_join!(machine, files)?;
+        let formats = async { Ok(machine::formats::of_host().await) };
+        let ((machine, agent), file_server, formats) = tokio::try_join!(machine, files, formats)?;
+        if let Some(formats) = formats {
+            formats::register(formats, &file_server, &agent).await;
+        }
         let timekeeper = AbortOnDrop::spawn(keep_clock(clock, agent.clone()));
         let growth = Growth::new(plan.size, plan.most);
         Ok(Self {

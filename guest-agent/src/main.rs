@@ -25,6 +25,7 @@ mod fault;
 mod hooks;
 mod host_sockets;
 mod hotplug;
+mod huge_pages;
 mod inherit;
 mod init;
 mod io;

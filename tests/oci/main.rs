@@ -44,6 +44,8 @@ mod hooks;
 #[cfg(test)]
 mod host_sockets;
 #[cfg(test)]
+mod huge_pages;
+#[cfg(test)]
 mod ids;
 #[cfg(test)]
 mod isolation;

@@ -35,7 +35,11 @@ const STEP: Duration = Duration::from_millis(2);
 /// The kernel cannot do that.
 pub(crate) fn expect() -> io::Result<()> {
     fs::write(ONLINE, MOVABLE)?;
-    hotplug::rescan(Path::new(hotplug::PLATFORM_BUS)).map(drop)
+    let bound = hotplug::rescan(Path::new(hotplug::PLATFORM_BUS));
+    if bound.is_err() {
+        fs::write(ONLINE, ORDINARY)?;
+    }
+    bound.map(drop)
 }
 
 /// Adds huge pages to the pool, when so much movable memory is there.

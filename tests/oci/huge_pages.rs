@@ -101,7 +101,7 @@ fn pages_are_mapped_as_under_runc_and_go_back_to_the_pool() {
     let host = Hugetlbfs::mount();
     let volume = host.path().join("volume");
     fs::create_dir(&volume).unwrap();
-    fs::set_permissions(&volume, fs::Permissions::from_mode(0o2770)).unwrap();
+    fs::set_permissions(&volume, fs::Permissions::from_mode(0o1770)).unwrap();
     chown(&volume, Some(5), Some(7)).unwrap();
     let found = [Runtime::new().unwrap(), Runtime::runc().unwrap()].map(|runtime| {
         let own = json!({"destination": "/dev/hugepages", "type": "hugetlbfs", "source": "nodev",
@@ -115,6 +115,7 @@ for place in '/dev/hugepages', '/volume':
     found, own = os.statvfs(place), os.stat(place)
     print(place, found.f_bsize, oct(own.st_mode), own.st_uid, own.st_gid)
     file = os.open(place + '/file', os.O_RDWR | os.O_CREAT)
+    os.ftruncate(file, 3 << 21)
     print(names(take(3, file)))
     os.remove(place + '/file')
 print(open('/sys/fs/cgroup/hugetlb.2MB.max').read())
@@ -135,7 +136,7 @@ print(open('/sys/fs/cgroup/hugetlb.2MB.max').read())
         seen
     });
     assert_eq!(found[0], found[1]);
-    assert!(found[0].contains("/volume 2097152 0o42770 5 7\ntaken"), "{}", found[0]);
+    assert!(found[0].contains("/volume 2097152 0o41770 5 7\ntaken"), "{}", found[0]);
 }
 
 #[test]
@@ -173,7 +174,10 @@ fn later_containers_and_updates_add_theirs_and_a_killed_monitor_keeps_none() {
     let second = netns::join(sleeping(Some(8)), &network).unwrap();
     start(&runtime, "b", &second);
     assert_eq!(python(&runtime, "b", "print(names(take(8)))"), "taken");
-    let third = netns::join(sleeping(Some(57)), &network).unwrap();
+    // The same limit by the name of cgroup v2's file, as Podman's --cgroup-conf gives it.
+    let file = json!({"hugetlb.2MB.max": "114M"});
+    let third = sleeping(None).with(|spec| spec["linux"]["resources"]["unified"] = file).unwrap();
+    let third = netns::join(third, &network).unwrap();
     let words = runtime.create("c", &third).unwrap_err().to_string();
     assert!(words.contains("needs 57 huge pages of 2MB, and the host has 56 free"), "{words}");
     let _ = runtime.call(&["delete", "--force", "c"]);

@@ -223,7 +223,8 @@ pub(super) fn replace_bind(mount: &mut Mount, source: &Path, metadata: &Metadata
     }
     let own = [
         format!("pagesize={}", found.f_bsize),
-        format!("mode={:o}", metadata.mode() & 0o7777),
+        // hugetlbfs knows no set-id bits here.
+        format!("mode={:o}", metadata.mode() & 0o1777),
         format!("uid={}", metadata.uid()),
         format!("gid={}", metadata.gid()),
     ];

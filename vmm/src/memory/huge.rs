@@ -84,6 +84,9 @@ pub(super) fn reserve(start: GuestAddress, pages: u64) -> Result<GuestRegionMmap
 
 #[cfg(test)]
 mod tests {
+    use vm_memory::Bytes;
+
+    use super::super::release;
     use super::*;
 
     #[test]
@@ -106,6 +109,27 @@ mod tests {
         let ranges = [(GuestAddress(0), pages(1)), (start, pages(3))];
         let memory = GuestMemory::from_ranges(&ranges).unwrap();
         assert_eq!(Backing::of(&memory, start), Backing { pages: 0, spare: 3 });
+    }
+
+    #[test]
+    fn what_huge_pages_hold_is_not_given_back() {
+        let region = |start, huge| {
+            let mapping = MmapRegionBuilder::new(1 << 20)
+                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+                .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS)
+                .with_hugetlbfs(huge)
+                .build();
+            GuestRegionMmap::new(mapping.unwrap(), GuestAddress(start)).unwrap()
+        };
+        let regions = vec![region(0, false), region(1 << 20, true)];
+        let memory = GuestMemory::from_regions(regions).unwrap();
+        for (start, then) in [(0, 0), (1 << 20, 7)] {
+            let place = GuestAddress(start);
+            memory.write_obj(7_u8, place).unwrap();
+            let slice = memory.get_slice(place, 4096).unwrap();
+            release(&memory, &slice).unwrap();
+            assert_eq!(memory.read_obj::<u8>(place).unwrap(), then);
+        }
     }
 
     #[test]

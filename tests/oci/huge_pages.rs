@@ -159,6 +159,17 @@ fn what_the_host_does_not_have_is_refused_before_anything_starts() {
         assert_eq!(status, Some(1), "{words}");
         assert!(words.contains("3MB"), "{words}");
     }
+    let host = Hugetlbfs::mount();
+    let bundle = Bundle::script("true").unwrap().mount(bind(host.path(), "/huge", &[])).unwrap();
+    let bundle = bundle.with(|spec| {
+        let map = json!([{"containerID": 0, "hostID": 100_000, "size": 65536}]);
+        spec["linux"]["uidMappings"] = map.clone();
+        spec["linux"]["gidMappings"] = map;
+        spec["linux"]["namespaces"].as_array_mut().unwrap().push(json!({"type": "user"}));
+    });
+    let told = told(&ours.run("c", &bundle.unwrap()).unwrap());
+    assert!(told.2.contains("/huge is a hugetlbfs, which cannot be mounted in a user"), "{told:?}");
+    ours.assert_clean().unwrap();
     assert_whole();
 }
 

@@ -107,7 +107,7 @@ pub(super) fn rewrite(
             // A relative source is relative to the bundle, as in runc.
             let source = bundle.join(mount.source().clone().unwrap_or_default());
             let metadata = fs::metadata(&source).map_err(|error| unusable(&source, error))?;
-            if huge_pages::replace_bind(mount, &source, &metadata) {
+            if huge_pages::replace_bind(mount, (&source, &metadata), &spec)? {
                 continue;
             }
             if host_sockets::is_one(&metadata) {

@@ -9,13 +9,14 @@ use std::fs::{self, Metadata};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
-use oci_spec::runtime::{LinuxHugepageLimit, LinuxHugepageLimitBuilder, LinuxResources, Mount};
+use oci_spec::runtime::{
+    LinuxHugepageLimit, LinuxHugepageLimitBuilder, LinuxResources, Mount, Spec,
+};
 use rustix::fs::statfs;
 use thiserror::Error;
 
-use super::guest;
 use super::refuse::{Refusal, refuse};
-use super::unified;
+use super::{guest, id_map, unified};
 
 /// The one page size that a machine has, as the kernel names it in cgroups.
 const SIZE: &str = "2MB";
@@ -216,10 +217,24 @@ fn set(resources: &mut LinuxResources, size: &str, limit: i64) {
 /// Makes a bind mount of a directory in a hugetlbfs a hugetlbfs of the guest, with the same page size,
 /// owner and mode; returns whether it was one. Files of one cannot be shared: to write them is to map
 /// them.
-pub(super) fn replace_bind(mount: &mut Mount, source: &Path, metadata: &Metadata) -> bool {
-    let Ok(found) = statfs(source) else { return false };
+///
+/// # Errors
+/// The container has a user namespace, in which the kernel mounts none.
+pub(super) fn replace_bind(
+    mount: &mut Mount,
+    (source, metadata): (&Path, &Metadata),
+    spec: &Spec,
+) -> Result<bool, Refusal> {
+    let Ok(found) = statfs(source) else { return Ok(false) };
     if !metadata.is_dir() || found.f_type != MAGIC {
-        return false;
+        return Ok(false);
+    }
+    if id_map::has_user_namespace(spec) {
+        let at = mount.destination().display();
+        return Err(refuse(
+            format!("mounts: {at} is a hugetlbfs, which cannot be mounted in a user namespace"),
+            "leave the mount out and use MAP_HUGETLB, or leave the user namespace out",
+        ));
     }
     let own = [
         format!("pagesize={}", found.f_bsize),
@@ -233,7 +248,7 @@ pub(super) fn replace_bind(mount: &mut Mount, source: &Path, metadata: &Metadata
         .set_typ(Some("hugetlbfs".to_owned()))
         .set_source(Some("hugetlbfs".into()))
         .set_options(Some(options));
-    true
+    Ok(true)
 }
 
 #[cfg(test)]
@@ -350,7 +365,8 @@ mod tests {
         mount.set_typ(Some("bind".to_owned()));
         let directory = Path::new("/");
         let metadata = fs::metadata(directory).unwrap();
-        assert!(!replace_bind(&mut mount, directory, &metadata));
+        let found = (directory, &metadata);
+        assert_eq!(replace_bind(&mut mount, found, &Spec::default()), Ok(false));
         assert_eq!(mount.typ().as_deref(), Some("bind"));
     }
 }

@@ -91,9 +91,10 @@ impl Growth {
         Self { boot, most, now: Mutex::new(Now::of(MachineSize { huge_pages: 0, ..boot })) }
     }
 
-    /// The huge pages of the host's pool that the machine has.
+    /// The huge pages of the host's pool that the machine has, whether its guest has made huge pages
+    /// of them or not: it may touch them all.
     pub async fn huge_pages(&self) -> u32 {
-        self.now.lock().await.size.huge_pages
+        self.now.lock().await.huge_reserved
     }
 
     /// Returns whether [`Growth::grow`] would have something to do.
@@ -195,7 +196,8 @@ impl Growth {
     ) -> Result<(), GrowthError> {
         let pool = Pool::of_the_host();
         let more = pages - now.size.huge_pages;
-        pool.check(pages.saturating_sub(now.huge_reserved))?;
+        let missing = pages.saturating_sub(now.huge_reserved);
+        pool.check(missing)?;
         if !now.huge_attached {
             let most = u64::from(pages.max(pool.pages)) * u64::from(HUGE_PAGE_MIB);
             // What is spare beside the pages is less than this, and addresses cost nothing.
@@ -207,10 +209,14 @@ impl Growth {
         agent.expect_huge_pages().await?;
         let plugged = machine.plug_huge(pages).await;
         if let Ok(mib) = plugged {
-            (now.huge_reserved, now.huge_mib) = (pages, mib);
+            (now.huge_reserved, now.huge_mib) = (now.huge_reserved.max(pages), mib);
         }
         let added =
             agent.add_huge_pages(if plugged.is_ok() { more } else { 0 }, now.huge_mib).await;
+        if plugged.is_err() {
+            // Another pod may have taken them since.
+            Pool::of_the_host().check(missing)?;
+        }
         plugged?;
         Ok(added?)
     }

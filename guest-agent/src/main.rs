@@ -26,6 +26,7 @@ mod formats;
 mod hooks;
 mod host_sockets;
 mod hotplug;
+mod huge_pages;
 mod inherit;
 mod init;
 mod io;

@@ -8,9 +8,10 @@ use std::time::UNIX_EPOCH;
 
 use bulkhead_protocol::agent::agent_server::{Agent, AgentServer};
 use bulkhead_protocol::agent::{
-    AddSwapReply, AddSwapRequest, ClockReply, ClockRequest, ConfigureReply, ConfigureRequest,
-    ConnectReply, ConnectRequest, CreateReply, CreateRequest, DeleteReply, DeleteRequest,
-    ExecReply, ExecRequest, FormatsReply, FormatsRequest, HelloReply, HelloRequest, KillReply,
+    AddHugePagesReply, AddHugePagesRequest, AddSwapReply, AddSwapRequest, ClockReply, ClockRequest,
+    ConfigureReply, ConfigureRequest, ConnectReply, ConnectRequest, CreateReply, CreateRequest,
+    DeleteReply, DeleteRequest, ExecReply, ExecRequest, ExpectHugePagesReply,
+    ExpectHugePagesRequest, FormatsReply, FormatsRequest, HelloReply, HelloRequest, KillReply,
     KillRequest, MemorySize, MemoryWanted, NameQuery, NamesRequest, PauseReply, PauseRequest,
     ProcessesReply, ProcessesRequest, ReleaseReply, ReleaseRequest, RescanReply, RescanRequest,
     ResizeReply, ResizeRequest, ResumeReply, ResumeRequest, StartProcessorsReply,
@@ -36,7 +37,7 @@ use crate::network::Network;
 use crate::share::Share;
 use crate::shared_sockets::SharedSockets;
 use crate::sysctl::Setting;
-use crate::{clock, formats, hotplug, logging, memory, swap, timekeeping};
+use crate::{clock, formats, hotplug, huge_pages, logging, memory, swap, timekeeping};
 
 /// The longest reason that is sent: a status is a header, whose size is limited.
 const REASON_BYTES: usize = 2048;
@@ -331,6 +332,29 @@ impl Agent for Calls {
             .map_err(internal("cannot start a processor of the guest"))?;
         tracing::info!(count = started as u64, "processors started");
         Ok(Response::new(StartProcessorsReply {}))
+    }
+
+    async fn expect_huge_pages(
+        &self,
+        _: Request<ExpectHugePagesRequest>,
+    ) -> Result<Response<ExpectHugePagesReply>, Status> {
+        spawn_blocking(huge_pages::expect)
+            .await
+            .map_err(|error| Status::internal(error.to_string()))?
+            .map_err(internal("cannot prepare for huge pages"))?;
+        Ok(Response::new(ExpectHugePagesReply {}))
+    }
+
+    async fn add_huge_pages(
+        &self,
+        request: Request<AddHugePagesRequest>,
+    ) -> Result<Response<AddHugePagesReply>, Status> {
+        let AddHugePagesRequest { pages, plugged_mib } = request.into_inner();
+        spawn_blocking(move || huge_pages::add(pages, plugged_mib))
+            .await
+            .map_err(|error| Status::internal(error.to_string()))?
+            .map_err(internal("cannot make huge pages"))?;
+        Ok(Response::new(AddHugePagesReply {}))
     }
 
     async fn clock(&self, request: Request<ClockRequest>) -> Result<Response<ClockReply>, Status> {

@@ -46,6 +46,8 @@ mod host_formats;
 #[cfg(test)]
 mod host_sockets;
 #[cfg(test)]
+mod huge_pages;
+#[cfg(test)]
 mod ids;
 #[cfg(test)]
 mod isolation;

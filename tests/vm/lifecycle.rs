@@ -123,7 +123,7 @@ fn an_attach_that_fails_changes_nothing() {
         assert!(words.contains(expected), "{words}");
     };
     // A slot that holds a device already, and one that does not exist.
-    for slot in [0, 16] {
+    for slot in [0, 17] {
         let reason = if slot == 0 { "holds a device" } else { "no such slot" };
         refused(&mut vm, slot, DeviceConfig::Vsock { guest_cid: 4 }, reason);
         refused(&mut vm, slot, DeviceConfig::Balloon, reason);

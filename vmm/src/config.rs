@@ -14,7 +14,7 @@ pub use net::{NetConfig, PAIRS_MAX, RateLimit};
 /// The version of this shape; the monitor refuses any other.
 pub const VERSION: u32 = 1;
 /// The number of virtio-mmio slots of a machine, devices and placeholders together.
-pub const SLOT_COUNT: u8 = 16;
+pub const SLOT_COUNT: u8 = 17;
 /// The most vCPUs that a machine can declare; the guest's kernel is built for as many.
 pub const VCPUS_MAX: u8 = 64;
 /// The least memory that the guest kernel boots in.
@@ -116,6 +116,14 @@ pub enum DeviceConfig {
     Mem {
         /// The most that can be plugged; rounded up to whole steps. It costs nothing until then.
         region_mib: u32,
+    },
+    /// Memory that is plugged while the machine runs, and that huge pages of the host's pool hold;
+    /// at most one, which cannot be removed.
+    HugeMem {
+        /// The most that can be plugged, spare memory included; rounded up to whole steps.
+        region_mib: u32,
+        /// The room that is left before it for [`DeviceConfig::Mem`], as that device gets it.
+        behind_mib: u32,
     },
 }
 
@@ -243,11 +251,17 @@ impl DeviceConfig {
             Self::Fs { server, .. } => check_fd(&format!("{field}.server"), *server, descriptors),
             Self::Blk { disk, .. } => check_fd(&format!("{field}.disk"), *disk, descriptors),
             Self::Net(net) => net.validate(field, descriptors),
-            Self::Mem { region_mib } if !(1..=PLUGGED_MIB_MAX).contains(region_mib) => {
+            Self::Mem { region_mib } | Self::HugeMem { region_mib, .. }
+                if !(1..=PLUGGED_MIB_MAX).contains(region_mib) =>
+            {
                 let reason = format!("{region_mib} is not between 1 and {PLUGGED_MIB_MAX}");
                 Err(ConfigError::new(format!("{field}.region_mib"), reason))
             }
-            Self::Vsock { .. } | Self::Balloon | Self::Mem { .. } => Ok(()),
+            Self::HugeMem { behind_mib, .. } if *behind_mib > PLUGGED_MIB_MAX => {
+                let reason = format!("{behind_mib} is above {PLUGGED_MIB_MAX}");
+                Err(ConfigError::new(format!("{field}.behind_mib"), reason))
+            }
+            Self::Vsock { .. } | Self::Balloon | Self::Mem { .. } | Self::HugeMem { .. } => Ok(()),
         }
     }
 }

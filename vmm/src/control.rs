@@ -83,6 +83,13 @@ pub enum Request {
         /// Less than before asks for memory back.
         target_mib: u32,
     },
+    /// Lets the guest plug memory that this many huge pages of 2 MiB hold, in total, and some spare
+    /// memory. The pages are reserved in the host's pool until the monitor exits; when it has too
+    /// few, nothing changes. Answered by [`Reply::Plugging`].
+    PlugHuge {
+        /// Fewer than before change nothing.
+        pages: u32,
+    },
     /// Creates vCPUs until there are this many in total; the guest may then bring them online.
     /// Existing ones are not removed.
     Processors {
@@ -127,6 +134,11 @@ pub enum Reply {
     },
     /// The stream is the only descriptor of the message.
     Stream,
+    /// The guest is asked to plug memory of huge pages.
+    Plugging {
+        /// How much of it there is now, spare memory included.
+        mib: u32,
+    },
     /// Counters since the start.
     Statistics(Statistics),
 }

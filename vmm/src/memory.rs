@@ -8,6 +8,9 @@
 //!
 //! Any other user of guest memory, such as the host's kernel, is shown new memory beforehand
 //! ([`Onlooker`]).
+//!
+//! Memory is the host's ordinary memory, which comes when it is touched and goes when the guest frees
+//! it, or huge pages of the host's pool, which are reserved and stay ([`huge`]).
 
 // UNSAFETY: KVM lets the guest access the memory that it is told about, and `madvise` can destroy
 // what is in memory.
@@ -32,6 +35,8 @@ use vm_memory::{
 use crate::arch::layout;
 use crate::devices::virtio::queue::GuestMemory;
 
+mod huge;
+
 /// How long a device may serve with an outdated snapshot: as long as a slow disk takes.
 const SETTLING: Duration = Duration::from_secs(10);
 /// How often [`Memory::settle`] checks that.
@@ -47,6 +52,14 @@ pub enum MemoryError {
         mib: u64,
         /// Why not.
         source: FromRangesError,
+    },
+    /// The host's pool has too few free huge pages.
+    #[error("cannot reserve {pages} huge pages of 2 MiB")]
+    Huge {
+        /// How many more were asked for.
+        pages: u64,
+        /// Why not.
+        source: io::Error,
     },
     /// KVM refuses the memory.
     #[error("KVM: map guest memory")]
@@ -72,6 +85,8 @@ pub(crate) trait Onlooker: fmt::Debug + Send + Sync {
 /// The guest's memory, shared by everybody who uses it.
 #[derive(Debug)]
 pub(crate) struct Memory {
+    /// Where the memory ends that the machine has booted with.
+    end_at_boot: u64,
     state: Mutex<State>,
 }
 
@@ -86,9 +101,15 @@ struct State {
 impl Memory {
     /// Shares memory that KVM knows already, or that is used without KVM.
     pub(crate) fn new(memory: GuestMemory) -> Arc<Self> {
+        let end_at_boot = memory.last_addr().0 + 1;
         let current = Arc::new(memory);
         let state = State { current, outdated: Vec::new(), onlookers: Vec::new() };
-        Arc::new(Self { state: Mutex::new(state) })
+        Arc::new(Self { end_at_boot, state: Mutex::new(state) })
+    }
+
+    /// Where the memory ends that the machine has booted with.
+    pub(crate) const fn end_at_boot(&self) -> u64 {
+        self.end_at_boot
     }
 
     /// Maps what a machine boots with.
@@ -127,26 +148,42 @@ impl Memory {
     ) -> Result<(), MemoryError> {
         // Locked until the end, so that no onlooker is introduced meanwhile.
         let mut state = self.lock();
-        let now = &state.current;
-        let mapped = GuestAddress((now.last_addr().0 + 1).max(start.0));
-        let missing = (start.0 + bytes).saturating_sub(mapped.0);
-        if missing == 0 {
-            return Ok(());
+        let end = start.0 + bytes;
+        let before = state.current.iter().filter(|it| (start.0..end).contains(&it.start_addr().0));
+        let mapped = before.map(|it| it.last_addr().0 + 1).max().unwrap_or(start.0);
+        match end.saturating_sub(mapped) {
+            0 => Ok(()),
+            missing => state.add(vm, ordinary(mapped, missing)?),
         }
-        // usize is 64 bits wide on this architecture.
-        let size = usize::try_from(missing).unwrap_or(usize::MAX);
-        let region = GuestRegionMmap::from_range(mapped, size, None)
-            .map_err(|source| MemoryError::Map { mib: missing >> 20, source })?;
-        let slot = u32::try_from(now.num_regions()).unwrap_or(u32::MAX);
-        let region = Arc::new(region);
-        let then = now.insert_region(Arc::clone(&region)).map_err(MemoryError::Overlap)?;
-        if let Err(error) = state.show(&then).and_then(|()| register(vm, slot, &region)) {
-            // An onlooker may use the region already, so it must not be unmapped.
-            std::mem::forget(region);
-            return Err(error);
+    }
+
+    /// Maps what is missing of so many huge pages and their spare memory, from `start` on, behind all
+    /// other memory. Returns how much there is then, in bytes; `room` is asked whether that fits.
+    ///
+    /// # Errors
+    /// When the host has too few free huge pages, or too little address space; pages that were
+    /// reserved before stay.
+    pub(crate) fn extend_huge<E: From<MemoryError>>(
+        &self,
+        vm: &VmFd,
+        start: GuestAddress,
+        pages: u32,
+        room: impl FnOnce(u64) -> Result<(), E>,
+    ) -> Result<u64, E> {
+        let mut state = self.lock();
+        let now = huge::Backing::of(&state.current, start);
+        let missing = now.missing(pages);
+        let then = now.with(missing).bytes();
+        room(then)?;
+        let mut end = start.0 + now.bytes();
+        if missing.pages > 0 {
+            state.add(vm, huge::reserve(GuestAddress(end), missing.pages)?)?;
+            end += missing.pages * huge::PAGE_BYTES;
         }
-        state.publish(then);
-        Ok(())
+        if missing.spare > 0 {
+            state.add(vm, ordinary(end, missing.spare * huge::PAGE_BYTES)?)?;
+        }
+        Ok(then)
     }
 
     /// Replaces the snapshot that is taken from now on.
@@ -185,18 +222,42 @@ impl State {
         onlookers.try_for_each(|onlooker| onlooker.show(memory)).map_err(MemoryError::Show)
     }
 
+    /// Lets the guest and all devices use a further region.
+    fn add(&mut self, vm: &VmFd, region: GuestRegionMmap) -> Result<(), MemoryError> {
+        let slot = u32::try_from(self.current.num_regions()).unwrap_or(u32::MAX);
+        let region = Arc::new(region);
+        let then = self.current.insert_region(Arc::clone(&region)).map_err(MemoryError::Overlap)?;
+        if let Err(error) = self.show(&then).and_then(|()| register(vm, slot, &region)) {
+            // An onlooker may use the region already, so it must not be unmapped.
+            std::mem::forget(region);
+            return Err(error);
+        }
+        self.publish(then);
+        Ok(())
+    }
+
     fn publish(&mut self, memory: GuestMemory) {
         let before = std::mem::replace(&mut self.current, Arc::new(memory));
         self.outdated.push(before);
     }
 }
 
+/// Maps ordinary memory.
+fn ordinary(start: u64, bytes: u64) -> Result<GuestRegionMmap, MemoryError> {
+    // usize is 64 bits wide on this architecture.
+    let size = usize::try_from(bytes).unwrap_or(usize::MAX);
+    GuestRegionMmap::from_range(GuestAddress(start), size, None)
+        .map_err(|source| MemoryError::Map { mib: bytes >> 20, source })
+}
+
 /// Lets the guest use a region.
 fn register(vm: &VmFd, slot: u32, region: &GuestRegionMmap) -> Result<(), MemoryError> {
-    // SAFETY: this advice changes how memory is backed, never what is in it.
-    let advised = unsafe { madvise(region.as_ptr().cast(), region.size(), Advice::LinuxHugepage) };
-    if let Err(error) = advised {
-        log::info!("guest memory without huge pages, this host has none: {error}");
+    if !huge::holds(region) {
+        let (start, size) = (region.as_ptr().cast(), region.size());
+        // SAFETY: this advice changes how memory is backed, never what is in it.
+        if let Err(error) = unsafe { madvise(start, size, Advice::LinuxHugepage) } {
+            log::info!("guest memory without huge pages, this host has none: {error}");
+        }
     }
     let kvm_region = kvm_userspace_memory_region {
         slot,
@@ -212,10 +273,22 @@ fn register(vm: &VmFd, slot: u32, region: &GuestRegionMmap) -> Result<(), Memory
 }
 
 /// Drops the whole pages of a run of guest memory; they read as zeroes when they are touched again.
-/// That holds for private anonymous memory, which is what guest memory is.
-pub(crate) fn release(slice: &vm_memory::VolatileSlice<'_>) -> io::Result<()> {
+/// That holds for private anonymous memory, which is what guest memory is. Huge pages of the pool
+/// stay: a host older than Linux 6.9 would give up their reservation too, and end the monitor when
+/// the guest touches one while the pool is empty.
+pub(crate) fn release(
+    memory: &GuestMemory,
+    slice: &vm_memory::VolatileSlice<'_>,
+) -> io::Result<()> {
     const PAGE_BYTES: usize = 4096;
     let guard = slice.ptr_guard_mut();
+    let is_inside = |region: &GuestRegionMmap| {
+        let start = region.as_ptr().addr();
+        (start..start + region.size()).contains(&guard.as_ptr().addr())
+    };
+    if memory.iter().any(|region| huge::holds(region) && is_inside(region)) {
+        return Ok(());
+    }
     let skip = guard.as_ptr().align_offset(PAGE_BYTES);
     let len = slice.len().saturating_sub(skip) / PAGE_BYTES * PAGE_BYTES;
     if len == 0 {

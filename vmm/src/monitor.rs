@@ -177,6 +177,10 @@ impl Monitor {
             Request::Plug { target_mib } => {
                 self.machine.plug(target_mib).map_err(|error| refusal(&error))?;
             }
+            Request::PlugHuge { pages } => {
+                let mib = self.machine.plug_huge(pages).map_err(|error| refusal(&error))?;
+                return Ok(Reply::Plugging { mib });
+            }
             Request::Processors { count } => {
                 self.machine.add_processors(count).map_err(|error| refusal(&error))?;
             }

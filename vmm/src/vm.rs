@@ -58,6 +58,14 @@ pub enum VmError {
         /// Why not.
         source: io::Error,
     },
+    /// Memory of huge pages cannot be plugged.
+    #[error("cannot plug {pages} huge pages of 2 MiB")]
+    PlugHuge {
+        /// The number asked for.
+        pages: u32,
+        /// Why not.
+        source: io::Error,
+    },
     /// Kernel, initramfs and boot structures.
     #[error("cannot load the guest")]
     Boot(#[source] Box<dyn std::error::Error + Send + Sync>),
@@ -223,6 +231,21 @@ impl Machine {
         self.bus.memory().extend(&self.vm, mem.region().start, bytes)?;
         self.bus.memory().settle()?;
         mem.request(bytes).map_err(failed)
+    }
+
+    /// Lets the guest plug memory of so many huge pages, in total; returns how much memory that is,
+    /// in MiB.
+    pub(crate) fn plug_huge(&self, pages: u32) -> Result<u32, VmError> {
+        let failed = |source| VmError::PlugHuge { pages, source };
+        let missing =
+            || io::Error::new(io::ErrorKind::NotFound, "the machine has no device for them");
+        let mem = self.handles.huge_mem.as_ref().ok_or_else(missing).map_err(failed)?;
+        let room = |bytes| mem.region().check(bytes).map_err(failed);
+        let memory = self.bus.memory();
+        let bytes = memory.extend_huge(&self.vm, mem.region().start, pages, room)?;
+        memory.settle()?;
+        mem.request(bytes).map_err(failed)?;
+        Ok(u32::try_from(bytes >> 20).unwrap_or(u32::MAX))
     }
 
     /// Attaches a device to a placeholder slot.

@@ -13,8 +13,8 @@ use super::id_map::{self, IdMap};
 use super::read_only::{self, HostMounts};
 use super::volumes;
 use super::{
-    Additions, BundleError, Surroundings, hook_programs, host_sockets, pod, read_only_root, refuse,
-    resources,
+    Additions, BundleError, Surroundings, hook_programs, host_sockets, huge_pages, pod,
+    read_only_root, refuse, resources,
 };
 use crate::state::id::ContainerId;
 
@@ -107,6 +107,9 @@ pub(super) fn rewrite(
             // A relative source is relative to the bundle, as in runc.
             let source = bundle.join(mount.source().clone().unwrap_or_default());
             let metadata = fs::metadata(&source).map_err(|error| unusable(&source, error))?;
+            if huge_pages::replace_bind(mount, (&source, &metadata), &spec)? {
+                continue;
+            }
             if host_sockets::is_one(&metadata) {
                 let path = host_sockets::in_guest(id, sockets.len());
                 let entry = Shared::new(source, path.clone(), FileKind::File);
@@ -177,6 +180,24 @@ fn has_hooks(spec: &Spec) -> bool {
 
 pub(super) fn is_bind(mount: &Mount) -> bool {
     mount.typ().as_deref() == Some("bind") || has_option(mount, &["bind", "rbind"])
+}
+
+/// The options of a bind mount that a mount of any other type can have too.
+pub(super) fn options_of_any_type(mount: &Mount) -> impl Iterator<Item = String> + use<> {
+    const OF_BINDS: [&str; 10] = [
+        "bind",
+        "rbind",
+        "private",
+        "rprivate",
+        "shared",
+        "rshared",
+        "slave",
+        "rslave",
+        "unbindable",
+        "runbindable",
+    ];
+    let options = mount.options().clone().unwrap_or_default();
+    options.into_iter().filter(|option| !OF_BINDS.contains(&option.as_str()))
 }
 
 pub(super) fn has_option(mount: &Mount, names: &[&str]) -> bool {

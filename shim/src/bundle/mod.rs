@@ -9,6 +9,7 @@ mod disks;
 mod guest;
 mod hook_programs;
 mod host_sockets;
+mod huge_pages;
 mod id_map;
 mod lenient;
 mod limits;
@@ -36,6 +37,10 @@ use thiserror::Error;
 
 pub use self::disks::{DISKS_MAX, Disk, FileSystem};
 pub use self::guest::{FileKind, Shared};
+pub use self::huge_pages::{
+    HUGE_PAGE_MIB, Pool, Shortage, allow as allow_huge_pages, check as check_huge_pages,
+    overhead_mib as huge_pages_overhead_mib, pages as huge_pages,
+};
 pub use self::id_map::IdMap;
 pub use self::limits::ProcessLimits;
 pub use self::pod::PodPlan;
@@ -136,6 +141,9 @@ pub enum BundleError {
     /// The states of other containers cannot be read.
     #[error(transparent)]
     Neighbours(#[from] StateError),
+    /// The host has too few huge pages.
+    #[error(transparent)]
+    HugePages(#[from] Shortage),
     /// The specification asks for something that is not supported.
     #[error(transparent)]
     Refused(#[from] Refusal),
@@ -286,7 +294,15 @@ impl Bundle {
             true => Neighbours::of(root)?,
             false => Neighbours::default(),
         };
-        Ok(refuse::check(&self.spec, &neighbours)?)
+        let joined = refuse::check(&self.spec, &neighbours)?;
+        let resources = self.resources();
+        check_huge_pages(&resources)?;
+        // A pod that is running may have enough for a further container.
+        let needed = huge_pages(&resources);
+        if needed > 0 && joined.pod().is_none() {
+            Pool::of_the_host().check(needed)?;
+        }
+        Ok(joined)
     }
 
     /// Checks that no socket or FIFO of the host is bound into the container where the policy forbids

@@ -6,7 +6,7 @@ use oci_spec::runtime::{LinuxMemory, LinuxResources};
 
 use super::refuse::{Refusal, refuse};
 use super::size::PERIOD_DEFAULT_US;
-use super::unified;
+use super::{huge_pages, unified};
 
 /// The prefixes of files in `unified` that apply to the container's own cgroup in the guest.
 const GUEST_FILES: [&str; 5] = ["cgroup.", "cpu.", "hugetlb.", "memory.", "pids."];
@@ -47,6 +47,7 @@ pub fn merge(current: &mut LinuxResources, update: &LinuxResources) {
         block_io.set_weight(Some(weight));
         current.set_block_io(Some(block_io));
     }
+    huge_pages::merge(current, &update);
     if let Some(files) = update.unified() {
         let mut unified = current.unified().clone().unwrap_or_default();
         unified.extend(files.clone());
@@ -129,6 +130,7 @@ pub(super) fn for_guest(resources: &mut LinuxResources) {
     if let Some(files) = resources.unified_mut() {
         files.retain(|file, _| GUEST_FILES.iter().any(|controller| file.starts_with(controller)));
     }
+    huge_pages::for_guest(resources);
     say_no_swap(resources);
 }
 
@@ -170,6 +172,7 @@ pub fn total(all: &[&LinuxResources]) -> LinuxResources {
     let mut pids = total.pids().unwrap_or_default();
     pids.set_limit(sum(&|it| it.pids().map(|pids| pids.limit())).unwrap_or(-1));
     total.set_pids(Some(pids));
+    huge_pages::add_up(&mut total, all);
     total
 }
 
@@ -207,6 +210,7 @@ mod tests {
             "memory": {"limit": 5, "swap": 7},
             "cpu": {"quota": 5, "period": 6, "cpus": "0"},
             "pids": {"limit": 9},
+            "hugepageLimits": [{"pageSize": "2MB", "limit": 7}],
             "unified": {"memory.high": "1"},
         });
         assert_eq!(merged(&before, &json!({})), before);
@@ -227,9 +231,11 @@ mod tests {
             "cpu": {"quota": -1},
             "pids": {"limit": -1},
             "blockIO": {"weight": 10},
+            "hugepageLimits": [{"pageSize": "2MB", "limit": 4 << 20}],
             "unified": {"c.d": "2"},
         });
         let after = json!({
+            "hugepageLimits": [{"pageSize": "2MB", "limit": 4 << 20}],
             "memory": {"limit": 6, "swap": 8},
             "cpu": {"quota": -1},
             "pids": {"limit": -1},
@@ -285,23 +291,27 @@ mod tests {
             "memory": {"limit": 64, "swap": 80},
             "cpu": {"quota": 50_000, "period": 100_000, "cpus": "0"},
             "pids": {"limit": 10},
+            "hugepageLimits": [{"pageSize": "2MB", "limit": 4}],
         });
         assert_eq!(added(std::slice::from_ref(&limited)), limited);
         let other = json!({
             "memory": {"limit": 6, "swap": 8},
             "cpu": {"quota": 5_000, "period": 50_000},
             "pids": {"limit": 1},
+            "hugepageLimits": [{"pageSize": "2MB", "limit": 3}],
         });
         let both = json!({
             "memory": {"limit": 70, "swap": 88},
             "cpu": {"quota": 60_000, "period": 100_000, "cpus": "0"},
             "pids": {"limit": 11},
+            "hugepageLimits": [{"pageSize": "2MB", "limit": 7}],
         });
         assert_eq!(added(&[limited.clone(), other]), both);
         let none = json!({
             "memory": {"limit": -1, "swap": -1},
             "cpu": {"quota": -1, "period": 100_000, "cpus": "0"},
             "pids": {"limit": -1},
+            "hugepageLimits": [{"pageSize": "2MB", "limit": 4}],
         });
         assert_eq!(added(&[limited, json!({})]), none);
     }
@@ -311,11 +321,14 @@ mod tests {
         let mut resources = serde_json::from_value(json!({
             "cpu": {"cpus": "3", "mems": "0", "quota": 7, "realtimeRuntime": 5},
             "blockIO": {"weight": 5},
+            "hugepageLimits": [{"pageSize": "1GB", "limit": 0}],
             "unified": {"memory.high": "1", "io.max": "8:0 rbps=1", "misc.max": "x 1"},
         }))
         .unwrap();
         for_guest(&mut resources);
-        let expected = json!({"cpu": {"quota": 7}, "unified": {"memory.high": "1"}});
+        let expected = json!({
+            "cpu": {"quota": 7}, "hugepageLimits": [], "unified": {"memory.high": "1"},
+        });
         assert_eq!(serde_json::to_value(resources).unwrap(), expected);
     }
 

@@ -5,6 +5,7 @@ use std::fs;
 use bulkhead_vmm::config::VCPUS_MAX;
 use oci_spec::runtime::LinuxResources;
 
+use super::huge_pages;
 use crate::policy::SizePolicy;
 
 /// The least memory of a machine, in MiB.
@@ -39,6 +40,9 @@ pub struct MachineSize {
     /// Memory that programs can count on, in MiB: what is more than [`MachineSize::memory_mib`] is
     /// plugged when the containers need it.
     pub expected_mib: u32,
+    /// Huge pages of the host's pool, which a machine boots without. They come on top of its memory,
+    /// which has room for their description.
+    pub huge_pages: u32,
 }
 
 impl HostSize {
@@ -64,9 +68,11 @@ impl MachineSize {
     pub fn of(all: &[&LinuxResources], host: HostSize, policy: SizePolicy) -> Self {
         let most = policy.memory_max_mib.map_or(u64::MAX, u64::from);
         let start = most.min(policy.memory_start_mib.into());
+        let huge_pages = all.iter().map(|it| huge_pages::pages(it)).fold(0, u32::saturating_add);
+        let overhead = MACHINE_OVERHEAD_MIB + huge_pages::overhead_mib(huge_pages);
         let together = |unlimited: u64| {
             let memory = all.iter().map(|it| limit_mib(it).unwrap_or(unlimited));
-            memory.fold(MACHINE_OVERHEAD_MIB, u64::saturating_add).min(host.memory_mib)
+            memory.fold(overhead, u64::saturating_add).min(host.memory_mib)
         };
         let memory = together(start).max(MEMORY_MIN_MIB);
         let expected = together(most).max(memory);
@@ -76,6 +82,7 @@ impl MachineSize {
             vcpus: u8::try_from(cpus.fold(0, u64::saturating_add).clamp(1, most)).unwrap_or(1),
             memory_mib: u32::try_from(memory).unwrap_or(u32::MAX),
             expected_mib: u32::try_from(expected).unwrap_or(u32::MAX),
+            huge_pages,
         }
     }
 
@@ -88,6 +95,7 @@ impl MachineSize {
             vcpus: self.vcpus.max(vcpus),
             memory_mib: self.memory_mib.max(memory_mib),
             expected_mib: self.expected_mib.max(memory_mib),
+            ..self
         }
     }
 }
@@ -142,7 +150,8 @@ mod tests {
         assert_eq!(size(&json!({"memory": {"limit": -1}, "cpu": {"quota": -1}})), (8, 256));
         let large = HostSize { cpus: 64, memory_mib: 1 << 20 };
         let size = MachineSize::of(&[&LinuxResources::default()], large, POLICY);
-        let expected = MachineSize { vcpus: 8, memory_mib: 256, expected_mib: 1 << 20 };
+        let expected =
+            MachineSize { vcpus: 8, memory_mib: 256, expected_mib: 1 << 20, huge_pages: 0 };
         assert_eq!(size, expected);
     }
 
@@ -198,13 +207,18 @@ mod tests {
         assert_eq!(size(&[&none, &none]), (8, 384));
         assert_eq!(size(&[&none, &limited]), (8, 320));
         assert_eq!(size(&[&limited, &limited]), (4, 256));
+        let huge = read(&json!({
+            "memory": {"limit": 64 << 20}, "hugepageLimits": [{"pageSize": "2MB", "limit": 128 << 20}],
+        }));
+        let both = MachineSize::of(&[&huge, &huge], host, POLICY);
+        assert_eq!((both.memory_mib, both.huge_pages), (256 + 6, 128));
     }
 
     #[test]
     fn a_machine_can_become_as_large_as_the_host() {
         let most = |vcpus, memory_mib, cpus| {
             let host = HostSize { cpus, memory_mib: 4096 };
-            let size = MachineSize { vcpus, memory_mib, expected_mib: memory_mib };
+            let size = MachineSize { vcpus, memory_mib, expected_mib: memory_mib, huge_pages: 0 };
             let most = size.most(host);
             (most.vcpus, most.memory_mib)
         };

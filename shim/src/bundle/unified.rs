@@ -9,6 +9,7 @@ use std::collections::HashMap;
 
 use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxPids, LinuxResources};
 
+use super::huge_pages;
 use super::refuse::{Refusal, refuse};
 
 /// The value that means "no limit" in a file, and in a field.
@@ -36,6 +37,7 @@ pub(super) fn fold(resources: &mut LinuxResources) {
     let Some(mut files) = resources.unified().clone() else { return };
     fold_memory(resources, &mut files);
     fold_cpu(resources, &mut files);
+    huge_pages::fold(resources, &mut files);
     // A limit of 0 stays in the file: in the field it would mean that there is no limit.
     if let Some(limit) = take(&mut files, "pids.max", |text| limit(text).filter(|n| *n != 0)) {
         let mut pids = LinuxPids::default();

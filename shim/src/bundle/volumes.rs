@@ -62,20 +62,7 @@ pub(super) fn apply_annotation(spec: &mut Spec) -> Result<(), Refusal> {
 
 /// Makes a bind mount one of a disk, with the same options.
 fn make_disk(mount: &mut Mount, kind: &str, make: bool) {
-    const OF_BINDS: [&str; 10] = [
-        "bind",
-        "rbind",
-        "private",
-        "rprivate",
-        "shared",
-        "rshared",
-        "slave",
-        "rslave",
-        "unbindable",
-        "runbindable",
-    ];
-    let options = mount.options().clone().unwrap_or_default();
-    let kept = options.into_iter().filter(|option| !OF_BINDS.contains(&option.as_str()));
+    let kept = guest::options_of_any_type(mount);
     let options = kept.chain(make.then(|| MAKE.to_owned())).collect();
     mount.set_typ(Some(kind.to_owned())).set_options(Some(options));
 }

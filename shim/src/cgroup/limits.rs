@@ -31,7 +31,8 @@ impl Limits {
             LinuxDeviceCgroupBuilder::default().allow(true).typ(LinuxDeviceType::A).access("rwm");
         host.set_devices(everything.build().ok().map(|rule| vec![rule]));
         host.set_network(None);
-        host.set_memory(host.memory().map(with_the_machine));
+        let huge_pages = bundle::huge_pages_overhead_mib(bundle::huge_pages(container));
+        host.set_memory(host.memory().map(|memory| with_the_machine(memory, huge_pages)));
         if let Some(pids) = host.pids_mut().as_mut().filter(|pids| pids.limit() > 0) {
             pids.set_limit(pids.limit().saturating_add(TASKS));
         }
@@ -114,8 +115,14 @@ fn slows_down(file: &str) -> bool {
     file.starts_with("cpu.") || file.starts_with("io.")
 }
 
-fn with_the_machine(mut memory: LinuxMemory) -> LinuxMemory {
-    let raised = |amount: Option<i64>| amount.map(with_overhead);
+/// Adds what a machine needs, and so many MiB more that its kernel needs for huge pages.
+fn with_the_machine(mut memory: LinuxMemory, huge_pages_mib: u64) -> LinuxMemory {
+    let more = i64::try_from(huge_pages_mib << 20).unwrap_or(i64::MAX);
+    let with_both = |amount| match with_overhead(amount) {
+        raised if raised > 0 => raised.saturating_add(more),
+        none => none,
+    };
+    let raised = |amount: Option<i64>| amount.map(with_both);
     // `swap` is memory and swap together, so it grows by the same amount.
     let (limit, swap) = (raised(memory.limit()), raised(memory.swap()));
     let reservation = raised(memory.reservation());
@@ -166,6 +173,11 @@ mod tests {
         assert_eq!((memory.limit(), memory.swap()), (Some(1000 + more), Some(3000 + more)));
         assert_eq!((memory.reservation(), memory.kernel()), (Some(500 + more), None));
         assert_eq!(limits.whole().pids().unwrap().limit(), 10 + TASKS);
+        let huge = json!({
+            "memory": {"limit": 1000}, "hugepageLimits": [{"pageSize": "2MB", "limit": 2 << 20}],
+        });
+        let memory = self::limits(&huge).whole().memory().unwrap();
+        assert_eq!(memory.limit(), Some(1000 + more + (4 << 20)));
     }
 
     #[test]

@@ -12,11 +12,11 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use bulkhead_protocol::agent::agent_client::AgentClient;
 use bulkhead_protocol::agent::{
-    AddSwapRequest, ClockRequest, ConfigureRequest, ConnectRequest, CreateRequest, DeleteRequest,
-    ExecRequest, FormatsRequest, HelloRequest, KillRequest, MemorySize, MemoryWanted, NameQuery,
-    NamesRequest, PauseRequest, ProcessInfo, ProcessesRequest, ReleaseRequest, RescanRequest,
-    ResizeRequest, ResumeRequest, StartProcessorsRequest, StartRequest, SyncRequest, UpdateRequest,
-    WaitReply, WaitRequest,
+    AddHugePagesRequest, AddSwapRequest, ClockRequest, ConfigureRequest, ConnectRequest,
+    CreateRequest, DeleteRequest, ExecRequest, ExpectHugePagesRequest, FormatsRequest,
+    HelloRequest, KillRequest, MemorySize, MemoryWanted, NameQuery, NamesRequest, PauseRequest,
+    ProcessInfo, ProcessesRequest, ReleaseRequest, RescanRequest, ResizeRequest, ResumeRequest,
+    StartProcessorsRequest, StartRequest, SyncRequest, UpdateRequest, WaitReply, WaitRequest,
 };
 use bulkhead_protocol::{MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES, VERSION};
 use hyper_util::rt::TokioIo;
@@ -39,6 +39,10 @@ const SHORT: Duration = Duration::from_secs(20);
 const CREATE: Duration = Duration::from_secs(60);
 /// The time limit for starting processors, which takes some time for each.
 const PROCESSORS: Duration = Duration::from_secs(60);
+/// The time limit for adding huge pages.
+const HUGE_PAGES: Duration = Duration::from_secs(60);
+/// How much longer for each page: both kernels fill it with zeroes.
+const HUGE_PAGE: Duration = Duration::from_millis(20);
 /// The time limit for writing everything back.
 const SYNC: Duration = Duration::from_secs(30);
 
@@ -378,6 +382,28 @@ impl Agent {
         let mut client = self.client.clone();
         let request = AddSwapRequest { serial };
         within(SHORT, "AddSwap", client.add_swap(request)).await.map(drop)
+    }
+
+    /// Lets memory for huge pages come, which is plugged from now on.
+    ///
+    /// # Errors
+    /// When the guest cannot have any.
+    pub async fn expect_huge_pages(&self) -> Result<(), AgentError> {
+        let mut client = self.client.clone();
+        let request = ExpectHugePagesRequest {};
+        within(SHORT, "ExpectHugePages", client.expect_huge_pages(request)).await.map(drop)
+    }
+
+    /// Adds so many huge pages to the guest's pool, once all of `plugged_mib` is there. It has to
+    /// follow [`Agent::expect_huge_pages`].
+    ///
+    /// # Errors
+    /// When the memory does not come, or the guest's kernel makes too few pages of it.
+    pub async fn add_huge_pages(&self, pages: u32, plugged_mib: u32) -> Result<(), AgentError> {
+        let mut client = self.client.clone();
+        let request = AddHugePagesRequest { pages, plugged_mib };
+        let patience = HUGE_PAGES + pages * HUGE_PAGE;
+        within(patience, "AddHugePages", client.add_huge_pages(request)).await.map(drop)
     }
 
     /// Writes everything back to the share.

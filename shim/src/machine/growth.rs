@@ -3,7 +3,8 @@
 //! A machine starts as large as the limits of its first container need; its maximum size is fixed
 //! then. Memory that containers without a limit use beyond that is plugged when the guest asks
 //! (`docs/decisions/0021-memory-on-demand.md`). A machine does not shrink: memory that the guest frees returns to the host anyway (the balloon's free page
-//! reporting), and an idle vCPU costs only a thread.
+//! reporting), and an idle vCPU costs only a thread. Huge pages of the host's pool stay until the
+//! machine ends (`docs/decisions/0033-huge-pages-of-the-pool.md`).
 
 use std::time::{Duration, Instant};
 
@@ -13,7 +14,7 @@ use tokio::sync::{Mutex, mpsc};
 use tokio::time::sleep;
 use tonic::Streaming;
 
-use crate::bundle::MachineSize;
+use crate::bundle::{HUGE_PAGE_MIB, MachineSize, Pool, Shortage};
 use crate::machine::agent::{Agent, AgentError};
 use crate::machine::monitor::{Machine, MachineError};
 
@@ -38,6 +39,9 @@ pub enum GrowthError {
     /// A call to the agent failed.
     #[error("cannot grow the machine: {0}")]
     Agent(#[from] AgentError),
+    /// The host's pool has too few huge pages.
+    #[error(transparent)]
+    HugePages(#[from] Shortage),
     /// The guest's kernel did not plug all memory in time.
     #[error(
         "the guest plugged {plugged_mib} of {wanted_mib} MiB of memory within {} s; it may not have \
@@ -67,6 +71,12 @@ struct Now {
     size: MachineSize,
     /// The virtio-mem device is attached.
     attached: bool,
+    /// The virtio-mem device for memory of huge pages is attached.
+    huge_attached: bool,
+    /// The huge pages that the monitor has reserved; the guest may have let an attempt fail since.
+    huge_reserved: u32,
+    /// Memory that is plugged for huge pages, in MiB.
+    huge_mib: u32,
     /// The machine could not be given what its containers needed: they have to do with what it has,
     /// and the guest's out-of-memory killer decides.
     is_full: bool,
@@ -78,8 +88,13 @@ impl Growth {
     /// The size of a machine that has just booted.
     #[must_use]
     pub fn new(boot: MachineSize, most: MachineSize) -> Self {
-        let now = Now { size: boot, attached: false, is_full: false, sizes: None };
-        Self { boot, most, now: Mutex::new(now) }
+        Self { boot, most, now: Mutex::new(Now::of(MachineSize { huge_pages: 0, ..boot })) }
+    }
+
+    /// The huge pages of the host's pool that the machine has, whether its guest has made huge pages
+    /// of them or not: it may touch them all.
+    pub async fn huge_pages(&self) -> u32 {
+        self.now.lock().await.huge_reserved
     }
 
     /// Returns whether [`Growth::grow`] would have something to do.
@@ -111,6 +126,10 @@ impl Growth {
         } else if to.expected_mib > counted_on {
             now.tell();
         }
+        if to.huge_pages > now.size.huge_pages {
+            self.plug_huge(machine, agent, &mut now, to.huge_pages).await?;
+            now.size.huge_pages = to.huge_pages;
+        }
         if to.vcpus > now.size.vcpus {
             machine.add_processors(to.vcpus).await?;
             agent.start_processors(to.vcpus.into()).await?;
@@ -124,6 +143,7 @@ impl Growth {
             vcpus: to.vcpus.min(self.most.vcpus).max(now.vcpus),
             memory_mib: to.memory_mib.min(self.most.memory_mib).max(now.memory_mib),
             expected_mib: to.expected_mib.min(self.most.expected_mib).max(now.expected_mib),
+            huge_pages: to.huge_pages.max(now.huge_pages),
         }
     }
 
@@ -166,6 +186,46 @@ impl Growth {
         Ok(true)
     }
 
+    /// Adds huge pages up to so many in total, and has the guest's kernel take them into its pool.
+    async fn plug_huge(
+        &self,
+        machine: &Machine,
+        agent: &Agent,
+        now: &mut Now,
+        pages: u32,
+    ) -> Result<(), GrowthError> {
+        let pool = Pool::of_the_host();
+        let more = pages - now.size.huge_pages;
+        let missing = pages.saturating_sub(now.huge_reserved);
+        pool.check(missing)?;
+        if !now.huge_attached {
+            let most = u64::from(pages.max(pool.pages)) * u64::from(HUGE_PAGE_MIB);
+            // What is spare beside the pages is less than this, and addresses cost nothing.
+            let region = most + most / 16 + u64::from(DEMAND_MIN_MIB);
+            let region = u32::try_from(region).unwrap_or(u32::MAX);
+            machine.attach_huge_memory(region, self.room_mib()).await?;
+            now.huge_attached = true;
+        }
+        agent.expect_huge_pages().await?;
+        let plugged = machine.plug_huge(pages).await;
+        if let Ok(mib) = plugged {
+            (now.huge_reserved, now.huge_mib) = (now.huge_reserved.max(pages), mib);
+        }
+        let added =
+            agent.add_huge_pages(if plugged.is_ok() { more } else { 0 }, now.huge_mib).await;
+        if plugged.is_err() {
+            // Another pod may have taken them since.
+            Pool::of_the_host().check(missing)?;
+        }
+        plugged?;
+        Ok(added?)
+    }
+
+    /// How much memory can be plugged, in MiB, huge pages aside.
+    const fn room_mib(&self) -> u32 {
+        self.most.memory_mib - self.boot.memory_mib
+    }
+
     async fn plug(
         &self,
         machine: &Machine,
@@ -174,7 +234,7 @@ impl Growth {
         memory_mib: u32,
     ) -> Result<(), GrowthError> {
         if !now.attached {
-            machine.attach_memory(self.most.memory_mib - self.boot.memory_mib).await?;
+            machine.attach_memory(self.room_mib()).await?;
             now.attached = true;
         }
         // Rescans each time, because the previous rescan may have failed.
@@ -198,6 +258,18 @@ impl Growth {
 }
 
 impl Now {
+    fn of(size: MachineSize) -> Self {
+        Self {
+            size,
+            attached: false,
+            huge_attached: false,
+            huge_reserved: 0,
+            huge_mib: 0,
+            is_full: false,
+            sizes: None,
+        }
+    }
+
     /// The memory after the next request of the agent, in MiB.
     fn next_mib(&self, most: MachineSize) -> u32 {
         let step = (self.size.memory_mib / 2).next_multiple_of(DEMAND_MIN_MIB);
@@ -223,15 +295,13 @@ mod tests {
     use super::*;
 
     fn size(vcpus: u8, memory_mib: u32) -> MachineSize {
-        MachineSize { vcpus, memory_mib, expected_mib: memory_mib }
+        MachineSize { vcpus, memory_mib, expected_mib: memory_mib, huge_pages: 0 }
     }
 
     #[test]
     fn a_machine_grows_by_half_as_far_as_its_containers_count_on_it() {
         let next = |memory_mib, expected_mib, most| {
-            let now = MachineSize { vcpus: 1, memory_mib, expected_mib };
-            let now = Now { size: now, attached: false, is_full: false, sizes: None };
-            now.next_mib(size(1, most))
+            Now::of(MachineSize { expected_mib, ..size(1, memory_mib) }).next_mib(size(1, most))
         };
         assert_eq!(next(256, 4096, 4096), 384);
         assert_eq!(next(384, 4096, 4096), 640);

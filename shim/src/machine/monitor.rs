@@ -230,6 +230,32 @@ impl Machine {
         self.done(Request::Plug { target_mib }, &[]).await
     }
 
+    /// Attaches the virtio-mem device for memory of huge pages, behind the room for other memory; the
+    /// guest still has to bind a driver to it.
+    ///
+    /// # Errors
+    /// When the machine has one already.
+    pub async fn attach_huge_memory(
+        &self,
+        region_mib: u32,
+        behind_mib: u32,
+    ) -> Result<(), MachineError> {
+        let device = DeviceConfig::HugeMem { region_mib, behind_mib };
+        self.done(Request::Attach { slot: HUGE_MEMORY_SLOT, device }, &[]).await
+    }
+
+    /// Requests that the guest plugs memory of so many huge pages, in total; returns how much memory
+    /// that is, in MiB.
+    ///
+    /// # Errors
+    /// When the host's pool has too few.
+    pub async fn plug_huge(&self, pages: u32) -> Result<u32, MachineError> {
+        match self.call(Request::PlugHuge { pages }, &[], PATIENCE).await? {
+            (Reply::Plugging { mib }, _) => Ok(mib),
+            (reply, _) => Err(MachineError::Confused(format!("{reply:?}"))),
+        }
+    }
+
     /// Returns how much memory the guest has plugged.
     ///
     /// # Errors
@@ -365,8 +391,9 @@ pub fn quote(lines: &[String]) -> String {
 const FIRST_FREE_SLOT: u8 = 4;
 /// The first slot after the disks.
 pub const FIRST_NETWORK_SLOT: u8 = 12;
-/// The last slot, so that disks and interfaces have consecutive slots.
-const MEMORY_SLOT: u8 = SLOT_COUNT - 1;
+/// The last slots, so that disks and interfaces have consecutive slots.
+const HUGE_MEMORY_SLOT: u8 = SLOT_COUNT - 1;
+const MEMORY_SLOT: u8 = SLOT_COUNT - 2;
 
 fn configuration<'a>(parts: &'a Parts<'_>, random: &'a File) -> (VmConfig, Vec<BorrowedFd<'a>>) {
     let descriptors = vec![
@@ -413,7 +440,7 @@ mod tests {
             file_server: file.as_fd(),
             console: file.try_clone().unwrap(),
             jail: JailConfig { uid: 1, gid: 1 },
-            size: MachineSize { vcpus: 1, memory_mib: 128, expected_mib: 128 },
+            size: MachineSize { vcpus: 1, memory_mib: 128, expected_mib: 128, huge_pages: 0 },
             vcpus_max: 2,
         };
         let (config, descriptors) = configuration(&parts, &file);

@@ -333,6 +333,11 @@ impl Pod {
         Ok(self.growth.grow(&self.machine, &self.agent, to).await?)
     }
 
+    /// The huge pages of the host's pool that the machine has.
+    pub async fn huge_pages(&self) -> u32 {
+        self.growth.huge_pages().await
+    }
+
     /// Waits until the machine or the file server has ended by itself or the pod is condemned;
     /// returns the reason.
     pub async fn broken(&self) -> String {

@@ -234,14 +234,30 @@ impl Sandbox {
         Ok(self.lower().await?)
     }
 
+    /// Gives a machine that has just booted what it cannot boot with: huge pages and swap. The host's
+    /// limits are those of the boot, and are high enough.
+    ///
+    /// # Errors
+    /// When the machine does not grow.
+    pub async fn complete(&self, pod: &Pod) -> Result<(), SandboxError> {
+        let _sizing = self.sizing.lock().await;
+        pod.grow(self.size()).await?;
+        self.provide_swap(pod).await;
+        Ok(())
+    }
+
+    /// The size of a machine for all containers.
+    fn size(&self) -> MachineSize {
+        MachineSize::of(&self.members().resources(), HostSize::measure(), self.policy.size)
+    }
+
     /// Makes the machine large enough for all containers.
     async fn make_room(&self, pod: &Pod) -> Result<(), SandboxError> {
-        let size =
-            MachineSize::of(&self.members().resources(), HostSize::measure(), self.policy.size);
+        let size = self.size();
         if pod.lacks(size).await {
             // The limit is raised first: the guest uses some of the plugged memory at once, to
             // describe it.
-            if let Some((cgroup, limits)) = self.cgroup_of_all() {
+            if let Some((cgroup, limits)) = self.cgroup_of_all().await {
                 cgroup.limit_async(limits.whole().clone()).await?;
             }
             pod.grow(size).await?;
@@ -252,7 +268,7 @@ impl Sandbox {
 
     /// Gives the machine the swap that its containers may use. One that gets less runs out of memory
     /// earlier, as on a host with less swap.
-    pub async fn provide_swap(&self, pod: &Pod) {
+    async fn provide_swap(&self, pod: &Pod) {
         let host_mib = bundle::swap_of_the_host();
         let wanted = bundle::swap_mib(&self.members().resources(), host_mib);
         if let Err(error) = pod.provide_swap(wanted, host_mib).await {
@@ -265,17 +281,24 @@ impl Sandbox {
 
     /// Sets the limits of all containers together on the host, once the pod uses less.
     async fn lower(&self) -> Result<(), CgroupError> {
-        match self.cgroup_of_all() {
+        match self.cgroup_of_all().await {
             Some((cgroup, limits)) => cgroup.limit_when_free(&limits).await,
             None => Ok(()),
         }
     }
 
     /// Returns the cgroup of the pod's processes and the limits of all containers together.
-    fn cgroup_of_all(&self) -> Option<(Cgroup, Limits)> {
-        let members = self.members();
-        let cgroup = members.list.first()?.cgroup.clone();
-        Some((cgroup, Limits::of(&bundle::total(&members.resources()))))
+    async fn cgroup_of_all(&self) -> Option<(Cgroup, Limits)> {
+        let (cgroup, mut resources, pod) = {
+            let members = self.members();
+            let cgroup = members.list.first()?.cgroup.clone();
+            (cgroup, bundle::total(&members.resources()), members.pod.upgrade())
+        };
+        if let Some(pod) = pod {
+            // The machine keeps those of containers that have left.
+            bundle::allow_huge_pages(&mut resources, pod.huge_pages().await);
+        }
+        Some((cgroup, Limits::of(&resources)))
     }
 
     /// Moves the pod's processes to the cgroup of the oldest container.

@@ -3,8 +3,6 @@
 use std::fs::File;
 use std::io;
 
-use vm_memory::GuestMemoryBackend;
-
 use crate::arch::layout;
 use crate::config::{DeviceConfig, Fd};
 use crate::memory::Memory;
@@ -26,6 +24,8 @@ pub(crate) struct Handles {
     pub(crate) balloon: Option<balloon::BalloonHandle>,
     /// Sets how much memory is plugged.
     pub(crate) mem: Option<mem::MemHandle>,
+    /// Sets how much memory of huge pages is plugged.
+    pub(crate) huge_mem: Option<mem::MemHandle>,
 }
 
 impl Handles {
@@ -35,6 +35,9 @@ impl Handles {
             DeviceConfig::Vsock { .. } if self.opener.is_some() => "a vsock device",
             DeviceConfig::Balloon if self.balloon.is_some() => "a balloon",
             DeviceConfig::Mem { .. } if self.mem.is_some() => "a memory device",
+            DeviceConfig::HugeMem { .. } if self.huge_mem.is_some() => {
+                "a device for memory of huge pages"
+            }
             _ => return Ok(()),
         };
         Err(io::Error::new(io::ErrorKind::AlreadyExists, format!("the machine has {taken}")))
@@ -45,6 +48,7 @@ impl Handles {
         self.opener = brought.opener.or(self.opener.take());
         self.balloon = brought.balloon.or(self.balloon.take());
         self.mem = brought.mem.or(self.mem.take());
+        self.huge_mem = brought.huge_mem.or(self.huge_mem.take());
     }
 
     /// Removes the handle of a device of this type, which was detached.
@@ -52,7 +56,6 @@ impl Handles {
         match device_id {
             vsock::DEVICE_ID => self.opener = None,
             balloon::DEVICE_ID => self.balloon = None,
-            mem::DEVICE_ID => self.mem = None,
             _ => {}
         }
     }
@@ -90,10 +93,17 @@ pub(crate) fn build(
             Box::new(device)
         }
         DeviceConfig::Mem { region_mib } => {
-            let (start, step) = layout::plugged_memory(memory.snapshot().last_addr().0 + 1);
+            let (start, step) = layout::plugged_memory(memory.end_at_boot());
             let region = mem::Region::new(start, step, *region_mib);
             let (device, mem) = mem::device(region)?;
             brings.mem = Some(mem);
+            Box::new(device)
+        }
+        DeviceConfig::HugeMem { region_mib, behind_mib } => {
+            let (start, step) = layout::plugged_memory(memory.end_at_boot());
+            let start = mem::Region::new(start, step, *behind_mib).end();
+            let (device, mem) = mem::device(mem::Region::new(start, step, *region_mib))?;
+            brings.huge_mem = Some(mem);
             Box::new(device)
         }
     };

@@ -108,9 +108,9 @@ impl Container {
                 Source::New(origin) => {
                     let pod = Arc::new(Pod::start(&self.home, pod_plan, origin).await?);
                     self.sandbox.is_up(&pod)?;
+                    self.sandbox.complete(&pod).await?;
                     pod.serve_sockets();
                     pod.provide_memory().await?;
-                    self.sandbox.provide_swap(&pod).await;
                     Ok(pod)
                 }
             }

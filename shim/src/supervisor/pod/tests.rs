@@ -17,7 +17,7 @@ fn a_pod_lives_and_ends_without_a_container() {
     let dist = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/dist/bin");
     let policy = Policy::default();
     let assets = Assets::find_beside(&dist, &policy.guest, |_| None).unwrap();
-    let size = MachineSize { vcpus: 1, memory_mib: 256, expected_mib: 256 };
+    let size = MachineSize { vcpus: 1, memory_mib: 256, expected_mib: 256, huge_pages: 0 };
     let plan = PodPlan {
         hostname: "pod".to_owned(),
         size,

@@ -181,7 +181,7 @@ fn release_pages(run: &std::ops::Range<u64>, memory: &GuestMemory) -> Result<(),
         return Err(OUTSIDE);
     }
     for slice in memory.get_slices(start, len, Permissions::ReadWrite).map_err(|_| OUTSIDE)? {
-        give_back(&slice.map_err(|_| OUTSIDE)?);
+        give_back(memory, &slice.map_err(|_| OUTSIDE)?);
     }
     Ok(())
 }
@@ -190,14 +190,14 @@ fn release_pages(run: &std::ops::Range<u64>, memory: &GuestMemory) -> Result<(),
 fn take_reported(chain: &mut Chain, memory: &GuestMemory) -> Result<(), ServeError> {
     let all = chain.writable.left();
     for slice in chain.writable.slices(memory, all)? {
-        give_back(&slice);
+        give_back(memory, &slice);
     }
     Ok(())
 }
 
 /// Drops the whole pages of a run of guest memory.
-fn give_back(slice: &VolatileSlice<'_>) {
-    if let Err(error) = release(slice) {
+fn give_back(memory: &GuestMemory, slice: &VolatileSlice<'_>) {
+    if let Err(error) = release(memory, slice) {
         guest_warn!("balloon: cannot give {} bytes back to the host: {error}", slice.len());
     }
 }

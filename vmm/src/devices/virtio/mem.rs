@@ -4,9 +4,10 @@
 //! have plugged. The driver asks for blocks, and may use those that it was given. It cannot plug
 //! more than the host has requested, and the host cannot request more than the region.
 //!
-//! The front of the region, up to the usable size, is memory that KVM and the devices know; behind
-//! it there is none. So a guest that uses blocks without asking for them gets no more than the
-//! usable size. The host sets that size in whole steps ([`crate::memory`]); it does not shrink.
+//! The front of the region is memory that KVM and the devices know; behind it there is none. So a
+//! guest that uses blocks without asking for them gets no more than the host has put there
+//! ([`crate::memory`]): the usable size, which are whole steps, or what was requested where huge
+//! pages hold it. An honest driver plugs the first free block. The usable size does not shrink.
 //!
 //! NUMA nodes are not offered: the machine has one.
 
@@ -71,11 +72,25 @@ impl Region {
     /// When the region is smaller.
     pub(crate) fn steps(&self, mib: u32) -> io::Result<u64> {
         let bytes = (u64::from(mib) << 20).next_multiple_of(self.step);
+        self.check(bytes)?;
+        Ok(bytes)
+    }
+
+    /// Checks that there is room for this much.
+    ///
+    /// # Errors
+    /// When the region is smaller.
+    pub(crate) fn check(&self, bytes: u64) -> io::Result<()> {
         if bytes <= self.bytes {
-            return Ok(bytes);
+            return Ok(());
         }
         let words = format!("there is room for {} MiB", self.bytes >> 20);
         Err(io::Error::new(io::ErrorKind::InvalidInput, words))
+    }
+
+    /// The address behind the region.
+    pub(crate) const fn end(&self) -> GuestAddress {
+        GuestAddress(self.start.0 + self.bytes)
     }
 }
 
@@ -115,13 +130,14 @@ impl MemHandle {
         &self.region
     }
 
-    /// Asks the driver to plug `bytes` in total: whole steps, which are guest memory already.
+    /// Asks the driver to plug `bytes` in total: whole blocks, which are guest memory already.
     ///
     /// # Errors
     /// When the device's thread cannot be woken; the driver sees the size when it next looks.
     pub(crate) fn request(&self, bytes: u64) -> io::Result<()> {
         // The usable size comes first: a driver must not be asked for more than it can have.
-        self.config.set_u64(USABLE_SIZE, bytes.max(self.config.u64(USABLE_SIZE)));
+        let usable = bytes.next_multiple_of(self.region.step);
+        self.config.set_u64(USABLE_SIZE, usable.max(self.config.u64(USABLE_SIZE)));
         self.config.set_u64(REQUESTED_SIZE, bytes);
         match self.changed.write(1) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(()),
@@ -290,7 +306,7 @@ impl Mem {
         };
         for slice in slices {
             let Ok(slice) = slice else { return Response::Busy };
-            if let Err(error) = release(&slice) {
+            if let Err(error) = release(memory, &slice) {
                 guest_warn!("mem: cannot give {} bytes back to the host: {error}", slice.len());
             }
         }

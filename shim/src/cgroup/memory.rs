@@ -24,6 +24,8 @@ struct Files {
     swap: (&'static str, Option<&'static str>),
     /// The file that counts OOM kills.
     kills: &'static str,
+    /// Whether that counter increases only after [`Memory::watch`] has reported a kill.
+    counts_late: bool,
 }
 
 const V1: Files = Files {
@@ -31,12 +33,14 @@ const V1: Files = Files {
     limit: "memory.limit_in_bytes",
     swap: ("memory.swappiness", None),
     kills: "memory.oom_control",
+    counts_late: true,
 };
 const V2: Files = Files {
     used: "memory.current",
     limit: "memory.max",
     swap: ("memory.swap.max", Some("memory.swap.current")),
     kills: "memory.events",
+    counts_late: false,
 };
 
 /// The memory limit and usage of a cgroup.
@@ -82,8 +86,8 @@ impl Memory {
 
     /// Whether the counter increases only after [`Memory::watch`] has reported a kill.
     #[must_use]
-    pub fn counts_late(&self) -> bool {
-        std::ptr::eq(self.files, &V1)
+    pub const fn counts_late(&self) -> bool {
+        self.files.counts_late
     }
 
     /// Returns a non-blocking descriptor that becomes readable when there may have been another

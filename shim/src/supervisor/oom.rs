@@ -55,7 +55,8 @@ pub fn report(other: Option<&Cgroup>) -> io::Result<()> {
 /// When it cannot lock memory or set its OOM score.
 pub fn victim() -> io::Result<()> {
     fs::write("/proc/self/oom_score_adj", FIRST)?;
-    mlockall(MlockAllFlags::CURRENT | MlockAllFlags::FUTURE)?;
+    // Not the program itself: its pages count as files, which are taken for reclaimable.
+    mlockall(MlockAllFlags::FUTURE)?;
     io::stdout().write_all(b"r")?;
     io::stdout().flush()?;
     if io::stdin().read(&mut [0])? == 1 {

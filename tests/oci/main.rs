@@ -105,6 +105,7 @@ mod storage;
 mod streams;
 #[cfg(test)]
 mod supervisor;
+#[cfg(test)]
 mod swap;
 #[cfg(test)]
 mod terminal;

@@ -67,7 +67,7 @@ mod tests {
         assert_eq!(swap(&[json!({"limit": 5, "swap": i64::MAX})], 1024), 1024);
         assert_eq!(swap(&[json!({"limit": 5, "swap": 6 << 20})], 0), 0);
         let half = json!({"limit": 1 << 20, "swap": 601 << 20});
-        assert_eq!(swap(&[half.clone()], 1024), 600);
+        assert_eq!(swap(std::slice::from_ref(&half), 1024), 600);
         assert_eq!(swap(&[half.clone(), json!({}), half], 1024), 1024);
     }
 }

@@ -198,7 +198,10 @@ impl Bundle {
 }
 
 /// Puts Debian's busybox into a root file system, with links of these names to it.
-pub(crate) fn install_busybox(root: &Path, applets: &[&str]) -> Result<()> {
+///
+/// # Errors
+/// When it cannot be written, or busybox-static is not installed.
+pub fn install_busybox(root: &Path, applets: &[&str]) -> Result<()> {
     fs::create_dir_all(root.join("bin"))?;
     fs::copy(BUSYBOX, root.join("bin/busybox")).context(BUSYBOX)?;
     for applet in applets {

@@ -118,14 +118,16 @@ fn rabbitmq() {
     let right = "published 200\nSIGKILL: got True None\nstopped";
     same("RabbitMQ, kill -9, restart", Debian::More, right, |room| {
         let server = room.container("rabbitmq", RABBITMQ);
-        let serve = || server.start_until("rabbitmqctl -q await_startup --timeout 100");
+        let ready = "ss -ltn | grep -q ':5672 ' && rabbitmqctl -q await_startup --timeout 100";
+        let serve = || server.start_until(ready);
         let messages = |what: &str| server.exec(&format!("python3 -c '{MESSAGES}' {what}"));
         serve();
         let mut did = messages("publish") + "\n";
         server.end_by("KILL");
         serve();
         did += &format!("SIGKILL: {}\n", messages("take"));
-        server.exec("rabbitmqctl -q stop > /dev/null 2>&1 || true");
+        // The container may end before its tool does.
+        server.exec("rabbitmqctl -q stop > /dev/null 2>&1 &");
         server.ended_by_itself();
         did + "stopped"
     });

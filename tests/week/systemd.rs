@@ -37,7 +37,8 @@ systemctl -q enable counted asked.socket
 systemctl -q mask getty.target console-getty.service systemd-logind.service chrony.service \
     rabbitmq-server.service mariadb.service haproxy.service memcached.service nfs-server.service \
     rpcbind.service rpcbind.socket containerd.service podman.service podman.socket openvpn.service \
-    nfs-client.target remote-fs.target epmd.socket epmd.service podman-auto-update.timer
+    nfs-client.target remote-fs.target epmd.socket epmd.service podman-auto-update.timer \
+    podman-auto-update.service podman-restart.service mariadb.socket nfs-blkmap.service
 exec /sbin/init
 "#;
 const ASK: &str = r#"
@@ -48,7 +49,7 @@ python3 -c 'import socket; print(socket.create_connection(("127.0.0.1", 7000)).m
 systemctl show -p MemoryMax -p TasksMax counted
 cat /sys/fs/cgroup$(systemctl show -p ControlGroup --value counted)/pids.max
 pid=$(systemctl show -p MainPID --value counted)
-stat -c %U /proc/$pid | sed 's/[0-9]*$//'; nsenter -t $pid -m sh -c 'touch /usr/x 2> /dev/null || echo protected'
+stat -c %u /proc/$pid | sed 's/^6....$/its own user/'; nsenter -t $pid -m sh -c 'touch /usr/x 2> /dev/null || echo protected'
 pid=$(systemctl show -p MainPID --value plain1); kill -KILL $pid
 tries=0
 until new=$(systemctl show -p MainPID --value plain1) && [ $new != 0 ] && [ $new != $pid ]; do
@@ -70,7 +71,7 @@ asked
 MemoryMax=33554432
 TasksMax=7
 7
-counted
+its own user
 protected
 restarted
 inactive

@@ -149,8 +149,7 @@ impl Agent for Calls {
         }
         self.share.mount().await.map_err(internal("cannot mount the share"))?;
         let request = request.into_inner();
-        let register = spawn_blocking(move || formats::register(request));
-        let done = register.await.map_err(|error| Status::internal(error.to_string()))?;
+        let done = blocking(move || formats::register(request)).await?;
         *registered = Some(done.map_err(internal("cannot register formats"))?);
         Ok(Response::new(FormatsReply {}))
     }
@@ -256,9 +255,8 @@ impl Agent for Calls {
     }
 
     async fn rescan(&self, _: Request<RescanRequest>) -> Result<Response<RescanReply>, Status> {
-        let bound = spawn_blocking(|| hotplug::rescan(Path::new(hotplug::PLATFORM_BUS)))
-            .await
-            .map_err(|error| Status::internal(error.to_string()))?
+        let bound = blocking(|| hotplug::rescan(Path::new(hotplug::PLATFORM_BUS)))
+            .await?
             .map_err(internal("cannot bind a slot"))?;
         if !bound.is_empty() {
             self.share.mount().await.map_err(internal("cannot mount the share"))?;
@@ -272,9 +270,8 @@ impl Agent for Calls {
     ) -> Result<Response<ConfigureReply>, Status> {
         let ConfigureRequest { interfaces, settings, ipv6 } = request.into_inner();
         let mut network = self.network.clone().lock_owned().await;
-        spawn_blocking(move || network.configure(interfaces, &settings, ipv6))
-            .await
-            .map_err(|error| Status::internal(error.to_string()))?
+        blocking(move || network.configure(interfaces, &settings, ipv6))
+            .await?
             .map_err(|error| Status::failed_precondition(logging::chain(&error)))?;
         Ok(Response::new(ConfigureReply {}))
     }
@@ -285,9 +282,8 @@ impl Agent for Calls {
     ) -> Result<Response<ReleaseReply>, Status> {
         let slots = request.into_inner().slots;
         let mut network = self.network.clone().lock_owned().await;
-        spawn_blocking(move || network.release(&slots))
-            .await
-            .map_err(|error| Status::internal(error.to_string()))?
+        blocking(move || network.release(&slots))
+            .await?
             .map_err(internal("cannot release an interface"))?;
         Ok(Response::new(ReleaseReply {}))
     }
@@ -326,10 +322,8 @@ impl Agent for Calls {
     ) -> Result<Response<StartProcessorsReply>, Status> {
         let count = request.into_inner().count;
         let start = move || hotplug::start_processors(Path::new(hotplug::PROCESSORS), count);
-        let started = spawn_blocking(start)
-            .await
-            .map_err(|error| Status::internal(error.to_string()))?
-            .map_err(internal("cannot start a processor of the guest"))?;
+        let started =
+            blocking(start).await?.map_err(internal("cannot start a processor of the guest"))?;
         tracing::info!(count = started as u64, "processors started");
         Ok(Response::new(StartProcessorsReply {}))
     }
@@ -338,10 +332,7 @@ impl Agent for Calls {
         &self,
         _: Request<ExpectHugePagesRequest>,
     ) -> Result<Response<ExpectHugePagesReply>, Status> {
-        spawn_blocking(huge_pages::expect)
-            .await
-            .map_err(|error| Status::internal(error.to_string()))?
-            .map_err(internal("cannot prepare for huge pages"))?;
+        blocking(huge_pages::expect).await?.map_err(internal("cannot prepare for huge pages"))?;
         Ok(Response::new(ExpectHugePagesReply {}))
     }
 
@@ -350,9 +341,8 @@ impl Agent for Calls {
         request: Request<AddHugePagesRequest>,
     ) -> Result<Response<AddHugePagesReply>, Status> {
         let AddHugePagesRequest { pages, plugged_mib } = request.into_inner();
-        spawn_blocking(move || huge_pages::add(pages, plugged_mib))
-            .await
-            .map_err(|error| Status::internal(error.to_string()))?
+        blocking(move || huge_pages::add(pages, plugged_mib))
+            .await?
             .map_err(internal("cannot make huge pages"))?;
         Ok(Response::new(AddHugePagesReply {}))
     }
@@ -391,18 +381,15 @@ impl Agent for Calls {
         request: Request<AddSwapRequest>,
     ) -> Result<Response<AddSwapReply>, Status> {
         let serial = request.into_inner().serial;
-        spawn_blocking(move || swap::add(serial))
-            .await
-            .map_err(|error| Status::internal(error.to_string()))?
+        blocking(move || swap::add(serial))
+            .await?
             .map_err(|error| Status::failed_precondition(logging::chain(&error)))?;
         Ok(Response::new(AddSwapReply {}))
     }
 
     async fn sync(&self, _: Request<SyncRequest>) -> Result<Response<SyncReply>, Status> {
         self.containers.settle().await;
-        spawn_blocking(rustix::fs::sync)
-            .await
-            .map_err(|error| Status::internal(error.to_string()))?;
+        blocking(rustix::fs::sync).await?;
         Ok(Response::new(SyncReply {}))
     }
 }
@@ -447,6 +434,13 @@ fn set_time(time_ns: u64) -> Result<(), Status> {
         Err(_) => clock::set_time(time_ns),
     };
     set.map_err(internal("cannot set the clock"))
+}
+
+/// Runs what may block in another thread.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Result<T, Status> {
+    spawn_blocking(work).await.map_err(|error| Status::internal(error.to_string()))
 }
 
 /// Names the part of the guest that failed.

@@ -58,12 +58,22 @@ pub fn merge(current: &mut LinuxResources, update: &LinuxResources) {
 /// The limit of memory and swap that goes with a new memory limit. As in runc with cgroup v2, the swap
 /// stays as it is, and without a memory limit there is no limit of swap either.
 fn kept_swap(before: &LinuxMemory, limit: Option<i64>) -> Option<i64> {
-    match (before.swap()?, before.limit(), limit) {
-        (swap, Some(old), Some(new)) if swap > 0 && old > 0 && new > 0 => {
-            Some(new.saturating_add(swap.saturating_sub(old)))
+    let both = before.swap()?;
+    match limit {
+        Some(none) if none < 0 => Some(none),
+        Some(new) => with_same_swap(before, new),
+        None => Some(both),
+    }
+}
+
+/// The limit of memory and swap that allows as much swap beside this memory limit as it does beside
+/// its own; as it is where one of them is no limit.
+pub(super) fn with_same_swap(before: &LinuxMemory, limit: i64) -> Option<i64> {
+    match (before.swap(), before.limit()) {
+        (Some(both), Some(old)) if both > 0 && old > 0 && limit > 0 => {
+            Some(limit.saturating_add(both.saturating_sub(old)))
         }
-        (_, _, Some(new)) if new < 0 => Some(new),
-        (swap, _, _) => Some(swap),
+        (both, _) => both,
     }
 }
 

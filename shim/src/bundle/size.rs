@@ -52,11 +52,7 @@ impl HostSize {
     pub fn measure() -> Self {
         let online = fs::read_to_string(PROCESSORS_ONLINE).unwrap_or_default();
         let info = rustix::system::sysinfo();
-        let bytes = u128::from(info.totalram) * u128::from(info.mem_unit);
-        Self {
-            cpus: listed(online.trim()).max(1),
-            memory_mib: u64::try_from(bytes >> 20).unwrap_or(u64::MAX),
-        }
+        Self { cpus: listed(online.trim()).max(1), memory_mib: mib(info.totalram, info.mem_unit) }
     }
 }
 
@@ -98,6 +94,11 @@ impl MachineSize {
             ..self
         }
     }
+}
+
+/// An amount that sysinfo(2) gives in its unit, in MiB.
+pub(super) fn mib(amount: u64, unit: u32) -> u64 {
+    u64::try_from((u128::from(amount) * u128::from(unit)) >> 20).unwrap_or(u64::MAX)
 }
 
 /// The memory limit in MiB, rounded up.

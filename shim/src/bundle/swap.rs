@@ -2,6 +2,8 @@
 
 use oci_spec::runtime::LinuxResources;
 
+use super::size::mib;
+
 /// The swap that these containers may use together, in MiB, on a host with `host_mib` of it.
 ///
 /// Only a container with a memory limit counts: one without may use what the machine can become, and
@@ -29,8 +31,7 @@ fn own_mib(resources: &LinuxResources, host_mib: u64) -> u64 {
 #[must_use]
 pub fn swap_of_the_host() -> u64 {
     let info = rustix::system::sysinfo();
-    let bytes = u128::from(info.totalswap) * u128::from(info.mem_unit);
-    u64::try_from(bytes >> 20).unwrap_or(u64::MAX)
+    mib(info.totalswap, info.mem_unit)
 }
 
 #[cfg(test)]

@@ -11,6 +11,7 @@ use oci_spec::runtime::{LinuxCpu, LinuxMemory, LinuxPids, LinuxResources};
 
 use super::huge_pages;
 use super::refuse::{Refusal, refuse};
+use super::resources::with_same_swap;
 
 /// The value that means "no limit" in a file, and in a field.
 const MAX: &str = "max";
@@ -52,13 +53,7 @@ fn fold_memory(resources: &mut LinuxResources, files: &mut HashMap<String, Strin
     let before = memory;
     if let Some(limit) = take(files, "memory.max", |text| bytes(text).filter(|n| *n != 0)) {
         // The field `swap` limits memory and swap together.
-        let swap = match (before.swap(), before.limit()) {
-            (Some(swap), Some(old)) if swap > 0 && old > 0 && limit > 0 => {
-                Some(limit.saturating_add(swap.saturating_sub(old)))
-            }
-            (swap, _) => swap,
-        };
-        memory.set_limit(Some(limit)).set_swap(swap);
+        memory.set_limit(Some(limit)).set_swap(with_same_swap(&before, limit));
     }
     let limit = memory.limit().filter(|limit| *limit > 0);
     if let Some(swap) = take(files, "memory.swap.max", |text| match (bytes(text)?, limit) {

@@ -306,13 +306,26 @@ fn join(namespace: BorrowedFd<'_>) -> io::Result<()> {
 }
 
 fn make_tmpfs(size: u64) -> io::Result<OwnedFd> {
-    let context = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
-    fsconfig_set_string(&context, "mode", "0755")?;
-    fsconfig_set_string(&context, "size", size.to_string())?;
-    fsconfig_create(&context)?;
     let attributes = MountAttrFlags::MOUNT_ATTR_NOSUID
         | MountAttrFlags::MOUNT_ATTR_NODEV
         | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+    mount_nowhere("tmpfs", &[("mode", "0755"), ("size", &size.to_string())], attributes)
+}
+
+/// Mounts a file system that has no device, and attaches it nowhere.
+///
+/// # Errors
+/// When the kernel does not know it, or refuses a parameter.
+pub(super) fn mount_nowhere(
+    kind: &str,
+    parameters: &[(&str, &str)],
+    attributes: MountAttrFlags,
+) -> io::Result<OwnedFd> {
+    let context = fsopen(kind, FsOpenFlags::FSOPEN_CLOEXEC)?;
+    for (name, value) in parameters {
+        fsconfig_set_string(&context, *name, *value)?;
+    }
+    fsconfig_create(&context)?;
     Ok(fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)?)
 }
 
@@ -544,9 +557,7 @@ mod tests {
 
     /// A tmpfs without any flags.
     fn make_plain_tmpfs() -> OwnedFd {
-        let context = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).unwrap();
-        fsconfig_create(&context).unwrap();
-        fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::empty()).unwrap()
+        mount_nowhere("tmpfs", &[], MountAttrFlags::empty()).unwrap()
     }
 
     #[test]

@@ -251,9 +251,6 @@ impl Container {
     pub async fn update(&self, change: &LinuxResources) -> Result<(), ContainerError> {
         let pod = self.pod().await?;
         bundle::check_files(change).map_err(BundleError::from)?;
-        let mut limits = change.clone();
-        bundle::normalize(&mut limits);
-        bundle::check_huge_pages(&limits).map_err(BundleError::from)?;
         Ok(self.sandbox.update(self.home.id(), change, &pod).await?)
     }
 

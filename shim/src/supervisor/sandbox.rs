@@ -184,6 +184,7 @@ impl Sandbox {
         let Some((before, after)) = self.members().merge(id, change) else { return Ok(()) };
         let updated = async {
             bundle::check_swap(&after).map_err(BundleError::from)?;
+            bundle::check_huge_pages(&after).map_err(BundleError::from)?;
             self.make_room(pod).await?;
             let json = bundle::resources_for_guest(&after)?;
             Ok(pod.agent.update(id, json).await?)

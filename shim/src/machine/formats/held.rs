@@ -21,10 +21,11 @@ use nix::sys::signal::Signal;
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::Pid;
 use rustix::fs::{Mode, OFlags, openat};
-use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsmount, fsopen};
+use rustix::mount::MountAttrFlags;
 use rustix::process::{Signal as ParentSignal, set_parent_process_death_signal};
 
 use super::entry::Entry;
+use crate::machine::share;
 
 /// The interpreter of a format that is in use. `newer` are the formats that the kernel tries before
 /// it.
@@ -38,10 +39,7 @@ pub(super) fn by_kernel(entry: &Entry, newer: &[Entry]) -> io::Result<File> {
         return Err(hidden());
     }
     // Most directories for such files are mounted so that nothing in them can be executed.
-    let context = fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC)?;
-    fsconfig_create(&context)?;
-    let directory =
-        fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, MountAttrFlags::MOUNT_ATTR_NOSUID)?;
+    let directory = share::mount_nowhere("tmpfs", &[], MountAttrFlags::MOUNT_ATTR_NOSUID)?;
     let name = match extension.is_empty() {
         true => b"sample".to_vec(),
         false => [b"sample.", &extension[..]].concat(),

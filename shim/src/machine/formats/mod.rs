@@ -18,7 +18,7 @@ use std::path::Path;
 
 use bulkhead_protocol::agent::{FormatsRequest, InterpreterFile};
 use rustix::fs::{CWD, Dir, FileType, Mode, OFlags, fstat, openat};
-use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, fsconfig_create, fsmount, fsopen};
+use rustix::mount::MountAttrFlags;
 use tokio::task::spawn_blocking;
 
 use self::entry::Entry;
@@ -62,10 +62,7 @@ fn read() -> io::Result<Option<Formats>> {
     {
         return Ok(None);
     }
-    let context = fsopen(KIND, FsOpenFlags::FSOPEN_CLOEXEC)?;
-    fsconfig_create(&context)?;
-    let attributes = MountAttrFlags::MOUNT_ATTR_RDONLY;
-    let mount = fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
+    let mount = share::mount_nowhere(KIND, &[], MountAttrFlags::MOUNT_ATTR_RDONLY)?;
     let entries = entries(mount.as_fd())?;
     if entries.is_empty() {
         return Ok(None);

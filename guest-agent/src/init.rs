@@ -266,8 +266,13 @@ fn host_address() -> u32 {
 }
 
 fn listen(port: u32) -> Result<VsockListener, InitError> {
-    let address = VsockAddr::new(VMADDR_CID_ANY, port);
-    VsockListener::bind(address).map_err(|source| InitError::Listen { port, source })
+    let failed = |source| InitError::Listen { port, source };
+    let listener = VsockListener::bind(VsockAddr::new(VMADDR_CID_ANY, port)).map_err(failed)?;
+    // The crate's backlog is 128, and the kernel resets a connection that finds it full: also one
+    // that there is room for, when many come at once.
+    let backlog = i32::try_from(streams::UNCLAIMED).unwrap_or(i32::MAX);
+    net::listen(&listener, backlog).map_err(|error| failed(error.into()))?;
+    Ok(listener)
 }
 
 #[cfg(test)]

@@ -27,7 +27,7 @@ use tokio_vsock::{VsockListener, VsockStream};
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 /// The most connections that no call has claimed: those of a few processes with all the streams
 /// that one can have.
-const UNCLAIMED: usize = 4 * (DESCRIPTORS_MAX + 3);
+pub(crate) const UNCLAIMED: usize = 4 * (DESCRIPTORS_MAX + 3);
 /// The most bytes that one step of a copy moves: what a pipe holds.
 const CHUNK: usize = 64 << 10;
 

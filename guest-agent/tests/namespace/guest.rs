@@ -141,6 +141,15 @@ impl Guest {
         self.agent.delete(DeleteRequest { container_id: id.to_owned() }).await.map(drop)
     }
 
+    /// Sends the agent a signal.
+    pub(crate) fn signal(&self, name: &str) {
+        let parent = self.process.id();
+        let children = fs::read_to_string(format!("/proc/{parent}/task/{parent}/children"));
+        for agent in children.unwrap().split_whitespace() {
+            Command::new("kill").args(["-s", name, agent]).status().unwrap();
+        }
+    }
+
     /// Runs a container with `input` to its end; returns how it ended and what it wrote.
     pub(crate) async fn run_container(&mut self, spec: &Value, input: &[u8]) -> Ran {
         let [mut stdin, mut stdout, mut stderr] = [open(1).await, open(2).await, open(3).await];
@@ -178,11 +187,7 @@ impl Guest {
 impl Drop for Guest {
     fn drop(&mut self) {
         // Killed before `unshare`, which then waits for it: the ports are free when that has ended.
-        let parent = self.process.id();
-        let children = fs::read_to_string(format!("/proc/{parent}/task/{parent}/children"));
-        for agent in children.unwrap().split_whitespace() {
-            Command::new("kill").args(["-9", agent]).status().unwrap();
-        }
+        self.signal("KILL");
         self.process.wait().unwrap();
     }
 }

@@ -107,7 +107,9 @@ fn a_host_that_closes_the_output_breaks_the_pipe() {
 fn streams_that_do_not_come_and_connections_that_say_nothing_are_given_up() {
     Guest::run(async |mut guest| {
         let mut idle = Vec::new();
-        // The streams of four processes that have as many as one can have.
+        // The streams of four processes that have as many as one can have, all before the agent
+        // gets to accept one.
+        guest.signal("STOP");
         for number in 0..4 * (DESCRIPTORS_MAX as u128 + 3) {
             let mut stream = dial(STREAM_PORT).await.unwrap();
             if number % 2 == 0 {
@@ -115,6 +117,7 @@ fn streams_that_do_not_come_and_connections_that_say_nothing_are_given_up() {
             }
             idle.push(stream);
         }
+        guest.signal("CONT");
         // One too many is closed at once.
         let mut extra = dial(STREAM_PORT).await.unwrap();
         let closed = tokio::time::timeout(Duration::from_secs(5), extra.read_u8()).await;

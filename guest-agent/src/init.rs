@@ -15,7 +15,9 @@ use rustix::mount::{MountFlags, mount, mount_bind_recursive, mount_move};
 use rustix::net::{self, AddressFamily, SendFlags, SocketFlags, SocketType, netlink};
 use rustix::process::{Resource, Rlimit, chdir, chroot, getpid, getrlimit, setrlimit};
 use rustix::system::{RebootCommand, reboot};
-use tokio_vsock::{VMADDR_CID_ANY, VMADDR_CID_HOST, VMADDR_CID_LOCAL, VsockAddr, VsockListener};
+use tokio_vsock::{
+    VMADDR_CID_ANY, VMADDR_CID_HOST, VMADDR_CID_LOCAL, VsockAddr, VsockListener, VsockStream,
+};
 
 use crate::container::Containers;
 use crate::io::Meeting;
@@ -180,14 +182,18 @@ fn prepare_cgroups() -> io::Result<()> {
     Ok(())
 }
 
-/// Enables controllers for the cgroups below `cgroup`.
+/// Enables controllers for the cgroups below `cgroup`: all at once, for each change takes the kernel
+/// a while.
 fn enable(controllers: &str, cgroup: &Path) {
-    for controller in controllers.split_whitespace() {
+    let control = cgroup.join("cgroup.subtree_control");
+    let each = || controllers.split_whitespace().map(|controller| format!("+{controller}"));
+    if fs::write(&control, each().collect::<Vec<_>>().join(" ")).is_ok() {
+        return;
+    }
+    for controller in each() {
         // A controller may be bound to a v1 hierarchy where the agent is tested; a container that
         // needs it then fails with its name.
-        if let Err(error) =
-            fs::write(cgroup.join("cgroup.subtree_control"), format!("+{controller}"))
-        {
+        if let Err(error) = fs::write(&control, &controller) {
             tracing::warn!(controller, %error, "cannot enable a cgroup controller");
         }
     }
@@ -235,6 +241,7 @@ fn serve() -> Result<(), InitError> {
         // In this order: a host whose call is accepted may open streams at once.
         let streams = listen(STREAM_PORT)?;
         let calls = listen(AGENT_PORT)?;
+        tokio::spawn(knock());
         let (reaper, meeting, share) = (Reaper::default(), Meeting::default(), Share::default());
         let early = share.clone();
         tokio::spawn(async move {
@@ -273,6 +280,12 @@ fn listen(port: u32) -> Result<VsockListener, InitError> {
     let backlog = i32::try_from(streams::UNCLAIMED).unwrap_or(i32::MAX);
     net::listen(&listener, backlog).map_err(|error| failed(error.into()))?;
     Ok(listener)
+}
+
+/// Tells the host that this listens. The host refuses each connection, and repeats its own requests
+/// when it sees one.
+async fn knock() {
+    let _refused = VsockStream::connect(VsockAddr::new(VMADDR_CID_HOST, AGENT_PORT)).await;
 }
 
 #[cfg(test)]

@@ -26,6 +26,7 @@ use share::Share;
 use slots::Slots;
 use sockets::Sockets;
 
+mod buffer;
 mod caller;
 pub mod config;
 mod fifos;

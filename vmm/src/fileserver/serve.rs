@@ -1,12 +1,14 @@
 //! The serving loop: one packet in, one packet out, on several threads at once.
 
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
 use rustix::io::Errno;
 use rustix::net::{RecvFlags, SendFlags, recv, send};
 
+use super::buffer::{Buffer, Sleepers};
 use super::caller;
 use super::config::FsVerdict;
 use super::share::{Outcome, Share};
@@ -25,12 +27,14 @@ const SHORT: usize = 8 << 10;
 #[derive(Debug)]
 pub(super) struct Service {
     share: Share,
-    relay: OwnedFd,
+    relay: Arc<OwnedFd>,
+    sleepers: Sleepers,
 }
 
 impl Service {
     pub(super) fn new(share: Share, relay: OwnedFd) -> Self {
-        Self { share, relay }
+        let relay = Arc::new(relay);
+        Self { share, sleepers: Sleepers::new(Arc::clone(&relay)), relay }
     }
 
     /// Serves until the monitor closes the relay socket.
@@ -40,24 +44,30 @@ impl Service {
             return;
         }
         // One buffer for the packet, the other for the reply. No request that is long has a long
-        // reply, so one long buffer is enough; memory that was touched once stays allocated.
-        let (mut long, mut short) = (vec![0; wire::PACKET_MAX], vec![0; SHORT]);
+        // reply, so one long buffer is enough.
+        let (mut buffer, mut short) = (Buffer::new(wire::PACKET_MAX), vec![0; SHORT]);
         loop {
-            match recv(&self.relay, long.as_mut_slice(), RecvFlags::TRUNC) {
+            let long = buffer.bytes();
+            match recv(&*self.relay, &mut *long, RecvFlags::TRUNC) {
                 Ok((_, 0)) => return,
                 Ok((filled, total)) if filled == total => {
-                    if let (Some(packet), Some(from)) =
+                    let used = if let (Some(packet), Some(from)) =
                         (short.get_mut(..filled), long.get(..filled))
                     {
                         packet.copy_from_slice(from);
-                        self.answer(packet, Reply::new(&mut long));
+                        self.answer(packet, Reply::new(long))
                     } else {
                         let packet = long.get(..filled).unwrap_or_default();
                         self.answer(packet, Reply::new(&mut short));
+                        filled
+                    };
+                    if used > SHORT {
+                        buffer.touched(&self.sleepers);
                     }
                 }
                 Ok((_, total)) => guest_warn!("dropped a packet of {total} bytes: no request"),
                 Err(Errno::INTR) => {}
+                Err(Errno::AGAIN) => buffer.release(&self.sleepers),
                 Err(error) => {
                     log::error!("relay socket failed: {error}");
                     return;
@@ -98,10 +108,11 @@ impl Service {
         self.send(reply.message(verdict.request, result));
     }
 
-    fn answer(&self, packet: &[u8], mut reply: Reply<'_>) {
+    /// Answers one packet, and returns how many bytes the reply has.
+    fn answer(&self, packet: &[u8], mut reply: Reply<'_>) -> usize {
         let Some(request) = Request::parse(packet) else {
             guest_warn!("dropped a packet of {} bytes: no header", packet.len());
-            return;
+            return 0;
         };
         let outcome = if request.len as usize == packet.len() {
             self.share.handle(&request, packet, &mut reply)
@@ -121,6 +132,7 @@ impl Service {
             }
             Outcome::Silent | Outcome::Later => {}
         }
+        OUT_HEADER + reply.body_len()
     }
 
     fn send_empty(&self, unique: u64, result: Result<(), Errno>) {
@@ -132,7 +144,7 @@ impl Service {
     /// Waits while the monitor is slow to take replies, and while the kernel has no memory for one.
     fn send(&self, message: &[u8]) {
         loop {
-            match send(&self.relay, message, SendFlags::NOSIGNAL) {
+            match send(&*self.relay, message, SendFlags::NOSIGNAL) {
                 Err(Errno::INTR) => {}
                 Err(Errno::NOBUFS | Errno::NOMEM) => thread::sleep(PAUSE),
                 Err(error) => return log::warn!("cannot send a reply: {error}"),

@@ -3,7 +3,8 @@
 use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::path::Path;
-use std::time::Instant;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::process::{Resource, getrlimit};
 
@@ -61,7 +62,7 @@ fn fifty_thousand_files_are_walked() {
     let start = Instant::now();
     while descriptors(&pod) > needed / 10 {
         assert!(start.elapsed().as_secs() < 10, "{} descriptors", descriptors(&pod));
-        std::thread::sleep(std::time::Duration::from_millis(20));
+        thread::sleep(Duration::from_millis(20));
     }
     println!("forgotten: {} KiB, {} descriptors", status_kib(&pod, "VmRSS"), descriptors(&pod));
 }
@@ -141,4 +142,42 @@ fn a_gibibyte_is_written_read_back_and_compared() {
         start.elapsed(),
         status_kib(&pod, "VmHWM")
     );
+}
+
+/// How often the file server's threads have gone to sleep.
+fn sleeps(pod: &Pod) -> u64 {
+    let tasks = fs::read_dir(format!("/proc/{}/task", pod.server.child.id())).unwrap();
+    tasks
+        .map(|task| {
+            let status = fs::read_to_string(task.unwrap().path().join("status")).unwrap();
+            let line =
+                status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+            line.unwrap().trim().parse::<u64>().unwrap()
+        })
+        .sum()
+}
+
+#[test]
+fn memory_that_reads_and_writes_took_goes_back_and_an_idle_server_sleeps() {
+    let pod = Pod::new();
+    let before = status_kib(&pod, "RssAnon");
+    let bytes: Vec<u8> = (0..=u8::MAX).cycle().take(16 << 20).collect();
+    for round in 0..2 {
+        let (written, read) = (format!("written-{round}"), format!("read-{round}"));
+        fs::write(pod.guest.join(&written), &bytes).unwrap();
+        fs::write(pod.host.join(&read), &bytes).unwrap();
+        assert!(fs::read(pod.guest.join(&read)).unwrap() == bytes);
+        assert!(fs::read(pod.host.join(&written)).unwrap() == bytes);
+        assert!(status_kib(&pod, "RssAnon") > before + 128, "round {round}: no buffer was used");
+        let deadline = Instant::now() + Duration::from_secs(20);
+        while status_kib(&pod, "RssAnon") > before + 96 {
+            assert!(Instant::now() < deadline, "round {round}: the memory is still there");
+            thread::sleep(Duration::from_millis(100));
+        }
+    }
+    // Others may wait with a timeout still, once.
+    thread::sleep(Duration::from_secs(3));
+    let asleep = sleeps(&pod);
+    thread::sleep(Duration::from_secs(5));
+    assert_eq!(sleeps(&pod), asleep, "an idle server woke up");
 }

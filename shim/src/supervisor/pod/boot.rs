@@ -26,12 +26,13 @@ pub(super) async fn boot(
 ) -> Result<Agent, PodError> {
     let patience = plan.boot_timeout;
     let phase = Phase::begin("kernel to agent");
+    // Read while the guest boots.
+    let settings = settings::of_host();
     let came_up = async {
         let stream = machine.open_stream(AGENT_PORT, patience).await?;
         let agent = Agent::connect(stream).await?;
         let mut entropy = [0; 64];
         random(&mut entropy).map_err(|error| PodError::Io("/dev/urandom", error))?;
-        let settings = settings::of_host();
         let kernel = agent.hello((&plan.hostname, &entropy), &plan.sysctls, settings).await?;
         tracing::debug!(kernel, "guest is up");
         // A pod with fewer processors than planned can still run.

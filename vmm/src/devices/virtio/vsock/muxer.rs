@@ -6,7 +6,9 @@
 //!
 //! Each try sends one request. Virtqueues lose nothing: a guest that has not answered will do so,
 //! and a second request would make its listener accept twice. A refusal, on the other hand, means
-//! that nothing listens yet, so the request is repeated until the deadline.
+//! that nothing listens yet, so the request is repeated until the deadline: now and then, and at
+//! once when the guest requests a connection itself. It gets none, but that is how its agent knocks
+//! when it has begun to listen.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
@@ -31,16 +33,14 @@ const RESETS_MAX: usize = 64;
 /// Range of host ports, which are also tokens and must not be those of the device itself.
 const FIRST_PORT: u32 = 1 << 30;
 const LAST_PORT: u32 = u32::MAX - 1;
-/// Time until a refused request is repeated, doubled each time.
-const RETRY_FIRST: Duration = Duration::from_millis(1);
-const RETRY_MAX: Duration = Duration::from_millis(20);
+/// Time until a refused request is repeated, if the guest does not knock.
+const RETRY: Duration = Duration::from_millis(10);
 
 /// A request that the guest has not taken.
 #[derive(Debug)]
 struct Opening {
     request: OpenRequest,
     phase: Phase,
-    delay: Duration,
     refused: bool,
 }
 
@@ -86,7 +86,7 @@ impl Muxer {
         }
         let port = self.take_port();
         let phase = Phase::Due;
-        let opening = Opening { request, phase, delay: RETRY_FIRST, refused: false };
+        let opening = Opening { request, phase, refused: false };
         self.openings.insert(port, opening);
         self.line.push_back(port);
     }
@@ -98,12 +98,7 @@ impl Muxer {
             let error = if opening.refused { OpenError::Refused } else { OpenError::TimedOut };
             (opening.request.answer)(Err(error));
         }
-        for (port, opening) in &mut self.openings {
-            if matches!(opening.phase, Phase::Waiting(until) if until <= now) {
-                opening.phase = Phase::Due;
-                self.line.push_back(*port);
-            }
-        }
+        self.repeat(|until| until <= now);
     }
 
     /// When [`Self::tick`] has something to do next.
@@ -139,6 +134,9 @@ impl Muxer {
             self.look_after(port, header, alive);
         } else {
             self.refuse(header);
+            if header.operation == Some(Operation::Request) {
+                self.repeat(|_| true);
+            }
         }
         Ok(())
     }
@@ -269,8 +267,7 @@ impl Muxer {
             Some(Operation::Reset) => {
                 let Some(opening) = self.openings.get_mut(&port) else { return };
                 opening.refused = true;
-                opening.phase = Phase::Waiting(Instant::now() + opening.delay);
-                opening.delay = (opening.delay * 2).min(RETRY_MAX);
+                opening.phase = Phase::Waiting(Instant::now() + RETRY);
             }
             // No other packet is valid before the stream is open.
             _ => self.refuse(header),
@@ -291,6 +288,16 @@ impl Muxer {
             self.streams.remove(&port);
         } else {
             self.enqueue(port);
+        }
+    }
+
+    /// Repeats the refused requests whose time to wait for is `due`.
+    fn repeat(&mut self, due: impl Fn(Instant) -> bool) {
+        for (port, opening) in &mut self.openings {
+            if matches!(opening.phase, Phase::Waiting(until) if due(until)) {
+                opening.phase = Phase::Due;
+                self.line.push_back(*port);
+            }
         }
     }
 

@@ -25,7 +25,7 @@ pub(crate) fn measure(rounds: usize) -> Result<Value> {
     for _ in 0..rounds.min(3) {
         runtime.create("idle", &bundle)?;
         runtime.ok(&["start", "idle"])?;
-        std::thread::sleep(std::time::Duration::from_secs(2));
+        std::thread::sleep(std::time::Duration::from_secs(5));
         for (own, (name, part)) in own.iter_mut().zip(PROCESSES) {
             let pids = runtime.processes(part)?;
             ensure!(pids.len() == 1, "{name}: {} processes", pids.len());

@@ -430,16 +430,24 @@ pub fn output(command: &mut Command) -> Result<Output> {
 ///
 /// # Errors
 /// When it does not end in time; it is killed then.
-pub fn finish(mut child: Child) -> Result<Output> {
+pub fn finish(child: Child) -> Result<Output> {
+    finish_within(child, PATIENCE)
+}
+
+/// The same with a patience of the caller's.
+///
+/// # Errors
+/// When it does not end in time; it is killed then.
+pub fn finish_within(mut child: Child, patience: Duration) -> Result<Output> {
     let pid = child.id();
     drop(child.stdin.take());
     let (sender, receiver) = mpsc::channel();
     std::thread::spawn(move || sender.send(child.wait_with_output()));
-    let Ok(output) = receiver.recv_timeout(PATIENCE) else {
+    let Ok(output) = receiver.recv_timeout(patience) else {
         let standing = standing()?;
         kill_9(pid)?;
         let output = receiver.recv_timeout(Duration::from_secs(5));
-        bail!("process {pid} did not end within {PATIENCE:?}: {output:?}\n{standing}");
+        bail!("process {pid} did not end within {patience:?}: {output:?}\n{standing}");
     };
     Ok(output?)
 }

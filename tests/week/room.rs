@@ -4,18 +4,21 @@
 use std::fs::{self, File};
 use std::io::{BufRead as _, BufReader, Lines};
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdout, Command, Output, Stdio};
+use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use bulkhead_tests::bundle::{Bundle, bind};
 use bulkhead_tests::netns::{self, Namespace};
-use bulkhead_tests::runtime::{Runtime, output, told};
+use bulkhead_tests::runtime::{Runtime, finish_within, output, told};
 use bulkhead_tests::tools;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::table;
+
+/// A timeout for hangs. Some programs take many minutes in emulation.
+const PATIENCE: Duration = Duration::from_secs(1500);
 
 /// Which Debian is the root file system.
 #[derive(Clone, Copy, Debug)]
@@ -208,7 +211,7 @@ impl Container<'_> {
     /// Waits until a command in it succeeds.
     pub(crate) fn until(&self, ready: &str) {
         let turns = format!(
-            "for turn in $(seq 900); do if {ready}; then exit 0; fi > /tmp/ready 2>&1; sleep 0.2; \
+            "for turn in $(seq 3000); do if {ready}; then exit 0; fi > /tmp/ready 2>&1; sleep 0.2; \
              done; cat /tmp/ready; exit 1"
         );
         self.exec(&turns);
@@ -216,16 +219,16 @@ impl Container<'_> {
 
     /// Runs it to its end, which must be a success; returns what it printed.
     pub(crate) fn run(&self) -> String {
-        self.ended(&self.room.runtime.run(self.id, self.bundle()).unwrap())
+        self.finish(self.room.runtime.spawn_run(self.id, self.bundle()).unwrap())
     }
 
     /// What a further process prints; it must succeed.
     pub(crate) fn exec(&self, script: &str) -> String {
-        self.ended(&output(&mut self.command(script)).unwrap())
+        self.finish(self.spawn(script))
     }
 
-    fn ended(&self, output: &Output) -> String {
-        let (status, out, errors) = told(output);
+    fn finish(&self, child: Child) -> String {
+        let (status, out, errors) = told(&finish_within(child, PATIENCE).unwrap());
         let id = self.id;
         assert_eq!(
             status,

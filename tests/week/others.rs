@@ -73,8 +73,8 @@ worker.onmessage = message => { document.getElementById("p").textContent = "work
 </script>
 END
 options="--headless --no-sandbox --disable-gpu --user-data-dir=/tmp/profile --no-first-run --virtual-time-budget=20000"
-timeout 250 chromium $options --dump-dom file:///v/page.html 2> /tmp/errors | grep -o '<p.*</p>' || cat /tmp/errors
-timeout 250 chromium $options --screenshot=/v/page.png --window-size=200,100 file:///v/page.html 2> /dev/null
+timeout 700 chromium $options --dump-dom file:///v/page.html 2> /tmp/errors | grep -o '<p.*</p>' || cat /tmp/errors
+timeout 700 chromium $options --screenshot=/v/page.png --window-size=200,100 file:///v/page.html 2> /dev/null
 head -c 4 /v/page.png | tail -c 3; echo
 "#;
 

@@ -11,7 +11,7 @@ use guest_image::progress::say;
 
 use crate::cargo::{self, root};
 use crate::clock::Clock;
-use crate::{image, packages};
+use crate::{figures, image, packages};
 
 /// Builds `test-host` and returns its path.
 pub(crate) fn program() -> Result<PathBuf> {
@@ -84,5 +84,6 @@ pub(crate) fn bench(arguments: &[String], clock: &Clock) -> Result<ExitCode> {
                 run(&["--count"], "bench-counted.json", &["--only", COUNTED])
             })?);
     say(&format!("figures: {}", results.display()));
+    figures::compare(&results)?;
     Ok(if passed { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

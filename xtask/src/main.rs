@@ -6,6 +6,7 @@ mod check;
 mod clock;
 mod debian_image;
 mod demo;
+mod figures;
 mod fuzz;
 mod host;
 mod image;

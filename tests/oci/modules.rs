@@ -1,6 +1,6 @@
-//! What the guest's kernel has as modules, which are loaded when a container asks for them, and
-//! 32-bit programs. The test host's kernel has little of it, so this is tried in the guest alone;
-//! the answers are those of a kernel of Debian.
+//! What the guest's kernel has: what programs look at, modules, which are loaded when a container asks
+//! for them, and 32-bit programs. The test host's kernel has little of it, so this is tried in the
+//! guest alone; the answers are those of a kernel of Debian.
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -162,6 +162,39 @@ const NETWORK: &[Check] = &[
     ),
 ];
 
+/// What programs look at to find out where they run.
+const FACTS: &[Check] = &[
+    // Java takes the limits of its container only when it finds these.
+    (
+        "controllers",
+        "for name in cpuset cpu cpuacct blkio memory devices freezer perf_event hugetlb pids; do
+            grep -qE \"^$name[[:space:]]+0[[:space:]]+[0-9]+[[:space:]]+1\\$\" /proc/cgroups
+        done",
+    ),
+    (
+        "counters",
+        "for name in pgfault pgpgin pswpout oom_kill; do grep -q \"^$name [0-9]\" /proc/vmstat; done
+        for file in /proc/self/schedstat /proc/schedstat /proc/net/xfrm_stat; do
+            grep -q '[0-9]' $file
+        done",
+    ),
+    (
+        "one NUMA node",
+        "[ $(cat /sys/devices/system/node/online) = 0 ]
+        grep -q ' N0=' /proc/self/numa_maps
+        python3 -c '
+import ctypes, mmap
+call, nodes = ctypes.CDLL(None).syscall, ctypes.byref(ctypes.c_ulong(1))
+memory = mmap.mmap(-1, 1 << 20)
+start = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.from_buffer(memory)))
+bind, interleave = 2, 3
+assert call(237, start, 1 << 20, bind, nodes, 64, 0) == 0, \"mbind\"
+assert call(238, interleave, nodes, 64) == 0, \"set_mempolicy\"
+assert call(239, None, None, 0, None, 0) == 0, \"get_mempolicy\"
+memory.write(bytes(1 << 20))'",
+    ),
+];
+
 /// Sockets: their kinds, and bytes that pass through kTLS.
 const SOCKETS: &str = r#"
 import socket, struct
@@ -266,6 +299,7 @@ fn modules_are_loaded_when_a_container_asks_for_them() {
     let ran = told(&pod.run("ia32", &mut bundle).unwrap());
     assert_eq!(ran, (Some(7), "32 bits\n".to_owned(), String::new()));
 
+    succeed(&pod, FACTS);
     succeed(&pod, FILE_SYSTEMS);
     succeed(&pod, NETWORK);
 

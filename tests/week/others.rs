@@ -15,7 +15,7 @@ for version in 1 2; do
     dpkg-deb --root-owner-group --build . /v/small_$version.deb > /dev/null
 done
 for turn in 1 2; do
-    apt-get install -y -qq /v/small_1.deb > /dev/null; apt-get install -y -qq /v/small_2.deb | grep configured
+    apt-get install -y -qq /v/small_1.deb > /dev/null; apt-get install -y -qq /v/small_2.deb | tr -d '\r' | grep configured
     dpkg --verify small; apt-get remove -y -qq small > /dev/null; cat /etc/small.conf
     dpkg --purge small > /dev/null; ls /usr/share/small /etc/small.conf 2> /dev/null | wc -l
 done

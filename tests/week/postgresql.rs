@@ -14,11 +14,11 @@ echo "state: $(pg_controldata /v/data | sed -n 's/^Database cluster state: *//p'
 exec $as postgres -D /v/data -c unix_socket_directories=/tmp
 "#;
 /// One transaction after the other; each number is printed when the server has said that it is
-/// safe.
+/// safe. Without `-n`, pgbench would empty its history first.
 const CLIENT: &str = r#"
 psql="psql -h /tmp -U postgres -qAt"
 $psql -c 'create table told (id int primary key)'
-pgbench -h /tmp -U postgres -c 2 -T 100 postgres > /dev/null 2>&1 &
+pgbench -n -h /tmp -U postgres -c 2 -T 100 postgres > /dev/null 2>&1 &
 seq 1000000 | sed 's/.*/insert into told values (&) returning id;/' | $psql
 "#;
 /// How many of them before the server is killed.

@@ -326,3 +326,83 @@ socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM).sendto(b"the last", "/s/log")
         runtime.assert_clean().unwrap();
     }
 }
+
+/// Threads that send through one socket to two names in turn, and that connect one in turn.
+const SHARE: &str = r#"
+loose, turning, failed = unbound(), unbound(), []
+turning.connect("/s/one")
+def press(number):
+    for _ in range(25):
+        said = told(loose.sendto, b"press", ["/s/one", "/s/other"][number % 2])
+        if said != "sent": failed.append(said)
+def turn(number):
+    for _ in range(25):
+        turning.connect(["/s/one", "/s/other"][number % 2])
+        said = told(turning.send, b"turn")
+        if said != "sent": failed.append(said)
+threads = [threading.Thread(target=way, args=(number,)) for way in [press, turn] for number in range(4)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(failed)
+"#;
+
+#[test]
+fn threads_share_a_socket_and_nothing_is_lost() {
+    for runtime in both() {
+        let directory = tempfile::tempdir().unwrap();
+        let room = Room::start(runtime, "c", &directory);
+        let servers = ["one", "other"].map(|name| server(&directory.path().join(name)));
+        for server in &servers {
+            server.set_nonblocking(true).unwrap();
+        }
+        let said = thread::scope(|scope| {
+            let said = scope.spawn(|| room.python(&format!("{DATAGRAMS}{SHARE}")));
+            let (mut pressed, mut turned) = (0, 0);
+            let all = comes_true(PATIENCE, || {
+                for server in &servers {
+                    while let Ok(length) = server.recv(&mut [0; 16]) {
+                        if length == 5 { pressed += 1 } else { turned += 1 }
+                    }
+                }
+                (pressed, turned) == (100, 100)
+            });
+            assert!(all, "{}: {pressed} {turned}", room.who());
+            said.join().unwrap()
+        });
+        assert_eq!(said, "[]\n", "{}", room.who());
+        room.end();
+    }
+}
+
+/// Sends from more sockets than may have an end on the host, and more than a frame has.
+const BESIEGE: &str = r#"
+held = [unbound() for _ in range(300)]
+for end in held: end.setblocking(False)
+said = [told(end.sendto, b"x", "/s/log") for end in held]
+print(said.count("sent"), said.count("EAGAIN"), told(held[-1].connect, "/s/log"))
+held[-1].settimeout(None)
+waiting = threading.Thread(target=held[-1].connect, args=("/s/log",)); waiting.start()
+time.sleep(0.5); print(waiting.is_alive())
+for end in held[:10]: end.close()
+waiting.join()
+held[-1].setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 400000)
+print(told(held[-1].send, b"l" * ((256 << 10) - 7)), told(held[-1].send, b"l" * ((256 << 10) - 8)))
+"#;
+
+#[test]
+fn a_pod_has_so_many_ends_on_the_host() {
+    let directory = tempfile::tempdir().unwrap();
+    let room = Room::start(Runtime::new().unwrap(), "c", &directory);
+    let log = server(&directory.path().join("log"));
+    let said = thread::scope(|scope| {
+        let heard = scope.spawn(|| {
+            assert_eq!(sorted(&log, 256), "0 0 x 1\n".repeat(256));
+            received(&log)
+        });
+        let said = room.python(&format!("{DATAGRAMS}{BESIEGE}"));
+        assert_eq!(heard.join().unwrap(), "0 0 l 262136\n");
+        said
+    });
+    assert_eq!(said, "256 44 EAGAIN\nTrue\nEMSGSIZE sent\n");
+    room.end();
+}

@@ -69,7 +69,7 @@ macro_rules! patch {
 /// `docs/decisions/0023-files-of-two-kinds.md`, `docs/decisions/0024-modules.md`,
 /// `docs/decisions/0028-changes-by-others.md`, `docs/decisions/0030-fifos-in-shared-directories.md`
 /// and `docs/decisions/0031-sockets-in-directories.md`.
-const PATCHES: [Patch<'static>; 13] = [
+const PATCHES: [Patch<'static>; 14] = [
     patch!("0001-mm-count-ram-that-is-plugged-on-demand.patch"),
     patch!("0002-timekeeping-show-how-far-the-persistent-clock-is-ahead.patch"),
     patch!("0003-fuse-locks-of-this-kernel-and-of-others.patch"),
@@ -83,6 +83,7 @@ const PATCHES: [Patch<'static>; 13] = [
     patch!("0011-fuse-fifos-that-others-use.patch"),
     patch!("0012-unix-fuse-sockets-that-others-use-too.patch"),
     patch!("0013-fuse-mappings-see-what-others-write.patch"),
+    patch!("0014-unix-fuse-datagrams-to-other-kernels.patch"),
 ];
 
 /// The kernel of a pod.

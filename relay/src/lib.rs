@@ -8,6 +8,7 @@
 //! Nothing is read before the last bytes are written, so that a reader that does not read blocks its
 //! writer, and a relay holds a bounded amount of memory.
 
+mod datagrams;
 mod ends;
 mod fifo;
 mod frames;
@@ -24,6 +25,7 @@ use rustix::net::{
 use tokio::io::Interest;
 use tokio::net::UnixStream;
 
+pub use datagrams::{parse_datagram, receive_datagram};
 pub use ends::is_hung_up;
 pub use fifo::{Drained, FIFO_CHUNK, drain_fifo, feed_fifo};
 pub use frames::{FRAME_MAX, read_frame, write_all, write_frame};

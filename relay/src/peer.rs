@@ -10,7 +10,7 @@ use rustix::net::sockopt::socket_peercred;
 use tokio::net::UnixStream;
 
 /// A process's user at the time at which it connected, as this kernel numbers users.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Peer {
     /// Its user.
     pub uid: u32,

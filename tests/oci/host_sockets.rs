@@ -148,7 +148,7 @@ pub(crate) fn name(path: &Path) {
 }
 
 /// Who has sent what comes next, its first byte and its length.
-fn received(log: impl AsFd) -> String {
+pub(crate) fn received(log: impl AsFd) -> String {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmCredentials(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
     let mut datagram = vec![0; 1 << 20];

@@ -92,6 +92,8 @@ mod resources;
 #[cfg(test)]
 mod seccomp;
 #[cfg(test)]
+mod shared_datagrams;
+#[cfg(test)]
 mod shared_fifos;
 #[cfg(test)]
 mod shared_files;

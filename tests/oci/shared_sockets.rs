@@ -21,7 +21,7 @@ use tempfile::TempDir;
 
 use crate::host_sockets::{EXCHANGES, IMPORTS, both, echo, measure, name, open_to_all};
 
-const PATIENCE: Duration = Duration::from_secs(60);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What servers inside are made of: each says who has connected and sends back what it gets.
 const SERVERS: &str = r#"
@@ -53,15 +53,15 @@ def ready(): open("/s/ready", "w").close()
 
 /// A container with the host's Python that has a directory of the host at `/s`, and read-only at
 /// `/r`.
-struct Room {
-    runtime: Runtime,
+pub(crate) struct Room {
+    pub(crate) runtime: Runtime,
     id: &'static str,
     path: PathBuf,
     _bundle: Bundle,
 }
 
 impl Room {
-    fn start(runtime: Runtime, id: &'static str, directory: &TempDir) -> Self {
+    pub(crate) fn start(runtime: Runtime, id: &'static str, directory: &TempDir) -> Self {
         let mut bundle = Bundle::new(&["/bin/sleep", "1000"]).unwrap();
         let path = directory.path().to_owned();
         open_to_all(&path);
@@ -76,13 +76,13 @@ impl Room {
         Self { runtime, id, path, _bundle: bundle }
     }
 
-    fn python(&self, program: &str) -> String {
+    pub(crate) fn python(&self, program: &str) -> String {
         let program = format!("{IMPORTS}{SERVERS}{program}");
         self.runtime.ok(&["exec", self.id, "/usr/bin/python3", "-c", &program]).unwrap()
     }
 
     /// Starts a program that makes the file `ready` when it is; waits for it.
-    fn serve(&self, program: &str) -> Child {
+    pub(crate) fn serve(&self, program: &str) -> Child {
         let program = format!("{IMPORTS}{SERVERS}{program}");
         let arguments = ["exec", self.id, "/usr/bin/python3", "-c", &program];
         let mut command = self.runtime.command(&arguments);
@@ -94,11 +94,11 @@ impl Room {
         child
     }
 
-    fn who(&self) -> &'static str {
+    pub(crate) fn who(&self) -> &'static str {
         if self.runtime.is_runc() { "runc" } else { "ours" }
     }
 
-    fn end(self) {
+    pub(crate) fn end(self) {
         self.runtime.ok(&["delete", "--force", self.id]).unwrap();
         self.runtime.assert_clean().unwrap();
     }

@@ -2,23 +2,18 @@
 //! has sent it.
 
 use std::io;
-use std::mem::MaybeUninit;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bulkhead_protocol::agent::ConnectionWanted;
-use bulkhead_relay::{FRAME_MAX, write_frame};
-use rustix::io::{IoSliceMut, ioctl_fionread};
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, UCred, recv, recvmsg};
+use bulkhead_relay::{receive_datagram, write_frame};
+use rustix::io::ioctl_fionread;
 use tokio::io::Interest;
 use tokio::net::{UnixDatagram, UnixStream};
 use tokio::time::sleep;
 
 use super::Host;
-
-/// What a frame has before the datagram: uid and gid.
-const SENDER_BYTES: usize = 8;
 
 /// How long nothing is passed on after a failure.
 const PAUSE: Duration = Duration::from_millis(10);
@@ -81,29 +76,9 @@ async fn pass_on(
 async fn receive(queue: &Queue) -> io::Result<Vec<u8>> {
     let socket = &*queue.socket;
     let received = socket.async_io(Interest::READABLE, || {
-        let peek = RecvFlags::PEEK | RecvFlags::TRUNC | RecvFlags::DONTWAIT;
-        let (_, length) = recv(socket, &mut [0; 1][..], peek)?;
-        // One that is longer than Linux lets through by default is cut.
-        let mut frame = vec![0; SENDER_BYTES + length.min(FRAME_MAX - SENDER_BYTES)];
-        let (sender, datagram) = frame.split_at_mut(SENDER_BYTES);
-        let credentials = receive_one(socket, datagram)?;
-        let [uid, gid] = [credentials.uid.as_raw(), credentials.gid.as_raw()].map(u32::to_be_bytes);
-        sender.copy_from_slice(&[uid, gid].concat());
+        let frame = receive_datagram(socket)?;
         queue.busy.store(true, Ordering::Relaxed);
         Ok(frame)
     });
-    received.await
-}
-
-/// Takes a datagram; returns who has sent it. Descriptors that come with it are closed.
-fn receive_one(socket: &UnixDatagram, datagram: &mut [u8]) -> io::Result<UCred> {
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmCredentials(1))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
-    let mut parts = [IoSliceMut::new(datagram)];
-    recvmsg(socket, &mut parts, &mut control, RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC)?;
-    let sender = control.drain().find_map(|message| match message {
-        RecvAncillaryMessage::ScmCredentials(sender) => Some(sender),
-        _ => None,
-    });
-    sender.ok_or_else(|| io::Error::other("a datagram without a sender"))
+    received.await?.ok_or_else(|| io::Error::other("a datagram without a sender"))
 }

@@ -6,7 +6,7 @@ use std::collections::hash_map::Entry;
 use std::io;
 use std::os::unix::net::UnixDatagram as StdDatagram;
 
-use bulkhead_relay::{FRAME_MAX, read_frame, send_now};
+use bulkhead_relay::{FRAME_MAX, parse_datagram, read_frame, send_now};
 use tokio::io::Interest;
 use tokio::net::{UnixDatagram, UnixStream};
 
@@ -23,7 +23,8 @@ const SENDERS_MAX: usize = 16;
 pub(super) async fn pass_on(node: &Node, users: &Users, stream: &UnixStream) -> io::Result<()> {
     let mut senders: HashMap<(u32, u32), UnixDatagram> = HashMap::new();
     while let Some(frame) = read_frame(stream, FRAME_MAX).await? {
-        let (uid, gid, datagram) = parse(&frame).ok_or(io::ErrorKind::InvalidData)?;
+        let (User { uid, gid, .. }, datagram) =
+            parse_datagram(&frame).ok_or(io::ErrorKind::InvalidData)?;
         let Ok(user) = users.find(uid, gid, &[]) else {
             tracing::debug!(uid, gid, "a datagram of a user that the container lacks was dropped");
             continue;
@@ -46,13 +47,6 @@ pub(super) async fn pass_on(node: &Node, users: &Users, stream: &UnixStream) -> 
         send(sender, user, datagram).await?;
     }
     Ok(())
-}
-
-/// The sender's user and group, and the datagram.
-fn parse(frame: &[u8]) -> Option<(u32, u32, &[u8])> {
-    let (uid, rest) = frame.split_first_chunk()?;
-    let (gid, datagram) = rest.split_first_chunk()?;
-    Some((u32::from_be_bytes(*uid), u32::from_be_bytes(*gid), datagram))
 }
 
 /// Sends one datagram.

@@ -2,7 +2,8 @@
 //! bound one on the host, and programs of the host connect to those that have been bound inside.
 //!
 //! The file server finds and binds them, because it has the files; here connections are made and
-//! accepted, and relayed to the guest's agent. Neither the guest nor the file server is trusted: a
+//! accepted, and relayed to the guest's agent. Each socket inside that sends datagrams has a
+//! connection of its own, and each that gets some has one for all senders. Neither the guest nor the file server is trusted: a
 //! connection is made to a socket that the file server has a descriptor of, which is in the share,
 //! as a user that a container of the pod has. Connections and what they hold are bounded as those of
 //! [`super`], together with them.
@@ -16,7 +17,10 @@ use std::time::Duration;
 use bulkhead_protocol::agent::ConnectRequest;
 use bulkhead_protocol::agent::host_socket::Kind;
 use bulkhead_protocol::{HOST_SOCKET_GROUPS_MAX, StreamHeader};
-use bulkhead_relay::{Content, Peer, relay};
+use bulkhead_relay::{
+    Content, FRAME_MAX, Peer, parse_datagram, read_frame, receive_datagram, relay, send_now,
+    write_frame,
+};
 use bulkhead_vmm::fileserver::config::{ConnectWanted, FsReport, FsVerdict, Listening, SocketKind};
 use rustix::fs::{FileType, fstat};
 use rustix::io::{Errno, ioctl_fionbio};
@@ -25,6 +29,7 @@ use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, UCred, accept_with, connect,
     socket_with,
 };
+use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
 use tokio::net::UnixStream;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -38,7 +43,7 @@ use crate::machine::file_server::{Reports, Verdicts};
 use crate::state::id::ContainerId;
 use crate::supervisor::pod::{Pod, PodError};
 
-/// How many sockets of a pod may listen. The file server keeps to less.
+/// How many sockets of a pod may listen or take datagrams. The file server keeps to less.
 const LISTENERS_MAX: usize = 1100;
 
 /// How long nothing is accepted after a failure.
@@ -83,7 +88,11 @@ pub async fn serve(pod: Weak<Pod>, mut reports: Reports) {
         match report {
             FsReport::Connect(wanted) => service.begin_to_connect(wanted, descriptor),
             FsReport::Listen(socket) if listeners.len() < LISTENERS_MAX => {
-                listeners.spawn(service.clone().listen(socket, descriptor));
+                let service = service.clone();
+                match socket.kind {
+                    SocketKind::Datagram => listeners.spawn(service.take(socket, descriptor)),
+                    _ => listeners.spawn(service.listen(socket, descriptor)),
+                };
             }
             FsReport::Listen(_) => tracing::warn!("the guest listens on too many sockets"),
         }
@@ -134,7 +143,10 @@ impl Service {
             if let Ok(((socket, sender), _place)) = connected {
                 let stream = stream(&pod, Some(StreamHeader(token))).await;
                 match stream {
-                    Ok((_, stream)) => relay(content(kind), socket, stream, Some(sender)).await,
+                    Ok((_, stream)) => match content(kind) {
+                        Some(content) => relay(content, socket, stream, Some(sender)).await,
+                        None => pass_datagrams_out(&pod, &socket, &stream).await,
+                    },
                     Err(error) => {
                         tracing::debug!(error = %error, "the guest did not take a connection");
                     }
@@ -157,6 +169,89 @@ impl Service {
         if let Err(error) = served.await {
             tracing::warn!(error = %error, "cannot accept connections for the guest");
         }
+    }
+
+    /// Passes datagrams on to a socket of the guest until that is closed.
+    async fn take(self, socket: Listening, bound: OwnedFd) {
+        let served = async {
+            let bound = in_epoll(bound)?;
+            let (mut place, mut stream) = (None, None);
+            loop {
+                drop(bound.readable().await?);
+                if place.is_none() {
+                    // The semaphore is never closed.
+                    place = self.room.clone().acquire_owned().await.ok();
+                }
+                let Some(frame) = next_datagram(&bound).await? else { break };
+                let mut passed = self.pass_datagram_in(&frame, socket, &mut stream).await;
+                if passed.is_err() {
+                    // The first ones may come before the process has got its bind(2) done.
+                    sleep(PAUSE).await;
+                    passed = self.pass_datagram_in(&frame, socket, &mut stream).await;
+                }
+                if let Err(error) = passed {
+                    tracing::debug!(error = %error, "a datagram did not reach the guest");
+                }
+            }
+            io::Result::Ok(())
+        };
+        if let Err(error) = served.await {
+            tracing::warn!(error = %error, "cannot take datagrams for the guest");
+        }
+    }
+
+    /// Passes a datagram on over a stream, which is opened if there is none.
+    async fn pass_datagram_in(
+        &self,
+        frame: &[u8],
+        socket: Listening,
+        stream: &mut Option<UnixStream>,
+    ) -> io::Result<()> {
+        let open = match stream.take() {
+            Some(open) => open,
+            // Each datagram has its own sender.
+            None => connect_inside(&self.pod, socket, Peer::default()).await?,
+        };
+        write_frame(&open, frame).await?;
+        *stream = Some(open);
+        Ok(())
+    }
+}
+
+/// The next datagram; `None` once the file server has shut the socket down.
+async fn next_datagram(bound: &AsyncFd<OwnedFd>) -> io::Result<Option<Vec<u8>>> {
+    loop {
+        let mut ready = bound.readable().await?;
+        if ready.ready().is_read_closed() {
+            return Ok(None);
+        }
+        match receive_datagram(bound) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => ready.clear_ready(),
+            received => return received,
+        }
+    }
+}
+
+/// Sends the datagrams of one socket of the guest to that of the host, until there are no more or
+/// nobody takes them.
+async fn pass_datagrams_out(pod: &Weak<Pod>, socket: &UnixStream, stream: &UnixStream) {
+    let passed = async {
+        while let Some(frame) = read_frame(stream, FRAME_MAX).await? {
+            let (sender, datagram) = parse_datagram(&frame).ok_or(io::ErrorKind::InvalidData)?;
+            let known = pod.upgrade().is_some_and(|pod| {
+                pod.population.find(sender.uid, sender.gid, &sender.groups).is_ok()
+            });
+            if !known {
+                return Err(io::ErrorKind::PermissionDenied.into());
+            }
+            let sender = Some(sender.credentials());
+            let send = || send_now(sender, socket, datagram);
+            socket.async_io(Interest::WRITABLE, send).await?;
+        }
+        io::Result::Ok(())
+    };
+    if let Err(error) = passed.await {
+        tracing::debug!(error = %error, "datagrams of the guest reach nobody any more");
     }
 }
 
@@ -192,6 +287,7 @@ async fn connect_as(
     let kind = match wanted.kind {
         SocketKind::Stream => SocketType::STREAM,
         SocketKind::Seqpacket => SocketType::SEQPACKET,
+        SocketKind::Datagram => SocketType::DGRAM,
     };
     let connect = move || {
         if FileType::from_raw_mode(fstat(&file)?.st_mode) != FileType::Socket {
@@ -216,32 +312,40 @@ async fn pass_in(
     _place: OwnedSemaphorePermit,
 ) {
     let connected = async {
-        let Peer { uid, gid, groups } = Peer::of(&connection, HOST_SOCKET_GROUPS_MAX)?;
-        let (header, stream) = stream(&pod, None).await.map_err(io::Error::other)?;
-        let kind = match socket.kind {
-            SocketKind::Stream => Kind::Stream,
-            SocketKind::Seqpacket => Kind::Seqpacket,
-        };
-        let request = ConnectRequest {
-            stream: header.0.to_vec(),
-            node: socket.node,
-            kind: kind.into(),
-            uid,
-            gid,
-            groups,
-        };
-        let agent = pod.upgrade().map(|pod| pod.agent.clone());
-        let agent = agent.ok_or(io::ErrorKind::NotConnected)?;
-        agent.connect_socket(request).await.map_err(io::Error::other)?;
-        io::Result::Ok(stream)
+        let peer = Peer::of(&connection, HOST_SOCKET_GROUPS_MAX)?;
+        let content = content(socket.kind).ok_or(io::ErrorKind::InvalidInput)?;
+        io::Result::Ok((content, connect_inside(&pod, socket, peer).await?))
     };
     match connected.await {
-        Ok(stream) => {
+        Ok((content, stream)) => {
             widen(&connection);
-            relay(content(socket.kind), connection, stream, None).await;
+            relay(content, connection, stream, None).await;
         }
         Err(error) => tracing::debug!(error = %error, "a connection to the guest was closed"),
     }
+}
+
+/// A stream that the agent has connected to a socket of the guest for somebody.
+async fn connect_inside(pod: &Weak<Pod>, socket: Listening, peer: Peer) -> io::Result<UnixStream> {
+    let (header, stream) = stream(pod, None).await.map_err(io::Error::other)?;
+    let kind = match socket.kind {
+        SocketKind::Stream => Kind::Stream,
+        SocketKind::Seqpacket => Kind::Seqpacket,
+        SocketKind::Datagram => Kind::Datagram,
+    };
+    let Peer { uid, gid, groups } = peer;
+    let request = ConnectRequest {
+        stream: header.0.to_vec(),
+        node: socket.node,
+        kind: kind.into(),
+        uid,
+        gid,
+        groups,
+    };
+    let agent = pod.upgrade().map(|pod| pod.agent.clone());
+    let agent = agent.ok_or(io::ErrorKind::NotConnected)?;
+    agent.connect_socket(request).await.map_err(io::Error::other)?;
+    Ok(stream)
 }
 
 /// A stream to the agent, with this header or a new one.
@@ -270,10 +374,12 @@ fn in_epoll(socket: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     watch(socket)
 }
 
-const fn content(kind: SocketKind) -> Content {
+/// What a connection of this kind carries; `None` for datagrams, which have none.
+const fn content(kind: SocketKind) -> Option<Content> {
     match kind {
-        SocketKind::Stream => Content::Bytes,
-        SocketKind::Seqpacket => Content::Packets,
+        SocketKind::Stream => Some(Content::Bytes),
+        SocketKind::Seqpacket => Some(Content::Packets),
+        SocketKind::Datagram => None,
     }
 }
 

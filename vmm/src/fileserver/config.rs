@@ -12,7 +12,7 @@ use super::wire::Class;
 use crate::config::{ConfigError, JailConfig};
 
 /// The version of this shape; the file server refuses any other.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 /// The fewest threads that serve requests: one more than the monitor lets be busy with slow
 /// requests.
 pub const THREADS_MIN: u8 = Class::Read.at_once() + 1;
@@ -57,8 +57,9 @@ pub enum FsReport {
     /// A process of the guest connects to the socket that the descriptor refers to (`O_PATH`). The
     /// supervisor answers with an [`FsVerdict`].
     Connect(ConnectWanted),
-    /// A process of the guest listens, and the descriptor is the host's socket that does so for it.
-    /// It is shut down when the guest's is closed.
+    /// A process of the guest listens, or takes datagrams, and the descriptor is the host's socket
+    /// that does so for it. It is shut down when the guest's is closed. One for datagrams has
+    /// `SO_PASSCRED`.
     Listen(Listening),
 }
 
@@ -80,7 +81,7 @@ pub struct ConnectWanted {
     pub groups: Vec<u32>,
 }
 
-/// A socket of the guest that listens.
+/// A socket of the guest that listens, or takes datagrams.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Listening {
@@ -90,7 +91,7 @@ pub struct Listening {
     pub kind: SocketKind,
 }
 
-/// The types of sockets that are connected.
+/// The types of sockets.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum SocketKind {
@@ -98,6 +99,8 @@ pub enum SocketKind {
     Stream,
     /// A stream of packets.
     Seqpacket,
+    /// Packets without a stream.
+    Datagram,
 }
 
 /// The most supplementary groups of a [`ConnectWanted`].
@@ -151,7 +154,7 @@ impl FsConfig {
 mod tests {
     use super::*;
 
-    const GOOD: &str = r#"{"version":2,"jail":{"uid":1000,"gid":1001},"threads":6,"sockets":true}"#;
+    const GOOD: &str = r#"{"version":3,"jail":{"uid":1000,"gid":1001},"threads":6,"sockets":true}"#;
 
     #[test]
     fn a_complete_configuration_is_read() {
@@ -162,7 +165,7 @@ mod tests {
     #[test]
     fn errors_name_the_field() {
         for (from, to, field) in [
-            ("\"version\":2", "\"version\":1", "version"),
+            ("\"version\":3", "\"version\":2", "version"),
             ("\"uid\":1000", "\"uid\":0", "jail.uid"),
             ("\"gid\":1001", "\"gid\":4294967295", "jail.gid"),
             ("\"threads\":6", "\"threads\":5", "threads"),

@@ -2,8 +2,8 @@
 //!
 //! For each that the guest binds, a socket is bound here in the same place, so that a process of the
 //! host, or of another guest, finds somebody at the other end. The supervisor accepts its
-//! connections. Where the guest connects to a name that it has not bound itself, the supervisor
-//! connects to it. No byte that is sent over these connections comes here.
+//! connections, and takes datagrams. Where the guest connects to a name that it has not bound
+//! itself, the supervisor connects to it. No byte that is sent over these connections comes here.
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -71,10 +71,20 @@ impl Sockets {
         room
     }
 
-    /// Keeps a socket that was bound for that of a node.
-    pub(super) fn keep(&self, node: u64, socket: Kept, kind: SocketKind, attributes: &Statx) {
-        let bound = Bound { socket, kind, file: file(attributes), reported: false };
+    /// Keeps a socket that was bound for that of a node. One for datagrams takes them from now on.
+    pub(super) fn keep(
+        &self,
+        node: u64,
+        socket: Kept,
+        kind: SocketKind,
+        attributes: &Statx,
+    ) -> Result<(), Errno> {
+        let mut bound = Bound { socket, kind, file: file(attributes), reported: false };
+        if kind == SocketKind::Datagram {
+            self.report_bound(node, &mut bound)?;
+        }
         self.bound().insert(node, bound);
+        Ok(())
     }
 
     /// The guest's own node of the socket that it has bound to a file.
@@ -88,6 +98,10 @@ impl Sockets {
         let mut sockets = self.bound();
         let Some(bound) = sockets.get_mut(&node) else { return Ok(()) };
         caller.run(|| listen(&bound.socket, backlog))?;
+        self.report_bound(node, bound)
+    }
+
+    fn report_bound(&self, node: u64, bound: &mut Bound) -> Result<(), Errno> {
         if !bound.reported {
             let report = FsReport::Listen(Listening { node, kind: bound.kind });
             self.report(&report, bound.socket.as_fd())?;
@@ -127,8 +141,11 @@ impl Sockets {
 
 /// The kind of a socket with this type of `socket(2)`.
 pub(super) fn kind(number: u32) -> Option<(SocketKind, SocketType)> {
-    let known =
-        [(SocketKind::Stream, SocketType::STREAM), (SocketKind::Seqpacket, SocketType::SEQPACKET)];
+    let known = [
+        (SocketKind::Stream, SocketType::STREAM),
+        (SocketKind::Seqpacket, SocketType::SEQPACKET),
+        (SocketKind::Datagram, SocketType::DGRAM),
+    ];
     known.into_iter().find(|(_, kind)| kind.as_raw() == number)
 }
 
@@ -141,10 +158,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_sockets_that_are_connected_have_a_kind() {
+    fn the_types_of_unix_sockets_have_a_kind() {
         assert_eq!(kind(1), Some((SocketKind::Stream, SocketType::STREAM)));
         assert_eq!(kind(5), Some((SocketKind::Seqpacket, SocketType::SEQPACKET)));
-        for other in [0, 2, 3, u32::MAX] {
+        assert_eq!(kind(2), Some((SocketKind::Datagram, SocketType::DGRAM)));
+        for other in [0, 3, u32::MAX] {
             assert_eq!(kind(other), None);
         }
     }

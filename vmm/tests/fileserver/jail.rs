@@ -116,7 +116,7 @@ fn a_configuration_that_cannot_be_used_is_answered_with_the_field() {
             "field version: is 9",
         ),
         (
-            r#"{"version":2,"jail":{"uid":0,"gid":1},"threads":1,"sockets":true}"#,
+            r#"{"version":3,"jail":{"uid":0,"gid":1},"threads":1,"sockets":true}"#,
             "field jail.uid: 0 is not",
         ),
         ("nonsense", "field (message): expected"),

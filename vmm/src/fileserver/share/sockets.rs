@@ -5,6 +5,7 @@ use std::os::fd::AsFd as _;
 
 use rustix::fs::{FileType, fchmod};
 use rustix::io::Errno;
+use rustix::net::sockopt::set_socket_passcred;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, socket_with};
 use rustix::process::fchdir;
 
@@ -29,6 +30,8 @@ impl Share {
         }
         let (slot, file_slot) = (self.slots.take()?, self.slots.take()?);
         let socket = socket_with(AddressFamily::UNIX, type_, SocketFlags::CLOEXEC, None)?;
+        // Before anybody can send.
+        set_socket_passcred(&socket, kind == SocketKind::Datagram)?;
         // What the file will have, as the umask allows.
         fchmod(&socket, permissions(mode))?;
         let address = SocketAddrUnix::new(name)?;
@@ -40,8 +43,7 @@ impl Share {
         bound.map_err(|error| if error == Errno::ADDRINUSE { Errno::EXIST } else { error })?;
         let path = open_name(directory, name)?;
         let inode = self.put_entry((directory, name), path, Some(file_slot), reply)?;
-        self.sockets.keep(inode.node, slot.keep(socket), kind, &inode.stat()?);
-        Ok(())
+        self.sockets.keep(inode.node, slot.keep(socket), kind, &inode.stat()?)
     }
 
     /// Lets a socket listen that the guest has bound.

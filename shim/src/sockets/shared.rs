@@ -3,10 +3,10 @@
 //!
 //! The file server finds and binds them, because it has the files; here connections are made and
 //! accepted, and relayed to the guest's agent. Each socket inside that sends datagrams has a
-//! connection of its own, and each that gets some has one for all senders. Neither the guest nor the file server is trusted: a
-//! connection is made to a socket that the file server has a descriptor of, which is in the share,
-//! as a user that a container of the pod has. Connections and what they hold are bounded as those of
-//! [`super`], together with them.
+//! connection of its own, and each that gets some has one for all senders. Neither the guest nor the
+//! file server is trusted: a connection is made to a socket that the file server has a descriptor
+//! of, which is in the share, as a user that a container of the pod has. Connections and what they
+//! hold are bounded as those of [`super`], together with them.
 
 use std::io;
 use std::os::fd::{AsRawFd as _, OwnedFd};

@@ -8,7 +8,7 @@
 use std::fs::File;
 use std::io::{self, IoSliceMut};
 use std::mem::MaybeUninit;
-use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::pin::Pin;
@@ -58,6 +58,7 @@ pub(crate) struct Awaited {
     header: StreamHeader,
     rows: u32,
     columns: u32,
+    plain: bool,
 }
 
 impl Awaited {
@@ -76,7 +77,8 @@ impl Awaited {
         if asked.plain {
             File::create(directory.join(PLAIN)).map_err(failed)?;
         }
-        Ok(Self { listener, header, rows: asked.rows, columns: asked.columns })
+        let agent::Terminal { rows, columns, plain, .. } = *asked;
+        Ok(Self { listener, header, rows, columns, plain })
     }
 
     /// Takes the master that libcontainer has sent, waits for the stream's connection and starts to
@@ -96,6 +98,10 @@ impl Awaited {
         if self.rows > 0 && self.columns > 0 {
             terminal.resize(self.rows, self.columns).map_err(failed)?;
         }
+        if self.plain {
+            // Input that comes before the program has begun is echoed.
+            end_lines_plainly(&master).map_err(failed)?;
+        }
         let connection = meeting.claim(self.header, stream).await?;
         start(master, connection).map_err(failed)?;
         Ok(terminal)
@@ -108,12 +114,13 @@ pub(crate) fn is_plain(directory: &Path) -> bool {
 }
 
 /// Keeps a terminal from adding a carriage return to what a program writes. The process that
-/// becomes the program does that, so that it is done when the program writes.
+/// becomes the program does that, so that it is done when the program writes; and the agent, on the
+/// master, before it passes input on.
 ///
 /// # Errors
 /// It is no terminal.
-pub(crate) fn end_lines_plainly(terminal: BorrowedFd<'_>) -> io::Result<()> {
-    let mut modes = tcgetattr(terminal)?;
+pub(crate) fn end_lines_plainly(terminal: impl AsFd) -> io::Result<()> {
+    let mut modes = tcgetattr(&terminal)?;
     modes.output_modes.remove(OutputModes::ONLCR);
     Ok(tcsetattr(terminal, OptionalActions::Now, &modes)?)
 }

@@ -28,7 +28,7 @@ fn into_a_pipe(mut command: Command) -> Vec<String> {
     let child = command.spawn().unwrap();
     screen.type_in("word\r").unwrap();
     let output = finish(child).unwrap();
-    assert!(output.status.success(), "{output:?}");
+    assert!(output.status.success(), "{command:?}: {output:?}");
     lines(&String::from_utf8(output.stdout).unwrap())
 }
 

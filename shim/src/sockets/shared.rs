@@ -26,8 +26,7 @@ use rustix::fs::{FileType, fstat};
 use rustix::io::{Errno, ioctl_fionbio};
 use rustix::net::sockopt::socket_domain;
 use rustix::net::{
-    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, UCred, accept_with, connect,
-    socket_with,
+    AddressFamily, SocketAddrUnix, SocketFlags, UCred, accept_with, connect, socket_with,
 };
 use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
@@ -284,11 +283,7 @@ async fn connect_as(
     let user = pod.population.find(wanted.uid, wanted.gid, &wanted.groups)?;
     drop(pod);
     let sender = user.credentials();
-    let kind = match wanted.kind {
-        SocketKind::Stream => SocketType::STREAM,
-        SocketKind::Seqpacket => SocketType::SEQPACKET,
-        SocketKind::Datagram => SocketType::DGRAM,
-    };
+    let kind = wanted.kind.socket_type();
     let connect = move || {
         if FileType::from_raw_mode(fstat(&file)?.st_mode) != FileType::Socket {
             return Err(Errno::CONNREFUSED.into());

@@ -6,6 +6,7 @@
 //! supervisor answers some of it ([`FsVerdict`]). It exits when the control socket reaches end of
 //! file.
 
+use rustix::net::SocketType;
 use serde::{Deserialize, Serialize};
 
 use super::wire::Class;
@@ -101,6 +102,18 @@ pub enum SocketKind {
     Seqpacket,
     /// Packets without a stream.
     Datagram,
+}
+
+impl SocketKind {
+    /// What `socket(2)` calls it.
+    #[must_use]
+    pub const fn socket_type(self) -> SocketType {
+        match self {
+            Self::Stream => SocketType::STREAM,
+            Self::Seqpacket => SocketType::SEQPACKET,
+            Self::Datagram => SocketType::DGRAM,
+        }
+    }
 }
 
 /// The most supplementary groups of a [`ConnectWanted`].

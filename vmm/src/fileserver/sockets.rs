@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::Statx;
 use rustix::io::Errno;
-use rustix::net::{Shutdown, SocketType, listen, shutdown};
+use rustix::net::{Shutdown, listen, shutdown};
 
 use super::caller::Caller;
 use super::config::{FsReport, Listening, SocketKind};
@@ -140,13 +140,9 @@ impl Sockets {
 }
 
 /// The kind of a socket with this type of `socket(2)`.
-pub(super) fn kind(number: u32) -> Option<(SocketKind, SocketType)> {
-    let known = [
-        (SocketKind::Stream, SocketType::STREAM),
-        (SocketKind::Seqpacket, SocketType::SEQPACKET),
-        (SocketKind::Datagram, SocketType::DGRAM),
-    ];
-    known.into_iter().find(|(_, kind)| kind.as_raw() == number)
+pub(super) fn kind(number: u32) -> Option<SocketKind> {
+    let all = [SocketKind::Stream, SocketKind::Seqpacket, SocketKind::Datagram];
+    all.into_iter().find(|kind| kind.socket_type().as_raw() == number)
 }
 
 fn file(attributes: &Statx) -> File {
@@ -155,13 +151,16 @@ fn file(attributes: &Statx) -> File {
 
 #[cfg(test)]
 mod tests {
+    use rustix::net::SocketType;
+
     use super::*;
 
     #[test]
     fn the_types_of_unix_sockets_have_a_kind() {
-        assert_eq!(kind(1), Some((SocketKind::Stream, SocketType::STREAM)));
-        assert_eq!(kind(5), Some((SocketKind::Seqpacket, SocketType::SEQPACKET)));
-        assert_eq!(kind(2), Some((SocketKind::Datagram, SocketType::DGRAM)));
+        let typed = |number| kind(number).map(|kind| (kind, kind.socket_type()));
+        assert_eq!(typed(1), Some((SocketKind::Stream, SocketType::STREAM)));
+        assert_eq!(typed(5), Some((SocketKind::Seqpacket, SocketType::SEQPACKET)));
+        assert_eq!(typed(2), Some((SocketKind::Datagram, SocketType::DGRAM)));
         for other in [0, 3, u32::MAX] {
             assert_eq!(kind(other), None);
         }

@@ -6,7 +6,7 @@ use std::os::fd::AsFd as _;
 use rustix::fs::{FileType, fchmod};
 use rustix::io::Errno;
 use rustix::net::sockopt::set_socket_passcred;
-use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, socket_with};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, bind, socket_with};
 use rustix::process::fchdir;
 
 use super::names::{open_name, permissions};
@@ -22,14 +22,15 @@ impl Share {
         &self,
         (directory, name): (&Inode, &CStr),
         (request, umask): (&Request, u32),
-        (mode, (kind, type_)): (u32, (SocketKind, SocketType)),
+        (mode, kind): (u32, SocketKind),
         reply: &mut Reply<'_>,
     ) -> Result<(), Errno> {
         if !self.sockets.has_room() {
             return Err(Errno::NOSPC);
         }
         let (slot, file_slot) = (self.slots.take()?, self.slots.take()?);
-        let socket = socket_with(AddressFamily::UNIX, type_, SocketFlags::CLOEXEC, None)?;
+        let socket =
+            socket_with(AddressFamily::UNIX, kind.socket_type(), SocketFlags::CLOEXEC, None)?;
         // Before anybody can send.
         set_socket_passcred(&socket, kind == SocketKind::Datagram)?;
         // What the file will have, as the umask allows.
@@ -86,7 +87,7 @@ impl Share {
             return Err(Errno::INVAL);
         }
         let groups = (0..count).map(|_| body.u32()).collect::<Result<_, _>>()?;
-        let (kind, _) = kind(type_).ok_or(Errno::PROTOTYPE)?;
+        let kind = kind(type_).ok_or(Errno::PROTOTYPE)?;
         let Request { uid, gid, unique, .. } = *request;
         let wanted = ConnectWanted { request: unique, token, kind, uid, gid, groups };
         self.sockets.report(&FsReport::Connect(wanted), inode.as_fd())?;
